@@ -1,6 +1,9 @@
 package testutil
 
-import "testing"
+import (
+	"sync/atomic"
+	"testing"
+)
 
 // Hog keeps n processes spinning until the test ends, so that timing assumptions which hold only on an idle machine
 // show. n = runtime.NumCPU() leaves every core with half of its time.
@@ -11,12 +14,9 @@ func Hog(t testing.TB, n int) {
 	}
 }
 
-var spinSink uint64
-
 func spin() {
-	for x := uint64(1); ; x = x*6364136223846793005 + 1 {
-		if x == 0 {
-			spinSink++ // keeps the loop
-		}
+	var turns atomic.Uint64
+	for {
+		turns.Add(1)
 	}
 }

@@ -1,0 +1,139 @@
+# Every target sets up what it needs on a Debian machine with Go, and works offline once that is there.
+#
+#   make test    everything that CI promises         make demo    the parameter server with three workers
+#   make bench   side by side with grpc-go and UCX   make build   the programs, into bin/
+#   make check   the quick part: build, lint, unit tests
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+GO       ?= go
+FUZZTIME ?= 5s
+BENCHARGS ?=
+export CGO_ENABLED := 0
+
+stage = @printf '\n=== %s\n' "$(1)"
+
+# Commands and examples, by folder name.
+PROGRAMS = $(notdir $(patsubst %/,%,$(dir $(wildcard cmd/*/main.go examples/*/main.go))))
+
+.PHONY: all test check build demo lint unit race fuzz cross bench bench-once bench-quick demo-check clean
+
+all: build
+
+test:
+	@start=$$SECONDS
+	.ci/setup go gcc
+	.ci/setup -optional ucx_perftest
+	for target in build lint cross unit race fuzz bench-once demo-check bench-quick; do
+		t=$$SECONDS
+		$(MAKE) $$target
+		printf -- '--- %s passed in %d s\n' $$target $$((SECONDS - t))
+	done
+	printf '\nAll of make test passed in %d s.\n' $$((SECONDS - start))
+
+check: build lint unit
+
+build:
+	$(call stage,build: static programs into bin/)
+	.ci/setup go
+	mkdir -p bin
+	$(GO) build ./...
+	for d in $(sort $(patsubst %/,%,$(dir $(wildcard cmd/*/main.go examples/*/main.go)))); do
+		$(GO) build -trimpath -o bin/ ./$$d
+	done
+	$(GO) -C bench build -trimpath -o ../bin/ringside-bench .
+
+demo:
+	@.ci/setup go
+	mkdir -p bin
+	$(GO) build -trimpath -o bin/ ./examples/paramserver
+	./bin/paramserver -demo -workers 3
+
+# The demo's last line is its result: check it as a reader would.
+demo-check:
+	$(call stage,demo: a digit classifier$(comma) trained by a server and three worker processes)
+	out=bin/demo.log
+	$(MAKE) demo | tee $$out
+	tail -n 1 $$out | awk '{
+		for (i = 1; i <= NF; i++) { split($$i, kv, "="); v[kv[1]] = kv[2] }
+		if (v["accuracy"] + 0 < 0.93 || v["workers"] != 3 || v["path"] == "") {
+			print "demo: expected accuracy >= 0.93, 3 workers and a path, got: " $$0; exit 1
+		}
+	}'
+
+comma := ,
+
+lint:
+	$(call stage,lint: gofmt$(comma) go vet$(comma) staticcheck)
+	.ci/setup go
+	unformatted=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go' | grep -v testdata/))
+	if [ -n "$$unformatted" ]; then echo "gofmt would change:"; echo "$$unformatted"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) -C bench vet ./...
+	$(GO) tool -modfile=tools/go.mod staticcheck ./...
+	(staticcheck=$$($(GO) tool -modfile=tools/go.mod -n staticcheck); cd bench; "$$staticcheck" ./...)
+
+# summary FILE prints the counts of a verbose test log, and why tests were skipped.
+summary = awk '/^ *--- PASS/{p++} /^ *--- FAIL/{f++} /^ *--- SKIP/{s++} /^ok /{k++} \
+	END{printf "%d passed, %d failed, %d skipped in %d packages\n", p, f, s, k}' $(1); \
+	grep -B1 -E '^ *--- SKIP' $(1) || true
+
+unit:
+	$(call stage,unit: all tests$(comma) without cgo)
+	.ci/setup go
+	mkdir -p bin
+	$(GO) test -v -count=1 -timeout 15m ./... 2>&1 | tee bin/test.log || { $(call summary,bin/test.log); exit 1; }
+	$(call summary,bin/test.log)
+
+race:
+	$(call stage,race: all tests under the race detector)
+	.ci/setup go gcc
+	CGO_ENABLED=1 $(GO) test -race -count=1 -timeout 25m ./...
+
+# Seeds are part of unit; this looks beyond them for a moment. Longer: make fuzz FUZZTIME=10m
+fuzz:
+	$(call stage,fuzz: each target for $(FUZZTIME))
+	.ci/setup go
+	for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -r -n1 dirname | sort -u); do
+		for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do
+			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$pkg
+		done
+	done
+
+cross:
+	$(call stage,cross: other systems and byte orders build and vet)
+	.ci/setup go
+	for target in linux/arm64 darwin/arm64 windows/amd64; do
+		echo "$$target"
+		GOOS=$${target%/*} GOARCH=$${target#*/} $(GO) build ./...
+		GOOS=$${target%/*} GOARCH=$${target#*/} $(GO) vet ./...
+	done
+	echo "linux/s390x (big-endian)"
+	GOOS=linux GOARCH=s390x $(GO) vet ./...
+
+# Benchmarks cannot rot: each runs once.
+bench-once:
+	$(call stage,bench-once: every Go benchmark$(comma) one iteration)
+	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 10m ./... | grep -v 'no test files'
+
+bench:
+	@.ci/setup go
+	.ci/setup -optional ucx_perftest
+	mkdir -p bin
+	$(GO) build -trimpath -o bin/ ./cmd/ringside
+	$(GO) -C bench build -trimpath -o ../bin/ringside-bench .
+	./bin/ringside-bench -ringside bin/ringside -results bench/RESULTS.md $(BENCHARGS)
+
+bench-quick:
+	$(call stage,bench-quick: every comparison once$(comma) small; its numbers mean nothing)
+	mkdir -p bin
+	$(GO) build -trimpath -o bin/ ./cmd/ringside
+	$(GO) -C bench build -trimpath -o ../bin/ringside-bench .
+	./bin/ringside-bench -quick -ringside bin/ringside -results bin/RESULTS-quick.md $(BENCHARGS)
+
+clean:
+	rm -rf bin
