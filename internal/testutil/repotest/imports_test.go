@@ -1,0 +1,123 @@
+package repotest
+
+import (
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// arrows is the import direction of docs/architecture.md: each folder, with what its non-test files may import from
+// this module. An entry covers the folders below it that have none of their own. verbs/ib is open to everyone but
+// internal/abi.
+var arrows = map[string][]string{
+	"verbs/ib":     {},
+	"internal/abi": {},
+
+	"internal/ring":          {"internal/mem", "internal/abi"},
+	"internal/mem":           {"internal/abi"},
+	"internal/roce":          {},
+	"internal/driver":        {},
+	"internal/uverbs":        {"internal/abi", "internal/mem"},
+	"internal/softnic":       {"internal/softnic", "internal/driver", "internal/ring", "internal/roce", "internal/mem", "internal/abi"},
+	"internal/provider":      {"internal/provider/soft", "internal/provider/rxe", "internal/provider/siw", "internal/provider/mlx5", "internal/driver"},
+	"internal/provider/soft": {"internal/softnic", "internal/driver", "internal/ring", "internal/mem"},
+	"internal/provider/rxe":  {"internal/uverbs", "internal/driver", "internal/ring", "internal/mem", "internal/abi"},
+	"internal/provider/siw":  {"internal/uverbs", "internal/driver", "internal/ring", "internal/mem", "internal/abi"},
+	"internal/provider/mlx5": {"internal/uverbs", "internal/driver", "internal/ring", "internal/mem", "internal/abi"},
+	"internal/life":          {"internal/driver"}, // Close, once for all public objects
+
+	"verbs":                   {"internal/provider", "internal/driver", "internal/life"},
+	"mr":                      {"verbs", "internal/driver", "internal/life", "internal/mem"},
+	"qp":                      {"verbs", "internal/driver", "internal/life"}, // mr is a sibling: ib.SGE is what they share
+	"transport":               {"transport", "qp", "mr", "verbs"},
+	"transport/transporttest": {"transport", "verbs"},
+	"rpc":                     {"rpc", "transport", "mr"}, // never a QP
+
+	"internal/perf":        {"internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
+	"cmd":                  {"cmd", "internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
+	"examples":             {"examples", "rpc", "transport", "qp", "mr", "verbs"},
+	"internal/testutil":    {"internal/testutil"},
+	"internal/conformance": {"internal/testutil", "qp", "mr", "verbs"},
+	"internal/cmd":         {},
+	"bench":                {"bench", "internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
+	"test":                 {"test", "internal/testutil", "rpc", "transport", "qp", "mr", "verbs"},
+}
+
+// entryOf returns the folder whose entry of arrows covers folder.
+func entryOf(folder string) (string, bool) {
+	for f := folder; ; {
+		if _, ok := arrows[f]; ok {
+			return f, true
+		}
+		i := strings.LastIndexByte(f, '/')
+		if i < 0 {
+			return "", false
+		}
+		f = f[:i]
+	}
+}
+
+// mayImport reports whether the arrows let non-test files of one folder import another.
+func mayImport(from, to string) bool {
+	entry, ok := entryOf(from)
+	if !ok || from == "internal/abi" && to == "verbs/ib" {
+		return false
+	}
+	target, ok := entryOf(to)
+	return ok && (target == "verbs/ib" || slices.Contains(arrows[entry], target) || target == entry && from != to && under(from, entry))
+}
+
+func TestImportArrows(t *testing.T) {
+	each(t, func(s *source) {
+		if _, ok := entryOf(s.folder); !ok && !under(s.folder, "tools") {
+			t.Errorf("%s: the folder %s has no place in the import direction: give it one in internal/testutil/repotest and docs/architecture.md",
+				s.name, s.folder)
+			return
+		}
+		for _, imp := range s.syntax.Imports {
+			p, err := strconv.Unquote(imp.Path.Value)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if p == "C" {
+				t.Errorf("%s: import \"C\": this project does without cgo", line(imp.Pos()))
+			}
+			to, ours := strings.CutPrefix(p, module+"/")
+			if !ours || s.isTest() {
+				continue
+			}
+			if !mayImport(s.folder, to) {
+				t.Errorf("%s: %s must not import %s", line(imp.Pos()), s.folder, to)
+			}
+		}
+	})
+}
+
+// A table that lets everything through would go unnoticed.
+func TestImportArrowsRefuse(t *testing.T) {
+	for _, c := range []struct {
+		from, to string
+		want     bool
+	}{
+		{"rpc", "transport", true},
+		{"rpc", "qp", false},
+		{"qp", "mr", false},
+		{"verbs", "qp", false},
+		{"verbs/ib", "verbs", false},
+		{"internal/provider/soft", "verbs", false},
+		{"internal/provider/soft", "verbs/ib", true},
+		{"internal/softnic/shm", "internal/ring", true},
+		{"internal/softnic", "internal/provider", false},
+		{"transport", "internal/testutil", false},
+		{"transport", "internal/driver", false},
+		{"examples/kv", "internal/mem", false},
+		{"internal/provider", "internal/provider/soft", true},
+		{"internal/provider/soft", "internal/provider", false},
+		{"internal/nowhere", "verbs/ib", false},
+	} {
+		if got := mayImport(c.from, c.to); got != c.want {
+			t.Errorf("mayImport(%s, %s) = %v, want %v", c.from, c.to, got, c.want)
+		}
+	}
+}
