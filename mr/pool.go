@@ -65,7 +65,7 @@ type Pool struct {
 	mu     sync.Mutex // growing, closing; taken with no list involved
 	bytes  int
 	slabs  []*MR
-	closed bool
+	closed bool // hands out nothing any more
 
 	waitMu sync.Mutex
 	wait   []*waiter
@@ -478,10 +478,34 @@ func (p *Pool) Close() error {
 	return opErr("close_pool", p.pd.Context().Name(), p.life.Close(p.teardown))
 }
 
-// teardown takes all buffers out of the lists, so that no Get finds one, and sees whether that is all there are.
+// teardown takes all buffers out of the lists, so that no Get finds one, and sees whether that is all there are. From
+// then on the pool hands out nothing, even if a slab cannot be closed yet (a memory window is bound to it): Close can be
+// tried again.
 func (p *Pool) teardown() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if !p.closed {
+		if err := p.drainLocked(); err != nil {
+			return err
+		}
+		p.closed = true
+		p.waitMu.Lock()
+		for _, w := range p.wait {
+			select {
+			case w.wake <- struct{}{}:
+			default:
+			}
+		}
+		p.waitMu.Unlock()
+	}
+	var errs []error
+	for _, m := range p.slabs {
+		errs = append(errs, m.Close())
+	}
+	return errors.Join(errs...)
+}
+
+func (p *Pool) drainLocked() error {
 	missing := 0
 	var taken []*Buffer
 	for i := range p.classes {
@@ -493,36 +517,14 @@ func (p *Pool) teardown() error {
 		}
 		missing += len(*c.bufs.Load()) - n
 	}
-	err := p.closeSlabsLocked(missing)
-	if err != nil {
-		for _, b := range taken {
-			b.push()
-		}
-		if p.waiting.Load() != 0 {
-			p.wakeOne(p.cfg.MaxBuffer)
-		}
-		return err
+	if missing == 0 {
+		return nil
 	}
-	p.closed = true
-	p.waitMu.Lock()
-	defer p.waitMu.Unlock()
-	for _, w := range p.wait {
-		select {
-		case w.wake <- struct{}{}:
-		default:
-		}
+	for _, b := range taken {
+		b.push()
 	}
-	return nil
-}
-
-func (p *Pool) closeSlabsLocked(missing int) error {
-	if missing > 0 {
-		return fmt.Errorf("%w (%d buffers are not released)", verbs.ErrBusy, missing)
+	if p.waiting.Load() != 0 {
+		p.wakeOne(p.cfg.MaxBuffer)
 	}
-	// A slab that cannot be closed keeps the pool open, and its Close can be tried again; the others' are then no-ops.
-	var errs []error
-	for _, m := range p.slabs {
-		errs = append(errs, m.Close())
-	}
-	return errors.Join(errs...)
+	return fmt.Errorf("%w (%d buffers are not released)", verbs.ErrBusy, missing)
 }

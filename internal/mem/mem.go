@@ -107,7 +107,7 @@ func count(r *Region) *Region {
 func PageSize() int { return os.Getpagesize() }
 
 // maxSize keeps rounding and pointer arithmetic free of overflow.
-const maxSize = int(^uint(0)>>1) &^ (1<<30 - 1)
+const maxSize = int(^uint(0)>>1) / 4
 
 // roundUp rounds n up to a multiple of page, a power of two.
 func roundUp(n, page int) int { return (n + page - 1) &^ (page - 1) }
