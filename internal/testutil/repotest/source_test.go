@@ -23,8 +23,7 @@ type source struct {
 	syntax *ast.File
 }
 
-func (s *source) isTest() bool  { return strings.HasSuffix(s.name, "_test.go") }
-func (s *source) ownTool() bool { return under(s.folder, "bench") } // modules of their own
+func (s *source) isTest() bool { return strings.HasSuffix(s.name, "_test.go") }
 
 var fset = token.NewFileSet()
 
