@@ -68,28 +68,42 @@ func (q *QP) Connect(ctx context.Context, p ConnectParams) error {
 	if err != nil {
 		return err
 	}
-	if p.MTU == 0 {
-		pa, err := q.pd.Context().QueryPort(cur.Port)
-		if err != nil {
-			return err
-		}
-		p.MTU = pa.ActiveMTU
-	}
-	if p.HopLimit == 0 {
-		p.HopLimit = 64
-	}
 	rtr := &ib.QPAttr{
 		State: ib.RTR, PathMTU: p.MTU, DestQPN: p.Remote.QPN, RQPSN: p.Remote.PSN,
 		AH: ib.AHAttr{DGID: p.Remote.GID, DLID: p.Remote.LID, SGIDIndex: p.SGIDIndex, HopLimit: p.HopLimit,
 			TrafficClass: p.TrafficClass, FlowLabel: p.FlowLabel, SL: p.SL, Port: cur.Port},
 	}
 	rts := &ib.QPAttr{State: ib.RTS, SQPSN: p.LocalPSN}
-	if q.typ == ib.UC {
-		if err := q.Modify(ctx, rtr, ib.AttrState|rtrUC); err != nil {
+	toRTR, toRTS := ib.AttrState|rtrRC, ib.AttrState|rtsRC
+	if q.typ != ib.RC {
+		toRTR, toRTS = ib.AttrState|rtrUC, ib.AttrState|ib.AttrSQPSN
+	}
+	if err := check(q.typ, cur.State, rtr, toRTR); err != nil { // in Reset there is no port yet to ask about
+		return q.err("modify_qp", err)
+	}
+	if rtr.PathMTU == 0 {
+		pa, err := q.pd.Context().QueryPort(cur.Port)
+		if err != nil {
 			return err
 		}
-		return q.Modify(ctx, rts, ib.AttrState|ib.AttrSQPSN)
+		rtr.PathMTU = pa.ActiveMTU
 	}
+	if rtr.AH.HopLimit == 0 {
+		rtr.AH.HopLimit = 64
+	}
+	if q.typ == ib.RC {
+		if err := q.reliability(p, rtr, rts); err != nil {
+			return err
+		}
+	}
+	if err := q.Modify(ctx, rtr, toRTR); err != nil {
+		return err
+	}
+	return q.Modify(ctx, rts, toRTS)
+}
+
+// reliability fills in the attributes that only RC has.
+func (q *QP) reliability(p ConnectParams, rtr, rts *ib.QPAttr) error {
 	a, err := q.pd.Context().QueryDevice()
 	if err != nil {
 		return err
@@ -106,10 +120,7 @@ func (q *QP) Connect(ctx context.Context, p ConnectParams) error {
 	rts.AckTimeout = ib.AckTimeoutFor(p.AckTimeout)
 	rts.RetryCount = clamp(p.RetryCount, ib.MaxRetry, ib.MaxRetry)
 	rts.RNRRetry = clamp(p.RNRRetry, ib.RNRRetryForever, ib.MaxRetry)
-	if err := q.Modify(ctx, rtr, ib.AttrState|rtrRC); err != nil {
-		return err
-	}
-	return q.Modify(ctx, rts, ib.AttrState|rtsRC)
+	return nil
 }
 
 // clamp encodes a count of ConnectParams: 0 is the default, negative is 0.
