@@ -53,7 +53,7 @@ type Test struct {
 
 // testOf describes s; clock is the name of the clock that was used.
 func testOf(s *Spec, clock string) Test {
-	t := Test{Op: s.Op, Kind: s.Kind, Poll: s.Poll, Warmup: s.Warmup, Iters: s.Iters, DurationS: s.Duration.Seconds(), Clock: clock}
+	t := Test{Op: s.Op, Kind: s.Kind, Poll: s.Poll, Warmup: max(0, s.Warmup), Iters: s.Iters, DurationS: s.Duration.Seconds(), Clock: clock}
 	if s.Poll == PollAdaptive {
 		t.SpinUS = float64(s.Spin) / 1e3
 	}

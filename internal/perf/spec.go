@@ -163,7 +163,7 @@ type Spec struct {
 	Kind Kind
 	Size int // bytes of payload; always 8 for atomics
 
-	Warmup   int           // operations before the measurement; default 1,000 (rate: 10,000)
+	Warmup   int           // operations before the measurement, or NoWarmup; default 1,000 (rate: 10,000)
 	Iters    int64         // operations to measure; 0 with a Duration, otherwise by default 100,000 (bw: 5,000; rate: 1,000,000)
 	Duration time.Duration // how long to measure, instead of Iters
 
@@ -179,6 +179,9 @@ type Spec struct {
 	Atomic AtomicOp      // default FetchAdd
 	Flow   Flow          // send bw and rate; default FlowCredit
 }
+
+// NoWarmup as Spec.Warmup starts the measurement with the first operation.
+const NoWarmup = -1
 
 // WithDefaults returns s with its zero fields filled in.
 func (s Spec) WithDefaults() Spec {
@@ -243,7 +246,7 @@ func (s *Spec) Validate() error {
 		v, min, max int64
 	}{
 		{"size", int64(s.Size), 1, MaxSize},
-		{"warmup", int64(s.Warmup), 0, maxIters},
+		{"warmup", int64(s.Warmup), NoWarmup, maxIters},
 		{"iters", s.Iters, 0, maxIters},
 		{"duration", int64(s.Duration), 0, int64(maxDuration)},
 		{"inline", int64(s.Inline), InlineAuto, maxInlineWish},
@@ -303,8 +306,17 @@ func (s *Spec) slots() int {
 // qpArea is the number of bytes that one QP sends from, and again that it receives into.
 func (s *Spec) qpArea() int { return s.slots() * s.slotSize() }
 
-// regionSize is the length of a side's region: a send area and a receive area a QP, and a page for counters.
-func (s *Spec) regionSize() int64 { return 2*int64(s.QPs)*int64(s.qpArea()) + cycleBytes }
+// regionSize is the length of a side's region: a send area, a receive area and a counter a QP.
+func (s *Spec) regionSize() int64 { return 2*int64(s.QPs)*int64(s.qpArea()) + int64(s.QPs)*wordSpacing }
+
+// wordSpacing is the distance between the counters of two QPs: two cache lines, since processors fetch pairs of them.
+const wordSpacing = 128
+
+// sendOff, recvOff and wordOff are where in a side's region the n-th QP's areas and counter begin. Both sides' regions
+// have the same layout.
+func (s *Spec) sendOff(n int) int { return n * s.qpArea() }
+func (s *Spec) recvOff(n int) int { return (s.QPs + n) * s.qpArea() }
+func (s *Spec) wordOff(n int) int { return 2*s.QPs*s.qpArea() + n*wordSpacing }
 
 // inlineWish is the inline capacity to ask a QP for.
 func (s *Spec) inlineWish() int {
@@ -323,14 +335,16 @@ func (s *Spec) inlineWish() int {
 	return s.Size
 }
 
-// recvDepth is the number of receives that the server of a SEND test posts on each QP, and both sides of a latency
-// test.
-func (s *Spec) recvDepth() int {
-	if s.Op != OpSend {
-		return 1
+// recvDepth is the number of receives that a side posts on each QP.
+func (s *Spec) recvDepth(server bool) int {
+	if s.Op != OpSend || s.Kind != Lat && !server {
+		return 0
 	}
-	return max(2, min(2*s.Depth, MaxDepth))
+	return max(4, 2*s.Depth)
 }
+
+// recvBatch is how many receives are posted again at a time.
+func (s *Spec) recvBatch() int { return max(1, min(16, s.Depth/4)) }
 
 // LatencyKind says what a latency number is: HalfRoundTrip or FullOperation.
 func (s *Spec) LatencyKind() string {
