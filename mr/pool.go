@@ -52,17 +52,16 @@ type PoolConfig struct {
 // are allocated as needed and kept until Close. In steady state Get and Release make no system call, no garbage and
 // take no lock.
 //
-// A Pool is safe for concurrent use. Free buffers are kept in several lists a class, of which goroutines prefer
-// different ones.
+// A Pool is safe for concurrent use, and goroutines keep out of each other's way where they can.
 type Pool struct {
 	life    life.Node
 	pd      *verbs.PD
 	cfg     PoolConfig
-	nshards uint // a power of two
 	classes []class
+	hints   []hints      // a power of two
 	waiting atomic.Int32 // waiters in wait
 
-	mu     sync.Mutex // growing, closing; taken with no list involved
+	mu     sync.Mutex // growing and closing take turns
 	bytes  int
 	slabs  []*MR
 	closed bool // hands out nothing any more
@@ -74,25 +73,26 @@ type Pool struct {
 // class holds the buffers of one size.
 type class struct {
 	size int
-	// bufs is every buffer of the class; it only grows. A buffer's index is published here before it is in any list.
-	bufs   atomic.Pointer[[]*Buffer]
-	shards []shard
-	slabs  int // how many there are; guarded by Pool.mu
+	// words has a bit for every buffer of the class. The slice is replaced when the class grows, and by an empty one when
+	// the pool is closed.
+	words atomic.Pointer[[]*word]
+	slabs int // how many there are; guarded by Pool.mu
 }
 
-// shard is a list of free buffers, linked by index (Treiber's stack). The upper half of head counts changes, so that a
-// head that was popped and pushed again between another's load and compare-and-swap is noticed.
-type shard struct {
-	head atomic.Uint64
-	_    [120]byte // own pair of cache lines: adjacent-line prefetch makes neighbours collide
+// word keeps up to 64 buffers: a set bit is a free buffer. So taking one is a compare-and-swap, giving one back is an
+// atomic or, whose old value tells a double release, and there is no list to tear.
+type word struct {
+	free atomic.Uint64
+	bufs []Buffer
+	_    [96]byte // own pair of cache lines: adjacent-line prefetch makes neighbours collide
 }
 
-// What Buffer.next and the lower half of shard.head hold: the index of a buffer plus firstIndex, or one of these.
-const (
-	endOfList  = 0 // so that the zero shard is an empty list
-	inUse      = 1 // not in any list: somebody owns it
-	firstIndex = 2
-)
+// hints are, for each class, the index of the word where a goroutine found a buffer last. Goroutines that collide on a
+// word part ways.
+type hints struct {
+	word [maxClassBits - minClassBits + 1]atomic.Uint32
+	_    [28]byte // own pair of cache lines
+}
 
 // A Buffer is a piece of a pool's memory with one owner at a time: from Get to Release. Its methods are for the owner
 // only; handing the buffer to another goroutine takes the usual synchronisation.
@@ -101,12 +101,10 @@ type Buffer struct {
 	n    int    // Len
 	addr uint64
 	lkey ib.LKey
-	home uint32 // the shard that it goes back to; written by the owner
-	idx  uint32
-	next atomic.Uint32
+	bit  uint64 // in word
+	word *word
 	off  int // in the slab
 	mr   *MR
-	cls  *class
 	pool *Pool
 }
 
@@ -134,13 +132,13 @@ func NewPool(pd *verbs.PD, cfg PoolConfig) (*Pool, error) {
 	cfg.MaxBuffer = 1 << ceilLog2(max(cfg.MaxBuffer, 1<<minClassBits))
 	cfg.SlabSize = 1 << ceilLog2(max(cfg.SlabSize, minSlab))
 	p := &Pool{pd: pd, cfg: cfg}
-	p.nshards = 1 << ceilLog2(min(runtime.GOMAXPROCS(0), 64))
+	// More hints than processors, because goroutines are spread over them by chance.
+	p.hints = make([]hints, 1<<ceilLog2(min(16*runtime.GOMAXPROCS(0), 256)))
 	p.classes = make([]class, ceilLog2(cfg.MaxBuffer)-minClassBits+1)
 	for i := range p.classes {
 		c := &p.classes[i]
 		c.size = 1 << (minClassBits + i)
-		c.shards = make([]shard, p.nshards)
-		c.bufs.Store(&[]*Buffer{})
+		c.words.Store(&[]*word{})
 	}
 	if err := p.life.Attach(pd.Life()); err != nil {
 		return nil, opErr("new_pool", dev, err)
@@ -159,8 +157,7 @@ func classFor(n int) int { return max(bits.Len(uint(n-1)), minClassBits) - minCl
 // MaxBuffer, with ErrTooLarge. It may allocate memory from the system; TryGet never does.
 func (p *Pool) Get(n int) (*Buffer, error) {
 	if uint(n-1) < uint(p.cfg.MaxBuffer) { // n in [1, MaxBuffer]
-		c := &p.classes[classFor(n)]
-		if b := c.pop(stackHint() & (p.nshards - 1)); b != nil {
+		if b := p.pop(classFor(n), p.hint()); b != nil {
 			return p.hand(b, n), nil
 		}
 	}
@@ -176,9 +173,9 @@ func (p *Pool) TryGet(n int) *Buffer {
 	if n > 0 {
 		i = classFor(n)
 	}
-	hint := stackHint() & (p.nshards - 1)
+	hint := p.hint()
 	for ; i < len(p.classes); i++ {
-		if b := p.classes[i].pop(hint); b != nil {
+		if b := p.pop(i, hint); b != nil {
 			return p.hand(b, n)
 		}
 	}
@@ -263,124 +260,116 @@ func (p *Pool) getSlow(n int) (*Buffer, error) {
 	if n > 0 {
 		i = classFor(n)
 	}
-	c := &p.classes[i]
-	hint := stackHint() & (p.nshards - 1)
+	hint := p.hint()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
 		return nil, opErr("pool_get", p.pd.Context().Name(), net.ErrClosed)
 	}
-	if b := c.pop(hint); b != nil { // somebody else has grown the class
+	if b := p.pop(i, hint); b != nil { // somebody else has grown the class
 		return p.hand(b, n), nil
 	}
-	err := p.growLocked(c, hint)
+	b, err := p.growLocked(i, hint)
 	if err == nil {
-		return p.hand(c.takeNew(), n), nil
+		return p.hand(b, n), nil
 	}
 	for j := i + 1; j < len(p.classes); j++ { // too large a buffer is better than none
-		if b := p.classes[j].pop(hint); b != nil {
+		if b := p.pop(j, hint); b != nil {
 			return p.hand(b, n), nil
 		}
 	}
 	return nil, err
 }
 
-// growLocked adds a slab to c: all of its buffers but the last go to the list of shard, the last is the caller's.
-func (p *Pool) growLocked(c *class, shard uint) error {
+// growLocked adds a slab to class i and returns one of its buffers.
+func (p *Pool) growLocked(i int, h *hints) (*Buffer, error) {
+	c := &p.classes[i]
 	// Slabs double from 64 KiB, or what holds two buffers, to SlabSize: a class that is hardly used costs little.
 	size := max(min(max(minSlab, 2*c.size)<<min(c.slabs, 10), p.cfg.SlabSize), c.size)
 	for size > c.size && size > p.cfg.Limit-p.bytes {
 		size /= 2
 	}
 	if size > p.cfg.Limit-p.bytes {
-		return ErrPoolExhausted
+		return nil, ErrPoolExhausted
 	}
 	m, err := AllocOptions(p.pd, size, p.cfg.Access, p.cfg.Options)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	old := *c.bufs.Load()
-	all := old // appending beyond len(old) disturbs no reader of old
+	words := slices.Clone(*c.words.Load())
+	mine := len(words)
 	slab := make([]Buffer, size/c.size)
-	for i := range slab {
-		b := &slab[i]
-		off := i * c.size
-		*b = Buffer{mem: m.buf[off : off+c.size : off+c.size], addr: m.base + uint64(off), lkey: m.lkey, off: off, mr: m,
-			idx: uint32(len(all)), home: uint32(shard), cls: c, pool: p}
-		b.next.Store(inUse)
-		if p.cfg.Poison {
-			b.poison()
+	per := min(max(len(slab)/16, 1), 64) // words for many goroutines, rather than full ones
+	for first := 0; first < len(slab); first += per {
+		w := &word{bufs: slab[first:min(first+per, len(slab))]}
+		for i := range w.bufs {
+			off := (first + i) * c.size
+			w.bufs[i] = Buffer{mem: m.buf[off : off+c.size : off+c.size], addr: m.base + uint64(off), lkey: m.lkey, off: off, mr: m,
+				bit: 1 << i, word: w, pool: p}
+			if p.cfg.Poison {
+				w.bufs[i].poison()
+			}
 		}
-		all = append(all, b)
+		w.free.Store(^uint64(0) >> (64 - len(w.bufs)))
+		words = append(words, w)
 	}
-	c.bufs.Store(&all)
+	b := &words[mine].bufs[0]
+	words[mine].free.Store(words[mine].free.Load() &^ b.bit) // nobody else sees it yet
+	c.words.Store(&words)
+	h.word[i].Store(uint32(mine))
 	c.slabs++
 	p.bytes += size
 	p.slabs = append(p.slabs, m)
-	for i := range slab[:len(slab)-1] {
-		if !slab[i].push() {
-			panic("mr: a new buffer is free already")
+	return b, nil
+}
+
+// hint returns the hints of the calling goroutine, which it may share with others.
+func (p *Pool) hint() *hints { return &p.hints[stackHint()&uint(len(p.hints)-1)] }
+
+// pop takes a free buffer of class i, from the word that h names if that has one, else from the next that has; nil if
+// there is none.
+func (p *Pool) pop(i int, h *hints) *Buffer {
+	words := *p.classes[i].words.Load()
+	hint := &h.word[i]
+	start := uint(hint.Load())
+	for {
+		raced := false
+		for j := range uint(len(words)) {
+			k := start + j
+			if k >= uint(len(words)) {
+				k -= uint(len(words))
+			}
+			w := words[k]
+			free := w.free.Load()
+			if free == 0 {
+				continue
+			}
+			if w.free.CompareAndSwap(free, free&(free-1)) { // acquire; pairs with the Or in Release
+				if j != 0 {
+					hint.Store(uint32(k))
+				}
+				return &w.bufs[bits.TrailingZeros64(free)]
+			}
+			raced = true // with another goroutine, to whom we leave the word
+		}
+		if !raced {
+			return nil
 		}
 	}
-	return nil
-}
-
-// takeNew returns the buffer that growLocked left to the caller.
-func (c *class) takeNew() *Buffer {
-	all := *c.bufs.Load()
-	return all[len(all)-1]
-}
-
-// pop takes a free buffer, from the list of shard if it has one, else from the others; nil if there is none.
-func (c *class) pop(shard uint) *Buffer {
-	mask := uint(len(c.shards) - 1)
-	for i := range uint(len(c.shards)) {
-		s := (shard + i) & mask
-		head := &c.shards[s].head
-		for {
-			h := head.Load()
-			if uint32(h) == endOfList {
-				break
-			}
-			// The list of buffers is loaded after the head: it has the head's index.
-			b := (*c.bufs.Load())[uint32(h)-firstIndex]
-			// b may be popped by another right now; then next is of no use, but the count in head has changed.
-			if head.CompareAndSwap(h, (h>>32+1)<<32|uint64(b.next.Load())) {
-				b.next.Store(inUse)
-				b.home = uint32(s)
-				return b
-			}
-		}
-	}
-	return nil
-}
-
-// push puts b into its home list. It returns false if b is not in use.
-func (b *Buffer) push() bool {
-	head := &b.cls.shards[b.home].head
-	h := head.Load()
-	if !b.next.CompareAndSwap(inUse, uint32(h)) {
-		return false
-	}
-	for !head.CompareAndSwap(h, (h>>32+1)<<32|uint64(b.idx+firstIndex)) {
-		h = head.Load()
-		b.next.Store(uint32(h))
-	}
-	return true
 }
 
 // Release gives the buffer back; its memory must not be touched any more, by the program or by a work request. It
 // panics if the buffer was released already.
 func (b *Buffer) Release() {
 	p := b.pool
-	size := b.cls.size
+	size := len(b.mem)
 	if p.cfg.Poison {
-		if b.next.Load() != inUse {
+		if b.word.free.Load()&b.bit != 0 {
 			panic(doubleRelease)
 		}
 		b.poison()
 	}
-	if !b.push() {
+	if b.word.free.Or(b.bit)&b.bit != 0 { // release; pairs with the compare-and-swap in pop
 		panic(doubleRelease)
 	}
 	if p.waiting.Load() != 0 {
@@ -461,10 +450,8 @@ func (p *Pool) Stats() PoolStats {
 	defer p.mu.Unlock()
 	s := PoolStats{Limit: p.cfg.Limit, Bytes: p.bytes, Slabs: len(p.slabs)}
 	for i := range p.classes {
-		for _, b := range *p.classes[i].bufs.Load() {
-			if b.next.Load() == inUse {
-				s.InUse++
-			}
+		for _, w := range *p.classes[i].words.Load() {
+			s.InUse += len(w.bufs) - bits.OnesCount64(w.free.Load())
 		}
 	}
 	return s
@@ -478,7 +465,7 @@ func (p *Pool) Close() error {
 	return opErr("close_pool", p.pd.Context().Name(), p.life.Close(p.teardown))
 }
 
-// teardown takes all buffers out of the lists, so that no Get finds one, and sees whether that is all there are. From
+// teardown takes all free buffers away, so that no Get finds one, and sees whether that is all there are. From
 // then on the pool hands out nothing, even if a slab cannot be closed yet (a memory window is bound to it): Close can be
 // tried again.
 func (p *Pool) teardown() error {
@@ -507,21 +494,21 @@ func (p *Pool) teardown() error {
 
 func (p *Pool) drainLocked() error {
 	missing := 0
-	var taken []*Buffer
+	taken := map[*word]uint64{}
 	for i := range p.classes {
-		c := &p.classes[i]
-		n := 0
-		for b := c.pop(0); b != nil; b = c.pop(0) {
-			taken = append(taken, b)
-			n++
+		for _, w := range *p.classes[i].words.Load() {
+			taken[w] = w.free.Swap(0)
+			missing += len(w.bufs) - bits.OnesCount64(taken[w])
 		}
-		missing += len(*c.bufs.Load()) - n
 	}
 	if missing == 0 {
+		for i := range p.classes {
+			p.classes[i].words.Store(&[]*word{})
+		}
 		return nil
 	}
-	for _, b := range taken {
-		b.push()
+	for w, free := range taken {
+		w.free.Or(free)
 	}
 	if p.waiting.Load() != 0 {
 		p.wakeOne(p.cfg.MaxBuffer)
