@@ -1,0 +1,814 @@
+package conformance
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/ringside-rdma/ringside/internal/testutil"
+	"github.com/ringside-rdma/ringside/mr"
+	"github.com/ringside-rdma/ringside/qp"
+	"github.com/ringside-rdma/ringside/verbs"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+const (
+	// patience is how long a side waits for what must happen. It only bounds the time to a failure.
+	patience = 20 * time.Second
+	// quiet is how long a case looks for what must not happen. A slow machine can hide a failure this way, not invent one.
+	quiet = 15 * time.Millisecond
+)
+
+// handle names an object of a side.
+type handle int
+
+// host does what a script asks for: it holds the objects of one side.
+type host struct {
+	mu      sync.Mutex
+	ctx     *verbs.Context
+	next    handle
+	objects map[handle]object
+	before  *testutil.Snapshot
+}
+
+type object interface{ Close() error }
+
+func newHost() *host { return &host{objects: map[handle]object{}} }
+
+func (h *host) add(o object) handle {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.next++
+	h.objects[h.next] = o
+	return h.next
+}
+
+func get[T object](h *host, n handle) (T, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	o, ok := h.objects[n].(T)
+	if !ok {
+		return o, fmt.Errorf("%w: %T %d", errNotThere, o, n)
+	}
+	return o, nil
+}
+
+// use is for operations on one existing object.
+func use[T object, R any](h *host, n handle, f func(T) (R, error)) (R, error) {
+	o, err := get[T](h, n)
+	if err != nil {
+		var r R
+		return r, err
+	}
+	return f(o)
+}
+
+func (h *host) context() (*verbs.Context, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.ctx == nil {
+		return nil, fmt.Errorf("%w: context", errNotThere)
+	}
+	return h.ctx, nil
+}
+
+type none struct{}
+
+type deviceInfo struct {
+	Name, Provider string
+	Tier           string
+	PID            int
+	Attr           ib.DeviceAttr
+	Port           ib.PortAttr
+	GID            ib.GID
+	GIDIndex       int
+}
+
+var opOpen = newOp("open", func(h *host, device string) (deviceInfo, error) {
+	c, err := verbs.Open(device)
+	if err != nil {
+		return deviceInfo{}, err
+	}
+	h.mu.Lock()
+	h.ctx = c
+	h.mu.Unlock()
+	d := deviceInfo{Name: c.Name(), Provider: c.Provider(), Tier: fmt.Sprint(c.Tier()), PID: os.Getpid()}
+	if d.Attr, err = c.QueryDevice(); err != nil {
+		return d, err
+	}
+	if d.Port, err = c.QueryPort(1); err != nil {
+		return d, err
+	}
+	gids, err := c.GIDs(1)
+	if err != nil {
+		return d, err
+	}
+	if len(gids) == 0 {
+		return d, errors.New("port 1 has no GID")
+	}
+	// The GID with the widest reach: RoCE v2 with an IPv4 address, then RoCE v2, then the first.
+	best := slices.MaxFunc(gids, func(a, b ib.GIDEntry) int { return rankGID(a) - rankGID(b) })
+	d.GID, d.GIDIndex = best.GID, best.Index
+	return d, nil
+})
+
+func rankGID(e ib.GIDEntry) int {
+	switch {
+	case e.Type == ib.GIDRoCEv2 && e.GID.Addr().Is4():
+		return 2
+	case e.Type == ib.GIDRoCEv2:
+		return 1
+	}
+	return 0
+}
+
+// opCloseAll closes what is left in reverse order of creation, so that children go before parents, then the context.
+var opCloseAll = newOp("close all", func(h *host, _ none) (none, error) {
+	h.mu.Lock()
+	var order []handle
+	for n := range h.objects {
+		order = append(order, n)
+	}
+	c := h.ctx
+	h.ctx = nil
+	h.mu.Unlock()
+	slices.Sort(order)
+	slices.Reverse(order)
+	var errs []error
+	for _, n := range order {
+		if err := closeHandle(h, n); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	if c != nil {
+		if err := c.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("context: %w", err))
+		}
+	}
+	return none{}, errors.Join(errs...)
+})
+
+func closeHandle(h *host, n handle) error {
+	o, err := get[object](h, n)
+	if err != nil {
+		return err
+	}
+	if err := o.Close(); err != nil {
+		return fmt.Errorf("close %T: %w", o, err)
+	}
+	h.mu.Lock()
+	delete(h.objects, n)
+	h.mu.Unlock()
+	return nil
+}
+
+var opClose = newOp("close", func(h *host, n handle) (none, error) { return none{}, closeHandle(h, n) })
+
+// opCloseAgain closes an object twice more and keeps it: Close must be idempotent.
+var opCloseTwice = newOp("close twice", func(h *host, n handle) (none, error) {
+	o, err := get[object](h, n)
+	if err != nil {
+		return none{}, err
+	}
+	return none{}, errors.Join(o.Close(), o.Close())
+})
+
+var opCloseContext = newOp("close context", func(h *host, _ none) (none, error) {
+	c, err := h.context()
+	if err != nil {
+		return none{}, err
+	}
+	return none{}, c.Close()
+})
+
+// Leak checks.
+
+var opSnapshot = newOp("snapshot", func(h *host, _ none) (none, error) {
+	h.before = testutil.TakeSnapshot()
+	return none{}, nil
+})
+
+var opLeaks = newOp("leaks", func(h *host, _ none) (string, error) {
+	deadline := time.Now().Add(patience / 2)
+	for {
+		left := h.before.Diff()
+		if left == "" || time.Now().After(deadline) {
+			return left, nil
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+})
+
+// Objects.
+
+var opPD = newOp("alloc_pd", func(h *host, _ none) (handle, error) {
+	c, err := h.context()
+	if err != nil {
+		return 0, err
+	}
+	pd, err := c.AllocPD()
+	if err != nil {
+		return 0, err
+	}
+	return h.add(pd), nil
+})
+
+type memArgs struct {
+	PD     handle
+	Size   int
+	Access ib.Access
+	Slice  bool // an ordinary slice, registered
+}
+
+type memInfo struct {
+	H    handle
+	Addr uint64
+	LKey ib.LKey
+	RKey ib.RKey
+}
+
+var opMem = newOp("reg_mr", func(h *host, a memArgs) (memInfo, error) {
+	return use(h, a.PD, func(pd *verbs.PD) (memInfo, error) {
+		var m *mr.MR
+		var err error
+		if a.Slice {
+			// An odd offset into a larger slice: neither page nor word aligned, unless atomics need it.
+			off := 8 + 16*rand.IntN(200)
+			m, err = mr.Register(pd, make([]byte, off+a.Size+64)[off:off+a.Size], a.Access)
+		} else {
+			m, err = mr.Alloc(pd, a.Size, a.Access)
+		}
+		if err != nil {
+			return memInfo{}, err
+		}
+		if len(m.Bytes()) != a.Size || m.Len() != a.Size || m.Access()&a.Access != a.Access {
+			return memInfo{}, fmt.Errorf("asked for %d bytes and %v, got %d, Len %d, %v", a.Size, a.Access, len(m.Bytes()), m.Len(), m.Access())
+		}
+		return memInfo{h.add(m), m.Addr(), m.LKey(), m.RKey()}, nil
+	})
+})
+
+type memRange struct {
+	H      handle
+	Off, N int
+	Data   []byte
+	Seed   uint64
+	Byte   byte
+}
+
+func (h *host) bytes(r memRange, n int) ([]byte, error) {
+	return use(h, r.H, func(m *mr.MR) ([]byte, error) { return m.Bytes()[r.Off : r.Off+n], nil })
+}
+
+var opMemWrite = newOp("write memory", func(h *host, r memRange) (none, error) {
+	b, err := h.bytes(r, len(r.Data))
+	copy(b, r.Data)
+	return none{}, err
+})
+
+var opMemRead = newOp("read memory", func(h *host, r memRange) ([]byte, error) {
+	b, err := h.bytes(r, r.N)
+	return bytes.Clone(b), err
+})
+
+// pattern fills b with bytes that depend on seed and position.
+func pattern(b []byte, seed uint64) {
+	g := rand.NewPCG(seed, 0x5eed)
+	for len(b) >= 8 {
+		binary.LittleEndian.PutUint64(b, g.Uint64())
+		b = b[8:]
+	}
+	var last [8]byte
+	binary.LittleEndian.PutUint64(last[:], g.Uint64())
+	copy(b, last[:])
+}
+
+var opMemPattern = newOp("fill memory", func(h *host, r memRange) (none, error) {
+	b, err := h.bytes(r, r.N)
+	if err != nil {
+		return none{}, err
+	}
+	if r.Seed == 0 {
+		for i := range b {
+			b[i] = r.Byte
+		}
+	} else {
+		pattern(b, r.Seed)
+	}
+	return none{}, nil
+})
+
+// opMemCheck compares memory with a pattern, or with one byte if Seed is 0; it returns what differs, or "".
+var opMemCheck = newOp("check memory", func(h *host, r memRange) (string, error) {
+	b, err := h.bytes(r, r.N)
+	if err != nil {
+		return "", err
+	}
+	want := bytes.Repeat([]byte{r.Byte}, r.N)
+	if r.Seed != 0 {
+		pattern(want, r.Seed)
+	}
+	return firstDifference(b, want), nil
+})
+
+func firstDifference(got, want []byte) string {
+	if len(got) != len(want) {
+		return fmt.Sprintf("%d bytes, want %d", len(got), len(want))
+	}
+	if bytes.Equal(got, want) {
+		return ""
+	}
+	first, count := -1, 0
+	for i := range got {
+		if got[i] != want[i] {
+			if first < 0 {
+				first = i
+			}
+			count++
+		}
+	}
+	end := min(first+16, len(got))
+	return fmt.Sprintf("%d of %d bytes differ, the first at %d: got % x, want % x", count, len(got), first, got[first:end], want[first:end])
+}
+
+type cqArgs struct {
+	Entries int
+	Channel handle
+}
+
+type cqInfo struct {
+	H       handle
+	Entries int
+}
+
+var opCQ = newOp("create_cq", func(h *host, a cqArgs) (cqInfo, error) {
+	c, err := h.context()
+	if err != nil {
+		return cqInfo{}, err
+	}
+	cfg := verbs.CQConfig{Entries: a.Entries}
+	if a.Channel != 0 {
+		if cfg.Channel, err = get[*verbs.CompChannel](h, a.Channel); err != nil {
+			return cqInfo{}, err
+		}
+	}
+	cq, err := c.NewCQ(cfg)
+	if err != nil {
+		return cqInfo{}, err
+	}
+	return cqInfo{h.add(cq), cq.Entries()}, nil
+})
+
+var opChannel = newOp("create_comp_channel", func(h *host, _ none) (handle, error) {
+	c, err := h.context()
+	if err != nil {
+		return 0, err
+	}
+	ch, err := c.NewCompChannel()
+	if err != nil {
+		return 0, err
+	}
+	return h.add(ch), nil
+})
+
+type pollArgs struct {
+	CQ   handle
+	N    int
+	Wait time.Duration // until N have come; what came is returned in any case
+}
+
+// waitFor repeats f until it reports true or d is over; it gives way to whoever has work.
+func waitFor(d time.Duration, f func() bool) bool {
+	deadline := time.Now().Add(d)
+	for i := 0; ; i++ {
+		if f() {
+			return true
+		}
+		if i < 200 {
+			runtime.Gosched()
+			continue
+		}
+		if time.Now().After(deadline) {
+			return false
+		}
+		time.Sleep(min(time.Duration(i)*time.Microsecond, time.Millisecond))
+	}
+}
+
+func (h *host) poll(cq *verbs.CQ, n int, wait time.Duration) (wcs []ib.WC, err error) {
+	buf := make([]ib.WC, n)
+	got := 0
+	waitFor(wait, func() bool {
+		var k int
+		k, err = cq.Poll(buf[got:])
+		if err == nil {
+			got += k
+		}
+		return got == n || err != nil
+	})
+	return buf[:got], err
+}
+
+var opPoll = newOp("poll_cq", func(h *host, a pollArgs) ([]ib.WC, error) {
+	return use(h, a.CQ, func(cq *verbs.CQ) ([]ib.WC, error) { return h.poll(cq, a.N, a.Wait) })
+})
+
+type armArgs struct {
+	CQ            handle
+	SolicitedOnly bool
+}
+
+var opArm = newOp("req_notify_cq", func(h *host, a armArgs) (none, error) {
+	return use(h, a.CQ, func(cq *verbs.CQ) (none, error) { return none{}, cq.Arm(a.SolicitedOnly) })
+})
+
+type resizeArgs struct {
+	CQ      handle
+	Entries int
+}
+
+var opResize = newOp("resize_cq", func(h *host, a resizeArgs) (int, error) {
+	return use(h, a.CQ, func(cq *verbs.CQ) (int, error) {
+		err := cq.Resize(a.Entries)
+		return cq.Entries(), err
+	})
+})
+
+type waitArgs struct {
+	H    handle
+	Wait time.Duration
+}
+
+// opChannelWait returns the handle of the CQ whose event came.
+var opChannelWait = newOp("get_cq_event", func(h *host, a waitArgs) (handle, error) {
+	return use(h, a.H, func(ch *verbs.CompChannel) (handle, error) {
+		ctx, cancel := context.WithTimeout(context.Background(), a.Wait)
+		defer cancel()
+		cq, err := ch.Wait(ctx)
+		if err != nil {
+			return 0, err
+		}
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		for n, o := range h.objects {
+			if o == object(cq) {
+				return n, nil
+			}
+		}
+		return 0, fmt.Errorf("event for a CQ that is not ours: %p", cq)
+	})
+})
+
+type asyncEvent struct {
+	Type   ib.EventType
+	QPN    ib.QPN
+	Object handle // 0 if the event names none of ours
+}
+
+var opAsync = newOp("get_async_event", func(h *host, a waitArgs) (asyncEvent, error) {
+	c, err := h.context()
+	if err != nil {
+		return asyncEvent{}, err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), a.Wait)
+	defer cancel()
+	ev, err := c.AsyncEvent(ctx)
+	if err != nil {
+		return asyncEvent{}, err
+	}
+	e := asyncEvent{Type: ev.Type, QPN: ev.QPN}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for n, o := range h.objects {
+		if ev.Object == any(o) {
+			e.Object = n
+		}
+	}
+	return e, nil
+})
+
+type qpArgs struct {
+	PD, SendCQ, RecvCQ, SRQ handle
+	Config                  qp.Config // without the objects
+}
+
+type qpInfo struct {
+	H   handle
+	QPN ib.QPN
+	Cap ib.QPCap
+}
+
+var opQP = newOp("create_qp", func(h *host, a qpArgs) (qpInfo, error) {
+	pd, err := get[*verbs.PD](h, a.PD)
+	if err != nil {
+		return qpInfo{}, err
+	}
+	cfg := a.Config
+	if cfg.SendCQ, err = get[*verbs.CQ](h, a.SendCQ); err != nil {
+		return qpInfo{}, err
+	}
+	if cfg.RecvCQ, err = get[*verbs.CQ](h, a.RecvCQ); err != nil {
+		return qpInfo{}, err
+	}
+	if a.SRQ != 0 {
+		if cfg.SRQ, err = get[*qp.SRQ](h, a.SRQ); err != nil {
+			return qpInfo{}, err
+		}
+	}
+	q, err := qp.New(pd, &cfg)
+	if err != nil {
+		return qpInfo{}, err
+	}
+	return qpInfo{h.add(q), q.QPN(), q.Cap()}, nil
+})
+
+type modifyArgs struct {
+	QP   handle
+	Attr ib.QPAttr
+	Mask ib.QPAttrMask
+}
+
+var opModify = newOp("modify_qp", func(h *host, a modifyArgs) (none, error) {
+	return use(h, a.QP, func(q *qp.QP) (none, error) {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		return none{}, q.Modify(ctx, &a.Attr, a.Mask)
+	})
+})
+
+type qpStatus struct {
+	Attr ib.QPAttr
+	Path string
+}
+
+var opQuery = newOp("query_qp", func(h *host, n handle) (qpStatus, error) {
+	return use(h, n, func(q *qp.QP) (qpStatus, error) {
+		attr, err := q.Query()
+		return qpStatus{attr, q.Path()}, err
+	})
+})
+
+// opWaitState waits until the QP is in a state; it returns the last one seen.
+type stateArgs struct {
+	QP    handle
+	State ib.QPState
+	Wait  time.Duration
+}
+
+var opWaitState = newOp("wait for state", func(h *host, a stateArgs) (ib.QPState, error) {
+	return use(h, a.QP, func(q *qp.QP) (s ib.QPState, err error) {
+		waitFor(a.Wait, func() bool {
+			var attr ib.QPAttr
+			attr, err = q.Query()
+			s = attr.State
+			return err != nil || s == a.State
+		})
+		return s, err
+	})
+})
+
+type sendArgs struct {
+	QP  handle
+	WRs []ib.SendWR
+}
+
+type recvArgs struct {
+	H   handle
+	WRs []ib.RecvWR
+}
+
+// A posted is a count that is valid with an error, too.
+var opPostSend = newOp("post_send", func(h *host, a sendArgs) (int, error) {
+	return use(h, a.QP, func(q *qp.QP) (int, error) { return q.PostSend(a.WRs) })
+})
+
+var opPostRecv = newOp("post_recv", func(h *host, a recvArgs) (int, error) {
+	return use(h, a.H, func(q *qp.QP) (int, error) { return q.PostRecv(a.WRs) })
+})
+
+type srqArgs struct {
+	PD         handle
+	Depth, SGE int
+}
+
+var opSRQ = newOp("create_srq", func(h *host, a srqArgs) (handle, error) {
+	return use(h, a.PD, func(pd *verbs.PD) (handle, error) {
+		s, err := qp.NewSRQ(pd, qp.SRQConfig{Depth: a.Depth, SGE: a.SGE})
+		if err != nil {
+			return 0, err
+		}
+		return h.add(s), nil
+	})
+})
+
+var opSRQPostRecv = newOp("post_srq_recv", func(h *host, a recvArgs) (int, error) {
+	return use(h, a.H, func(s *qp.SRQ) (int, error) { return s.PostRecv(a.WRs) })
+})
+
+type limitArgs struct {
+	SRQ   handle
+	Limit int
+}
+
+var opSRQLimit = newOp("modify_srq", func(h *host, a limitArgs) (none, error) {
+	return use(h, a.SRQ, func(s *qp.SRQ) (none, error) { return none{}, s.SetLimit(a.Limit) })
+})
+
+type ahArgs struct {
+	PD   handle
+	Attr ib.AHAttr
+}
+
+type ahInfo struct {
+	H   handle
+	Num ib.AHNum
+}
+
+var opAH = newOp("create_ah", func(h *host, a ahArgs) (ahInfo, error) {
+	return use(h, a.PD, func(pd *verbs.PD) (ahInfo, error) {
+		ah, err := pd.NewAH(a.Attr)
+		if err != nil {
+			return ahInfo{}, err
+		}
+		return ahInfo{h.add(ah), ah.Num()}, nil
+	})
+})
+
+var opWindow = newOp("alloc_mw", func(h *host, pd handle) (handle, error) {
+	return use(h, pd, func(pd *verbs.PD) (handle, error) {
+		w, err := mr.NewWindow(pd)
+		if err != nil {
+			return 0, err
+		}
+		return h.add(w), nil
+	})
+})
+
+type bindArgs struct {
+	Window, Mem handle
+	Off, N      int
+	Access      ib.Access
+}
+
+var opBindWR = newOp("bind request", func(h *host, a bindArgs) (ib.SendWR, error) {
+	m, err := get[*mr.MR](h, a.Mem)
+	if err != nil {
+		return ib.SendWR{}, err
+	}
+	return use(h, a.Window, func(w *mr.Window) (ib.SendWR, error) { return w.BindWR(m, a.Off, a.N, a.Access), nil })
+})
+
+var opWindowRKey = newOp("window's rkey", func(h *host, n handle) (ib.RKey, error) {
+	return use(h, n, func(w *mr.Window) (ib.RKey, error) { return w.RKey(), nil })
+})
+
+// Loops, for what control messages are too slow for.
+
+type pumpArgs struct {
+	QP, CQ handle
+	WRs    []ib.SendWR // every one signalled
+	Rounds int         // 0: until the other side is gone, or the WRs fail
+	Seed   uint64      // pauses between rounds, if not 0
+	// After each round, the 8-byte words of Collect, if its handle is not 0, are appended to the result.
+	Collect memRange
+}
+
+type pumpResult struct {
+	Rounds int
+	Words  []uint64
+	Bad    []ib.WC // of the round that failed
+}
+
+// opPump posts all WRs and waits for all completions, Rounds times.
+var opPump = newOp("pump", func(h *host, a pumpArgs) (r pumpResult, err error) {
+	q, err := get[*qp.QP](h, a.QP)
+	if err != nil {
+		return r, err
+	}
+	cq, err := get[*verbs.CQ](h, a.CQ)
+	if err != nil {
+		return r, err
+	}
+	pause := rand.New(rand.NewPCG(a.Seed, 1))
+	for ; a.Rounds == 0 || r.Rounds < a.Rounds; r.Rounds++ {
+		if n, err := q.PostSend(a.WRs); err != nil {
+			return r, fmt.Errorf("round %d: %d of %d accepted: %w", r.Rounds, n, len(a.WRs), err)
+		}
+		wcs, err := h.poll(cq, len(a.WRs), patience)
+		if err != nil {
+			return r, err
+		}
+		if len(wcs) != len(a.WRs) {
+			return r, fmt.Errorf("round %d: %d of %d completions within %v", r.Rounds, len(wcs), len(a.WRs), patience)
+		}
+		if slices.ContainsFunc(wcs, func(wc ib.WC) bool { return wc.Status != ib.WCSuccess }) {
+			r.Bad = wcs
+			return r, nil
+		}
+		if a.Collect.H != 0 {
+			b, err := h.bytes(a.Collect, a.Collect.N)
+			if err != nil {
+				return r, err
+			}
+			for i := 0; i+8 <= len(b); i += 8 {
+				r.Words = append(r.Words, binary.NativeEndian.Uint64(b[i:]))
+			}
+		}
+		switch {
+		case a.Seed == 0:
+		case pause.IntN(4) == 0:
+			time.Sleep(time.Duration(pause.IntN(200)) * time.Microsecond)
+		default:
+			runtime.Gosched()
+		}
+	}
+	return r, nil
+})
+
+type drainArgs struct {
+	Channel handle
+	CQs     []handle
+	N       int // completions, over all CQs
+	// A receive of this QP is posted again for each one that completed.
+	QP   handle
+	Recv ib.RecvWR
+}
+
+type drainResult struct {
+	Completions, Events int
+	Bad                 []ib.WC
+}
+
+// opDrain takes N completions by the book: arm, poll until empty, wait for the event. It sleeps between completions, so
+// one lost wake-up ends it with an error.
+var opDrain = newOp("drain by events", func(h *host, a drainArgs) (r drainResult, err error) {
+	ch, err := get[*verbs.CompChannel](h, a.Channel)
+	if err != nil {
+		return r, err
+	}
+	var q *qp.QP
+	if a.QP != 0 {
+		if q, err = get[*qp.QP](h, a.QP); err != nil {
+			return r, err
+		}
+	}
+	buf := make([]ib.WC, 16)
+	recvs := make([]ib.RecvWR, 0, len(buf))
+	drain := func(cq *verbs.CQ) error {
+		for {
+			n, err := cq.Poll(buf)
+			if err != nil || n == 0 {
+				return err
+			}
+			r.Completions += n
+			recvs = recvs[:0]
+			for _, wc := range buf[:n] {
+				if wc.Status != ib.WCSuccess {
+					r.Bad = append(r.Bad, wc)
+				}
+				recvs = append(recvs, a.Recv)
+			}
+			if q != nil {
+				if _, err := q.PostRecv(recvs); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	for _, n := range a.CQs {
+		cq, err := get[*verbs.CQ](h, n)
+		if err != nil {
+			return r, err
+		}
+		if err := cq.Arm(false); err != nil {
+			return r, err
+		}
+		if err := drain(cq); err != nil {
+			return r, err
+		}
+	}
+	for r.Completions < a.N && len(r.Bad) == 0 {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		cq, err := ch.Wait(ctx)
+		cancel()
+		if err != nil {
+			return r, fmt.Errorf("after %d of %d completions and %d events: %w", r.Completions, a.N, r.Events, err)
+		}
+		r.Events++
+		if err := cq.Arm(false); err != nil {
+			return r, err
+		}
+		if err := drain(cq); err != nil {
+			return r, err
+		}
+	}
+	return r, nil
+})
