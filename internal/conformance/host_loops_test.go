@@ -1,0 +1,158 @@
+package conformance
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"math/rand/v2"
+	"runtime"
+	"slices"
+	"time"
+
+	"github.com/ringside-rdma/ringside/qp"
+	"github.com/ringside-rdma/ringside/verbs"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// Loops, for what control messages are too slow for.
+
+type pumpArgs struct {
+	QP, CQ handle
+	WRs    []ib.SendWR // every one signalled
+	Rounds int         // 0: until the other side is gone, or the WRs fail
+	Seed   uint64      // pauses between rounds, if not 0
+	// After each round, the 8-byte words of Collect, if its handle is not 0, are appended to the result.
+	Collect memRange
+}
+
+type pumpResult struct {
+	Rounds int
+	Words  []uint64
+	Bad    []ib.WC // of the round that failed
+}
+
+// opPump posts all WRs and waits for all completions, Rounds times.
+var opPump = newOp("pump", func(h *host, a pumpArgs) (r pumpResult, err error) {
+	q, err := get[*qp.QP](h, a.QP)
+	if err != nil {
+		return r, err
+	}
+	cq, err := get[*verbs.CQ](h, a.CQ)
+	if err != nil {
+		return r, err
+	}
+	pause := rand.New(rand.NewPCG(a.Seed, 1))
+	for ; a.Rounds == 0 || r.Rounds < a.Rounds; r.Rounds++ {
+		if n, err := q.PostSend(a.WRs); err != nil {
+			return r, fmt.Errorf("round %d: %d of %d accepted: %w", r.Rounds, n, len(a.WRs), err)
+		}
+		wcs, err := h.poll(cq, len(a.WRs), patience)
+		if err != nil {
+			return r, err
+		}
+		if len(wcs) != len(a.WRs) {
+			return r, fmt.Errorf("round %d: %d of %d completions within %v", r.Rounds, len(wcs), len(a.WRs), patience)
+		}
+		if slices.ContainsFunc(wcs, func(wc ib.WC) bool { return wc.Status != ib.WCSuccess }) {
+			r.Bad = wcs
+			return r, nil
+		}
+		if a.Collect.H != 0 {
+			b, err := h.bytes(a.Collect, a.Collect.N)
+			if err != nil {
+				return r, err
+			}
+			for i := 0; i+8 <= len(b); i += 8 {
+				r.Words = append(r.Words, binary.NativeEndian.Uint64(b[i:]))
+			}
+		}
+		switch {
+		case a.Seed == 0:
+		case pause.IntN(4) == 0:
+			time.Sleep(time.Duration(pause.IntN(200)) * time.Microsecond)
+		default:
+			runtime.Gosched()
+		}
+	}
+	return r, nil
+})
+
+type drainArgs struct {
+	Channel handle
+	CQs     []handle
+	N       int // completions, over all CQs
+	// A receive of this QP is posted again for each one that completed.
+	QP   handle
+	Recv ib.RecvWR
+}
+
+type drainResult struct {
+	Completions, Events int
+	Bad                 []ib.WC
+}
+
+// opDrain takes N completions by the book: arm, poll until empty, wait for the event. It sleeps between completions, so
+// one lost wake-up ends it with an error.
+var opDrain = newOp("drain by events", func(h *host, a drainArgs) (r drainResult, err error) {
+	ch, err := get[*verbs.CompChannel](h, a.Channel)
+	if err != nil {
+		return r, err
+	}
+	var q *qp.QP
+	if a.QP != 0 {
+		if q, err = get[*qp.QP](h, a.QP); err != nil {
+			return r, err
+		}
+	}
+	buf := make([]ib.WC, 16)
+	recvs := make([]ib.RecvWR, 0, len(buf))
+	drain := func(cq *verbs.CQ) error {
+		for {
+			n, err := cq.Poll(buf)
+			if err != nil || n == 0 {
+				return err
+			}
+			r.Completions += n
+			recvs = recvs[:0]
+			for _, wc := range buf[:n] {
+				if wc.Status != ib.WCSuccess {
+					r.Bad = append(r.Bad, wc)
+				}
+				recvs = append(recvs, a.Recv)
+			}
+			if q != nil {
+				if _, err := q.PostRecv(recvs); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	for _, n := range a.CQs {
+		cq, err := get[*verbs.CQ](h, n)
+		if err != nil {
+			return r, err
+		}
+		if err := cq.Arm(false); err != nil {
+			return r, err
+		}
+		if err := drain(cq); err != nil {
+			return r, err
+		}
+	}
+	for r.Completions < a.N && len(r.Bad) == 0 {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		cq, err := ch.Wait(ctx)
+		cancel()
+		if err != nil {
+			return r, fmt.Errorf("after %d of %d completions and %d events: %w", r.Completions, a.N, r.Events, err)
+		}
+		r.Events++
+		if err := cq.Arm(false); err != nil {
+			return r, err
+		}
+		if err := drain(cq); err != nil {
+			return r, err
+		}
+	}
+	return r, nil
+})
