@@ -16,6 +16,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"net"
 
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -32,6 +33,8 @@ var (
 	ErrDeviceRemoved = errors.New("device was removed")
 	// ErrInvalidWR: a work request's fields do not fit together or exceed the QP's limits.
 	ErrInvalidWR = errors.New("invalid work request")
+	// ErrClosed: the object was closed.
+	ErrClosed = net.ErrClosed
 	// ErrUnreachable: the address names no device that can be reached.
 	ErrUnreachable = errors.New("peer cannot be reached")
 )

@@ -1,7 +1,10 @@
 // Package provider is the static table of the providers in this build.
 package provider
 
-import "github.com/ringside-rdma/ringside/internal/driver"
+import (
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/provider/soft"
+)
 
 // Entry is a provider and the tier that its devices belong to.
 type Entry struct {
@@ -11,5 +14,5 @@ type Entry struct {
 
 // Table returns the providers, best tier first.
 func Table() []Entry {
-	return nil
+	return []Entry{{driver.TierSoft, soft.Provider()}}
 }

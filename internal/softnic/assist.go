@@ -1,0 +1,168 @@
+package softnic
+
+import (
+	"encoding/binary"
+
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// One-sided operations on memory that a peer process cannot map (ordinary slices) are done by its NIC, piece by piece over
+// the control channel: the only operations that need the target's CPU.
+
+// assist is the state of such an operation at the head of a send queue. Guarded by sq.
+type assist struct {
+	active bool
+	id     uint32
+	off    uint32 // bytes done
+	chunk  uint32 // bytes under way
+	reply  bool
+	status ib.WCStatus
+	data   []byte
+	value  uint64
+}
+
+const assistChunk = 32 << 10
+
+// execAssist advances the operation of n bytes; stallAssist while an answer is awaited. Called with sq held.
+func (q *QP) execAssist(v *peerView, wr *ib.SendWR, n uint32) (ib.WCStatus, stallKind) {
+	a := &q.assist
+	if !a.active {
+		*a = assist{active: true}
+		q.sendAssist(v, wr, n)
+		return 0, stallAssist
+	}
+	if !a.reply {
+		return 0, stallAssist
+	}
+	a.reply = false
+	if a.status != ib.WCSuccess {
+		st := a.status
+		if st == ib.WCRemoteAccessErr {
+			q.accessFault(v)
+		}
+		*a = assist{}
+		return st, stallNone
+	}
+	switch wr.Opcode {
+	case ib.OpRDMARead:
+		if uint32(len(a.data)) != a.chunk {
+			v.link.fault("answer of %d bytes to a read of %d", len(a.data), a.chunk)
+			return 0, stallAssist
+		}
+		q.scatter(wr, a.data, a.off)
+	case ib.OpAtomicCmpSwap, ib.OpAtomicFetchAdd:
+		var b [8]byte
+		putHost64(b[:], a.value)
+		q.scatter(wr, b[:], 0)
+	}
+	a.off += a.chunk
+	if a.off < n {
+		q.sendAssist(v, wr, n)
+		return 0, stallAssist
+	}
+	*a = assist{}
+	return ib.WCSuccess, stallNone
+}
+
+func (q *QP) sendAssist(v *peerView, wr *ib.SendWR, n uint32) {
+	a := &q.assist
+	a.chunk = min(n-a.off, assistChunk)
+	m := ctl{kind: ctlAssist, status: uint8(wr.Opcode), qpn: uint32(q.qpn), dst: uint32(v.qpn), a: uint32(wr.RKey), b: a.chunk,
+		x: wr.RemoteAddr + uint64(a.off)}
+	switch wr.Opcode {
+	case ib.OpRDMAWrite, ib.OpRDMAWriteWithImm:
+		m.data = make([]byte, a.chunk)
+		q.gather(m.data, wr, a.off)
+	case ib.OpAtomicCmpSwap, ib.OpAtomicFetchAdd:
+		m.y, m.z = wr.CompareAdd, wr.Swap
+	}
+	l := v.link
+	l.mu.Lock()
+	l.nextID++
+	a.id = l.nextID
+	m.id = a.id
+	l.assists[a.id] = q
+	l.mu.Unlock()
+	l.send(m)
+}
+
+// assisted takes the peer's answer.
+func (q *QP) assisted(m *ctl) {
+	q.sq.Lock()
+	if a := &q.assist; a.active && a.id == m.id && !a.reply {
+		a.reply = true
+		a.status = ib.WCStatus(m.status)
+		if a.status != ib.WCSuccess && a.status != ib.WCRemoteAccessErr && a.status != ib.WCRemoteInvalidReqErr {
+			a.status = ib.WCRemoteOpErr
+		}
+		a.data = append([]byte(nil), m.data...)
+		a.value = m.x
+	}
+	q.sq.Unlock()
+	q.progress()
+}
+
+// handleAssist does a peer's operation on private memory.
+func (l *link) handleAssist(m *ctl) error {
+	answer := ctl{kind: ctlAssisted, id: m.id}
+	answer.status = uint8(l.doAssist(m, &answer))
+	l.send(answer)
+	return nil
+}
+
+func (l *link) doAssist(m, answer *ctl) ib.WCStatus {
+	q := l.nic.qp(ib.QPN(m.dst))
+	if q == nil || m.b > assistChunk {
+		return ib.WCRemoteInvalidReqErr
+	}
+	q.sq.Lock()
+	ok := q.link == l && uint32(q.attr.DestQPN) == m.qpn
+	rights := q.attr.Access
+	q.sq.Unlock()
+	op := ib.Opcode(m.status)
+	var need ib.Access
+	switch op {
+	case ib.OpRDMAWrite, ib.OpRDMAWriteWithImm:
+		need = ib.AccessRemoteWrite
+		ok = ok && uint32(len(m.data)) == m.b
+	case ib.OpRDMARead:
+		need = ib.AccessRemoteRead
+	case ib.OpAtomicCmpSwap, ib.OpAtomicFetchAdd:
+		need = ib.AccessRemoteAtomic
+		ok = ok && m.b == 8 && m.x&7 == 0
+	default:
+		ok = false
+	}
+	if !ok {
+		return ib.WCRemoteInvalidReqErr
+	}
+	l.nic.assistMu.RLock() // the region cannot go while we copy: quiesce takes the lock
+	defer l.nic.assistMu.RUnlock()
+	r := l.nic.regions.lookupRKey(ib.RKey(m.a))
+	if r == nil || r.pd != q.pd || r.access&need == 0 || rights&need == 0 || r.qpn != 0 && r.qpn != q.qpn || !r.contains(m.x, m.b) {
+		return ib.WCRemoteAccessErr
+	}
+	b := r.bytes(m.x, m.b)
+	switch op {
+	case ib.OpRDMAWrite, ib.OpRDMAWriteWithImm:
+		copy(b, m.data)
+	case ib.OpRDMARead:
+		answer.data = append([]byte(nil), b...)
+	default:
+		w := word64At(r.mem, m.x-r.memAt)
+		if w == nil {
+			return ib.WCRemoteInvalidReqErr
+		}
+		answer.x = doAtomic(w, op, m.y, m.z)
+	}
+	return ib.WCSuccess
+}
+
+// grh builds the header that a datagram's receive buffer starts with: an IPv6 header with both GIDs (IBA 8.3).
+func grh(b *[ib.GRHLen]byte, src, dst ib.GID, payload int) {
+	b[0] = 6 << 4
+	binary.BigEndian.PutUint16(b[4:], uint16(payload))
+	b[6], b[7] = 0x1b, 1
+	copy(b[8:24], src[:])
+	copy(b[24:40], dst[:])
+}

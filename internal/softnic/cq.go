@@ -1,0 +1,584 @@
+package softnic
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/bits"
+	"sync"
+	"sync/atomic"
+
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/ring"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// A CQ is a view on rings, not a ring: each QP has one ring of send completions, written by whoever posts, and one of
+// receive completions a peer, written by the peer. Poll gathers them. So completions need no lock between producers, a
+// producer that dies leaves no hole, and a peer can only write to the rings of its own QPs.
+//
+// With few QPs Poll looks at each ring (scan mode). Beyond scanLimit a bitmap of QPs with news is kept instead.
+type CQ struct {
+	nic *NIC
+
+	mu      ring.SpinLock // guards polling: the consumer side of every ring
+	members []*QP         // by member index; nil: free. Replaced under mu, so Poll may keep the slice
+	rr      int           // where the next scan starts, for fairness
+	entries int           // capacity
+	sumCap  int           // completions that the members could have outstanding in all
+	useBits bool          // bitmap mode
+	ports   []*port       // on every link that members are connected over
+	ready   readySet      // members with news from this process; bitmap mode
+	closed  bool
+
+	err atomic.Pointer[error]
+
+	armMu sync.Mutex
+	armed uint32 // what was armed last; 0: fired and seen. Guarded by armMu
+	// armedLocal is the armed word for completions of this process: set by Arm, cleared by CAS by whoever completes.
+	armedLocal atomic.Uint32
+	channel    *CompChannel
+}
+
+// scanLimit is the number of QPs up to which Poll looks at each of them.
+const scanLimit = 8
+
+// CreateCQ implements driver.Context.
+func (n *NIC) CreateCQ(cfg driver.CQConfig) (driver.CQ, error) {
+	if cfg.Entries < 1 || cfg.Entries > maxCQE {
+		return nil, fmt.Errorf("a CQ of the software NIC has 1 to %d entries, not %d", maxCQE, cfg.Entries)
+	}
+	c := &CQ{nic: n, entries: cfg.Entries}
+	if cfg.Channel != nil {
+		ch, ok := cfg.Channel.(*CompChannel)
+		if !ok || ch.nic != n {
+			return nil, errors.New("the completion channel belongs to another context")
+		}
+		if err := ch.add(c); err != nil {
+			return nil, err
+		}
+		c.channel = ch
+	}
+	if err := n.addCQ(c); err != nil {
+		if c.channel != nil {
+			c.channel.remove(c)
+		}
+		return nil, err
+	}
+	return c, nil
+}
+
+// Entries implements driver.CQ.
+func (c *CQ) Entries() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.entries
+}
+
+// Err implements driver.CQ.
+func (c *CQ) Err() error {
+	if e := c.err.Load(); e != nil {
+		return *e
+	}
+	return nil
+}
+
+var errOverrun = errors.New("completion queue overrun: more completions than entries; make the CQ as deep as its queues together")
+
+// Poll implements driver.CQ.
+func (c *CQ) Poll(wcs []ib.WC) int {
+	if c.nic.stalled.Load() != 0 {
+		c.nic.progressStalled()
+	}
+	c.mu.Lock()
+	if c.err.Load() != nil {
+		c.mu.Unlock()
+		return -1
+	}
+	var n int
+	if !c.useBits {
+		if c.sumCap > c.entries && c.overrun() {
+			c.mu.Unlock()
+			return -1
+		}
+		members := c.members
+		if len(members) == 1 {
+			if q := members[0]; q != nil {
+				n = q.poll(c, wcs)
+			}
+		} else if len(members) > 0 {
+			c.rr++
+			if c.rr >= len(members) {
+				c.rr = 0
+			}
+			for i, k := 0, c.rr; i < len(members) && n < len(wcs); i++ {
+				if q := members[k]; q != nil {
+					n += q.poll(c, wcs[n:])
+				}
+				if k++; k == len(members) {
+					k = 0
+				}
+			}
+		}
+	} else {
+		n = c.pollReady(wcs)
+	}
+	c.mu.Unlock()
+	return n
+}
+
+// pollReady gathers from the members whose bits are set. A member that has more than fits keeps its bit.
+func (c *CQ) pollReady(wcs []ib.WC) int {
+	for _, p := range c.ports {
+		p.collect(&c.ready)
+	}
+	n := 0
+	for n < len(wcs) {
+		k, ok := c.ready.pop()
+		if !ok {
+			break
+		}
+		if k >= len(c.members) || c.members[k] == nil {
+			continue
+		}
+		q := c.members[k]
+		got := q.poll(c, wcs[n:])
+		n += got
+		if n == len(wcs) {
+			c.ready.set(k) // perhaps not empty
+		}
+	}
+	return n
+}
+
+// overrun counts what is queued when more could be queued than the capacity allows, and fails the CQ if it is.
+func (c *CQ) overrun() bool {
+	sum := 0
+	for _, q := range c.members {
+		if q != nil {
+			sum += q.pending(c)
+		}
+	}
+	if sum <= c.entries {
+		return false
+	}
+	c.fail(errOverrun)
+	return true
+}
+
+// fail puts the CQ, and then its QPs, into the error state. Called with mu held.
+func (c *CQ) fail(err error) {
+	if !c.err.CompareAndSwap(nil, &err) {
+		return
+	}
+	c.nic.raise(driver.AsyncEvent{Type: ib.EventCQErr, CQ: c})
+	members := c.members
+	c.nic.later(func() {
+		for _, q := range members {
+			if q != nil {
+				q.toError(ib.EventQPFatal, true)
+			}
+		}
+		c.fire(true)
+	})
+}
+
+// Resize implements driver.CQResizer.
+func (c *CQ) Resize(entries int) error {
+	if entries < 1 || entries > maxCQE {
+		return fmt.Errorf("a CQ of the software NIC has 1 to %d entries, not %d", maxCQE, entries)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return driver.ErrClosed
+	}
+	sum := 0
+	for _, q := range c.members {
+		if q != nil {
+			sum += q.pending(c)
+		}
+	}
+	if sum > entries {
+		return fmt.Errorf("%w: %d completions are queued, more than %d: poll first", driver.ErrBusy, sum, entries)
+	}
+	c.entries = entries
+	return nil
+}
+
+// Close implements driver.CQ.
+func (c *CQ) Close() error {
+	c.mu.Lock()
+	if c.closed {
+		c.mu.Unlock()
+		return driver.ErrClosed
+	}
+	for _, q := range c.members {
+		if q != nil {
+			c.mu.Unlock()
+			return fmt.Errorf("%w: queue pairs complete on this CQ", driver.ErrBusy)
+		}
+	}
+	c.closed = true
+	ports := c.ports
+	c.ports = nil
+	e := error(driver.ErrClosed)
+	c.err.CompareAndSwap(nil, &e)
+	c.mu.Unlock()
+	for _, p := range ports {
+		p.link.dropPort(p)
+	}
+	if c.channel != nil {
+		c.channel.remove(c)
+	}
+	c.nic.dropCQ(c)
+	return nil
+}
+
+// attach makes q a member and returns its index.
+func (c *CQ) attach(q *QP, capacity int) (int, error) {
+	c.mu.Lock()
+	if c.closed {
+		c.mu.Unlock()
+		return 0, driver.ErrClosed
+	}
+	members := append([]*QP(nil), c.members...)
+	k := -1
+	for i, m := range members {
+		if m == nil {
+			k = i
+			break
+		}
+	}
+	if k < 0 {
+		k = len(members)
+		members = append(members, nil)
+	}
+	members[k] = q
+	c.members = members
+	c.sumCap += capacity
+	goBits := !c.useBits && len(members) > scanLimit
+	c.ready.grow(len(members))
+	if goBits {
+		c.useBits = true
+		for _, p := range c.ports {
+			p.setBitsMode()
+		}
+	}
+	c.mu.Unlock()
+	if goBits {
+		heavyBarrier() // whoever still published without a bit is seen by the full look below
+		c.readyAll()
+	}
+	return k, nil
+}
+
+func (c *CQ) readyAll() {
+	c.mu.Lock()
+	for i, m := range c.members {
+		if m != nil {
+			c.ready.set(i)
+		}
+	}
+	c.mu.Unlock()
+}
+
+func (c *CQ) detach(k, capacity int) {
+	c.mu.Lock()
+	members := append([]*QP(nil), c.members...)
+	members[k] = nil
+	for len(members) > 0 && members[len(members)-1] == nil {
+		members = members[:len(members)-1]
+	}
+	c.members = members
+	c.sumCap -= capacity
+	c.mu.Unlock()
+}
+
+// signal tells the CQ of news of member k from this process: the completion is already visible. solicited says whether it
+// wakes a sleeper that only waits for solicited ones.
+func (c *CQ) signal(k int, solicited bool) {
+	if c.bitsMode() {
+		c.ready.set(k)
+	}
+	if a := c.armedLocal.Load(); a != armNone {
+		c.fireIf(a, solicited)
+	}
+}
+
+func (c *CQ) bitsMode() bool { return c.ready.on.Load() }
+
+func (c *CQ) fireIf(a uint32, solicited bool) {
+	if (a == armAny || solicited) && c.armedLocal.CompareAndSwap(a, armNone) && c.channel != nil {
+		c.channel.wake()
+	}
+}
+
+// fire wakes the sleeper, if there is one.
+func (c *CQ) fire(solicited bool) {
+	if a := c.armedLocal.Load(); a != armNone {
+		c.fireIf(a, solicited)
+	}
+}
+
+// Arm implements driver.CQ.
+func (c *CQ) Arm(solicitedOnly bool) error {
+	if err := c.Err(); err != nil {
+		return err
+	}
+	if c.channel == nil {
+		return errors.New("the CQ has no completion channel: give it one when it is created")
+	}
+	kind := armAny
+	if solicitedOnly {
+		kind = armSolicited
+	}
+	c.armMu.Lock()
+	if c.armed == armAny {
+		kind = armAny // the stronger request stays
+	}
+	c.armed = kind
+	c.armedLocal.Store(kind)
+	c.mu.Lock()
+	ports := c.ports
+	c.mu.Unlock()
+	for _, p := range ports {
+		p.arm(kind)
+	}
+	c.armMu.Unlock()
+	// Producers publish, then load the armed word, without a fence between the two: this is the fence.
+	heavyBarrier()
+	return nil
+}
+
+// takeFired reports whether the armed CQ has fired, and disarms it then.
+func (c *CQ) takeFired() bool {
+	c.armMu.Lock()
+	defer c.armMu.Unlock()
+	if c.armed == armNone {
+		return false
+	}
+	c.mu.Lock()
+	ports := c.ports
+	c.mu.Unlock()
+	fired := c.armedLocal.Load() == armNone
+	for _, p := range ports {
+		fired = fired || p.fired()
+	}
+	if !fired {
+		return false
+	}
+	c.armed = armNone
+	c.armedLocal.Store(armNone)
+	for _, p := range ports {
+		p.arm(armNone)
+	}
+	return true
+}
+
+// addPort makes a new port part of the CQ: it gets the mode and armed word that the others have.
+func (c *CQ) addPort(p *port) {
+	c.armMu.Lock()
+	c.mu.Lock()
+	c.ports = append(append([]*port(nil), c.ports...), p)
+	if c.useBits {
+		p.setBitsMode()
+	}
+	c.mu.Unlock()
+	p.arm(c.armed)
+	c.armMu.Unlock()
+}
+
+// removePort forgets a port whose link is gone, and lets the sleeper look.
+func (c *CQ) removePort(p *port) {
+	c.mu.Lock()
+	var ports []*port
+	for _, x := range c.ports {
+		if x != p {
+			ports = append(ports, x)
+		}
+	}
+	c.ports = ports
+	c.mu.Unlock()
+	c.fire(true)
+}
+
+// readySet is a bitmap of members with news. Producers set bits, the poller takes them.
+type readySet struct {
+	on    atomic.Bool
+	words atomic.Pointer[[]atomic.Uint64] // replaced by grow under the CQ's lock
+	hint  int                             // word to look at first; poller only
+	some  atomic.Uint32                   // raised by set before a poller looks; cleared by a full look
+}
+
+// grow makes room for n members; the bitmap is in use once that is more than scanLimit.
+func (r *readySet) grow(n int) {
+	if n <= scanLimit {
+		return
+	}
+	need := (n + 63) / 64
+	old := r.words.Load()
+	if old == nil || len(*old) < need {
+		w := make([]atomic.Uint64, max(need, 4, 2*lenOf(old)))
+		r.words.Store(&w)
+		if old != nil {
+			// A producer may still set a bit in the old words: the caller marks every member ready after a pause, and so do we.
+			for i := range w {
+				w[i].Store(^uint64(0))
+			}
+		}
+	}
+	r.some.Store(1)
+	r.on.Store(true)
+}
+
+func lenOf(w *[]atomic.Uint64) int {
+	if w == nil {
+		return 0
+	}
+	return len(*w)
+}
+
+func (r *readySet) set(k int) {
+	for {
+		w := r.words.Load()
+		if w == nil || k/64 >= len(*w) {
+			return
+		}
+		(*w)[k/64].Or(1 << (k % 64))
+		if r.some.Load() == 0 {
+			r.some.Store(1)
+		}
+		if r.words.Load() == w { // not replaced meanwhile: the bit is where the poller looks
+			return
+		}
+	}
+}
+
+// pop takes one member, in rising order from the last one taken; false: none is set.
+func (r *readySet) pop() (int, bool) {
+	if r.some.Load() == 0 {
+		return 0, false
+	}
+	w := *r.words.Load()
+	for pass := 0; pass < 2; pass++ {
+		if pass == 1 {
+			r.some.Store(0) // before the look that finds nothing, so that a bit set after it raises some again
+		}
+		for i := 0; i < len(w); i++ {
+			k := r.hint + i
+			if k >= len(w) {
+				k -= len(w)
+			}
+			if b := w[k].Load(); b != 0 {
+				bit := bits.TrailingZeros64(b)
+				w[k].And(^(uint64(1) << bit))
+				r.hint = k
+				r.some.Store(1)
+				return k*64 + bit, true
+			}
+		}
+	}
+	return 0, false
+}
+
+// CompChannel implements driver.CompChannel. Producers of this process and of peers wake it through its waker.
+type CompChannel struct {
+	nic *NIC
+	id  uint32
+	w   waker
+
+	mu     sync.Mutex
+	cqs    []*CQ
+	closed bool
+}
+
+// CreateCompChannel implements driver.Context.
+func (n *NIC) CreateCompChannel() (driver.CompChannel, error) {
+	w, err := newWaker()
+	if err != nil {
+		return nil, err
+	}
+	ch := &CompChannel{nic: n, w: w}
+	if err := n.addChannel(ch); err != nil {
+		w.close()
+		return nil, err
+	}
+	return ch, nil
+}
+
+func (ch *CompChannel) wake() { ch.w.wake() }
+
+func (ch *CompChannel) add(c *CQ) error {
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	if ch.closed {
+		return driver.ErrClosed
+	}
+	ch.cqs = append(ch.cqs, c)
+	return nil
+}
+
+func (ch *CompChannel) remove(c *CQ) {
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	for i, x := range ch.cqs {
+		if x == c {
+			ch.cqs = append(ch.cqs[:i:i], ch.cqs[i+1:]...)
+			return
+		}
+	}
+}
+
+// next returns a CQ that has fired, or nil.
+func (ch *CompChannel) next() (*CQ, error) {
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	if ch.closed {
+		return nil, driver.ErrClosed
+	}
+	for i, c := range ch.cqs {
+		if c.takeFired() {
+			if len(ch.cqs) > 1 { // to the end, so that a busy CQ does not hide the others
+				ch.cqs = append(append(ch.cqs[:i:i], ch.cqs[i+1:]...), c)
+			}
+			return c, nil
+		}
+	}
+	return nil, nil
+}
+
+// Wait implements driver.CompChannel.
+func (ch *CompChannel) Wait(ctx context.Context) (driver.CQ, error) {
+	for {
+		c, err := ch.next()
+		if err != nil {
+			return nil, err
+		}
+		if c != nil {
+			ch.w.wake() // there may be another for another waiter
+			return c, nil
+		}
+		if err := ch.w.wait(ctx); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// Close implements driver.CompChannel.
+func (ch *CompChannel) Close() error {
+	ch.mu.Lock()
+	if ch.closed {
+		ch.mu.Unlock()
+		return driver.ErrClosed
+	}
+	if len(ch.cqs) > 0 {
+		ch.mu.Unlock()
+		return fmt.Errorf("%w: completion queues use this channel", driver.ErrBusy)
+	}
+	ch.closed = true
+	ch.mu.Unlock()
+	ch.nic.dropChannel(ch)
+	ch.w.close()
+	return nil
+}

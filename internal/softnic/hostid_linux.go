@@ -1,0 +1,77 @@
+package softnic
+
+import (
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// identity is this process's part of a hello.
+var identity = sync.OnceValue(func() hello {
+	h := hello{uid: uint32(os.Geteuid()), pid: uint32(os.Getpid()), pidNS: nsInode("pid"), mntNS: nsInode("mnt")}
+	if b, err := os.ReadFile("/proc/sys/kernel/random/boot_id"); err == nil {
+		if id, err := hex.DecodeString(strings.ReplaceAll(strings.TrimSpace(string(b)), "-", "")); err == nil {
+			copy(h.boot[:], id)
+		}
+	}
+	return h
+})
+
+// nsInode returns the number of a namespace of this process, from a link such as "pid:[4026531836]"; 0 if it cannot be read.
+func nsInode(kind string) uint64 {
+	s, err := os.Readlink("/proc/self/ns/" + kind)
+	if err != nil {
+		return 0
+	}
+	s = strings.TrimSuffix(strings.TrimPrefix(s, kind+":["), "]")
+	n, _ := strconv.ParseUint(s, 10, 64)
+	return n
+}
+
+// socketName is the abstract address of the NIC with the GID.
+func socketName(g ib.GID) *net.UnixAddr {
+	return &net.UnixAddr{Net: "unixpacket", Name: "@ringside-soft-" + hex.EncodeToString(g[:])}
+}
+
+// checkPeer says why a process cannot be served through shared memory. The kernel vouches for the uid, and for the process
+// being visible in our PID namespace; the rest is the peer's own word, and only serves to find mistakes.
+func checkPeer(c *net.UnixConn, h *hello) error {
+	me := identity()
+	cred, err := peerCred(c)
+	if err != nil {
+		return err
+	}
+	switch {
+	case cred.Uid != me.uid:
+		return fmt.Errorf("processes of uid %d and uid %d do not share memory: run both as one user", cred.Uid, me.uid)
+	case h.boot != me.boot:
+		return errors.New("the processes run under different kernels")
+	case h.pidNS != me.pidNS || cred.Pid == 0:
+		return errors.New("the processes run in different containers (PID namespaces), which do not share memory")
+	case h.mntNS != me.mntNS:
+		return errors.New("the processes run in different mount namespaces, which do not share memory")
+	}
+	return nil
+}
+
+func peerCred(c *net.UnixConn) (*unix.Ucred, error) {
+	rc, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var cred *unix.Ucred
+	var cerr error
+	if err := rc.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
+		return nil, err
+	}
+	return cred, cerr
+}

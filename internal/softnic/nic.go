@@ -1,0 +1,686 @@
+package softnic
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/mem"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// NIC is a software NIC. It implements driver.Context: every open context is a NIC of its own, with its own GID.
+type NIC struct {
+	gid     ib.GID
+	guid    ib.GUID
+	shared  bool // peers in other processes can reach it
+	sharedE error
+	viaDoor bool // tests: reach NICs of this process through shared memory too
+	liveReg *mem.Region
+	door    *door // where other processes knock; nil without shared memory
+	stagePD PD
+	stages  stagePool
+	regions regionTable
+
+	assistMu sync.RWMutex // held for reading while a peer's operation is done for it
+
+	mu       sync.Mutex
+	closed   bool
+	qps      map[ib.QPN]*QP
+	nextQPN  ib.QPN
+	cqs      map[*CQ]bool
+	channels map[*CompChannel]bool
+	srqs     map[*SRQ]bool
+	mws      map[uint32]*MW
+	links    map[ib.GID]*link
+	dials    map[ib.GID]*dial
+	nextPD   uint32
+	nextMW   uint32
+	nextChan uint32
+	nextSRQ  uint32
+	pds      int
+	qpList   atomic.Pointer[[]*QP] // copy of qps for the slow walks; replaced under mu
+
+	ahs     atomic.Pointer[[]*AH] // by number; replaced under mu
+	freeAHs []ib.AHNum
+
+	events *mailbox[driver.AsyncEvent]
+	evC    chan struct{} // an event was added, or the NIC was closed
+	work   *mailbox[func()]
+	done   chan struct{} // the worker has ended
+
+	stalled   atomic.Int32 // QPs whose head request waits
+	stalledMu sync.Mutex
+	stalledQs []*QP
+	kick      chan struct{}
+	retryDone chan struct{}
+}
+
+// Device attributes.
+const (
+	vendorID   = 0x1f5d // not assigned: a software device
+	deviceName = "soft0"
+)
+
+// linkTimeout bounds the set-up of a path to another process.
+const linkTimeout = 2 * time.Second
+
+// Open makes a NIC.
+func Open() (*NIC, error) {
+	n := &NIC{qps: map[ib.QPN]*QP{}, cqs: map[*CQ]bool{}, channels: map[*CompChannel]bool{}, srqs: map[*SRQ]bool{},
+		mws: map[uint32]*MW{}, links: map[ib.GID]*link{}, dials: map[ib.GID]*dial{}, done: make(chan struct{}),
+		events: newMailbox[driver.AsyncEvent](), evC: make(chan struct{}, 1), work: newMailbox[func()](),
+		kick: make(chan struct{}, 1), retryDone: make(chan struct{})}
+	rand.Read(n.gid[:])
+	// fd00::/8: a locally assigned address. Its random part is the NIC's identity on this host.
+	n.gid[0] = 0xfd
+	n.guid = ib.GUID(n.gid.InterfaceID())
+	n.nextQPN = ib.QPN(random32() & 0xffff) // so that stale QPNs of other runs rarely fit
+	n.nextQPN += 16
+	n.stagePD = PD{nic: n}
+	if err := n.openShared(); err != nil {
+		n.sharedE = err
+		n.regions.init(heapBytes(maxMRs*4), -1)
+	}
+	register(n)
+	go n.worker()
+	go n.retrier()
+	return n, nil
+}
+
+// register makes the NIC reachable for others of this process.
+var (
+	registryMu sync.Mutex
+	registry   = map[ib.GID]*NIC{}
+)
+
+func register(n *NIC) {
+	registryMu.Lock()
+	registry[n.gid] = n
+	registryMu.Unlock()
+}
+
+func lookupNIC(g ib.GID) *NIC {
+	registryMu.Lock()
+	defer registryMu.Unlock()
+	return registry[g]
+}
+
+// GID is the NIC's own GID.
+func (n *NIC) GID() ib.GID { return n.gid }
+
+// QueryDevice implements driver.Context.
+func (n *NIC) QueryDevice() (ib.DeviceAttr, error) {
+	if n.isClosed() {
+		return ib.DeviceAttr{}, driver.ErrClosed
+	}
+	return ib.DeviceAttr{Firmware: "software", NodeGUID: n.guid, SysImageGUID: n.guid, VendorID: vendorID, Ports: 1,
+		MaxMRSize: 1 << 46, PageSizeCap: 1<<12 | 1<<21 | 1<<30, MaxQP: maxQPs, MaxQPWR: maxDepth, MaxSGE: maxSGE, MaxSGERead: maxSGE,
+		MaxCQ: 1 << 16, MaxCQE: maxCQE, MaxMR: maxMRs - 1, MaxPD: 1 << 16, MaxQPRdAtomic: maxPaths, MaxQPInitRdAtom: maxPaths,
+		MaxMW: maxMRs - 1, MaxAH: maxAHs, MaxSRQ: 1 << 14, MaxSRQWR: maxDepth, MaxSRQSGE: maxSGE, MaxPKeys: 1, MaxInline: maxInline,
+		Caps: ib.CapMW2 | ib.CapSRQ | ib.CapAtomic | ib.CapAtomicGlobal | ib.CapResizeCQ | ib.CapUD | ib.CapUC}, nil
+}
+
+// QueryPort implements driver.Context.
+func (n *NIC) QueryPort(port uint8) (ib.PortAttr, error) {
+	if n.isClosed() {
+		return ib.PortAttr{}, driver.ErrClosed
+	}
+	if port != 1 {
+		return ib.PortAttr{}, errPort(port)
+	}
+	return ib.PortAttr{State: ib.PortActive, MaxMTU: ib.MTU4096, ActiveMTU: ib.MTU4096, GIDTable: 1, PKeyTable: 1,
+		MaxMessage: 1 << 31, LinkLayer: ib.LinkMemory}, nil
+}
+
+func errPort(port uint8) error { return fmt.Errorf("the software NIC has port 1 only, not %d", port) }
+
+// GIDs implements driver.Context.
+func (n *NIC) GIDs(port uint8) ([]ib.GIDEntry, error) {
+	if n.isClosed() {
+		return nil, driver.ErrClosed
+	}
+	if port != 1 {
+		return nil, errPort(port)
+	}
+	return []ib.GIDEntry{{Index: 0, GID: n.gid, Type: ib.GIDSoft, PortNum: 1}}, nil
+}
+
+func (n *NIC) isClosed() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.closed
+}
+
+// PD implements driver.PD.
+type PD struct {
+	nic      *NIC
+	id       uint32
+	children atomic.Int64 // closed: a large negative number
+}
+
+const pdClosed = -1 << 40
+
+// AllocPD implements driver.Context.
+func (n *NIC) AllocPD() (driver.PD, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return nil, driver.ErrClosed
+	}
+	n.nextPD++
+	n.pds++
+	return &PD{nic: n, id: n.nextPD}, nil
+}
+
+func (pd *PD) addChild() error {
+	if pd.children.Add(1) <= 0 {
+		pd.children.Add(-1)
+		return driver.ErrClosed
+	}
+	return nil
+}
+
+func (pd *PD) dropChild() { pd.children.Add(-1) }
+
+// Close implements driver.PD.
+func (pd *PD) Close() error {
+	if !pd.children.CompareAndSwap(0, pdClosed) {
+		if pd.children.Load() < 0 {
+			return driver.ErrClosed
+		}
+		return fmt.Errorf("%w: regions, queue pairs or windows belong to the protection domain", driver.ErrBusy)
+	}
+	pd.nic.mu.Lock()
+	pd.nic.pds--
+	pd.nic.mu.Unlock()
+	return nil
+}
+
+// Tables of objects.
+
+func (n *NIC) addQP(q *QP) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return driver.ErrClosed
+	}
+	if len(n.qps) >= maxQPs {
+		return fmt.Errorf("the software NIC has %d queue pairs at most", maxQPs)
+	}
+	for n.qps[n.nextQPN] != nil || n.nextQPN < 2 {
+		n.nextQPN = (n.nextQPN + 1) & ib.MaxQPN
+	}
+	q.qpn = n.nextQPN
+	n.nextQPN = (n.nextQPN + 1) & ib.MaxQPN
+	n.qps[q.qpn] = q
+	n.qpList.Store(nil)
+	return nil
+}
+
+func (n *NIC) dropQP(q *QP) {
+	n.mu.Lock()
+	if n.qps[q.qpn] == q {
+		delete(n.qps, q.qpn)
+		n.qpList.Store(nil)
+	}
+	n.mu.Unlock()
+}
+
+func (n *NIC) qp(k ib.QPN) *QP {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.qps[k]
+}
+
+// eachQP calls f for every QP, with no lock held.
+func (n *NIC) eachQP(f func(*QP)) {
+	list := n.qpList.Load()
+	if list == nil {
+		n.mu.Lock()
+		l := make([]*QP, 0, len(n.qps))
+		for _, q := range n.qps {
+			l = append(l, q)
+		}
+		n.qpList.Store(&l)
+		n.mu.Unlock()
+		list = &l
+	}
+	for _, q := range *list {
+		f(q)
+	}
+}
+
+func (n *NIC) eachInbound(f func(*inbound)) {
+	n.eachQP(func(q *QP) { q.eachInbound(f) })
+}
+
+// drainSenders waits until every operation that this NIC initiates and that began before has ended; datagrams
+// are sent with the sender's sq held as well.
+func (n *NIC) drainSenders() {
+	n.eachQP(func(q *QP) {
+		q.sq.Lock()
+		q.sq.Unlock() //lint:ignore SA2001 waiting for the holder is the point
+	})
+}
+
+func (n *NIC) addCQ(c *CQ) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return driver.ErrClosed
+	}
+	n.cqs[c] = true
+	return nil
+}
+
+func (n *NIC) dropCQ(c *CQ) {
+	n.mu.Lock()
+	delete(n.cqs, c)
+	n.mu.Unlock()
+}
+
+func (n *NIC) eachCQ(f func(*CQ)) {
+	n.mu.Lock()
+	list := make([]*CQ, 0, len(n.cqs))
+	for c := range n.cqs {
+		list = append(list, c)
+	}
+	n.mu.Unlock()
+	for _, c := range list {
+		f(c)
+	}
+}
+
+func (n *NIC) addChannel(ch *CompChannel) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return driver.ErrClosed
+	}
+	n.nextChan++
+	ch.id = n.nextChan
+	n.channels[ch] = true
+	return nil
+}
+
+func (n *NIC) dropChannel(ch *CompChannel) {
+	n.mu.Lock()
+	delete(n.channels, ch)
+	n.mu.Unlock()
+}
+
+func (n *NIC) addSRQ(s *SRQ) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return driver.ErrClosed
+	}
+	n.nextSRQ++
+	s.id = n.nextSRQ
+	n.srqs[s] = true
+	return nil
+}
+
+func (n *NIC) dropSRQ(s *SRQ) {
+	n.mu.Lock()
+	delete(n.srqs, s)
+	n.mu.Unlock()
+}
+
+func (n *NIC) eachSRQ(f func(*SRQ)) {
+	n.mu.Lock()
+	list := make([]*SRQ, 0, len(n.srqs))
+	for s := range n.srqs {
+		list = append(list, s)
+	}
+	n.mu.Unlock()
+	for _, s := range list {
+		f(s)
+	}
+}
+
+func (n *NIC) addAH(a *AH) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return driver.ErrClosed
+	}
+	var list []*AH
+	if old := n.ahs.Load(); old != nil {
+		list = append(list, *old...)
+	}
+	if k := len(n.freeAHs); k > 0 {
+		a.num = n.freeAHs[k-1]
+		n.freeAHs = n.freeAHs[:k-1]
+	} else {
+		if len(list) == 0 {
+			list = append(list, nil) // number 0 is no handle
+		}
+		if len(list) >= maxAHs {
+			return fmt.Errorf("the software NIC has %d address handles at most", maxAHs-1)
+		}
+		a.num = ib.AHNum(len(list))
+		list = append(list, nil)
+	}
+	list[a.num] = a
+	n.ahs.Store(&list)
+	return nil
+}
+
+func (n *NIC) dropAH(a *AH) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	list := append([]*AH(nil), *n.ahs.Load()...)
+	list[a.num] = nil
+	n.freeAHs = append(n.freeAHs, a.num)
+	n.ahs.Store(&list)
+}
+
+func (n *NIC) ah(k ib.AHNum) *AH {
+	list := n.ahs.Load()
+	if list == nil || int(k) >= len(*list) {
+		return nil
+	}
+	return (*list)[k]
+}
+
+// Links.
+
+func (n *NIC) eachLink(f func(*link)) {
+	n.mu.Lock()
+	list := make([]*link, 0, len(n.links))
+	for _, l := range n.links {
+		list = append(list, l)
+	}
+	n.mu.Unlock()
+	for _, l := range list {
+		f(l)
+	}
+}
+
+func (n *NIC) dropLink(l *link) {
+	n.mu.Lock()
+	if n.links[l.peer] == l {
+		delete(n.links, l.peer)
+	}
+	n.mu.Unlock()
+}
+
+// dial is an attempt to reach a NIC of another process; others who want the same NIC wait for it.
+type dial struct {
+	done chan struct{}
+	err  error
+}
+
+// linkTo returns the link to the NIC with the GID, setting it up if there is none.
+func (n *NIC) linkTo(ctx context.Context, g ib.GID) (*link, error) {
+	if g.IsZero() {
+		return nil, fmt.Errorf("%w: the peer's GID is zero", driver.ErrUnreachable)
+	}
+	for {
+		n.mu.Lock()
+		if n.closed {
+			n.mu.Unlock()
+			return nil, driver.ErrClosed
+		}
+		if l := n.links[g]; l != nil {
+			n.mu.Unlock()
+			return l, nil
+		}
+		if peer := lookupNIC(g); peer != nil && (!n.viaDoor || peer == n) {
+			n.mu.Unlock()
+			return n.linkLocal(peer)
+		}
+		if n.sharedE != nil {
+			n.mu.Unlock()
+			return nil, fmt.Errorf("%w: GID %v is not a NIC of this process, and other processes cannot be reached: %w",
+				driver.ErrUnreachable, g, n.sharedE)
+		}
+		d := n.dials[g]
+		mine := d == nil
+		if mine {
+			d = &dial{done: make(chan struct{})}
+			n.dials[g] = d
+		}
+		n.mu.Unlock()
+		if mine {
+			l, err := n.dialShared(ctx, g)
+			n.mu.Lock()
+			delete(n.dials, g)
+			n.mu.Unlock()
+			d.err = err
+			close(d.done)
+			if err != nil {
+				return nil, err
+			}
+			return l, nil
+		}
+		select {
+		case <-d.done:
+			if d.err != nil && !errors.Is(d.err, context.Canceled) && !errors.Is(d.err, context.DeadlineExceeded) {
+				return nil, d.err
+			}
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// linkLocal joins two NICs of this process.
+func (n *NIC) linkLocal(peer *NIC) (*link, error) {
+	first, second := n, peer
+	if string(peer.gid[:]) < string(n.gid[:]) {
+		first, second = peer, n
+	}
+	first.mu.Lock()
+	if second != first {
+		second.mu.Lock()
+		defer second.mu.Unlock()
+	}
+	defer first.mu.Unlock()
+	if l := n.links[peer.gid]; l != nil {
+		return l, nil
+	}
+	if n.closed {
+		return nil, driver.ErrClosed
+	}
+	if peer.closed {
+		return nil, fmt.Errorf("%w: the peer's software NIC is closed", driver.ErrUnreachable)
+	}
+	la, lb := localLinks(n, peer)
+	n.links[peer.gid] = la
+	if lb != la {
+		peer.links[n.gid] = lb
+	}
+	return la, nil
+}
+
+// CheckReach implements driver.ReachChecker.
+func (n *NIC) CheckReach(ctx context.Context, g ib.GID) (string, error) {
+	l, err := n.linkTo(ctx, g)
+	if err != nil {
+		return "", err
+	}
+	return l.path, nil
+}
+
+// Events.
+
+const maxEvents = 1 << 14
+
+// raise queues an asynchronous event; when nobody takes them, the newest are lost.
+func (n *NIC) raise(e driver.AsyncEvent) {
+	n.events.mu.Lock()
+	if len(n.events.q) < maxEvents {
+		n.events.q = append(n.events.q, e)
+	}
+	n.events.mu.Unlock()
+	n.kickEvents()
+}
+
+func (n *NIC) kickEvents() {
+	select {
+	case n.evC <- struct{}{}:
+	default:
+	}
+}
+
+// AsyncEvent implements driver.Context.
+func (n *NIC) AsyncEvent(ctx context.Context) (driver.AsyncEvent, error) {
+	for {
+		n.events.mu.Lock()
+		if len(n.events.q) > 0 {
+			e := n.events.q[0]
+			n.events.q = n.events.q[1:]
+			more := len(n.events.q) > 0
+			n.events.mu.Unlock()
+			if more {
+				n.kickEvents()
+			}
+			return e, nil
+		}
+		n.events.mu.Unlock()
+		if n.isClosed() {
+			n.kickEvents() // for the next waiter
+			return driver.AsyncEvent{}, driver.ErrClosed
+		}
+		select {
+		case <-n.evC:
+		case <-ctx.Done():
+			return driver.AsyncEvent{}, ctx.Err()
+		}
+	}
+}
+
+// Background work.
+
+// later runs f on the NIC's worker goroutine: with no lock held, after what was queued before.
+func (n *NIC) later(f func()) { n.work.put(f) }
+
+func (n *NIC) worker() {
+	defer close(n.done)
+	var batch []func()
+	for {
+		if batch = n.work.take(batch); batch == nil {
+			return
+		}
+		for _, f := range batch {
+			f()
+		}
+	}
+}
+
+// addStalled has the NIC retry q's head request until it can be executed.
+func (n *NIC) addStalled(q *QP) {
+	n.stalledMu.Lock()
+	n.stalledQs = append(n.stalledQs, q)
+	n.stalledMu.Unlock()
+	n.stalled.Add(1)
+	select {
+	case n.kick <- struct{}{}:
+	default:
+	}
+}
+
+// progressStalled retries every QP that waits. Pollers call it, and the retrier when nobody polls.
+func (n *NIC) progressStalled() (some bool) {
+	if !n.stalledMu.TryLock() {
+		return true
+	}
+	list := n.stalledQs
+	n.stalledQs = nil
+	n.stalledMu.Unlock()
+	var keep []*QP
+	for _, q := range list {
+		if q.progress() {
+			keep = append(keep, q)
+			continue
+		}
+		q.sq.Lock()
+		if q.pendLen > 0 && ib.QPState(q.state.Load()) == ib.RTS { // it stalled again in between
+			keep = append(keep, q)
+		} else {
+			q.stalled = false
+			n.stalled.Add(-1)
+		}
+		q.sq.Unlock()
+	}
+	if len(keep) > 0 {
+		n.stalledMu.Lock()
+		n.stalledQs = append(n.stalledQs, keep...)
+		n.stalledMu.Unlock()
+		return true
+	}
+	return false
+}
+
+// retrier retries stalled QPs when nobody polls: at once, then less and less often.
+func (n *NIC) retrier() {
+	defer close(n.retryDone)
+	const fastest, slowest = 20 * time.Microsecond, 2 * time.Millisecond
+	for range n.kick {
+		pause := fastest
+		for n.stalled.Load() > 0 {
+			n.progressStalled()
+			time.Sleep(pause)
+			pause = min(pause*5/4+1, slowest)
+			select {
+			case _, ok := <-n.kick:
+				if !ok {
+					return
+				}
+				pause = fastest
+			default:
+			}
+		}
+	}
+}
+
+// Progress implements driver.Progresser.
+func (n *NIC) Progress() bool {
+	if n.stalled.Load() == 0 {
+		return false
+	}
+	return n.progressStalled()
+}
+
+// Close implements driver.Context.
+func (n *NIC) Close() error {
+	n.mu.Lock()
+	switch {
+	case n.closed:
+		n.mu.Unlock()
+		return driver.ErrClosed
+	case len(n.qps) > 0 || len(n.cqs) > 0 || n.pds > 0 || len(n.channels) > 0 || len(n.srqs) > 0:
+		err := fmt.Errorf("%w: %d queue pairs, %d completion queues, %d channels, %d SRQs and %d protection domains are open",
+			driver.ErrBusy, len(n.qps), len(n.cqs), len(n.channels), len(n.srqs), n.pds)
+		n.mu.Unlock()
+		return err
+	}
+	n.closed = true
+	n.mu.Unlock()
+	registryMu.Lock()
+	delete(registry, n.gid)
+	registryMu.Unlock()
+	n.closeShared()
+	n.eachLink(func(l *link) {
+		l.out.send(ctl{kind: ctlBye, data: []byte("device closed")})
+		l.close(driver.ErrClosed)
+	})
+	n.work.close()
+	<-n.done
+	close(n.kick)
+	<-n.retryDone
+	n.stages.close()
+	if n.liveReg != nil {
+		n.liveReg.Close()
+	}
+	n.kickEvents()
+	return nil
+}

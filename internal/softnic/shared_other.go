@@ -1,0 +1,28 @@
+//go:build !linux
+
+package softnic
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// door exists on Linux only.
+type door struct{}
+
+func (n *NIC) openShared() error { return errNoSharedMemory }
+
+func (n *NIC) closeShared() {}
+
+func (n *NIC) dialShared(context.Context, ib.GID) (*link, error) {
+	return nil, fmt.Errorf("%w: %w", driver.ErrUnreachable, errNoSharedMemory)
+}
+
+func closeFDs([]int) {}
+
+func remoteWaker(int) (func(), int, error) { return nil, -1, errNoSharedMemory }
+
+func shareFD(int, bool) (int, func(), error) { return -1, nil, errNoSharedMemory }

@@ -1,0 +1,185 @@
+package softnic
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// outLimit is how many control messages may wait for a peer before it counts as stuck. Ten thousand QPs that connect at once
+// make some tens of thousands.
+const outLimit = 1 << 18
+
+// packet is an encoded control message on its way out; it owns its descriptor.
+type packet struct {
+	b  []byte
+	fd int
+}
+
+// socketWriter sends control messages from a goroutine of its own, so that nobody blocks on a slow peer.
+type socketWriter struct {
+	c   *net.UnixConn
+	box *mailbox[packet]
+}
+
+func (w *socketWriter) send(m ctl) error {
+	p := packet{b: m.encode(make([]byte, 0, ctlHeader+len(m.data))), fd: -1}
+	if m.hasFD {
+		fd, err := unix.FcntlInt(uintptr(m.fd), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("passing memory to the peer: %w (raise the limit on open files: ulimit -n)", err)
+		}
+		p.fd = fd
+	}
+	n := w.box.put(p)
+	if n < 0 {
+		closeFDs(fdList(p.fd))
+		return errPeerGone
+	}
+	if n > outLimit {
+		return errLinkBusy
+	}
+	return nil
+}
+
+func (w *socketWriter) close(error) { w.box.close() }
+
+// run writes until the mailbox is closed and empty; then it ends the connection, which ends the reader.
+func (w *socketWriter) run(fail func(error)) {
+	defer w.c.Close()
+	var batch []packet
+	broken := false
+	for {
+		if batch = w.box.take(batch); batch == nil {
+			return
+		}
+		for _, p := range batch {
+			var oob []byte
+			if p.fd >= 0 {
+				oob = unix.UnixRights(p.fd)
+			}
+			if !broken {
+				w.c.SetWriteDeadline(time.Now().Add(busyLimit)) // a peer that stops reading must not keep us from ending
+				if _, _, err := w.c.WriteMsgUnix(p.b, oob, nil); err != nil {
+					broken = true
+					fail(fmt.Errorf("%w: %v", errPeerGone, err))
+				}
+			}
+			closeFDs(fdList(p.fd))
+		}
+	}
+}
+
+func (l *link) readShared(c *net.UnixConn) {
+	buf := make([]byte, ctlHeader+ctlMaxData+1)
+	end := func(err error) { l.nic.later(func() { l.close(err) }) }
+	for {
+		b, fd, err := readPacket(c, buf)
+		if err != nil {
+			if errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) || errors.Is(err, syscall.ECONNRESET) {
+				err = errPeerGone
+			}
+			end(err)
+			return
+		}
+		var m ctl
+		err = m.decode(b)
+		if err == nil && m.hasFD != (fd >= 0) {
+			err = errCtl
+		}
+		m.fd = fd
+		if err == nil {
+			err = l.handle(&m)
+		}
+		closeFDs(fdList(fd))
+		if err != nil {
+			if !errors.Is(err, errPeerGone) {
+				err = fmt.Errorf("%w: %w", errPeerFault, err)
+			}
+			end(err)
+			return
+		}
+	}
+}
+
+// readPacket reads one message and at most one descriptor; more are closed, and make the message invalid.
+func readPacket(c *net.UnixConn, buf []byte) ([]byte, int, error) {
+	oob := make([]byte, unix.CmsgSpace(4*4))
+	n, oobn, flags, _, err := c.ReadMsgUnix(buf, oob)
+	if err != nil {
+		return nil, -1, err
+	}
+	var fds []int
+	if oobn > 0 {
+		msgs, err := unix.ParseSocketControlMessage(oob[:oobn])
+		if err != nil {
+			return nil, -1, errCtl
+		}
+		for i := range msgs {
+			if got, err := unix.ParseUnixRights(&msgs[i]); err == nil {
+				fds = append(fds, got...)
+			}
+		}
+	}
+	if n == 0 && len(fds) == 0 {
+		return nil, -1, io.EOF
+	}
+	if len(fds) > 1 || flags&(unix.MSG_CTRUNC|unix.MSG_TRUNC) != 0 {
+		closeFDs(fds)
+		return nil, -1, errCtl
+	}
+	if len(fds) == 1 {
+		return buf[:n], fds[0], nil
+	}
+	return buf[:n], -1, nil
+}
+
+func fdList(fd int) []int {
+	if fd < 0 {
+		return nil
+	}
+	return []int{fd}
+}
+
+func closeFDs(fds []int) {
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
+}
+
+// remoteWaker makes a function that wakes the peer's completion channel out of the eventfd it has sent, and returns our
+// duplicate of the descriptor. The descriptor must be a non-blocking eventfd: a write to anything else could hang us.
+func remoteWaker(fd int) (func(), int, error) {
+	if s, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd)); err != nil || !strings.HasPrefix(s, "anon_inode:[eventfd") {
+		return nil, -1, fmt.Errorf("completion channel: %w: not an eventfd", errCtl)
+	}
+	fl, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+	if err != nil || fl&unix.O_NONBLOCK == 0 {
+		return nil, -1, fmt.Errorf("completion channel: %w: its eventfd blocks", errCtl)
+	}
+	own, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, -1, err
+	}
+	return func() { unix.Write(own, one) }, own, nil
+}
+
+// shareFD returns a descriptor of a memory file to pass to a peer: the file itself, or one that only reads.
+func shareFD(fd int, writable bool) (int, func(), error) {
+	if writable {
+		return fd, func() {}, nil
+	}
+	ro, err := unix.Open("/proc/self/fd/"+strconv.Itoa(fd), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, nil, fmt.Errorf("opening memory read-only for a peer: %w", err)
+	}
+	return ro, func() { unix.Close(ro) }, nil
+}

@@ -1,0 +1,319 @@
+package softnic
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/ring"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// AH is an address handle: a link to the NIC that has the GID.
+type AH struct {
+	nic  *NIC
+	pd   *PD
+	num  ib.AHNum
+	link *link
+	once sync.Once
+}
+
+const maxAHs = 1 << 16
+
+// CreateAH implements driver.PD. It sets up the path to the destination's NIC, and so fails if that cannot be reached.
+func (pd *PD) CreateAH(attr ib.AHAttr) (driver.AH, error) {
+	if attr.Port > 1 {
+		return nil, fmt.Errorf("address handle: the software NIC has port 1 only, not %d", attr.Port)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), linkTimeout)
+	defer cancel()
+	l, err := pd.nic.linkTo(ctx, attr.DGID)
+	if err != nil {
+		return nil, err
+	}
+	if err := pd.addChild(); err != nil {
+		return nil, err
+	}
+	a := &AH{nic: pd.nic, pd: pd, link: l}
+	if err := pd.nic.addAH(a); err != nil {
+		pd.dropChild()
+		return nil, err
+	}
+	return a, nil
+}
+
+// Num implements driver.AH.
+func (a *AH) Num() ib.AHNum { return a.num }
+
+// Close implements driver.AH.
+func (a *AH) Close() error {
+	err := error(driver.ErrClosed)
+	a.once.Do(func() {
+		a.nic.dropAH(a)
+		a.pd.dropChild()
+		err = nil
+	})
+	return err
+}
+
+// udView is how this NIC sends datagrams to one QP of a peer: a block that the peer has given us for it.
+type udView struct {
+	mu      ring.SpinLock // one sender at a time; taken with the sender's sq held
+	pv      *peerView     // nil: asked for, or refused
+	missing bool
+	until   time.Time // when a refusal is forgotten
+}
+
+// drop makes the view unusable, because the peer's QP or the link goes: later datagrams are lost.
+func (v *udView) drop() {
+	v.mu.Lock()
+	v.pv, v.missing, v.until = nil, true, time.Now().Add(udRefused)
+	v.mu.Unlock()
+}
+
+// udRefused is how long datagrams to a QP that did not exist are dropped without asking again.
+const udRefused = 10 * time.Millisecond
+
+// udView returns the way to a QP of the peer, which may not be known yet.
+func (l *link) udView(qpn ib.QPN) *udView {
+	l.mu.Lock()
+	v := l.udViews[qpn]
+	ask := v == nil && l.down == nil
+	if ask {
+		v = &udView{}
+		l.udViews[qpn] = v
+	}
+	l.mu.Unlock()
+	if ask {
+		l.send(ctl{kind: ctlAttach, qpn: uint32(qpn)})
+	}
+	return v
+}
+
+// execUD executes a datagram: it arrives, or is lost without a word. Called with sq held.
+func (q *QP) execUD(wr *ib.SendWR) (ib.WCStatus, uint32, stallKind) {
+	n, st := q.source(wr, 0)
+	if st != ib.WCSuccess {
+		return st, 0, stallNone
+	}
+	if n > maxUDMTU {
+		return ib.WCLocalLengthErr, 0, stallNone
+	}
+	a := q.nic.ah(wr.AH)
+	if a == nil {
+		return ib.WCLocalQPOpErr, 0, stallNone
+	}
+	u := a.link.udView(wr.RemoteQPN & ib.MaxQPN)
+	if u == nil {
+		return ib.WCSuccess, n, stallNone
+	}
+	u.mu.Lock()
+	v := u.pv
+	if v == nil {
+		missing, again := u.missing, u.missing && time.Now().After(u.until)
+		u.mu.Unlock()
+		switch {
+		case again:
+			a.link.forgetUD(wr.RemoteQPN&ib.MaxQPN, u)
+			a.link.udView(wr.RemoteQPN & ib.MaxQPN)
+			return 0, 0, stallResolve
+		case missing:
+			return ib.WCSuccess, n, stallNone
+		}
+		return 0, 0, stallResolve
+	}
+	s := stallNone
+	if v.enter() {
+		key := wr.RemoteQKey
+		if key&(1<<31) != 0 {
+			key = q.attr.QKey
+		}
+		if atomic.LoadUint32(v.qkey) == uint32(key) {
+			s = q.deliverUD(v, a, wr, n)
+		}
+		v.leave()
+	}
+	u.mu.Unlock()
+	return ib.WCSuccess, n, s
+}
+
+// deliverUD copies a datagram, behind its GRH, into a receive of the peer's QP, or drops it.
+func (q *QP) deliverUD(v *peerView, a *AH, wr *ib.SendWR, n uint32) stallKind {
+	var slot recvSlot
+	for {
+		if !v.peek(&slot) || slot.length() < n+ib.GRHLen {
+			return stallNone
+		}
+		// Every element must be mapped before the receive is taken: a taken receive has to be completed.
+		var parts [maxSGE]struct {
+			r    *remoteRegion
+			addr uint64
+			n    uint32
+		}
+		np := 0
+		bad := ib.WCSuccess
+		list := slot.list
+		count := int(slot.addr)
+		one := [2]uint64{slot.addr, slot.lenHdl}
+		if slot.handle() != sgeList {
+			list, count = one[:], 1
+		}
+		if uint64(count) > uint64(len(list)/2) {
+			v.link.fault("receive with %d scatter elements", slot.addr)
+			return stallNone
+		}
+		left := n + ib.GRHLen
+		for i := 0; i < count && left > 0; i++ {
+			addr, lenHdl := list[2*i], list[2*i+1]
+			k := min(uint32(lenHdl), left)
+			if k == 0 {
+				continue
+			}
+			r := v.link.regionByHandle(uint32(lenHdl >> 32))
+			if r == nil {
+				return stallResolve
+			}
+			if r.missing || !r.ok() || r.mem == nil || !r.contains(addr, uint32(lenHdl)) {
+				v.dropBad(r)
+				bad = ib.WCLocalProtErr
+				break
+			}
+			parts[np].r, parts[np].addr, parts[np].n = r, addr, k
+			np++
+			left -= k
+		}
+		if !v.take(&slot) {
+			continue
+		}
+		if bad == ib.WCSuccess {
+			var h [ib.GRHLen]byte
+			grh(&h, q.nic.gid, a.link.peer, int(n))
+			head, skip := h[:], uint32(0)
+			for i := range np {
+				p := &parts[i]
+				dst := p.r.bytes(p.addr, p.n)
+				k := copy(dst, head)
+				head, dst = head[k:], dst[k:]
+				if len(dst) > 0 {
+					q.gather(dst, wr, skip)
+					skip += uint32(len(dst))
+				}
+			}
+		}
+		var flags uint8
+		if wr.Opcode == ib.OpSendWithImm {
+			flags |= cqeImm
+		}
+		if wr.Flags&ib.SendSolicited != 0 {
+			flags |= cqeSolicited
+		}
+		v.complete(&slot, n+ib.GRHLen, wr.Imm, flags, bad, q.qpn)
+		v.port.notify(bad != ib.WCSuccess || flags&cqeSolicited != 0)
+		return stallNone
+	}
+}
+
+func (l *link) forgetUD(qpn ib.QPN, v *udView) {
+	l.mu.Lock()
+	if l.udViews != nil && l.udViews[qpn] == v {
+		delete(l.udViews, qpn)
+	}
+	l.mu.Unlock()
+}
+
+var errNotUD = errors.New("no such UD QP")
+
+// handleAttach gives a peer a block to send datagrams to one of our UD QPs.
+func (l *link) handleAttach(m *ctl) error {
+	answer := ctl{kind: ctlAttached, qpn: m.qpn}
+	if q := l.nic.qp(ib.QPN(m.qpn)); q != nil && q.typ == ib.UD {
+		if c, err := q.attachPeer(l); err == nil {
+			c.into(&answer)
+			answer.status = 1
+		}
+	}
+	l.send(answer)
+	return nil
+}
+
+// attachPeer opens a block for one more peer.
+func (q *QP) attachPeer(l *link) (*connectMsg, error) {
+	q.cfg.Lock()
+	defer q.cfg.Unlock()
+	if s := ib.QPState(q.state.Load()); q.closed.Load() || s != ib.RTR && s != ib.RTS && s != ib.SQD && s != ib.SQE {
+		return nil, errNotUD
+	}
+	if ins := q.ins.Load(); ins != nil {
+		for _, in := range *ins {
+			if in.link == l {
+				return &in.connect, nil // asked twice
+			}
+		}
+	}
+	in, err := q.openInbound(l, 0)
+	if err != nil {
+		return nil, err
+	}
+	return &in.connect, nil
+}
+
+// dropPeer closes the block of a peer that has gone; datagrams of it that were not polled are lost.
+func (q *QP) dropPeer(l *link) {
+	q.cfg.Lock()
+	defer q.cfg.Unlock()
+	var gone *inbound
+	q.rcq.mu.Lock()
+	if ins := q.ins.Load(); ins != nil {
+		keep := make([]*inbound, 0, len(*ins))
+		for _, in := range *ins {
+			if in.link == l {
+				gone = in
+			} else {
+				keep = append(keep, in)
+			}
+		}
+		q.ins.Store(&keep)
+	}
+	q.rcq.mu.Unlock()
+	if gone != nil {
+		q.srq.giveUp(q, gone, nil)
+		gone.release()
+	}
+}
+
+// handleAttached takes the answer to ctlAttach.
+func (l *link) handleAttached(m *ctl) error {
+	l.mu.Lock()
+	u := l.udViews[ib.QPN(m.qpn)]
+	l.mu.Unlock()
+	if u == nil {
+		return nil // forgotten meanwhile
+	}
+	var v *peerView
+	if m.status != 0 {
+		var c connectMsg
+		if err := c.from(m); err != nil {
+			return err
+		}
+		if !c.geo.srq {
+			return errCtl
+		}
+		var err error
+		if v, err = l.view(&c, m.qpn); err != nil {
+			return err
+		}
+	}
+	u.mu.Lock()
+	if v == nil {
+		u.missing, u.until = true, time.Now().Add(udRefused)
+	} else if u.pv == nil {
+		u.pv = v
+	}
+	u.mu.Unlock()
+	l.nic.progressStalled()
+	return nil
+}
