@@ -1,0 +1,746 @@
+package transport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+
+	"github.com/ringside-rdma/ringside/mr"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// creditSlots is how many receives are kept for credit and EOS messages of the peer, which need no credit; see "Flow
+// control" in docs/protocol.md for why these are enough.
+const creditSlots = 5
+
+// msgList is a queue of messages.
+type msgList struct{ head, tail *Message }
+
+func (l *msgList) push(m *Message) {
+	m.next = nil
+	if l.tail != nil {
+		l.tail.next = m
+	} else {
+		l.head = m
+	}
+	l.tail = m
+}
+
+func (l *msgList) pop() *Message {
+	m := l.head
+	if m != nil {
+		l.head = m.next
+		if l.head == nil {
+			l.tail = nil
+		}
+		m.next = nil
+	}
+	return m
+}
+
+func (l *msgList) remove(m *Message) bool {
+	for p, prev := l.head, (*Message)(nil); p != nil; prev, p = p, p.next {
+		if p != m {
+			continue
+		}
+		if prev != nil {
+			prev.next = p.next
+		} else {
+			l.head = p.next
+		}
+		if l.tail == p {
+			l.tail = prev
+		}
+		p.next = nil
+		return true
+	}
+	return false
+}
+
+// recvSide is the receiving half of a Conn.
+type recvSide struct {
+	shared    int // receives reserved in the poller's shared receive queue; 0: own ring
+	threshold uint32
+	batchMax  int
+	payload   int // of our slots
+
+	// owed is how many credits the peer can be given: their receives are posted again.
+	owed       atomic.Uint32
+	heldShared atomic.Int32 // messages of the shared queue that are queued, lent by Recv or taken
+	peerLow    atomic.Bool  // the peer has no credit and waits
+
+	// Guarded by the role.
+	handler Handler
+	eof     bool // the peer has sent EOS
+	batch   []ib.RecvWR
+	order   msgList    // messages behind a rendezvous that is still being read, that one first
+	stalled []*Message // rendezvous that wait for memory of the pool
+	nrndv   int        // rendezvous of the peer's without a FIN
+	lost    bool       // a receive was flushed
+
+	mu         sync.Mutex
+	closed     bool
+	hasHandler bool
+	endErr     error
+	eofSeen    bool    // everything before the EOS is in queue
+	queue      msgList // for Recv
+	returned   []ib.RecvWR
+	waiting    recvWaitList
+	spare      *recvWaiter
+}
+
+type recvWaiter struct {
+	Waiter
+	next *recvWaiter
+	in   bool
+}
+
+type recvWaitList struct{ head, tail *recvWaiter }
+
+func (l *recvWaitList) push(w *recvWaiter) {
+	w.next, w.in = nil, true
+	if l.tail != nil {
+		l.tail.next = w
+	} else {
+		l.head = w
+	}
+	l.tail = w
+}
+
+func (l *recvWaitList) wakeOne() {
+	if w := l.head; w != nil {
+		l.head = w.next
+		if l.head == nil {
+			l.tail = nil
+		}
+		w.next, w.in = nil, false
+		w.Done()
+	}
+}
+
+func (l *recvWaitList) remove(w *recvWaiter) {
+	for p, prev := l.head, (*recvWaiter)(nil); p != nil; prev, p = p, p.next {
+		if p == w {
+			if prev != nil {
+				prev.next = p.next
+			} else {
+				l.head = p.next
+			}
+			if l.tail == p {
+				l.tail = prev
+			}
+			p.next, p.in = nil, false
+			return
+		}
+	}
+}
+
+// size works the geometry out and returns the number of receives that the peer may use.
+func (r *recvSide) size(cfg *Config) int {
+	r.threshold = uint32(max(1, cfg.RecvDepth/2))
+	r.batchMax = max(1, cfg.RecvDepth/8)
+	r.payload = cfg.EagerSize
+	r.batch = make([]ib.RecvWR, 0, r.batchMax+1)
+	r.returned = make([]ib.RecvWR, 0, r.batchMax+1)
+	return cfg.RecvDepth + creditSlots + 2*cfg.RendezvousDepth
+}
+
+// fillRing makes the connection's own receive slots and posts them.
+func (c *Conn) fillRing(n int) error {
+	a := c.p.arenaFor(slotStride(c.cfg.EagerSize))
+	c.slots = make([]Message, n)
+	wrs := make([]ib.RecvWR, n)
+	for i := range c.slots {
+		m := &c.slots[i]
+		s, err := a.get()
+		if err != nil {
+			return err
+		}
+		m.c = c
+		m.init(s, makeID(idRecv, c.gen, c.idx, uint32(i)), c.rcv.payload+headerLen)
+		wrs[i] = m.wr
+	}
+	_, err := c.q.PostRecv(wrs)
+	return err
+}
+
+// freeSlots returns the slots that are not held to their arena, and reports how many are.
+func (c *Conn) freeSlots() (held int) {
+	a := c.p.arenaFor(slotStride(c.cfg.EagerSize))
+	for i := range c.slots {
+		m := &c.slots[i]
+		switch {
+		case m.held || m.state.Load() == msgTaken:
+			held++
+		case m.slot.mem != nil:
+			m.dropBig()
+			a.put(m.slot)
+			m.slot = slot{}
+		}
+	}
+	return held
+}
+
+// takeOwed takes the credits that a message to the peer can carry. snd.mu is held.
+func (c *Conn) takeOwed() uint16 {
+	r := &c.rcv
+	n := r.owed.Load()
+	if n == 0 {
+		return 0
+	}
+	n = min(n, 0xffff)
+	r.owed.Add(-n) // only takeOwed lowers it
+	r.peerLow.Store(false)
+	return uint16(n)
+}
+
+// returnCredits sends the credits owed in a message of their own.
+func (c *Conn) returnCredits() {
+	s := &c.snd
+	s.mu.Lock()
+	if c.rcv.owed.Load() != 0 {
+		c.controlLocked(makeHeader(msgCredit, 0, 0, 0))
+	}
+	s.mu.Unlock()
+}
+
+// received handles a receive completion. The role is held.
+func (c *Conn) received(m *Message, wc *ib.WC) {
+	if wc.Status != ib.WCSuccess {
+		c.recvFailed(m, wc)
+		return
+	}
+	m.c = c
+	if wc.Opcode == ib.WCRecvRDMAWithImm {
+		m.data, m.imm, m.hasImm = nil, wc.Imm, true
+		c.arrived(m, 0)
+		return
+	}
+	n := int(wc.ByteLen)
+	if n > c.rcv.payload+headerLen {
+		c.fail(protocolErrorf("message of %d bytes in a slot of %d", n, c.rcv.payload+headerLen))
+		return
+	}
+	b := m.slot.mem[:n:n]
+	h, err := parseHeader(b)
+	if err != nil {
+		c.fail(err)
+		return
+	}
+	switch h.typ() {
+	case msgData:
+		if cr := h.credits(); cr != 0 {
+			c.addCredits(uint32(cr))
+		}
+		m.data = b[headerLen:]
+		c.arrived(m, h.flags())
+	case msgRTS:
+		key, err := parseRTS(b[headerLen:], c.maxMessage)
+		if err != nil {
+			c.fail(err)
+			return
+		}
+		if cr := h.credits(); cr != 0 {
+			c.addCredits(uint32(cr))
+		}
+		c.startRendezvous(m, h, key)
+	default:
+		c.control(m, h)
+	}
+}
+
+// control handles a message that took no credit. Its receive is posted again before anything else, so that the peer
+// can count on it once it sees the effect.
+func (c *Conn) control(m *Message, h header) {
+	r := &c.rcv
+	if m.shared {
+		c.p.srq.recycle(m)
+	} else {
+		n := len(r.batch)
+		r.batch = append(r.batch, m.wr)
+		c.postReceives(r.batch, n)
+		r.batch = r.batch[:0]
+	}
+	if cr := h.credits(); cr != 0 {
+		c.addCredits(uint32(cr))
+	}
+	switch h.typ() {
+	case msgFIN:
+		c.finRendezvous(h.arg(), h.flags()&flagCancelled != 0)
+	case msgCancel:
+		c.cancelled(h.arg())
+	case msgCredit:
+		if h.flags()&flagLow != 0 {
+			c.low()
+		}
+	case msgEOS:
+		if r.eof {
+			c.fail(protocolErrorf("a second EOS"))
+			return
+		}
+		r.eof = true
+		if r.order.head == nil {
+			c.endOfStream()
+		}
+	}
+}
+
+// endOfStream tells the application that no more messages come.
+func (c *Conn) endOfStream() {
+	r := &c.rcv
+	if h, ok := r.handler.(EOFHandler); ok {
+		h.HandleEOF(c)
+	}
+	r.mu.Lock()
+	r.eofSeen = true
+	for r.waiting.head != nil {
+		r.waiting.wakeOne()
+	}
+	r.mu.Unlock()
+}
+
+// recvFailed handles a receive that did not complete: the queue pair is in the error state.
+func (c *Conn) recvFailed(m *Message, wc *ib.WC) {
+	if m.shared {
+		c.p.srq.recycle(m)
+	}
+	if c.ended.Load() || c.rcv.lost {
+		return
+	}
+	c.rcv.lost = true
+	if wc.Status == ib.WCFlushErr {
+		// The device has given up on the peer. The bootstrap connection knows better why.
+		c.failLater(&CloseError{Err: fmt.Errorf("%w: %w", ErrPeerDied, wc.Status), Reason: "the queue pair went to the error state"})
+		return
+	}
+	c.fail(&CloseError{Err: wc.Status, Reason: "a receive failed"})
+}
+
+// low: the peer has used its last credit. What can be given back is made ready, for the next message to it to carry.
+func (c *Conn) low() {
+	r := &c.rcv
+	r.peerLow.Store(true)
+	c.flushBatch()
+	r.mu.Lock()
+	c.flushReturnedLocked()
+	r.mu.Unlock()
+	c.creditCheck()
+}
+
+// creditCheck sends credits by themselves if the peer waits for them, or if they have become many.
+func (c *Conn) creditCheck() {
+	r := &c.rcv
+	if n := r.owed.Load(); n >= r.threshold || n != 0 && r.peerLow.Load() {
+		c.returnCredits()
+	}
+}
+
+// arrived handles a message that is complete: in its turn. The role is held.
+func (c *Conn) arrived(m *Message, flags uint8) {
+	r := &c.rcv
+	if r.eof {
+		c.fail(protocolErrorf("a message after EOS"))
+		return
+	}
+	low := flags&flagLow != 0
+	if low { // make credits ready for a reply to carry, before the handler sends one
+		r.peerLow.Store(true)
+		c.flushBatch()
+	}
+	m.ready = true
+	if r.order.head != nil {
+		r.order.push(m)
+	} else {
+		c.deliver(m)
+	}
+	if low && r.peerLow.Load() {
+		c.low()
+	}
+}
+
+// deliver gives a message to the application. The role is held.
+func (c *Conn) deliver(m *Message) {
+	r := &c.rcv
+	if h := r.handler; h != nil {
+		h.HandleMessage(c, m)
+		if m.state.Load() != msgTaken {
+			c.recycle(m)
+		} else if m.shared {
+			r.heldShared.Add(1)
+		}
+		return
+	}
+	r.mu.Lock()
+	if r.closed {
+		r.mu.Unlock()
+		c.recycle(m)
+		return
+	}
+	m.held = true
+	if m.shared {
+		r.heldShared.Add(1)
+	}
+	r.queue.push(m)
+	r.waiting.wakeOne()
+	r.mu.Unlock()
+}
+
+// recycle posts the receive of a message again, sooner or later. The role is held.
+func (c *Conn) recycle(m *Message) {
+	r := &c.rcv
+	if m.big != nil || m.hasImm || poison {
+		m.clear()
+	}
+	if m.shared {
+		c.p.srq.recycle(m)
+		r.owed.Add(1)
+		c.creditCheck()
+		return
+	}
+	r.batch = append(r.batch, m.wr)
+	if len(r.batch) >= r.batchMax || r.peerLow.Load() {
+		c.flushBatch()
+		c.creditCheck()
+	}
+}
+
+// flushBatch posts the receives that recycle has collected. The role is held.
+func (c *Conn) flushBatch() {
+	r := &c.rcv
+	if n := len(r.batch); n > 0 {
+		c.postReceives(r.batch, n)
+		r.batch = r.batch[:0]
+	}
+}
+
+func (c *Conn) flushReturnedLocked() {
+	r := &c.rcv
+	if n := len(r.returned); n > 0 {
+		c.postReceives(r.returned, n)
+		r.returned = r.returned[:0]
+	}
+}
+
+// postReceives posts receives, credits of which the peer may use again.
+func (c *Conn) postReceives(wrs []ib.RecvWR, credits int) {
+	if _, err := c.q.PostRecv(wrs); err != nil {
+		c.fail(&CloseError{Err: err, Reason: "receives cannot be posted"})
+		return
+	}
+	c.rcv.owed.Add(uint32(credits))
+}
+
+// giveBack is recycle for any goroutine, for messages that were taken, or lent by Recv.
+func (c *Conn) giveBack(m *Message, taken bool) {
+	r := &c.rcv
+	r.mu.Lock()
+	if taken && !m.state.CompareAndSwap(msgTaken, msgLent) {
+		r.mu.Unlock()
+		panic("transport: Release of a message that is not taken")
+	}
+	m.held = false
+	closed := r.closed
+	switch {
+	case m.shared:
+		m.clear()
+		r.heldShared.Add(-1)
+		r.mu.Unlock()
+		c.p.srq.giveBack(m)
+		if !closed {
+			r.owed.Add(1)
+			c.creditCheck()
+		}
+	case closed:
+		m.clear()
+		s := m.slot
+		m.slot = slot{}
+		r.mu.Unlock()
+		c.p.arenaFor(slotStride(c.cfg.EagerSize)).put(s)
+	default:
+		m.clear()
+		r.returned = append(r.returned, m.wr)
+		check := false
+		if len(r.returned) >= r.batchMax || r.peerLow.Load() {
+			c.flushReturnedLocked()
+			check = true
+		}
+		r.mu.Unlock()
+		if check {
+			c.creditCheck()
+		}
+	}
+	c.p.unstall()
+	if closed {
+		go c.p.unref() // the message kept the poller; not here: a Handler may be calling
+	}
+}
+
+// Recv waits for the next message and calls fn with it; the message is lent until fn returns, see Message.Take. Recv
+// returns fn's error. It returns io.EOF when the peer has sent its last message, ctx's error if that ends first, and the
+// reason once the connection has ended and the messages that came before are received. Handlers must not call it.
+func (c *Conn) Recv(ctx context.Context, fn func(*Message) error) error {
+	m, err := c.next(ctx)
+	if err != nil {
+		return err
+	}
+	back := true
+	defer func() { // also when fn panics
+		if back {
+			c.giveBack(m, false)
+		}
+	}()
+	err = fn(m)
+	r := &c.rcv
+	if m.state.Load() == msgTaken {
+		r.mu.Lock()
+		m.held = false // it is the taker's from here on
+		r.mu.Unlock()
+		back = false
+	}
+	return err
+}
+
+func (c *Conn) next(ctx context.Context) (*Message, error) {
+	r := &c.rcv
+	for {
+		r.mu.Lock()
+		if m := r.queue.pop(); m != nil {
+			r.mu.Unlock()
+			return m, nil
+		}
+		switch {
+		case r.hasHandler:
+			r.mu.Unlock()
+			return nil, ErrHandlerSet
+		case r.closed:
+			err := r.endErr
+			if r.eofSeen && !errors.Is(err, net.ErrClosed) {
+				err = io.EOF
+			}
+			r.mu.Unlock()
+			return nil, err
+		case r.eofSeen:
+			r.mu.Unlock()
+			return nil, io.EOF
+		}
+		w := r.spare
+		if w != nil {
+			r.spare = w.next
+		} else {
+			w = new(recvWaiter)
+		}
+		w.Reset()
+		r.waiting.push(w)
+		r.mu.Unlock()
+		err := c.p.Wait(ctx, &w.Waiter)
+		r.mu.Lock()
+		if w.in {
+			r.waiting.remove(w)
+		} else if err != nil && r.queue.head != nil {
+			r.waiting.wakeOne() // the message that woke us is for somebody else
+		}
+		w.next = r.spare
+		r.spare = w
+		r.mu.Unlock()
+		if err != nil {
+			return nil, err
+		}
+	}
+}
+
+// deliverQueued gives a new handler the messages that came before it. The role is held.
+func (c *Conn) deliverQueued(h Handler) {
+	r := &c.rcv
+	r.mu.Lock()
+	r.hasHandler = true
+	for r.waiting.head != nil {
+		r.waiting.wakeOne()
+	}
+	for m := r.queue.pop(); m != nil; m = r.queue.pop() {
+		r.mu.Unlock()
+		h.HandleMessage(c, m)
+		if m.state.Load() != msgTaken {
+			c.giveBack(m, false)
+		} else { // heldShared counts it already
+			r.mu.Lock()
+			m.held = false
+			r.mu.Unlock()
+		}
+		r.mu.Lock()
+	}
+	r.mu.Unlock()
+}
+
+// startRendezvous handles an RTS: it takes memory for the message and reads it. The role is held.
+func (c *Conn) startRendezvous(m *Message, h header, key mr.RemoteKey) {
+	r := &c.rcv
+	if r.eof {
+		c.fail(protocolErrorf("a message after EOS"))
+		return
+	}
+	m.ready, m.id, m.key, m.reading = false, h.arg(), key, false
+	r.order.push(m)
+	if r.nrndv++; r.nrndv > c.cfg.RendezvousDepth {
+		c.fail(protocolErrorf("%d rendezvous at a time, at most %d", r.nrndv, c.cfg.RendezvousDepth))
+		return
+	}
+	c.readInto(m)
+	if h.flags()&flagLow != 0 {
+		c.low()
+	}
+}
+
+// readInto gets memory and reads the payload of m, or lists m as stalled. The role is held.
+func (c *Conn) readInto(m *Message) {
+	r := &c.rcv
+	big, err := c.p.pool.Get(int(m.key.Len))
+	if errors.Is(err, mr.ErrPoolExhausted) {
+		r.stalled = append(r.stalled, m)
+		c.p.stall(c)
+		return
+	}
+	if err != nil {
+		c.fail(&CloseError{Err: err, Reason: "no memory for a message"})
+		return
+	}
+	m.big = big
+	m.data = big.Bytes()[:m.key.Len]
+	s := &c.snd
+	s.mu.Lock()
+	switch {
+	case s.err != nil:
+	case s.room():
+		c.readLocked(m)
+	default:
+		m.readQueued = true
+		s.reads = append(s.reads, m)
+	}
+	s.mu.Unlock()
+}
+
+// readLocked posts the READ of a rendezvous. snd.mu is held, and there is room.
+func (c *Conn) readLocked(m *Message) {
+	s := &c.snd
+	m.readQueued, m.reading = false, true
+	s.sge[0] = m.big.SGE(0, int(m.key.Len))
+	wr := &s.wr[0]
+	wr.Opcode, wr.Inline, wr.SGEs = ib.OpRDMARead, nil, s.sge[:]
+	wr.RemoteAddr, wr.RKey = m.key.Addr, m.key.RKey
+	c.postLocked(sqEntry{msg: m}, true)
+}
+
+// readDone ends a rendezvous whose payload is here. The role is held.
+func (c *Conn) readDone(m *Message) {
+	m.ready = true
+	c.endRendezvous(m, 0)
+	c.deliverOrdered()
+}
+
+func (c *Conn) endRendezvous(m *Message, flags uint8) {
+	c.rcv.nrndv--
+	s := &c.snd
+	s.mu.Lock()
+	c.controlLocked(makeHeader(msgFIN, flags, 0, m.id))
+	s.mu.Unlock()
+}
+
+// deliverOrdered delivers what was held up. The role is held.
+func (c *Conn) deliverOrdered() {
+	r := &c.rcv
+	if r.order.head == nil {
+		return
+	}
+	for r.order.head != nil && r.order.head.ready {
+		m := r.order.head
+		if m.next == nil {
+			// The list must look occupied while m is delivered, or a message that comes meanwhile would overtake it; but
+			// the role is held, and none comes.
+			r.order = msgList{}
+		} else {
+			r.order.head = m.next
+			m.next = nil
+		}
+		c.deliver(m)
+	}
+	if r.order.head == nil && r.eof {
+		c.endOfStream()
+	}
+}
+
+// cancelled handles the peer's wish to have the source of a rendezvous back. If it is being read, the FIN is on its way
+// in any case. The role is held.
+func (c *Conn) cancelled(id uint32) {
+	r := &c.rcv
+	for m := r.order.head; m != nil; m = m.next {
+		if m.ready || m.id != id || m.reading {
+			continue
+		}
+		s := &c.snd
+		s.mu.Lock()
+		for i, q := range s.reads {
+			if q == m && m.readQueued {
+				s.reads = append(s.reads[:i], s.reads[i+1:]...)
+				break
+			}
+		}
+		s.mu.Unlock()
+		for i, q := range r.stalled {
+			if q == m {
+				r.stalled = append(r.stalled[:i], r.stalled[i+1:]...)
+				break
+			}
+		}
+		r.order.remove(m)
+		c.endRendezvous(m, flagCancelled)
+		m.dropBig()
+		c.recycle(m)
+		c.deliverOrdered()
+		return
+	}
+}
+
+// endReceives gives back what the receiving side holds, and tells the application. The queue pair is closed, and the
+// role is held.
+func (c *Conn) endReceives(e *CloseError) {
+	r := &c.rcv
+	for m := r.order.pop(); m != nil; m = r.order.pop() {
+		m.dropBig()
+		if m.shared {
+			c.p.srq.recycle(m)
+		}
+	}
+	r.mu.Lock()
+	r.closed = true
+	r.endErr = e
+	if errors.Is(e.Err, net.ErrClosed) { // nobody will ask for what is queued
+		for m := r.queue.pop(); m != nil; m = r.queue.pop() {
+			m.held = false
+			m.dropBig()
+			if m.shared {
+				r.heldShared.Add(-1)
+				c.p.srq.recycle(m)
+			}
+		}
+	}
+	held := 0
+	if r.shared > 0 {
+		held = int(r.heldShared.Load())
+	} else {
+		held = c.freeSlots()
+	}
+	for range held {
+		c.p.retain()
+	}
+	for r.waiting.head != nil {
+		r.waiting.wakeOne()
+	}
+	r.mu.Unlock()
+	if h := r.handler; h != nil {
+		h.HandleClose(c, e)
+		c.p.useHandlers(-1)
+	}
+}
