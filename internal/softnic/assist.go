@@ -2,7 +2,9 @@ package softnic
 
 import (
 	"encoding/binary"
+	"sync/atomic"
 
+	"github.com/ringside-rdma/ringside/internal/ring"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -142,6 +144,9 @@ func (l *link) doAssist(m, answer *ctl) ib.WCStatus {
 	if r == nil || r.pd != q.pd || r.access&need == 0 || rights&need == 0 || r.qpn != 0 && r.qpn != q.qpn || !r.contains(m.x, m.b) {
 		return ib.WCRemoteAccessErr
 	}
+	if ring.Race {
+		atomic.AddUint32(&q.raceSync, 1)
+	}
 	b := r.bytes(m.x, m.b)
 	switch op {
 	case ib.OpRDMAWrite, ib.OpRDMAWriteWithImm:
@@ -154,6 +159,9 @@ func (l *link) doAssist(m, answer *ctl) ib.WCStatus {
 			return ib.WCRemoteInvalidReqErr
 		}
 		answer.x = doAtomic(w, op, m.y, m.z)
+	}
+	if ring.Race {
+		atomic.AddUint32(&q.raceSync, 1)
 	}
 	return ib.WCSuccess
 }

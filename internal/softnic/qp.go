@@ -71,6 +71,8 @@ type QP struct {
 	flushing atomic.Bool
 	lastWQE  bool
 	commEst  bool
+
+	raceSync uint32 // race detector only: touched around a peer's operation on private memory, and by polls
 }
 
 type sendCompletion struct {
