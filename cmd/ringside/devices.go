@@ -278,6 +278,22 @@ func attrOf(a *ib.DeviceAttr) *attrJSON {
 	return j
 }
 
+// pageSizes writes a mask of page sizes in words; of many, the smallest and the largest.
+func pageSizes(mask uint64) string {
+	var s []string
+	for i := range 64 {
+		if mask&(1<<i) == 0 {
+			continue
+		}
+		unit := i / 10
+		s = append(s, fmt.Sprintf("%d %s", 1<<(i%10), []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}[unit]))
+	}
+	if len(s) > 4 {
+		return s[0] + " to " + s[len(s)-1]
+	}
+	return strings.Join(s, ", ")
+}
+
 func (r *deviceReport) writeText(w io.Writer, verbose bool) error {
 	var b strings.Builder
 	for i := range r.Devices {
@@ -312,7 +328,11 @@ func (d *deviceJSON) writeText(w io.Writer, verbose bool) {
 		fmt.Fprintf(tw, "    %s\t%s\n", name, fmt.Sprintf(format, a...))
 	}
 	row("provider", "%s, %s", d.Provider, d.Tier)
-	row("GUID", "%s", d.GUID)
+	if d.Attr == nil {
+		row("GUID", "%s", d.GUID)
+	} else {
+		row("GUID", "%s", d.Attr.NodeGUID)
+	}
 	if len(d.NetDevs) > 0 {
 		row("net devices", "%s", strings.Join(d.NetDevs, " "))
 	}
@@ -321,18 +341,23 @@ func (d *deviceJSON) writeText(w io.Writer, verbose bool) {
 			row("firmware", "%s", a.Firmware)
 		}
 		if verbose {
-			row("node GUID", "%s", a.NodeGUID)
 			row("system image GUID", "%s", a.SysImageGUID)
 			row("vendor", "%#06x, part %#x, hardware version %#x", a.VendorID, a.VendorPartID, a.HWVersion)
 		}
-		row("capabilities", "%s", strings.Join(a.Capabilities, " "))
+		caps := strings.Join(a.Capabilities, " ")
+		if caps == "" {
+			caps = "none"
+		}
+		row("capabilities", "%s", caps)
 		if verbose {
 			for _, l := range a.Limits {
-				if l.name == "page_size_mask" {
-					row(l.name, "%#x\t%s", l.value, l.what)
-					continue
+				switch {
+				case l.name == "ports": // they follow
+				case l.name == "page_size_mask" && l.value != 0:
+					row(l.name, "%#x\t%s: %s", l.value, l.what, pageSizes(l.value))
+				default:
+					row(l.name, "%d\t%s", l.value, l.what)
 				}
-				row(l.name, "%d\t%s", l.value, l.what)
 			}
 		}
 	}

@@ -75,6 +75,7 @@ func subcommand(cmd *cobra.Command, a []string) error {
 	if len(a) == 0 {
 		return cmd.Help()
 	}
+	cmd.SuggestionsMinimumDistance = 2
 	err := fmt.Errorf("%s has no command %q", cmd.CommandPath(), a[0])
 	if s := cmd.SuggestionsFor(a[0]); len(s) > 0 {
 		err = fmt.Errorf("%w: did you mean %q?", err, s[0])
@@ -88,11 +89,10 @@ func newRoot() *cobra.Command {
 		Short: "Look at RDMA devices and measure them",
 		Long: `ringside looks at RDMA devices and measures them: those of the kernel, and the
 software NIC that is part of this program and needs neither hardware nor rights.`,
-		SilenceUsage:               true,
-		SilenceErrors:              true,
-		SuggestionsMinimumDistance: 2,
-		Args:                       cobra.ArbitraryArgs,
-		RunE:                       subcommand,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Args:          cobra.ArbitraryArgs,
+		RunE:          subcommand,
 	}
 	root.SetFlagErrorFunc(usage)
 	root.AddCommand(newDevices(), newPerf(), newVersion())

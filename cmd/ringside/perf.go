@@ -284,8 +284,8 @@ func (f *testFlags) config(cmd *cobra.Command, a []string) (*perf.Config, error)
 			return nil, fmt.Errorf("--%s 0: want a positive number", name)
 		}
 	}
-	if cmd.Flags().Changed("depth") && !cmd.Flags().Changed("batch") {
-		cfg.Spec.Batch = min(cfg.Spec.Batch, max(1, cfg.Spec.Depth)) // the default only
+	if !cmd.Flags().Changed("batch") {
+		cfg.Spec.Batch = 0 // let the engine choose: it goes by the depth
 	}
 	if !f.spawn {
 		addr, err := perf.ServerAddr(a[0])

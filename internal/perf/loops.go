@@ -449,10 +449,9 @@ func (s *side) sink() error {
 
 // grant tells the client how many receives have been posted in all.
 func (s *side) grant(l *lane) error {
-	// Not s.wcs, which the caller is walking through.
-	var done [creditDepth]ib.WC
+	done := s.creditWCs // not s.wcs, which the caller is walking through
 	for {
-		n, err := s.scq.Poll(done[:])
+		n, err := s.scq.Poll(done)
 		if err != nil {
 			return err
 		}

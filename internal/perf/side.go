@@ -152,7 +152,8 @@ type side struct {
 	last       *byte // the last byte of the message to send
 	poll       *byte // and of the one that arrives
 
-	wcs []ib.WC
+	wcs       []ib.WC
+	creditWCs []ib.WC
 
 	received uint64        // messages that the server has taken
 	target   atomic.Uint64 // how many it has to take, once the client has said
@@ -189,7 +190,7 @@ const (
 
 // newSide makes what one end of the test needs, up to queue pairs in state Init.
 func newSide(vctx *verbs.Context, spec Spec, server bool, opt portOptions) (s *side, err error) {
-	s = &side{spec: spec, server: server, wcs: make([]ib.WC, pollBatch), grace: stopGrace}
+	s = &side{spec: spec, server: server, wcs: make([]ib.WC, pollBatch), creditWCs: make([]ib.WC, creditDepth), grace: stopGrace}
 	s.target.Store(^uint64(0))
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	defer func() {

@@ -169,7 +169,7 @@ type Spec struct {
 
 	Inline      int // longest message sent inline, bytes; 0 for none, InlineAuto to let the test choose
 	Depth       int // work requests in flight on one QP; default 128 (lat: 64)
-	Batch       int // work requests a PostSend, at most Depth; default 1 (rate: 16)
+	Batch       int // work requests a PostSend, at most Depth; default 1 (rate: 16, or Depth if that is less)
 	QPs         int // queue pairs; default 1; latency tests use one
 	SignalEvery int // every n-th work request asks for a completion, at most half of Depth; default a quarter of Depth
 	InFlight    int // calls in flight (rpc bw and rate); default 64
@@ -201,8 +201,7 @@ func (s Spec) WithDefaults() Spec {
 		s.Iters = int64(n)
 	}
 	pick(&s.Depth, 64, 128, 128)
-	pick(&s.Batch, 1, 1, 16)
-	s.Batch = min(s.Batch, s.Depth)
+	pick(&s.Batch, 1, 1, min(16, s.Depth))
 	pick(&s.QPs, 1, 1, 1)
 	if s.SignalEvery == 0 {
 		s.SignalEvery = max(1, s.Depth/4)

@@ -1,0 +1,316 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/ringside-rdma/ringside/internal/perf"
+	"github.com/ringside-rdma/ringside/internal/testutil"
+	"github.com/ringside-rdma/ringside/verbs"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// asCommand makes the test binary behave as the command: --spawn starts its own executable.
+const asCommand = "RINGSIDE_TEST_AS_COMMAND"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asCommand) != "" {
+		main()
+	}
+	os.Setenv(asCommand, "1") // for every child: it must never run the tests
+	testutil.Main(m)
+}
+
+var update = flag.Bool("update", false, "rewrite the golden files")
+
+func golden(t *testing.T, name string, got []byte) {
+	t.Helper()
+	path := filepath.Join("testdata", name)
+	if *update {
+		if err := os.WriteFile(path, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Errorf("%s differs (go test -update rewrites it):\n%s", path, got)
+	}
+}
+
+// ringside runs the command in this process.
+func ringside(args ...string) (status int, stdout, stderr string) {
+	var o, e bytes.Buffer
+	status = run(args, strings.NewReader(""), &o, &e)
+	return status, o.String(), e.String()
+}
+
+func TestMistakes(t *testing.T) {
+	for _, tt := range []struct{ args, want string }{
+		{"dvices", `no command "dvices": did you mean "devices"?`},
+		{"perf wrte", `did you mean "write"?`},
+		{"perf write latency", `has no command "latency"`},
+		{"perf write lat", "Give HOST or HOST:PORT, or --spawn"},
+		{"perf write lat a b", "2 arguments given, wanted the server's address"},
+		{"perf write lat --spawn host", "choose one"},
+		{"perf write lat host --server-cpu 1", "give --cpu to the server"},
+		{"perf write lat host --server-device x", "give --device to the server"},
+		{"perf write lat --spawn --size 0", "not a size"},
+		{"perf write lat --spawn --size 5x", "not a size"},
+		{"perf write lat --spawn --size 2G", "not a size"},
+		{"perf write lat --spawn --size 8 --all", "choose one"},
+		{"perf write lat --spawn --iters 5 --duration 1s", "choose one"},
+		{"perf write lat --spawn --iters -5", "positive"},
+		{"perf write lat --spawn --duration -5s", "positive"},
+		{"perf write lat --spawn --warmup -7", "warmup is -7"},
+		{"perf write lat --spawn --poll lazy", "busy adaptive event"},
+		{"perf write lat --spawn --poll event", "measure send lat"},
+		{"perf write lat --spawn --qps 2", "uses 1 QP"},
+		{"perf write rate --spawn --qps 0", "--qps 0"},
+		{"perf write rate --spawn --batch 200", "larger than depth"},
+		{"perf write rate --spawn --signal-every 100", "more than half of depth"},
+		{"perf write rate --spawn --inline 100000", "inline is 100000"},
+		{"perf read lat --spawn --inline 8", "unknown flag: --inline"},
+		{"perf atomic lat --spawn --op swap", "fadd cas"},
+		{"perf rpc lat --spawn --clock sundial", "auto tsc mono"},
+		{"perf write lat --spawn --cpu -3", "number of a processor"},
+		{"perf write lat --spawn -o xml", "text json"},
+		{"perf server x", "wanted none"},
+		{"perf --listen", "flag needs an argument"},
+		{"version x", "wanted none"},
+	} {
+		t.Run(tt.args, func(t *testing.T) {
+			status, stdout, stderr := ringside(strings.Fields(tt.args)...)
+			if status != 2 || !strings.Contains(stderr, tt.want) || !strings.Contains(stderr, "--help") || stdout != "" {
+				t.Errorf("status %d, stdout %q, stderr %q; want status 2 and %q", status, stdout, stderr, tt.want)
+			}
+		})
+	}
+}
+
+func TestFailures(t *testing.T) {
+	for _, tt := range []struct{ args, want string }{
+		{"devices nosuch0", `no device is called "nosuch0"`},
+		{"perf write lat 127.0.0.1:1", "ringside perf server"},
+		{"perf write lat 127.0.0.1:1 --device nosuch0", "nosuch0"},
+		{"perf server --device nosuch0", "nosuch0"},
+		{"perf server --listen 192.0.2.1:1", "--listen"},
+		{"perf write lat 127.0.0.1:1 --plot /nonexistent/x.svg", "--plot"},
+	} {
+		t.Run(tt.args, func(t *testing.T) {
+			status, stdout, stderr := ringside(strings.Fields(tt.args)...)
+			if status != 1 || !strings.Contains(stderr, tt.want) || stdout != "" {
+				t.Errorf("status %d, stdout %q, stderr %q; want status 1 and %q", status, stdout, stderr, tt.want)
+			}
+		})
+	}
+}
+
+func TestHelp(t *testing.T) {
+	for _, a := range []string{"", "perf", "perf send", "perf send lat --help", "perf server --help", "devices --help", "completion bash"} {
+		status, stdout, stderr := ringside(strings.Fields(a)...)
+		if status != 0 || len(stdout) < 100 || stderr != "" {
+			t.Errorf("%q: status %d, %d bytes of help, stderr %q", a, status, len(stdout), stderr)
+		}
+		if strings.Contains(stdout, "--child") {
+			t.Errorf("%q shows an internal flag", a)
+		}
+	}
+}
+
+func TestCompletion(t *testing.T) {
+	for a, want := range map[string]string{
+		"perf write ":            "lat\t",
+		"perf send rate --flow ": "credit",
+		"perf send lat --poll ":  "adaptive",
+		"devices ":               "soft0",
+		"devices -o ":            "json",
+	} {
+		args := append([]string{"__complete"}, strings.Fields(a)...)
+		_, stdout, _ := ringside(append(args, "")...)
+		if !strings.Contains(stdout, want) {
+			t.Errorf("%q completes to %q, without %q", a, stdout, want)
+		}
+	}
+}
+
+func TestParseSize(t *testing.T) {
+	for in, want := range map[string]int{"1": 1, "64": 64, "4k": 4096, "4K": 4096, "4KiB": 4096, "2kb": 2048, "1M": 1 << 20, "1G": 1 << 30, "1024m": 1 << 30,
+		"": 0, "k": 0, "-1": 0, "1T": 0, "1kk": 0, "9999999999999999999": 0, "1025m": 0, "4 k": 0} {
+		if got, err := parseSize(in); got != want || (err == nil) != (want > 0) {
+			t.Errorf("parseSize(%q) = %d, %v", in, got, err)
+		}
+	}
+	var s sizesValue
+	if err := s.Set("64, 4k"); err != nil || s.String() != "64,4096" {
+		t.Errorf("%v, %v", s.v, err)
+	}
+}
+
+// sampleDevices is what `ringside devices` might find on a host with everything.
+func sampleDevices() *deviceReport {
+	a := ib.DeviceAttr{Firmware: "1.2.3", NodeGUID: 0x0002c90300abcdef, SysImageGUID: 0x0002c90300abcde0, VendorID: 0x2c9, VendorPartID: 4119,
+		HWVersion: 1, Ports: 1, MaxMRSize: 1 << 40, PageSizeCap: 0xfffff000, MaxQP: 1000, MaxQPWR: 32768, MaxSGE: 30, MaxSGERead: 29, MaxCQ: 1 << 20,
+		MaxCQE: 1 << 22, MaxMR: 1 << 20, MaxPD: 1 << 20, MaxQPRdAtomic: 16, MaxQPInitRdAtom: 16, MaxAH: 1 << 20, MaxInline: 220, Caps: ib.CapMW2 | ib.CapSRQ | ib.CapAtomic}
+	v4 := ib.GID{10: 0xff, 11: 0xff, 12: 10, 15: 1}
+	return &deviceReport{
+		Schema: devicesSchema,
+		Devices: []deviceJSON{
+			{Name: "mlx5_0", Provider: "mlx5", Tier: "hardware", GUID: ib.GUID(0x0002c90300abcdef).String(), NetDevs: []string{"eth0"}, Error: "open /dev/infiniband/uverbs0: permission denied"},
+			{Name: "rxe0", Provider: "rxe", Tier: "kernel software", GUID: ib.GUID(1).String(), NetDevs: []string{"eth1"}, Chosen: true, Attr: attrOf(&a), Ports: []portJSON{{
+				Port: 1, State: "ACTIVE", LinkLayer: "Ethernet", MaxMTU: 4096, ActiveMTU: 1024, MaxMessage: 1 << 31, GIDTable: 1024, PKeyTable: 1, GIDs: []gidJSON{
+					{Index: 0, GID: ib.GID{0: 0xfe, 1: 0x80, 15: 1}.String(), Type: "RoCE v2", Addr: "fe80::1", NetDev: "eth1"},
+					{Index: 1, GID: v4.String(), Type: "RoCE v2", Addr: v4.Addr().String(), NetDev: "eth1"},
+				}}}},
+			{Name: "ib0", Provider: "mlx5", Tier: "hardware", GUID: ib.GUID(2).String(), NetDevs: []string{}, Attr: attrOf(&ib.DeviceAttr{}), Ports: []portJSON{{
+				Port: 1, State: "DOWN", LinkLayer: "InfiniBand", LID: 4, SMLID: 1, GIDs: []gidJSON{}}}},
+		},
+		Choice: &choiceJSON{Device: "rxe0", Reason: "the best device that works", Passed: []verbs.Passed{
+			{Tier: verbs.TierHardware, Provider: "mlx5", Device: "mlx5_0", Reason: "permission denied: add the user to the group rdma"}}},
+		Problems: []string{"provider siw: rdma netlink is not available"},
+	}
+}
+
+func TestDevicesGolden(t *testing.T) {
+	r := sampleDevices()
+	for name, verbose := range map[string]bool{"devices.txt": false, "devices_v.txt": true} {
+		var b bytes.Buffer
+		if err := r.writeText(&b, verbose); err != nil {
+			t.Fatal(err)
+		}
+		golden(t, name, b.Bytes())
+	}
+	b, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "devices.json", append(b, '\n'))
+	var none bytes.Buffer
+	if err := (&deviceReport{}).writeText(&none, false); err != nil || !strings.Contains(none.String(), "no devices") {
+		t.Errorf("%q, %v", none.String(), err)
+	}
+}
+
+func TestDevices(t *testing.T) {
+	t.Setenv(verbs.EnvDevice, "")
+	status, text, stderr := ringside("devices", "-v", "soft0")
+	if status != 0 || stderr != "" {
+		t.Fatalf("status %d, %s", status, stderr)
+	}
+	for _, want := range []string{"soft0  (chosen)", "software NIC", "ACTIVE", "GID 0", "max_qp_wr", "programs that name no device get soft0", "not hardware"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is missing from:\n%s", want, text)
+		}
+	}
+	_, text, _ = ringside("devices", "-o", "json")
+	var loose struct {
+		Devices []struct {
+			Attributes struct {
+				Limits map[string]uint64 `json:"limits"`
+			} `json:"attributes"`
+		} `json:"devices"`
+	}
+	if err := json.Unmarshal([]byte(text), &loose); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(loose.Devices); n == 0 || loose.Devices[n-1].Attributes.Limits["max_qp"] == 0 {
+		t.Errorf("limits are missing from:\n%s", text)
+	}
+	t.Setenv(verbs.EnvDevice, "soft")
+	if _, text, _ = ringside("devices"); !strings.Contains(text, verbs.EnvDevice+"=soft") {
+		t.Errorf("the choice of the environment is not told:\n%s", text)
+	}
+	t.Setenv(verbs.EnvDevice, "nosuch0")
+	if status, text, _ = ringside("devices"); status != 0 || !strings.Contains(text, "problem:") || !strings.Contains(text, "soft0") {
+		t.Errorf("status %d:\n%s", status, text)
+	}
+}
+
+func TestVersion(t *testing.T) {
+	bi := &debug.BuildInfo{Main: debug.Module{Version: "v1.2.3"}, Settings: []debug.BuildSetting{
+		{Key: "vcs.revision", Value: "0123456789abcdef"}, {Key: "vcs.time", Value: "2026-01-02T03:04:05Z"}, {Key: "vcs.modified", Value: "true"}, {Key: "CGO_ENABLED", Value: "0"}}}
+	v := versionOf(bi)
+	v.Go, v.OS, v.Arch = "go1.26.0", "linux", "arm64"
+	var b bytes.Buffer
+	for _, form := range []string{"text", "json"} {
+		if err := printVersion(&b, v, form); err != nil {
+			t.Fatal(err)
+		}
+	}
+	golden(t, "version.txt", b.Bytes())
+	if status, text, _ := ringside("version"); status != 0 || !strings.HasPrefix(text, "ringside ") {
+		t.Errorf("status %d: %s", status, text)
+	}
+}
+
+// TestSpawn measures between two processes.
+func TestSpawn(t *testing.T) {
+	for _, a := range []string{
+		"perf send lat --spawn --size 8,4k --iters 200 --warmup 20 -o json",
+		"perf send rate --spawn --iters 2000 --qps 2 --poll adaptive -o json",
+		"perf write lat --spawn --iters 200 --warmup 0 -o json",
+		"perf write bw --spawn --iters 50 -o json",
+		"perf read lat --spawn --iters 200 --poll event -o json",
+		"perf atomic rate --spawn --iters 500 -o json",
+	} {
+		t.Run(a, func(t *testing.T) {
+			status, stdout, stderr := ringside(strings.Fields(a)...)
+			if status != 0 {
+				t.Fatalf("status %d: %s", status, stderr)
+			}
+			var r struct {
+				Schema  string
+				Path    string
+				Spawned bool
+				Client  perf.Host
+				Server  perf.Host
+				Results []struct {
+					Messages uint64
+				}
+			}
+			if err := json.Unmarshal([]byte(stdout), &r); err != nil {
+				t.Fatalf("%v in %s", err, stdout)
+			}
+			if r.Schema != perf.Schema || !r.Spawned || r.Path != "shm" || len(r.Results) == 0 || r.Results[0].Messages == 0 {
+				t.Errorf("got %s", stdout)
+			}
+			if stderr != "" {
+				t.Errorf("stderr is no terminal, but has %q", stderr)
+			}
+		})
+	}
+}
+
+func TestSpawnPlot(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "x.svg")
+	status, stdout, stderr := ringside("perf", "read", "lat", "--spawn", "--size", "8,64", "--iters", "100", "--plot", file)
+	if status != 0 {
+		t.Fatalf("status %d: %s", status, stderr)
+	}
+	lines := strings.Split(stdout, "\n")
+	if !slices.ContainsFunc(lines, func(l string) bool { return strings.Contains(l, "p99.9") }) || !strings.Contains(stdout, "server started by this command") {
+		t.Errorf("got %s", stdout)
+	}
+	b, err := os.ReadFile(file)
+	if err != nil || !bytes.Contains(b, []byte("</svg>")) {
+		t.Errorf("%v, %s", err, b)
+	}
+}
+
+// TestSpawnFails: what the server says about its failure is shown.
+func TestSpawnFails(t *testing.T) {
+	status, _, stderr := ringside("perf", "read", "lat", "--spawn", "--server-device", "nosuch0")
+	if status != 1 || !strings.Contains(stderr, "--spawn") {
+		t.Errorf("status %d: %s", status, stderr)
+	}
+}

@@ -1,0 +1,453 @@
+package perf
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/ringside-rdma/ringside/internal/testutil"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// A running server of this process. Both sides of a measurement poll: the tests run few iterations, and assert nothing
+// about time.
+type testServer struct {
+	addr string
+	end  context.CancelFunc
+
+	mu  sync.Mutex
+	log []string
+}
+
+func startServer(t *testing.T, cfg ServerConfig) *testServer {
+	t.Helper()
+	ts := &testServer{}
+	cfg.GIDIndex, cfg.CPU = -1, -1
+	cfg.Log = func(format string, args ...any) {
+		ts.mu.Lock()
+		defer ts.mu.Unlock()
+		ts.log = append(ts.log, fmt.Sprintf(format, args...))
+	}
+	s, err := NewServer(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ts.addr = l.Addr().String()
+	var ctx context.Context
+	ctx, ts.end = context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(ctx, l) }()
+	t.Cleanup(func() {
+		ts.end()
+		if err := <-done; err != nil && !cfg.Once {
+			t.Errorf("Serve: %v", err)
+		}
+		if err := s.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+		if t.Failed() {
+			t.Logf("the server's log:\n%s", strings.Join(ts.log, "\n"))
+		}
+	})
+	return ts
+}
+
+func testConfig(addr string, spec Spec, sizes ...int) *Config {
+	if spec.Iters == 0 && spec.Duration == 0 {
+		spec.Iters = 100
+	}
+	if spec.Warmup == 0 {
+		spec.Warmup = 10
+	}
+	return &Config{Spec: spec, Sizes: sizes, Addr: addr, GIDIndex: -1, CPU: -1}
+}
+
+func TestRun(t *testing.T) {
+	srv := startServer(t, ServerConfig{})
+	for _, tt := range []struct {
+		name  string
+		spec  Spec
+		sizes []int
+	}{
+		{"send lat", Spec{Op: OpSend, Kind: Lat, Inline: InlineAuto}, []int{1, 64, 5000}},
+		{"send lat by events", Spec{Op: OpSend, Kind: Lat, Poll: PollEvent}, []int{8}},
+		{"send lat adaptive", Spec{Op: OpSend, Kind: Lat, Poll: PollAdaptive, Spin: time.Microsecond}, []int{8}},
+		{"send lat, shallow", Spec{Op: OpSend, Kind: Lat, Depth: 1}, []int{8}},
+		{"send lat, always signaled", Spec{Op: OpSend, Kind: Lat, Depth: 2, SignalEvery: 1}, []int{8}},
+		{"send lat, no warm-up", Spec{Op: OpSend, Kind: Lat, Warmup: NoWarmup}, []int{8}},
+		{"send bw", Spec{Op: OpSend, Kind: BW}, []int{64, 65536}},
+		{"send bw by events", Spec{Op: OpSend, Kind: BW, Poll: PollEvent, Iters: 2000}, []int{64}},
+		{"send rate", Spec{Op: OpSend, Kind: Rate, Inline: InlineAuto, Iters: 5000}, []int{64}},
+		{"send rate, 3 QPs", Spec{Op: OpSend, Kind: Rate, QPs: 3, Iters: 5000}, []int{200}},
+		{"send rate by RNR", Spec{Op: OpSend, Kind: Rate, Flow: FlowRNR, Iters: 500}, []int{64}},
+		{"send rate, shallow", Spec{Op: OpSend, Kind: Rate, Depth: 1}, []int{64}},
+		{"send rate, odd numbers", Spec{Op: OpSend, Kind: Rate, Depth: 17, Batch: 17, SignalEvery: 5, Iters: 1001}, []int{100}},
+		{"write lat", Spec{Op: OpWrite, Kind: Lat, Inline: InlineAuto, Iters: 600}, []int{1, 8, 300}},
+		{"write bw", Spec{Op: OpWrite, Kind: BW}, []int{65536}},
+		{"write rate", Spec{Op: OpWrite, Kind: Rate, Inline: 64, QPs: 2, Iters: 3001}, []int{64}},
+		{"write rate, odd numbers", Spec{Op: OpWrite, Kind: Rate, Depth: 100, Batch: 64, SignalEvery: 7, QPs: 3, Iters: 1000}, []int{64}},
+		{"write rate, fewer messages than QPs", Spec{Op: OpWrite, Kind: Rate, QPs: 4, Iters: 2, Warmup: 1}, []int{64}},
+		{"read lat", Spec{Op: OpRead, Kind: Lat}, []int{8, 8192}},
+		{"read lat by events", Spec{Op: OpRead, Kind: Lat, Poll: PollEvent}, []int{8}},
+		{"read bw", Spec{Op: OpRead, Kind: BW}, []int{65536}},
+		{"read rate", Spec{Op: OpRead, Kind: Rate, Poll: PollAdaptive}, []int{8}},
+		{"atomic lat", Spec{Op: OpAtomic, Kind: Lat}, nil},
+		{"atomic rate", Spec{Op: OpAtomic, Kind: Rate, QPs: 2}, nil},
+		{"compare and swap", Spec{Op: OpAtomic, Kind: BW, Atomic: CompareSwap}, nil},
+		{"system clock", Spec{Op: OpRead, Kind: Lat}, []int{8}},
+		{"for a time", Spec{Op: OpRead, Kind: Lat, Duration: 5 * time.Millisecond}, []int{8}},
+		{"rate for a time", Spec{Op: OpSend, Kind: Rate, Duration: 5 * time.Millisecond}, []int{8}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			cfg := testConfig(srv.addr, tt.spec, tt.sizes...)
+			if tt.name == "system clock" {
+				cfg.Clock = ClockMono
+			}
+			rep, err := Run(t.Context(), cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			checkReport(t, rep, cfg)
+		})
+	}
+}
+
+// checkReport checks what is true of every complete run.
+func checkReport(t *testing.T, rep *Report, cfg *Config) {
+	t.Helper()
+	if rep.Interrupted || rep.Schema != Schema || rep.Path == "" || rep.Client.Device == "" || rep.Server.Device == "" || rep.Choice == nil {
+		t.Errorf("incomplete report: %+v", rep)
+	}
+	if want := max(1, len(cfg.Sizes)); len(rep.Results) != want {
+		t.Fatalf("%d results, want %d", len(rep.Results), want)
+	}
+	for i, r := range rep.Results {
+		if len(cfg.Sizes) > 0 && r.Size != cfg.Sizes[i] {
+			t.Errorf("result %d is of %d bytes, not %d", i, r.Size, cfg.Sizes[i])
+		}
+		if r.Messages == 0 || cfg.Spec.Iters > 0 && r.Messages != uint64(cfg.Spec.Iters) || r.Partial {
+			t.Errorf("%d bytes: %d messages (partial: %v), want %d", r.Size, r.Messages, r.Partial, cfg.Spec.Iters)
+		}
+		if r.Seconds <= 0 || r.MessagesPerSecond <= 0 || r.MegabytesPerSecond <= 0 {
+			t.Errorf("%d bytes: no rates: %+v", r.Size, r)
+		}
+		if want := rep.Test.LatencyOf != ""; want != (r.Latency != nil) {
+			t.Errorf("%d bytes: latency is %+v", r.Size, r.Latency)
+		}
+		if l := r.Latency; l != nil && !(0 < l.Min && l.Min <= l.P50 && l.P50 <= l.P90 && l.P90 <= l.P99 && l.P99 <= l.P999 && l.P999 <= l.Max) {
+			t.Errorf("%d bytes: %+v is not ordered", r.Size, l)
+		}
+		if r.ClientCPU == nil || r.ServerCPU == nil || *r.ClientCPU < 0 || *r.ServerCPU < 0 {
+			t.Errorf("%d bytes: no CPU time: %+v", r.Size, r)
+		}
+	}
+}
+
+func TestRunRefused(t *testing.T) {
+	ctx := t.Context()
+	if _, err := Run(ctx, testConfig("127.0.0.1:1", Spec{Op: OpSend, Kind: Lat})); err == nil || !strings.Contains(err.Error(), "ringside perf server") {
+		t.Errorf("no server: error %v does not say how to start one", err)
+	}
+	if _, err := Run(ctx, testConfig("x:1", Spec{Op: OpSend, Kind: Lat, QPs: 2})); err == nil || !strings.Contains(err.Error(), "uses 1 QP") {
+		t.Errorf("bad spec: %v", err)
+	}
+	cfg := testConfig("x:1", Spec{Op: OpSend, Kind: Lat})
+	cfg.Device = "nosuch0"
+	if _, err := Run(ctx, cfg); err == nil || !strings.Contains(err.Error(), "nosuch0") || !strings.Contains(err.Error(), "ringside devices") {
+		t.Errorf("bad device: %v", err)
+	}
+	if _, err := NewServer(ServerConfig{Device: "nosuch0", GIDIndex: -1}); err == nil || !strings.Contains(err.Error(), "ringside devices") {
+		t.Errorf("bad device: %v", err)
+	}
+	if _, err := NewServer(ServerConfig{GIDIndex: 77}); err == nil || !strings.Contains(err.Error(), "no GID at index 77") {
+		t.Errorf("bad GID index: %v", err)
+	}
+	if _, err := NewServer(ServerConfig{GIDIndex: -1, Port: 99}); err == nil || !strings.Contains(err.Error(), "--port 99") {
+		t.Errorf("bad port: %v", err)
+	}
+}
+
+// TestServerBusy: one measurement at a time, and the second client is told so.
+func TestServerBusy(t *testing.T) {
+	srv := startServer(t, ServerConfig{})
+	conn, err := net.Dial("tcp", srv.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, _, err := newControl(conn, Host{Name: "first"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = Run(t.Context(), testConfig(srv.addr, Spec{Op: OpSend, Kind: Lat}))
+	if err == nil || !strings.Contains(err.Error(), "busy with another client") {
+		t.Errorf("second client: %v", err)
+	}
+	c.close()
+	testutil.Eventually(t, "the next client is served", func() bool {
+		_, err = Run(t.Context(), testConfig(srv.addr, Spec{Op: OpSend, Kind: Lat}))
+		return err == nil
+	})
+}
+
+// TestServerRefuses: whatever a client sends, it gets a reason, and the next client is served.
+func TestServerRefuses(t *testing.T) {
+	srv := startServer(t, ServerConfig{})
+	spec := Spec{Op: OpSend, Kind: BW, Inline: InlineAuto}.WithDefaults()
+	for _, tt := range []struct {
+		name string
+		m    message
+		want string
+	}{
+		{"out of turn", &mark{}, "a mark frame came instead of a setup frame"},
+		{"bad key", &setup{spec: spec, endpoint: sampleEndpoint(1)}, "malformed remote key"},
+		{"no memory for that", &setup{spec: Spec{Op: OpWrite, Kind: BW, Size: MaxSize, QPs: 1000}.WithDefaults(), endpoint: sampleEndpoint(1)}, "registered memory"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var c *control
+			testutil.Eventually(t, "the server is free", func() bool {
+				conn, err := net.Dial("tcp", srv.addr)
+				if err != nil {
+					t.Fatal(err)
+				}
+				c, _, err = newControl(conn, Host{Name: tt.name})
+				return err == nil
+			})
+			defer c.close()
+			if err := c.send(tt.m); err != nil {
+				t.Fatal(err)
+			}
+			_, err := c.next(t.Context())
+			var pe *PeerError
+			if !errors.As(err, &pe) || !strings.Contains(pe.Text, tt.want) {
+				t.Errorf("got %v, want a reason with %q", err, tt.want)
+			}
+		})
+	}
+}
+
+// TestServerStops: a client in the middle of a test is told, and ends.
+func TestServerStops(t *testing.T) {
+	for _, spec := range []Spec{
+		{Op: OpSend, Kind: Lat, Duration: time.Hour},
+		{Op: OpWrite, Kind: Lat, Duration: time.Hour},
+		{Op: OpRead, Kind: Rate, Duration: time.Hour},
+		{Op: OpSend, Kind: Rate, Duration: time.Hour},
+	} {
+		t.Run(spec.Op.String()+" "+spec.Kind.String(), func(t *testing.T) {
+			srv := startServer(t, ServerConfig{})
+			cfg := testConfig(srv.addr, spec, 8)
+			cfg.Progress = func(p Progress) {
+				if p.Phase == "measuring" {
+					time.AfterFunc(20*time.Millisecond, srv.end)
+				}
+			}
+			_, err := Run(t.Context(), cfg)
+			var pe *PeerError
+			if !errors.As(err, &pe) || !strings.Contains(err.Error(), "the server was stopped") {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+}
+
+// TestInterrupt: a run that is interrupted has its results, from both sides.
+func TestInterrupt(t *testing.T) {
+	srv := startServer(t, ServerConfig{})
+	for _, spec := range []Spec{
+		{Op: OpSend, Kind: Lat, Duration: time.Hour},
+		{Op: OpSend, Kind: Lat, Duration: time.Hour, Poll: PollEvent},
+		{Op: OpWrite, Kind: Lat, Iters: maxIters},
+		{Op: OpRead, Kind: Lat, Iters: maxIters, Poll: PollAdaptive},
+		{Op: OpWrite, Kind: BW, Duration: time.Hour},
+		{Op: OpSend, Kind: Rate, Iters: maxIters},
+		{Op: OpSend, Kind: Rate, Iters: maxIters, Poll: PollEvent, QPs: 2},
+	} {
+		t.Run(fmt.Sprint(spec.Op, " ", spec.Kind, " ", spec.Poll), func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			cfg := testConfig(srv.addr, spec, 8, 16)
+			cfg.Progress = func(p Progress) {
+				if p.Phase == "measuring" {
+					time.AfterFunc(20*time.Millisecond, cancel)
+				}
+			}
+			rep, err := Run(ctx, cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !rep.Interrupted || len(rep.Results) != 1 {
+				t.Fatalf("interrupted: %v, %d results", rep.Interrupted, len(rep.Results))
+			}
+			r := rep.Results[0]
+			if !r.Partial || r.Messages == 0 || r.ServerCPU == nil || r.MessagesPerSecond <= 0 {
+				t.Errorf("%+v", r)
+			}
+		})
+	}
+}
+
+func TestInterruptBeforeMeasuring(t *testing.T) {
+	srv := startServer(t, ServerConfig{})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	cfg := testConfig(srv.addr, Spec{Op: OpSend, Kind: Lat, Warmup: maxIters}, 8)
+	cfg.Progress = func(p Progress) {
+		if p.Phase == "warm-up" {
+			time.AfterFunc(10*time.Millisecond, cancel)
+		}
+	}
+	rep, err := Run(ctx, cfg)
+	if err != nil || rep == nil || !rep.Interrupted || len(rep.Results) != 0 {
+		t.Fatalf("%+v, %v", rep, err)
+	}
+}
+
+func TestServeOnce(t *testing.T) {
+	srv := startServer(t, ServerConfig{Once: true})
+	if _, err := Run(t.Context(), testConfig(srv.addr, Spec{Op: OpRead, Kind: Lat})); err != nil {
+		t.Fatal(err)
+	}
+	testutil.Eventually(t, "the server stops listening", func() bool {
+		conn, err := net.Dial("tcp", srv.addr)
+		if err == nil {
+			conn.Close()
+		}
+		return err != nil
+	})
+}
+
+// TestLoopsAllocateNothing runs the timed loops of both sides under testing.AllocsPerRun.
+func TestLoopsAllocateNothing(t *testing.T) {
+	for _, spec := range []Spec{
+		{Op: OpSend, Kind: Lat, Inline: InlineAuto},
+		{Op: OpWrite, Kind: Lat},
+		{Op: OpRead, Kind: Lat},
+		{Op: OpAtomic, Kind: Lat},
+		{Op: OpSend, Kind: Rate},
+		{Op: OpWrite, Kind: Rate, QPs: 2},
+		{Op: OpRead, Kind: BW, Size: 4096},
+	} {
+		t.Run(spec.Op.String()+" "+spec.Kind.String(), func(t *testing.T) {
+			spec.Iters = 1000
+			client, server := sidePair(t, spec.WithDefaults())
+			server.grace = 0
+			ended := make(chan error, 1)
+			v := &verbsService{side: server, done: make(chan struct{})}
+			go func() { ended <- v.run() }()
+			l := &verbsLoad{side: client}
+			if err := l.prepare(clock{base: time.Now(), nsPerTick: 1}); err != nil {
+				t.Fatal(err)
+			}
+			run := func() (err error) {
+				switch {
+				case spec.Kind != Lat:
+					_, err = client.stream(300)
+				case spec.Op == OpSend:
+					_, err = client.pingSend(100)
+				case spec.Op == OpWrite:
+					_, err = client.pingWrite(100)
+				default:
+					_, err = client.operate(100)
+				}
+				return err
+			}
+			var err error
+			if n := testing.AllocsPerRun(10, func() {
+				if e := run(); e != nil {
+					err = e
+				}
+			}); n != 0 {
+				t.Errorf("300 or 100 operations allocate %v times", n)
+			}
+			if err != nil {
+				t.Error(err)
+			}
+			v.halt()
+			if err := <-ended; err != nil && !errors.Is(err, errHalted) {
+				t.Errorf("server: %v", err)
+			}
+		})
+	}
+}
+
+// sidePair returns the two connected sides of a test.
+func sidePair(t testing.TB, spec Spec) (client, server *side) {
+	t.Helper()
+	s, err := NewServer(ServerConfig{GIDIndex: -1, CPU: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	var sides [2]*side
+	var ends [2]endpoint
+	for i := range sides {
+		if sides[i], err = newSide(s.vctx, spec, i == 1, portOptions{gidIndex: -1}); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(sides[i].close)
+		if ends[i], err = sides[i].endpoint(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range sides {
+		if err := sides[i].connect(t.Context(), &ends[1-i]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return sides[0], sides[1]
+}
+
+func TestChooseGID(t *testing.T) {
+	v4, v6 := ib.GID{10: 0xff, 11: 0xff, 12: 10, 15: 1}, ib.GID{0: 0xfe, 1: 0x80, 15: 1}
+	table := []ib.GIDEntry{{Index: 0, GID: v6, Type: ib.GIDRoCEv1}, {Index: 1, GID: v6, Type: ib.GIDRoCEv2}, {Index: 2}, {Index: 3, GID: v4, Type: ib.GIDRoCEv2}}
+	for _, tt := range []struct {
+		gids    []ib.GIDEntry
+		want, i int
+	}{
+		{table, -1, 3}, {table[:3], -1, 1}, {table[:1], -1, 0}, {table, 1, 1}, {table, 3, 3}, {table, 2, -1}, {table, 9, -1}, {nil, -1, -1}, {nil, 0, -1},
+	} {
+		if i, err := chooseGID(tt.gids, tt.want); i != tt.i || (err == nil) != (tt.i >= 0) {
+			t.Errorf("of %d entries, wanting %d: %d, %v", len(tt.gids), tt.want, i, err)
+		}
+	}
+}
+
+func TestServerAddr(t *testing.T) {
+	for in, want := range map[string]string{"host": "host:18515", "host:1": "host:1", ":1": ":1", "::1": "[::1]:18515", "[::1]": "[::1]:18515", "[::1]:7": "[::1]:7", "": ""} {
+		got, err := ServerAddr(in)
+		if got != want || (err == nil) != (want != "") {
+			t.Errorf("ServerAddr(%q) = %q, %v", in, got, err)
+		}
+	}
+}
+
+func BenchmarkLoop(b *testing.B) {
+	for _, spec := range []Spec{{Op: OpRead, Kind: Lat}, {Op: OpWrite, Kind: Rate}} {
+		b.Run(spec.Op.String()+" "+spec.Kind.String(), func(b *testing.B) {
+			spec.Iters = 1
+			client, _ := sidePair(b, spec.WithDefaults())
+			l := &verbsLoad{side: client}
+			client.spec.Iters = 1 << 16
+			if err := l.prepare(clock{base: time.Now(), nsPerTick: 1}); err != nil {
+				b.Fatal(err)
+			}
+			b.ResetTimer()
+			if _, err := l.run(int64(b.N), 0, false); err != nil {
+				b.Fatal(err)
+			}
+		})
+	}
+}
