@@ -1,4 +1,3 @@
-// Package rpc makes calls between two processes over a transport.Conn.
 package rpc
 
 import (
@@ -9,6 +8,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -179,41 +179,28 @@ func checkMethodName(s string) error {
 	return nil
 }
 
-// bulkDesc is a bulk descriptor: memory of the client that the server may reach one-sided during the call.
-type bulkDesc struct {
-	addr   uint64
-	length uint64
-	rkey   ib.RKey
-	access ib.Access // AccessRemoteRead, AccessRemoteWrite or both
-}
-
+// bulkAccess is what a bulk descriptor can allow the server to do with the client's memory.
 const bulkAccess = ib.AccessRemoteRead | ib.AccessRemoteWrite
 
-// putBulk encodes d into the first bulkLen bytes of b.
-func putBulk(b []byte, d *bulkDesc) {
-	_ = b[bulkLen-1]
-	binary.LittleEndian.PutUint64(b[0:], d.addr)
-	binary.LittleEndian.PutUint64(b[8:], d.length)
-	binary.LittleEndian.PutUint32(b[16:], uint32(d.rkey))
-	binary.LittleEndian.PutUint32(b[20:], uint32(d.access))
+// putBulk encodes k into the first bulkLen bytes of b.
+func putBulk(b []byte, k mr.RemoteKey) error {
+	if k.Access&^bulkAccess != 0 || k.Access == 0 {
+		return frameError("bulk descriptor: access %#x, want read, write or both", uint32(k.Access))
+	}
+	_, err := k.AppendBinary(b[:0:bulkLen])
+	return err
 }
 
 // parseBulk decodes and checks a bulk descriptor.
-func parseBulk(b []byte) (bulkDesc, error) {
-	_ = b[bulkLen-1]
-	d := bulkDesc{
-		addr:   binary.LittleEndian.Uint64(b[0:]),
-		length: binary.LittleEndian.Uint64(b[8:]),
-		rkey:   ib.RKey(binary.LittleEndian.Uint32(b[16:])),
-		access: ib.Access(binary.LittleEndian.Uint32(b[20:])),
+func parseBulk(b []byte) (mr.RemoteKey, error) {
+	var k mr.RemoteKey
+	if err := k.UnmarshalBinary(b[:bulkLen]); err != nil {
+		return k, fmt.Errorf("%w: %w", errFrame, err)
 	}
-	switch {
-	case d.length > math.MaxInt64 || d.addr+d.length < d.addr:
-		return bulkDesc{}, frameError("bulk descriptor: %d bytes at %#x wrap around", d.length, d.addr)
-	case d.access&^bulkAccess != 0 || d.access == 0:
-		return bulkDesc{}, frameError("bulk descriptor: access %#x, want read, write or both", uint32(d.access))
+	if k.Access&^bulkAccess != 0 || k.Access == 0 {
+		return k, frameError("bulk descriptor: access %#x, want read, write or both", uint32(k.Access))
 	}
-	return d, nil
+	return k, nil
 }
 
 // timeoutMicros returns the value of a request's timeout field for a deadline in d: at least 1, rounded up so that a

@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"math"
@@ -8,16 +9,17 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
 // frameOf returns a frame with header h, whose payload length is set from payload.
-func frameOf(h header, bulk []bulkDesc, payload string) []byte {
+func frameOf(h header, bulk []mr.RemoteKey, payload string) []byte {
 	h.bulk, h.payload = len(bulk), len(payload)
 	b := make([]byte, headerLen+len(bulk)*bulkLen)
 	putHeader(b, &h)
 	for i := range bulk {
-		putBulk(b[headerLen+i*bulkLen:], &bulk[i])
+		_ = putBulk(b[headerLen+i*bulkLen:], bulk[i])
 	}
 	return append(b, payload...)
 }
@@ -27,7 +29,7 @@ func TestFrameGolden(t *testing.T) {
 	for _, tc := range []struct {
 		name    string
 		h       header
-		bulk    []bulkDesc
+		bulk    []mr.RemoteKey
 		payload string
 		hex     string
 	}{
@@ -37,7 +39,7 @@ func TestFrameGolden(t *testing.T) {
 		},
 		{
 			name: "request with a bulk argument", h: header{kind: kindRequest, word: 0x10001, id: makeID(0, 1)},
-			bulk: []bulkDesc{{addr: 0x7f0011223344, length: 4096, rkey: 0xa1b2c3d4, access: ib.AccessRemoteRead}},
+			bulk: []mr.RemoteKey{{Addr: 0x7f0011223344, Len: 4096, RKey: 0xa1b2c3d4, Access: ib.AccessRemoteRead}},
 			hex: "0101000001000100" + "0000000001000000" + "0000000000000000" + "0100000000000000" +
 				"44332211007f0000" + "0010000000000000" + "d4c3b2a104000000",
 		},
@@ -129,16 +131,21 @@ func TestFrameRefused(t *testing.T) {
 			t.Errorf("%s: %v, want a malformed frame", name, err)
 		}
 	}
-	for name, d := range map[string]bulkDesc{
-		"wraps":          {addr: math.MaxUint64 - 10, length: 100, access: ib.AccessRemoteRead},
-		"too long":       {length: math.MaxUint64, access: ib.AccessRemoteRead},
-		"no access":      {length: 1},
-		"local access":   {length: 1, access: ib.AccessLocalWrite},
-		"atomic access":  {length: 1, access: ib.AccessRemoteRead | ib.AccessRemoteAtomic},
-		"unknown access": {length: 1, access: 1 << 31},
+	for name, k := range map[string]mr.RemoteKey{
+		"wraps":          {Addr: math.MaxUint64 - 10, Len: 100, Access: ib.AccessRemoteRead},
+		"too long":       {Len: math.MaxUint64, Access: ib.AccessRemoteRead},
+		"no access":      {Len: 1},
+		"local access":   {Len: 1, Access: ib.AccessLocalWrite},
+		"atomic access":  {Len: 1, Access: ib.AccessRemoteRead | ib.AccessRemoteAtomic},
+		"unknown access": {Len: 1, Access: 1 << 31},
 	} {
 		var b [bulkLen]byte
-		putBulk(b[:], &d)
+		if putBulk(b[:], k) == nil {
+			t.Errorf("bulk %s: was encoded", name)
+		}
+		binary.LittleEndian.PutUint64(b[0:], k.Addr)
+		binary.LittleEndian.PutUint64(b[8:], k.Len)
+		binary.LittleEndian.PutUint32(b[20:], uint32(k.Access))
 		if _, err := parseBulk(b[:]); !errors.Is(err, errFrame) {
 			t.Errorf("bulk %s: %v, want a malformed frame", name, err)
 		}
@@ -159,7 +166,7 @@ func TestTimeoutMicros(t *testing.T) {
 // FuzzFrame: whatever a peer sends, parsing does not panic, and what is accepted can be encoded again to the same bytes.
 func FuzzFrame(f *testing.F) {
 	f.Add(frameOf(header{kind: kindRequest, word: 7, id: 1, timeout: 99}, nil, "hello"))
-	f.Add(frameOf(header{kind: kindRequest, word: 7, id: 1}, []bulkDesc{{1, 2, 3, ib.AccessRemoteRead}, {4, 5, 6, bulkAccess}}, "x"))
+	f.Add(frameOf(header{kind: kindRequest, word: 7, id: 1}, []mr.RemoteKey{{Addr: 1, Len: 2, RKey: 3, Access: ib.AccessRemoteRead}, {Addr: 4, Len: 5, RKey: 6, Access: bulkAccess}}, "x"))
 	f.Add(frameOf(header{kind: kindResponse, word: 5, flags: 1}, nil, "\x12\x01x\x1a\x06\x0a\x01t\x12\x01v"))
 	f.Add(frameOf(header{kind: kindResponse, word: 99}, nil, "\x12\x02\xff\xfe"))
 	f.Add(frameOf(header{kind: kindCancel, id: 1 << 40}, nil, ""))
@@ -186,7 +193,9 @@ func FuzzFrame(f *testing.F) {
 				continue
 			}
 			var bb [bulkLen]byte
-			putBulk(bb[:], &d)
+			if err := putBulk(bb[:], d); err != nil {
+				t.Fatal(err)
+			}
 			if string(bb[:]) != string(at[:bulkLen]) {
 				t.Fatalf("descriptor % x encodes as % x", at[:bulkLen], bb)
 			}

@@ -1,0 +1,689 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/ringside-rdma/ringside/transport"
+)
+
+// ClientConfig holds a client's limits. The zero value, and nil, mean the defaults.
+type ClientConfig struct {
+	// MaxInFlight is how many calls can be in flight at once, those of Queues included; default 1024. Further calls wait
+	// for one to end. Each costs about 300 bytes, allocated when the client is made.
+	MaxInFlight int
+	// Metrics turns counters and latency histograms by method on; see Client.Stats. Off by default.
+	Metrics bool
+}
+
+// maxInFlightLimit keeps slot indices within a frame's half of a call id, and memory within reason.
+const maxInFlightLimit = 1 << 20
+
+func (c *ClientConfig) withDefaults() ClientConfig {
+	var d ClientConfig
+	if c != nil {
+		d = *c
+	}
+	if d.MaxInFlight <= 0 {
+		d.MaxInFlight = 1024
+	}
+	d.MaxInFlight = min(d.MaxInFlight, maxInFlightLimit)
+	return d
+}
+
+// smallBody is the size of responses that are copied out of the receive slot at once: cheaper than keeping the slot.
+const smallBody = 128
+
+// A slot is a call in flight. Its state holds the generation of the call in the high half and a phase in the low half;
+// whoever moves it out of phasePending owns the result, so a late response finds another generation or phase and is
+// dropped. The result is published by the Waiter, or by the Queue's list.
+//
+//	free -> pending -> answered -> pending ...      pending -> free (the caller gave up)
+type slot struct {
+	state atomic.Uint64
+
+	// Written by who has moved the slot to phaseAnswered, read by the caller after that was published.
+	body  []byte
+	msg   message
+	holds bool
+	err   error
+
+	index uint32
+	next  atomic.Uint32 // free list and Queue lists: index + 1 of the next slot
+	queue *Queue        // nil: a blocking call
+	tag   uint64
+	start time.Time
+	mm    *methodMetrics
+	w     waiter // Done is called once for each answered call, and not otherwise
+	small [smallBody]byte
+}
+
+const (
+	phaseFree uint32 = iota
+	phasePending
+	phaseAnswered
+)
+
+func slotState(gen, phase uint32) uint64 { return uint64(gen)<<32 | uint64(phase) }
+
+// begin starts a new generation of a slot and returns its call id. Only the slot's owner calls it.
+func (s *slot) begin() uint64 {
+	gen := uint32(s.state.Load()>>32) + 1
+	s.state.Store(slotState(gen, phasePending))
+	return makeID(s.index, gen)
+}
+
+func (s *slot) id() uint64 { return makeID(s.index, uint32(s.state.Load()>>32)) }
+
+// giveUp ends a pending call. It returns false if a result has arrived or is arriving.
+func (s *slot) giveUp() bool {
+	gen := uint32(s.state.Load() >> 32)
+	return s.state.CompareAndSwap(slotState(gen, phasePending), slotState(gen, phaseFree))
+}
+
+// claim gives the caller the right to write the result of call generation gen.
+func (s *slot) claim(gen uint32) bool {
+	return s.state.CompareAndSwap(slotState(gen, phasePending), slotState(gen, phaseAnswered))
+}
+
+// publish hands the result that was written after claim to the caller.
+func (s *slot) publish() {
+	if s.queue != nil {
+		s.queue.completed(s)
+		return
+	}
+	s.w.Done()
+}
+
+// Client makes calls over one connection. It is safe for concurrent use by any number of goroutines.
+//
+// A call sends its request and then drives the connection's poller itself until its response is there, unless another
+// goroutine does so already: one call in flight costs no switch of goroutines.
+type Client struct {
+	link       link
+	conn       *transport.Conn // what link stands on; nil in tests
+	cfg        ClientConfig
+	maxMessage int
+	maxHeld    int32
+
+	slots []slot
+	hot   atomic.Uint32 // index + 1 of a free slot, or 0
+	free  atomic.Uint64 // stack of free slots: index + 1 in the low half, a counter against ABA in the high half
+	held  atomic.Int32  // receive slots that undelivered responses hold
+	out   outbox
+
+	stopped atomic.Pointer[Error] // set once: why no call can start any more
+
+	waiting  atomic.Int32 // goroutines in waitQueue, or about to be
+	waitMu   sync.Mutex
+	waitList []chan struct{}
+
+	nameMu  sync.Mutex // writers of names and metrics
+	names   atomic.Pointer[map[string]Method]
+	metrics atomic.Pointer[map[Method]*methodMetrics]
+
+	closeOnce sync.Once
+	closed    atomic.Bool
+	ended     chan struct{} // closed when the connection has ended
+}
+
+func newClient(l link, conn *transport.Conn, cfg *ClientConfig) *Client {
+	c := &Client{link: l, conn: conn, cfg: cfg.withDefaults(), maxMessage: l.maxMessage(), ended: make(chan struct{})}
+	c.maxHeld = int32(l.recvDepth() / 4)
+	c.slots = make([]slot, c.cfg.MaxInFlight)
+	for i := range c.slots {
+		c.slots[i].index = uint32(i)
+	}
+	c.pushFree(&c.slots[0])
+	for i := len(c.slots) - 1; i > 0; i-- {
+		c.pushFree(&c.slots[i]) // so that the first ones are used first, and again and again
+	}
+	c.out = outbox{link: l, limit: outboxLimit, onStall: func(error) {}}
+	l.setHandler(c)
+	return c
+}
+
+// Free slots: a place for one, which is all that a single caller needs, and a stack.
+
+func (c *Client) pushFree(s *slot) {
+	if c.hot.Load() == 0 && c.hot.CompareAndSwap(0, s.index+1) {
+		return
+	}
+	for {
+		old := c.free.Load()
+		s.next.Store(uint32(old))
+		if c.free.CompareAndSwap(old, (old>>32+1)<<32|uint64(s.index+1)) {
+			return
+		}
+	}
+}
+
+func (c *Client) popFree() *slot {
+	if i := c.hot.Load(); i != 0 && c.hot.CompareAndSwap(i, 0) {
+		return &c.slots[i-1]
+	}
+	for {
+		old := c.free.Load()
+		if uint32(old) == 0 {
+			return nil
+		}
+		s := &c.slots[uint32(old)-1]
+		if c.free.CompareAndSwap(old, (old>>32+1)<<32|uint64(s.next.Load())) {
+			return s
+		}
+	}
+}
+
+// acquire returns a free slot; it waits for one if all are in use.
+func (c *Client) acquire(ctx context.Context) (*slot, error) {
+	if e := c.stopped.Load(); e != nil {
+		return nil, e
+	}
+	if s := c.popFree(); s != nil {
+		return s, nil
+	}
+	c.waiting.Add(1) // pairs with the load in releaseSlot: a slot is given back either before our next look or to us
+	defer c.waiting.Add(-1)
+	ch := make(chan struct{}, 1)
+	for {
+		c.waitMu.Lock()
+		c.waitList = append(c.waitList, ch)
+		c.waitMu.Unlock()
+		s := c.popFree()
+		if s == nil {
+			select {
+			case <-ch:
+				if s = c.popFree(); s == nil {
+					continue
+				}
+				return s, nil
+			case <-ctx.Done():
+				c.leaveWaitList(ch)
+				return nil, callError(ctx.Err())
+			case <-c.ended:
+				c.leaveWaitList(ch)
+				return nil, c.stopped.Load()
+			}
+		}
+		c.leaveWaitList(ch)
+		return s, nil
+	}
+}
+
+// leaveWaitList takes ch out; a wake-up that it got already goes to the next in line.
+func (c *Client) leaveWaitList(ch chan struct{}) {
+	c.waitMu.Lock()
+	for i, w := range c.waitList {
+		if w == ch {
+			c.waitList = append(c.waitList[:i], c.waitList[i+1:]...)
+			c.waitMu.Unlock()
+			return
+		}
+	}
+	c.waitMu.Unlock()
+	select {
+	case <-ch:
+		c.wakeOne()
+	default:
+	}
+}
+
+func (c *Client) wakeOne() {
+	c.waitMu.Lock()
+	if len(c.waitList) > 0 {
+		c.waitList[0] <- struct{}{}
+		c.waitList = append(c.waitList[:0], c.waitList[1:]...)
+	}
+	c.waitMu.Unlock()
+}
+
+// releaseSlot gives back a slot that has no call.
+func (c *Client) releaseSlot(s *slot) {
+	c.pushFree(s)
+	if c.waiting.Load() != 0 {
+		c.wakeOne()
+	}
+}
+
+// clear gives back what a finished call's result holds.
+func (c *Client) clear(s *slot) {
+	if s.holds {
+		c.link.release(s.msg)
+		c.held.Add(-1)
+		s.msg, s.holds = message{}, false
+	}
+	s.body, s.err, s.mm = nil, nil, nil
+}
+
+// Sending.
+
+// requestBuf returns a send slot for a request with n bytes of payload after head bytes.
+func (c *Client) requestBuf(ctx context.Context, head, n int) (sendBuf, error) {
+	if n > c.maxMessage-head {
+		return sendBuf{}, &Error{Code: ResourceExhausted, NotExecuted: true,
+			Message: fmt.Sprintf("a request of %d bytes is over the connection's maximum of %d", n, c.maxMessage-head)}
+	}
+	buf, err := c.link.tryAlloc(head + n)
+	if err == nil {
+		return buf, nil
+	}
+	if errors.Is(err, errWouldBlock) {
+		if buf, err = c.link.alloc(ctx, head+n); err == nil {
+			return buf, nil
+		}
+	}
+	return sendBuf{}, callError(err)
+}
+
+// timeoutOf returns what a request's timeout field says for ctx.
+func timeoutOf(ctx context.Context) uint64 {
+	d, ok := ctx.Deadline()
+	if !ok {
+		return 0
+	}
+	return timeoutMicros(time.Until(d))
+}
+
+// send posts buf as a request of slot s, which is pending from here on. If it fails, the slot is free again.
+func (c *Client) send(s *slot, buf sendBuf, h *header) error {
+	h.id = s.begin()
+	if c.closed.Load() && s.giveUp() { // pairs with handleClose: it sees the pending slot, or we see that it is closed
+		c.link.discard(buf)
+		return c.stopped.Load()
+	}
+	putHeader(buf.b, h)
+	if err := c.link.post(buf, headerLen+h.bulk*bulkLen+h.payload); err != nil && s.giveUp() {
+		return callError(err)
+	}
+	return nil // or handleClose has the slot: await finds its verdict
+}
+
+// await waits for the result of s. If it returns nil, the result is there; else the call was given up.
+func (c *Client) await(ctx context.Context, s *slot) error {
+	err := c.link.wait(ctx, &s.w)
+	if err == nil {
+		return nil
+	}
+	if !s.giveUp() {
+		c.settle(s)
+		return nil
+	}
+	c.cancel(s.id())
+	return callError(err)
+}
+
+// settle waits for a result that is arriving this moment.
+func (c *Client) settle(s *slot) {
+	_ = c.link.wait(context.Background(), &s.w)
+}
+
+// cancel tells the server that nobody waits for the call any more.
+func (c *Client) cancel(id uint64) {
+	var b [headerLen]byte
+	putHeader(b[:], &header{kind: kindCancel, id: id})
+	_ = c.out.send(b[:]) // without it the server finishes the call in vain
+}
+
+// callError turns an error of the connection or of a context into the call's.
+func callError(err error) error {
+	var e *Error
+	if errors.As(err, &e) {
+		return err
+	}
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		return &Error{Code: DeadlineExceeded, Message: "the deadline passed before the response came", cause: err}
+	case errors.Is(err, context.Canceled):
+		return &Error{Code: Canceled, Message: "the caller canceled", cause: err}
+	}
+	return unavailable(err)
+}
+
+// Calls.
+
+// CallRaw calls method m with req and waits for the response, which it hands to fn: resp is lent until fn returns. req
+// is copied before CallRaw waits. fn may be nil. Its error becomes CallRaw's.
+//
+// If ctx has a deadline, it travels with the call. If ctx ends first, CallRaw returns at once, the server is told, and
+// a response that comes later is dropped. In steady state CallRaw does not allocate.
+func (c *Client) CallRaw(ctx context.Context, m Method, req []byte, fn func(resp []byte) error) error {
+	s, buf, err := c.prepare(ctx, headerLen, len(req))
+	if err != nil {
+		return err
+	}
+	copy(buf.b[headerLen:], req)
+	return c.finishRaw(ctx, s, buf, m, len(req), fn)
+}
+
+// CallFunc is CallRaw for a request of n bytes that fill writes straight into the memory it is sent from: no copy is
+// made. If fill fails, nothing is sent, and CallFunc returns its error.
+func (c *Client) CallFunc(ctx context.Context, m Method, n int, fill func(req []byte) error, fn func(resp []byte) error) error {
+	s, buf, err := c.prepare(ctx, headerLen, n)
+	if err != nil {
+		return err
+	}
+	if err := c.fill(s, buf, n, fill); err != nil {
+		return err
+	}
+	return c.finishRaw(ctx, s, buf, m, n, fn)
+}
+
+// fill runs fill on buf; if that fails or panics, buf and s are given back.
+func (c *Client) fill(s *slot, buf sendBuf, n int, fill func(req []byte) error) (err error) {
+	filled := false
+	defer func() {
+		if !filled {
+			c.unprepare(s, buf)
+		}
+	}()
+	if err := fill(buf.b[headerLen : headerLen+n : headerLen+n]); err != nil {
+		return err
+	}
+	filled = true
+	return nil
+}
+
+// prepare returns a slot and a send slot for a call with head bytes of header and descriptors and n of request.
+func (c *Client) prepare(ctx context.Context, head, n int) (*slot, sendBuf, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, sendBuf{}, callError(err)
+	}
+	s, err := c.acquire(ctx)
+	if err != nil {
+		return nil, sendBuf{}, err
+	}
+	buf, err := c.requestBuf(ctx, head, n)
+	if err != nil {
+		c.releaseSlot(s)
+		return nil, sendBuf{}, err
+	}
+	s.w.Reset()
+	return s, buf, nil
+}
+
+// unprepare gives back what prepare returned.
+func (c *Client) unprepare(s *slot, buf sendBuf) {
+	c.link.discard(buf)
+	c.clear(s)
+	c.releaseSlot(s)
+}
+
+func (c *Client) finishRaw(ctx context.Context, s *slot, buf sendBuf, m Method, n int, fn func(resp []byte) error) error {
+	if err := c.roundTrip(ctx, s, buf, &header{kind: kindRequest, word: uint32(m), payload: n}); err != nil {
+		return err
+	}
+	defer c.finish(s)
+	if s.err != nil {
+		return s.err
+	}
+	if fn == nil {
+		return nil
+	}
+	return fn(s.body)
+}
+
+// roundTrip sends buf and waits. If it returns nil, s is done and has to be given to finish; else it is given back.
+func (c *Client) roundTrip(ctx context.Context, s *slot, buf sendBuf, h *header) error {
+	if h.kind == kindRequest {
+		h.timeout = timeoutOf(ctx)
+		if c.cfg.Metrics {
+			s.mm = c.methodMetrics(Method(h.word))
+			s.start = s.mm.begin()
+		}
+	}
+	err := c.send(s, buf, h)
+	if err == nil {
+		err = c.await(ctx, s)
+	}
+	if err != nil {
+		s.mm.end(s.start, CodeOf(err))
+		c.clear(s)
+		c.releaseSlot(s)
+	}
+	return err
+}
+
+// finish gives back a done slot.
+func (c *Client) finish(s *slot) {
+	if s.mm != nil {
+		s.mm.end(s.start, CodeOf(s.err))
+	}
+	c.clear(s)
+	c.releaseSlot(s)
+}
+
+// Method returns the number of the method with a name on this connection. The server is asked the first time.
+func (c *Client) Method(ctx context.Context, name string) (Method, error) {
+	if names := c.names.Load(); names != nil {
+		if m, ok := (*names)[name]; ok {
+			return m, nil
+		}
+	}
+	if err := checkMethodName(name); err != nil {
+		return 0, &Error{Code: InvalidArgument, Message: err.Error(), NotExecuted: true}
+	}
+	s, buf, err := c.prepare(ctx, headerLen, len(name))
+	if err != nil {
+		return 0, err
+	}
+	copy(buf.b[headerLen:], name)
+	if err := c.roundTrip(ctx, s, buf, &header{kind: kindResolve, payload: len(name)}); err != nil {
+		return 0, err
+	}
+	defer c.finish(s)
+	if s.err != nil {
+		return 0, s.err
+	}
+	if len(s.body) != 4 {
+		err := frameError("answer to resolve has %d bytes", len(s.body))
+		c.fail(err)
+		return 0, unavailable(err)
+	}
+	m := Method(getUint32(s.body))
+	c.nameMu.Lock()
+	defer c.nameMu.Unlock()
+	names := make(map[string]Method)
+	if old := c.names.Load(); old != nil {
+		for k, v := range *old {
+			names[k] = v
+		}
+	}
+	names[name] = m
+	c.names.Store(&names)
+	return m, nil
+}
+
+// Call calls the method with a name: req is marshalled straight into the memory it is sent from, and the response
+// unmarshalled into resp from where it was received. A nil resp ignores the response's content.
+func (c *Client) Call(ctx context.Context, name string, req, resp proto.Message) error {
+	m, err := c.Method(ctx, name)
+	if err != nil {
+		return err
+	}
+	return c.CallMethod(ctx, m, req, resp)
+}
+
+// CallMethod is Call for a method that is known by number, or by what Client.Method returned.
+func (c *Client) CallMethod(ctx context.Context, m Method, req, resp proto.Message) error {
+	n := proto.Size(req)
+	s, buf, err := c.prepare(ctx, headerLen, n)
+	if err != nil {
+		return err
+	}
+	if err := marshalInto(buf.b[headerLen:headerLen+n:headerLen+n], req); err != nil {
+		c.unprepare(s, buf)
+		return &Error{Code: Internal, Message: "request: " + err.Error(), NotExecuted: true, cause: err}
+	}
+	if err := c.roundTrip(ctx, s, buf, &header{kind: kindRequest, word: uint32(m), payload: n}); err != nil {
+		return err
+	}
+	defer c.finish(s)
+	if s.err != nil || resp == nil {
+		return s.err
+	}
+	if err := unmarshal(s.body, resp); err != nil {
+		return &Error{Code: Internal, Message: "response: " + err.Error(), cause: err}
+	}
+	return nil
+}
+
+// Events from the connection.
+
+// handleMessage implements linkHandler: it runs on the goroutine that polls.
+func (c *Client) handleMessage(m message) {
+	h, err := parseHeader(m.b)
+	if err != nil {
+		c.fail(err)
+		return
+	}
+	switch h.kind {
+	case kindResponse:
+		c.response(m, &h)
+	case kindGoAway:
+		e, err := parseStatus(h.word, 0, m.b[headerLen:])
+		if err != nil {
+			c.fail(err)
+			return
+		}
+		c.stop(&Error{Code: Unavailable, Message: goAwayText(e), NotExecuted: true})
+	default:
+		c.fail(frameError("%v sent to a client", h.kind))
+	}
+}
+
+func goAwayText(e *Error) string {
+	if e.Message == "" {
+		return "the server takes no more calls"
+	}
+	return "the server takes no more calls: " + e.Message
+}
+
+func (c *Client) response(m message, h *header) {
+	index, gen := splitID(h.id)
+	if index >= uint32(len(c.slots)) {
+		c.fail(frameError("response: call id %#x was never used", h.id))
+		return
+	}
+	s := &c.slots[index]
+	if !s.claim(gen) {
+		return // late: the caller gave up
+	}
+	body := m.b[headerLen:]
+	switch {
+	case h.word != uint32(OK):
+		e, err := parseStatus(h.word, h.flags, body)
+		if err != nil {
+			s.err = unavailable(err)
+			s.publish()
+			c.fail(err)
+			return
+		}
+		s.err = e
+	case len(body) <= smallBody:
+		s.body = s.small[:copy(s.small[:], body)]
+	case c.held.Add(1) <= c.maxHeld:
+		s.msg, s.holds = c.link.take(m), true
+		s.body = s.msg.b[headerLen:]
+	default:
+		// Responses that nobody has picked up yet hold half of the receive slots; the rest must stay in motion.
+		c.held.Add(-1)
+		s.body = append([]byte(nil), body...)
+	}
+	s.publish()
+}
+
+// stop makes further calls fail with e; the first reason stands.
+func (c *Client) stop(e *Error) { c.stopped.CompareAndSwap(nil, e) }
+
+// fail closes the connection because of something that the server did.
+func (c *Client) fail(err error) {
+	c.link.abort(err)
+	c.handleClose(err)
+}
+
+// handleClose implements linkHandler: every call in flight ends with Unavailable.
+func (c *Client) handleClose(err error) {
+	c.closeOnce.Do(func() {
+		if err == nil {
+			err = net.ErrClosed
+		}
+		e := &Error{Code: Unavailable, Message: "connection lost: " + err.Error(), cause: err}
+		c.stop(e)
+		c.closed.Store(true) // before the sweep: pairs with send
+		close(c.ended)
+		c.out.close()
+		for i := range c.slots {
+			s := &c.slots[i]
+			st := s.state.Load()
+			if gen := uint32(st >> 32); uint32(st) == phasePending && s.claim(gen) {
+				s.err = e
+				s.publish()
+			}
+		}
+	})
+}
+
+// handleEOF implements linkHandler: a server that sends no more answers no more.
+func (c *Client) handleEOF() { c.fail(errServerEOF) }
+
+var errServerEOF = fmt.Errorf("the server closed the connection: %w", io.EOF)
+
+// Close closes the connection. Calls in flight end with Unavailable. It can be called again.
+func (c *Client) Close() error {
+	c.handleClose(errClientClosed)
+	return c.link.closeGently()
+}
+
+var errClientClosed = fmt.Errorf("rpc: client is closed: %w", net.ErrClosed)
+
+// Stats returns the counters of every method called so far, in no order; nil unless ClientConfig.Metrics is set. Name is
+// empty for methods that were called by number.
+func (c *Client) Stats() []MethodStats {
+	mm := c.metrics.Load()
+	if mm == nil {
+		return nil
+	}
+	byNumber := make(map[Method]string)
+	if names := c.names.Load(); names != nil {
+		for name, m := range *names {
+			byNumber[m] = name
+		}
+	}
+	var st []MethodStats
+	for m, v := range *mm {
+		st = append(st, v.snapshot(m, byNumber[m]))
+	}
+	return st
+}
+
+// methodMetrics returns the counters of m, making them at first use.
+func (c *Client) methodMetrics(m Method) *methodMetrics {
+	if mm := c.metrics.Load(); mm != nil {
+		if v, ok := (*mm)[m]; ok {
+			return v
+		}
+	}
+	c.nameMu.Lock()
+	defer c.nameMu.Unlock()
+	next := make(map[Method]*methodMetrics)
+	if old := c.metrics.Load(); old != nil {
+		if v, ok := (*old)[m]; ok {
+			return v
+		}
+		for k, v := range *old {
+			next[k] = v
+		}
+	}
+	v := new(methodMetrics)
+	next[m] = v
+	c.metrics.Store(&next)
+	return v
+}

@@ -1,0 +1,271 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+)
+
+// ErrQueueFull is returned by Queue's Start methods while as many calls are in flight as the Queue has room for.
+// Wait makes room.
+var ErrQueueFull = errors.New("rpc: the queue has as many calls in flight as it is deep")
+
+// Queue makes many calls from one goroutine: Start sends a request and returns, Wait collects what has been answered,
+// in batches, with no goroutine per call and no switch between goroutines.
+//
+//	q, err := client.NewQueue(64)
+//	for next := range work {
+//		if q.Len() == 64 {
+//			q.Wait(ctx, collect)
+//		}
+//		q.Start(ctx, method, next.request, next.tag)
+//	}
+//	for q.Len() > 0 {
+//		q.Wait(ctx, collect)
+//	}
+//
+// A Queue belongs to one goroutine at a time. In steady state its methods do not allocate.
+type Queue struct {
+	// Timeout is the deadline that travels with each call when the context given to Start has none; 0: none. The server
+	// keeps to it; Wait ends with its own context.
+	Timeout time.Duration
+
+	c        *Client
+	slots    []*slot // all that the queue owns
+	free     []*slot
+	inFlight int
+	closed   bool
+
+	finished atomic.Uint32 // stack of answered slots: index + 1
+	batch    uint32        // answered slots taken off finished, in order of arrival: index + 1
+	w        waiter
+}
+
+// NewQueue returns a queue with room for depth calls in flight, which count towards ClientConfig.MaxInFlight. It fails
+// with ResourceExhausted if there are not that many left. Close it to give them back.
+func (c *Client) NewQueue(depth int) (*Queue, error) {
+	if depth <= 0 {
+		return nil, Errorf(InvalidArgument, "a queue of depth %d", depth)
+	}
+	if e := c.stopped.Load(); e != nil {
+		return nil, e
+	}
+	q := &Queue{c: c}
+	for range depth {
+		s := c.popFree()
+		if s == nil {
+			for _, s := range q.slots {
+				s.queue = nil
+				c.releaseSlot(s)
+			}
+			return nil, Errorf(ResourceExhausted, "no %d more calls can be in flight: raise ClientConfig.MaxInFlight above %d", depth, c.cfg.MaxInFlight)
+		}
+		s.queue = q
+		q.slots = append(q.slots, s)
+	}
+	q.free = append(make([]*slot, 0, depth), q.slots...)
+	return q, nil
+}
+
+// Depth returns how many calls can be in flight.
+func (q *Queue) Depth() int { return len(q.slots) }
+
+// Len returns how many calls were started and not yet handed to Wait's function.
+func (q *Queue) Len() int { return q.inFlight }
+
+// Start sends a request; Wait will return its result under tag, which means nothing to the Queue. req is copied. Start
+// waits only for a send slot, as long as the server takes no requests; ctx bounds that, and its deadline travels with
+// the call. With Depth calls in flight it returns ErrQueueFull.
+func (q *Queue) Start(ctx context.Context, m Method, req []byte, tag uint64) error {
+	s, buf, err := q.prepare(ctx, len(req))
+	if err != nil {
+		return err
+	}
+	copy(buf.b[headerLen:], req)
+	return q.send(ctx, s, buf, m, len(req), tag)
+}
+
+// StartFunc is Start for a request of n bytes that fill writes straight into the memory it is sent from. If fill fails,
+// nothing is sent.
+func (q *Queue) StartFunc(ctx context.Context, m Method, n int, fill func(req []byte) error, tag uint64) error {
+	s, buf, err := q.prepare(ctx, n)
+	if err != nil {
+		return err
+	}
+	filled := false
+	defer func() {
+		if !filled {
+			q.c.link.discard(buf)
+			q.free = append(q.free, s)
+		}
+	}()
+	if err := fill(buf.b[headerLen : headerLen+n : headerLen+n]); err != nil {
+		return err
+	}
+	filled = true
+	return q.send(ctx, s, buf, m, n, tag)
+}
+
+// StartMessage is Start for a protobuf message, marshalled straight into the memory it is sent from. The function
+// given to Wait unmarshals the response.
+func (q *Queue) StartMessage(ctx context.Context, m Method, req proto.Message, tag uint64) error {
+	return q.StartFunc(ctx, m, proto.Size(req), func(b []byte) error { return marshalInto(b, req) }, tag)
+}
+
+func (q *Queue) prepare(ctx context.Context, n int) (*slot, sendBuf, error) {
+	if len(q.free) == 0 {
+		if q.closed {
+			return nil, sendBuf{}, errQueueClosed
+		}
+		return nil, sendBuf{}, ErrQueueFull
+	}
+	if e := q.c.stopped.Load(); e != nil {
+		return nil, sendBuf{}, e
+	}
+	buf, err := q.c.requestBuf(ctx, headerLen, n)
+	if err != nil {
+		return nil, sendBuf{}, err
+	}
+	s := q.free[len(q.free)-1]
+	q.free = q.free[:len(q.free)-1]
+	return s, buf, nil
+}
+
+var errQueueClosed = &Error{Code: FailedPrecondition, Message: "the queue is closed", NotExecuted: true}
+
+func (q *Queue) send(ctx context.Context, s *slot, buf sendBuf, m Method, n int, tag uint64) error {
+	h := header{kind: kindRequest, word: uint32(m), payload: n}
+	if h.timeout = timeoutOf(ctx); h.timeout == 0 && q.Timeout > 0 {
+		h.timeout = timeoutMicros(q.Timeout)
+	}
+	if q.c.cfg.Metrics {
+		s.mm = q.c.methodMetrics(m)
+		s.start = s.mm.begin()
+	}
+	s.tag = tag
+	if err := q.c.send(s, buf, &h); err != nil {
+		q.c.clear(s)
+		q.free = append(q.free, s)
+		return err
+	}
+	q.inFlight++
+	return nil
+}
+
+// completed is told by whoever received the result of s.
+func (q *Queue) completed(s *slot) {
+	for {
+		old := q.finished.Load()
+		s.next.Store(old)
+		if q.finished.CompareAndSwap(old, s.index+1) { // pairs with the swap in collect
+			if old == 0 {
+				q.w.Done()
+			}
+			return
+		}
+	}
+}
+
+// collect moves what has been answered to batch, which is empty, oldest first.
+func (q *Queue) collect() bool {
+	head := q.finished.Swap(0)
+	for head != 0 {
+		s := &q.c.slots[head-1]
+		next := s.next.Load()
+		s.next.Store(q.batch)
+		head, q.batch = next, head
+	}
+	return q.batch != 0
+}
+
+// Wait hands every result that is there to fn, and waits for one first if there is none. It returns how many it handed
+// over. resp is lent until fn returns; err is the call's, and one call's failure is not Wait's. fn may call Start.
+//
+// Wait returns an error, and no results, if ctx ends first; calls stay in flight then. With no calls in flight it
+// returns 0 at once.
+func (q *Queue) Wait(ctx context.Context, fn func(tag uint64, resp []byte, err error)) (int, error) {
+	if q.inFlight == 0 {
+		return 0, nil
+	}
+	for q.batch == 0 && !q.collect() {
+		q.w.Reset()
+		if q.collect() { // pairs with completed: it pushes first and calls Done then
+			break
+		}
+		if err := q.c.link.wait(ctx, &q.w); err != nil && !q.collect() {
+			return 0, callError(err)
+		}
+	}
+	n := 0
+	for q.batch != 0 {
+		s := &q.c.slots[q.batch-1]
+		q.batch = s.next.Load()
+		q.deliver(s, fn)
+		n++
+	}
+	return n, nil
+}
+
+// TryWait is Wait without waiting: it polls once and hands over what is there.
+func (q *Queue) TryWait(fn func(tag uint64, resp []byte, err error)) int {
+	if q.inFlight == 0 {
+		return 0
+	}
+	if q.batch == 0 && !q.collect() {
+		q.c.link.poll()
+		q.collect()
+	}
+	n := 0
+	for q.batch != 0 {
+		s := &q.c.slots[q.batch-1]
+		q.batch = s.next.Load()
+		q.deliver(s, fn)
+		n++
+	}
+	return n
+}
+
+func (q *Queue) deliver(s *slot, fn func(tag uint64, resp []byte, err error)) {
+	q.inFlight--
+	defer func() { // also when fn panics
+		q.c.clear(s)
+		q.free = append(q.free, s)
+	}()
+	if s.mm != nil {
+		s.mm.end(s.start, CodeOf(s.err))
+	}
+	if s.err != nil {
+		fn(s.tag, nil, s.err)
+		return
+	}
+	fn(s.tag, s.body, nil)
+}
+
+// Close gives up the calls in flight, whose results are lost, and gives the queue's slots back to the client. It always
+// returns nil.
+func (q *Queue) Close() error {
+	if q.closed {
+		return nil
+	}
+	q.closed = true
+	for _, s := range q.slots {
+		if s.giveUp() {
+			q.c.cancel(s.id())
+			q.inFlight--
+			q.c.clear(s)
+			q.free = append(q.free, s)
+		}
+	}
+	for q.inFlight > 0 { // results that are there, or arriving this moment
+		_, _ = q.Wait(context.Background(), func(uint64, []byte, error) {})
+	}
+	for _, s := range q.free {
+		s.queue = nil
+		q.c.releaseSlot(s)
+	}
+	q.free = nil
+	return nil
+}

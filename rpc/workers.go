@@ -1,0 +1,124 @@
+package rpc
+
+import (
+	"sync"
+	"sync/atomic"
+)
+
+// workers runs calls on a bounded number of goroutines that are started when they are needed and then kept. It also
+// keeps the Calls: both are the reason why a call on a worker allocates nothing.
+type workers struct {
+	max   int
+	queue chan *Call
+	stop  chan struct{}
+
+	started atomic.Int32
+	idle    atomic.Int32 // workers less calls: below zero, calls are waiting
+	wg      sync.WaitGroup
+
+	mu      sync.Mutex
+	free    *Call
+	stopped bool
+}
+
+func (w *workers) init(maxConcurrent, maxQueue int) {
+	w.max = maxConcurrent
+	// Calls in the channel are those that wait and those that a worker is about to take.
+	w.queue = make(chan *Call, maxConcurrent+maxQueue)
+	w.stop = make(chan struct{})
+}
+
+// get returns a clean Call.
+func (w *workers) get() *Call {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	c := w.free
+	if c == nil {
+		return new(Call)
+	}
+	w.free, c.next = c.next, nil
+	return c
+}
+
+// put takes a Call that was reset.
+func (w *workers) put(c *Call) {
+	w.mu.Lock()
+	c.next = w.free
+	w.free = c
+	w.mu.Unlock()
+}
+
+// submit hands c to a worker. It returns false if all are busy and the queue is full. It never blocks.
+func (w *workers) submit(c *Call) bool {
+	waiting := w.idle.Add(-1)
+	if waiting < 0 && int(w.started.Load()) < w.max && w.start() {
+		waiting++
+	}
+	if int(-waiting) > cap(w.queue)-w.max {
+		w.idle.Add(1)
+		return false
+	}
+	select {
+	case w.queue <- c:
+		return true
+	default:
+		w.idle.Add(1)
+		return false
+	}
+}
+
+// start starts a worker, unless another submit has just started the last one.
+func (w *workers) start() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.stopped || int(w.started.Load()) >= w.max {
+		return false
+	}
+	w.started.Add(1)
+	w.idle.Add(1)
+	w.wg.Add(1)
+	go w.work()
+	return true
+}
+
+func (w *workers) work() {
+	normal := false
+	defer func() {
+		if !normal {
+			// A handler has called runtime.Goexit: the goroutine is going, the worker is replaced. One worker and one call
+			// less leave idle as it is.
+			w.started.Add(-1)
+			w.start()
+		}
+		w.wg.Done()
+	}()
+	for {
+		select {
+		case c := <-w.queue:
+			c.conn.run(c)
+			w.idle.Add(1)
+		case <-w.stop:
+			// What is left was queued before the connections ended; it is answered into the void, so that its buffers go back.
+			for {
+				select {
+				case c := <-w.queue:
+					c.conn.run(c)
+				default:
+					normal = true
+					return
+				}
+			}
+		}
+	}
+}
+
+// close waits for the workers to finish what they do and ends them. Nothing may be submitted any more.
+func (w *workers) close() {
+	w.mu.Lock()
+	if !w.stopped {
+		w.stopped = true
+		close(w.stop)
+	}
+	w.mu.Unlock()
+	w.wg.Wait()
+}
