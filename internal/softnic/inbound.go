@@ -102,6 +102,9 @@ func (in *inbound) setState(s uint32) { atomic.StoreUint32(in.state, s) }
 func (in *inbound) setRights(q *QP) {
 	q.sq.Lock()
 	acc, key := q.attr.Access, q.attr.QKey
+	if q.attr.MaxDestRdAtomic == 0 {
+		acc &^= ib.AccessRemoteRead | ib.AccessRemoteAtomic // the responder has no resources for them
+	}
 	q.sq.Unlock()
 	atomic.StoreUint32(in.access, uint32(acc))
 	atomic.StoreUint32(&words32(in.blk.mem)[blkQKey/4], uint32(key))

@@ -603,7 +603,7 @@ func (n *NIC) progressStalled() (some bool) {
 			continue
 		}
 		q.sq.Lock()
-		if q.pendLen > 0 && ib.QPState(q.state.Load()) == ib.RTS { // it stalled again in between
+		if q.pendLen > 0 && q.sending() { // it stalled again in between
 			keep = append(keep, q)
 		} else {
 			q.stalled = false

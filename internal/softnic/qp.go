@@ -49,7 +49,9 @@ type QP struct {
 	pendLen  uint32
 	stall    stall
 	assist   assist
-	stalled  bool // in the NIC's set of QPs to retry; guarded by sq
+	met      bool  // the peer has been there since RTR; guarded by sq
+	drained  drain // guarded by sq
+	stalled  bool  // in the NIC's set of QPs to retry; guarded by sq
 
 	// Send completions: written under sq, taken under scq.mu.
 	sc     []sendCompletion
@@ -74,6 +76,16 @@ type QP struct {
 
 	raceSync uint32 // race detector only: touched around a peer's operation on private memory, and by polls
 }
+
+// drain is how far a QP in SQD is.
+type drain uint8
+
+const (
+	drainedYes     drain = iota // nothing is under way
+	draining                    // the head request had begun and is waited for
+	drainingNotify              // likewise, and EventSQDrained is wanted
+	drainedNotify               // the event is due
+)
 
 type sendCompletion struct {
 	id     uint64
@@ -277,12 +289,25 @@ func (q *QP) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) er
 		return fmt.Errorf("%w: the QP went to %v meanwhile", driver.ErrState, ib.QPState(q.state.Load()))
 	}
 	q.state.Store(uint32(next))
-	drained := next == ib.SQD && cur == ib.RTS
+	notify := mask&ib.AttrSQDNotify != 0 && attr.SQDNotify
+	begun := q.pendLen > 0 && q.stall.kind != stallNone
+	drained := false
+	if next == ib.SQD && cur == ib.RTS {
+		switch {
+		case begun && notify:
+			q.drained = drainingNotify
+		case begun:
+			q.drained = draining
+		default:
+			q.drained = drainedYes
+			drained = notify
+		}
+	}
 	q.sq.Unlock()
 	if mask&ib.AttrAccess != 0 || mask&ib.AttrQKey != 0 {
 		q.eachInbound(func(in *inbound) { in.setRights(q) })
 	}
-	if drained && mask&ib.AttrSQDNotify != 0 && attr.SQDNotify {
+	if drained {
 		q.nic.raise(driver.AsyncEvent{Type: ib.EventSQDrained, QP: q})
 	}
 	if next == ib.RTS {
@@ -407,6 +432,7 @@ func (q *QP) tryConnect(l *link, v *peerView) {
 	ok := q.link == l && q.attr.DestQPN == v.qpn && q.pv == nil && (s == ib.RTR || s == ib.RTS || s == ib.SQD)
 	if ok {
 		q.pv = v
+		q.met = true
 	}
 	more := ok && q.pendLen > 0
 	q.sq.Unlock()
@@ -449,7 +475,7 @@ func (q *QP) linkDown(l *link, _ error) {
 		q.sq.Unlock()
 		return
 	}
-	if q.pendLen > 0 && s == ib.RTS {
+	if q.pendLen > 0 && q.sending() {
 		q.completePending(ib.WCRetryExceeded, 0)
 	}
 	q.sq.Unlock()
@@ -529,6 +555,7 @@ func (q *QP) reset() {
 	q.state.Store(uint32(ib.Reset))
 	l := q.link
 	q.pv, q.link = nil, nil
+	q.met, q.drained = false, drainedYes
 	clear(q.rcache[:])
 	clear(q.hcache[:])
 	for q.pendLen > 0 {

@@ -43,7 +43,7 @@ const (
 	opsRC = 1<<ib.OpRDMAWrite | 1<<ib.OpRDMAWriteWithImm | 1<<ib.OpSend | 1<<ib.OpSendWithImm | 1<<ib.OpRDMARead |
 		1<<ib.OpAtomicCmpSwap | 1<<ib.OpAtomicFetchAdd | 1<<ib.OpLocalInv | 1<<ib.OpBindMW | 1<<ib.OpSendWithInv
 	opsUC = 1<<ib.OpRDMAWrite | 1<<ib.OpRDMAWriteWithImm | 1<<ib.OpSend | 1<<ib.OpSendWithImm | 1<<ib.OpLocalInv |
-		1<<ib.OpBindMW | 1<<ib.OpSendWithInv
+		1<<ib.OpBindMW
 	opsUD     = 1<<ib.OpSend | 1<<ib.OpSendWithImm
 	opsInline = 1<<ib.OpRDMAWrite | 1<<ib.OpRDMAWriteWithImm | 1<<ib.OpSend | 1<<ib.OpSendWithImm | 1<<ib.OpSendWithInv
 	opsAtomic = 1<<ib.OpAtomicCmpSwap | 1<<ib.OpAtomicFetchAdd
@@ -180,6 +180,12 @@ func (q *QP) completePending(st ib.WCStatus, n uint32) {
 	p := q.popPending()
 	q.assist = assist{}
 	q.stall = stall{}
+	switch q.drained {
+	case draining:
+		q.drained = drainedYes
+	case drainingNotify:
+		q.drained = drainedNotify
+	}
 	if st != ib.WCSuccess {
 		q.sendFailed(&p.wr, st)
 	} else if p.wr.Flags&ib.SendSignaled != 0 || q.sigAll {
@@ -243,6 +249,9 @@ func (q *QP) timedOut(now time.Time) (ib.WCStatus, bool) {
 		}
 		s.next = now.Add(d.Duration())
 	case stallPeer:
+		if q.typ == ib.UC {
+			return ib.WCSuccess, now.Sub(s.since) > linkTimeout // as if it had been sent to nobody
+		}
 		if q.attr.AckTimeout != 0 && now.Sub(s.since) > q.attr.AckTimeout.Duration()*time.Duration(q.attr.RetryCount+1) {
 			return ib.WCRetryExceeded, true
 		}
@@ -253,7 +262,7 @@ func (q *QP) timedOut(now time.Time) (ib.WCStatus, bool) {
 // progress retries the waiting requests. It reports whether some are left, and never blocks.
 func (q *QP) progress() (left bool) {
 	q.sq.Lock()
-	for q.pendLen > 0 && ib.QPState(q.state.Load()) == ib.RTS {
+	for q.pendLen > 0 && q.sending() {
 		wr := &q.pend[q.pendHead&q.scMask].wr
 		st, n, stall := q.exec(wr)
 		if stall != stallNone {
@@ -272,11 +281,24 @@ func (q *QP) progress() (left bool) {
 	}
 	st := ib.QPState(q.state.Load())
 	signal := q.publishSC()
+	drained := st == ib.SQD && q.drained == drainedNotify
+	if drained {
+		q.drained = drainedYes
+	}
 	q.sq.Unlock()
+	if drained {
+		q.nic.raise(driver.AsyncEvent{Type: ib.EventSQDrained, QP: q})
+	}
 	if signal {
 		q.scq.signal(q.sIdx, st == ib.Err || st == ib.SQE)
 	}
 	return left
+}
+
+// sending reports whether the head request may be executed: in RTS, and in SQD if it had begun before. Called with sq held.
+func (q *QP) sending() bool {
+	s := ib.QPState(q.state.Load())
+	return s == ib.RTS || s == ib.SQD && (q.drained == drainingNotify || q.drained == draining)
 }
 
 // exec executes a request, or says why it cannot be executed yet. Called with sq held.
@@ -292,7 +314,7 @@ func (q *QP) exec(wr *ib.SendWR) (st ib.WCStatus, n uint32, s stallKind) {
 	}
 	v := q.pv
 	if v == nil || !v.enter() {
-		if q.typ == ib.UC {
+		if q.typ == ib.UC && q.met {
 			return ib.WCSuccess, 0, stallNone // nobody listens, and nobody says so
 		}
 		return 0, 0, stallPeer
@@ -394,6 +416,9 @@ func (q *QP) execSend(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKin
 		flags, imm = cqeImm, wr.Imm
 	case ib.OpSendWithInv:
 		flags, imm = cqeInv, uint32(wr.InvalidateRKey)
+		if st, s := q.remoteWindow(v, wr.InvalidateRKey); st != ib.WCSuccess || s != stallNone {
+			return st, 0, s
+		}
 	}
 	if wr.Flags&ib.SendSolicited != 0 {
 		flags |= cqeSolicited
@@ -554,10 +579,19 @@ func (q *QP) remote(v *peerView, rkey ib.RKey, addr uint64, n uint32, need ib.Ac
 		q.rcache[rkey&3] = r
 	}
 	if r.access&need != need || atomic.LoadUint32(v.access)&uint32(need) != uint32(need) || r.pd != v.pd ||
-		r.qpn != 0 && r.qpn != v.qpn || !r.contains(addr, n) {
+		r.qpn != 0 && r.qpn != v.qpn || n > 0 && !r.contains(addr, n) {
 		return nil, q.accessFault(v), stallNone
 	}
 	return r, ib.WCSuccess, stallNone
+}
+
+// remoteWindow checks that the key is a window that the peer has bound for this connection: nothing else can be invalidated.
+func (q *QP) remoteWindow(v *peerView, k ib.RKey) (ib.WCStatus, stallKind) {
+	r, st, s := q.remote(v, k, 0, 0, 0)
+	if st == ib.WCSuccess && s == stallNone && r.qpn != v.qpn {
+		st = q.accessFault(v)
+	}
+	return st, s
 }
 
 // accessFault tells the responder that we were refused, which ends its QP as well (IBA 9.9.3: NAK remote access error).

@@ -29,6 +29,9 @@ func (pd *PD) CreateAH(attr ib.AHAttr) (driver.AH, error) {
 	if attr.Port > 1 {
 		return nil, fmt.Errorf("address handle: the software NIC has port 1 only, not %d", attr.Port)
 	}
+	if attr.SGIDIndex != 0 {
+		return nil, fmt.Errorf("address handle: the software NIC has GID index 0 only, not %d", attr.SGIDIndex)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), linkTimeout)
 	defer cancel()
 	l, err := pd.nic.linkTo(ctx, attr.DGID)
