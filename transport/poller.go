@@ -270,7 +270,8 @@ func (p *Poller) addSleeper(w *Waiter) {
 	p.sleepers.Add(1)
 }
 
-func (p *Poller) removeSleeper(w *Waiter) {
+// removeSleeper takes w off the list, and reports whether it had been made heir: handOver does that under parkMu.
+func (p *Poller) removeSleeper(w *Waiter) (heir bool) {
 	p.parkMu.Lock()
 	if w.prev != nil {
 		w.prev.next = w.next
@@ -283,11 +284,12 @@ func (p *Poller) removeSleeper(w *Waiter) {
 		p.youngest = w.prev
 	}
 	w.next, w.prev = nil, nil
-	if w.heir {
+	if heir = w.heir; heir {
 		w.heir, p.awake = false, false
 	}
 	p.parkMu.Unlock()
 	p.sleepers.Add(-1)
+	return heir
 }
 
 // do runs f with the role held: at once if nobody polls, otherwise by the polling goroutine between two polls.
@@ -510,8 +512,7 @@ func (p *Poller) sleep(done <-chan struct{}, w *Waiter) outcome {
 		w.unpark()
 		o = closing
 	}
-	heir := w.heir // only we clear it, and only handOver sets it, before it sends the token
-	p.removeSleeper(w)
+	heir := p.removeSleeper(w)
 	if w.Finished() {
 		o = finished
 	}
@@ -547,9 +548,7 @@ func (p *Poller) follow(done <-chan struct{}, w *Waiter) outcome {
 	p.addSleeper(w)
 	if p.role.Load()&1 == 0 { // pairs with leave: it has seen us in the list, or we see that it left
 		w.unpark()
-		heir := w.heir
-		p.removeSleeper(w)
-		_ = heir // we are about to try for the role anyway
+		p.removeSleeper(w) // heir or not: we are about to try for the role
 		return again
 	}
 	return p.sleep(done, w)
