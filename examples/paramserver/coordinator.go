@@ -176,8 +176,9 @@ type assignment struct {
 	of      int
 }
 
-// next waits until the member may compute a gradient: its barrier. It ends with ctx, and with errGone.
-func (c *coordinator) next(ctx context.Context, m *member) (assignment, error) {
+// next waits until the member, which says to have pushed clock gradients, may compute another: its barrier. The call may
+// overtake the announcement of the last of them, and then waits for that too. It ends with ctx, and with errGone.
+func (c *coordinator) next(ctx context.Context, m *member, clock uint64) (assignment, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.members[m.slot] != m {
@@ -192,10 +193,10 @@ func (c *coordinator) next(ctx context.Context, m *member) (assignment, error) {
 			return assignment{done: true}, nil
 		}
 		if c.cfg.sync {
-			if c.open && m.rank >= 0 && !m.pushed {
+			if c.open && m.rank >= 0 && !m.pushed && m.clock >= clock {
 				return assignment{version: c.version, epoch: c.epoch, batch: c.step % c.stepsAnEpoch(), rank: m.rank, of: c.ranks}, nil
 			}
-		} else if c.started && m.clock-c.slowestLocked() <= uint64(c.cfg.staleness) {
+		} else if c.started && m.clock >= clock && m.clock-c.slowestLocked() <= uint64(c.cfg.staleness) {
 			return assignment{version: c.version, epoch: c.epoch}, nil
 		}
 		changed := c.changed
@@ -237,16 +238,17 @@ func (c *coordinator) beginLocked() {
 	c.wakeLocked()
 }
 
-// pushed takes the member's gradient number clock out of its slot. An error means that the worker broke the rules and
-// should be cut off.
-func (c *coordinator) pushed(m *member, clock uint64) error {
+// pushed takes the member's next gradient out of its slot; low are the low bits of its number, as announced. An error
+// means that the worker broke the rules and should be cut off.
+func (c *coordinator) pushed(m *member, low uint32) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.members[m.slot] != m || c.finished {
 		return nil // overtaken by its death, or by the end
 	}
-	if clock != m.clock+1 {
-		return fmt.Errorf("gradient %d announced after %d", clock, m.clock)
+	clock := m.clock + 1
+	if uint32(clock) != low {
+		return fmt.Errorf("gradient %d announced after %d", low, m.clock)
 	}
 	g, err := openGradient(c.slotMemory(m.slot), clock, c.cfg.batch)
 	if err != nil {
@@ -280,11 +282,11 @@ func (c *coordinator) pushed(m *member, clock uint64) error {
 	return nil
 }
 
-// slowestLocked is the clock of the slowest ready member; of all members if none is ready.
+// slowestLocked is the clock of the slowest member. It never falls while there are any: newcomers start at it.
 func (c *coordinator) slowestLocked() uint64 {
 	low, any := uint64(0), false
 	for _, m := range c.members {
-		if m != nil && m.ready && (!any || m.clock < low) {
+		if m != nil && (!any || m.clock < low) {
 			low, any = m.clock, true
 		}
 	}

@@ -61,7 +61,7 @@ func (j *testJob) work(t *testing.T, die func(pushes int) bool, slow func()) {
 	r := newBoardReader(memSource{words(j.board), words(local)}, local, m.slot)
 	var images []int
 	for pushes := 0; ; pushes++ {
-		a, err := j.next(context.Background(), m)
+		a, err := j.next(context.Background(), m, clock)
 		if err != nil {
 			t.Error(err)
 			return
@@ -88,7 +88,7 @@ func (j *testJob) work(t *testing.T, die func(pushes int) bool, slow func()) {
 		if die != nil && die(pushes) {
 			return
 		}
-		if err := j.pushed(m, clock); err != nil {
+		if err := j.pushed(m, uint32(clock)); err != nil {
 			t.Error(err)
 			return
 		}
@@ -222,7 +222,7 @@ func TestCoordinatorRefuses(t *testing.T) {
 		}
 	}
 	push("was not asked for", func() { sealGradient(buf, 1, 1, 10, 1) })
-	if _, err := j.next(context.Background(), m); err != nil {
+	if _, err := j.next(context.Background(), m, clock); err != nil {
 		t.Fatal(err)
 	}
 	push("does not exist", func() { sealGradient(buf, 1, 2, 10, 1) })
@@ -244,11 +244,11 @@ func TestCoordinatorRefuses(t *testing.T) {
 	sealGradient(buf, 1, 1, 10, 1)
 	other := j.members[1]
 	time.AfterFunc(time.Millisecond, cancel)
-	if _, err := j.next(ctx, other); !errors.Is(err, context.Canceled) {
+	if _, err := j.next(ctx, other, 0); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled barrier: %v", err)
 	}
 	time.AfterFunc(time.Millisecond, func() { j.leave(other) })
-	if _, err := j.next(context.Background(), other); !errors.Is(err, errGone) {
+	if _, err := j.next(context.Background(), other, 0); !errors.Is(err, errGone) {
 		t.Errorf("dead member's barrier: %v", err)
 	}
 	for _, cfg := range []trainConfig{{}, {workers: 1}, {workers: 2, epochs: 1, batch: 1}, {workers: 1, epochs: 1, batch: 1, staleness: -1}, {workers: 1, epochs: 1, batch: 1}, {workers: 57, epochs: 1, batch: 99}} {
