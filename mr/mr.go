@@ -32,6 +32,8 @@ type MR struct {
 	access ib.Access
 	region *mem.Region // nil: registered memory
 	pin    *pin        // nil: allocated memory
+
+	withdrawn bool // from the device; guarded by life.Close
 }
 
 // Alloc allocates size bytes of zeroed memory and registers them. Close gives them back. Access is what may be done to
@@ -185,8 +187,11 @@ func (m *MR) RemoteRange(off, n int) RemoteKey {
 // nor a peer touches it any more. It fails with verbs.ErrBusy while a memory window is bound to the region.
 func (m *MR) Close() error {
 	return opErr("dereg_mr", m.pd.Context().Name(), m.life.Close(func() error {
-		if err := m.drv.Close(); err != nil {
-			return err
+		if !m.withdrawn {
+			if err := m.drv.Close(); err != nil {
+				return err
+			}
+			m.withdrawn = true
 		}
 		if m.pin != nil {
 			m.pin.unpin()
