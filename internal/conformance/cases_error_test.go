@@ -244,7 +244,12 @@ func postInErr(c *C) {
 		l.a.to(ib.Err)
 		for i := range 3 {
 			id := uint64(i * 10)
-			l.a.post(wrSend(id, l.a.mem.sge(0, 8)), unsigned(wrSend(id+1)))
+			first, second := wrSend(id, l.a.mem.sge(0, 8)), unsigned(wrSend(id+1))
+			if typ == ib.UD {
+				ah := c.A.ah(c.B)
+				first, second = udWR(id, ah, l.b, qkeyOfB, l.a.mem.sge(0, 8)), unsigned(udWR(id+1, ah, l.b, qkeyOfB))
+			}
+			l.a.post(first, second)
 			l.a.flushed(l.a.scq, id, id+1)
 			l.a.recv(id+2, l.a.mem.sge(0, 64))
 			l.a.flushed(l.a.rcq, id+2)

@@ -41,36 +41,6 @@ var _ = addCases("passive targets", 0,
 // kill ends the process of a side, as kill -9 does.
 func (s *Side) kill() { s.remote.kill() }
 
-// stream returns requests of one kind that both ends of l can repeat for ever, from x to y.
-func stream(x, y *end, op ib.Opcode) (wrs []ib.SendWR) {
-	for i := range 16 {
-		id := uint64(i)
-		switch op {
-		case ib.OpSend:
-			wrs = append(wrs, wrSend(id, x.mem.sge(0, 1000)))
-		case ib.OpAtomicFetchAdd:
-			wrs = append(wrs, wrAdd(id, x.mem.sges(8*i, 8), y.mem, 8*i, 1))
-		default:
-			wrs = append(wrs, wrOneSided(id, op, x.mem.sges(0, 3000), y.mem.Addr, y.mem.RKey))
-		}
-	}
-	return wrs
-}
-
-// startReceiving lets y take messages for ever, in the background. The channel tells when it has ended.
-func (c *C) startReceiving(y *end, ch handle) chan error {
-	c.Helper()
-	done := make(chan error, 1)
-	for i := range 64 {
-		y.recv(uint64(i), y.mem.sge(32<<10, 1000))
-	}
-	go func() {
-		_, err := call(y.Side, opDrain, drainArgs{Channel: ch, CQs: []handle{y.rcq.H}, N: 1 << 40, QP: y.H, Recv: ib.RecvWR{SGEs: y.mem.sges(32<<10, 1000)}})
-		done <- err
-	}()
-	return done
-}
-
 // diedWell checks the completions of requests that a peer's death has ended: some succeeded, then one says that the peer
 // does not answer, or was flushed if the death was seen between two requests; then the rest is flushed.
 func (c *C) diedWell(wcs []ib.WC) {

@@ -126,7 +126,7 @@ func (m *model) batch(r *rand.Rand, xm, ym *Mem) (wrs []ib.SendWR, recvs []ib.Re
 			mark(to, length)
 			copy(m.xmem[slot:], m.ymem[to:to+length])
 		case 6, 7: // atomics
-			to = to / 8 * 8
+			to = min(to, areaSink-8) &^ 7
 			at := m.ymem[to : to+8]
 			old := binary.NativeEndian.Uint64(at)
 			wr.Opcode, done.Op, done.Len = ib.OpAtomicFetchAdd, ib.WCFetchAdd, 8

@@ -3,10 +3,13 @@ package conformance
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"runtime"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/ringside-rdma/ringside/qp"
@@ -120,6 +123,9 @@ var opDrain = newOp("drain by events", func(h *host, a drainArgs) (r drainResult
 				}
 				recvs = append(recvs, a.Recv)
 			}
+			if len(r.Bad) > 0 {
+				return nil // a receive that is posted now would be flushed, and so on for ever
+			}
 			if q != nil {
 				if _, err := q.PostRecv(recvs); err != nil {
 					return err
@@ -155,4 +161,112 @@ var opDrain = newOp("drain by events", func(h *host, a drainArgs) (r drainResult
 		}
 	}
 	return r, nil
+})
+
+type stormArgs struct {
+	QP, CQ    handle
+	WR        ib.SendWR // signalled
+	Posters   int
+	PerPoster int
+	Pollers   int
+}
+
+// opStorm posts from many goroutines and polls from many others, each taking what it gets. Every ID must come back once.
+var opStorm = newOp("storm", func(h *host, a stormArgs) (none, error) {
+	q, err := get[*qp.QP](h, a.QP)
+	if err != nil {
+		return none{}, err
+	}
+	cq, err := get[*verbs.CQ](h, a.CQ)
+	if err != nil {
+		return none{}, err
+	}
+	total := a.Posters * a.PerPoster
+	seen := make([]atomic.Int32, total)
+	var got atomic.Int64
+	errs := make(chan error, a.Posters+a.Pollers)
+	for p := range a.Posters {
+		go func() {
+			wrs := make([]ib.SendWR, 0, 4)
+			for i := 0; i < a.PerPoster; {
+				wrs = wrs[:0]
+				for k := i; k < min(i+4, a.PerPoster); k++ {
+					wr := a.WR
+					wr.ID = uint64(p*a.PerPoster + k)
+					wrs = append(wrs, wr)
+				}
+				n, err := 0, error(nil)
+				if !waitFor(patience, func() bool {
+					n, err = q.PostSend(wrs)
+					return n > 0 || !errors.Is(err, verbs.ErrQueueFull)
+				}) || err != nil && !errors.Is(err, verbs.ErrQueueFull) {
+					errs <- fmt.Errorf("poster %d at %d: %w", p, i, err)
+					return
+				}
+				i += n
+			}
+			errs <- nil
+		}()
+	}
+	for range a.Pollers {
+		go func() {
+			buf := make([]ib.WC, 5)
+			var err error
+			done := waitFor(patience, func() bool {
+				var n int
+				if n, err = cq.Poll(buf); err != nil {
+					return true
+				}
+				for _, wc := range buf[:n] {
+					if wc.Status != ib.WCSuccess || wc.ID >= uint64(total) || seen[wc.ID].Add(1) != 1 {
+						err = fmt.Errorf("completion %s", showWC(wc))
+						return true
+					}
+				}
+				return got.Add(int64(n)) >= int64(total)
+			})
+			if !done {
+				err = fmt.Errorf("%d of %d completions", got.Load(), total)
+			}
+			errs <- err
+		}()
+	}
+	for range a.Posters + a.Pollers {
+		if e := <-errs; e != nil {
+			err = e
+		}
+	}
+	return none{}, err
+})
+
+type useUntilClosedArgs struct {
+	QP, CQ handle
+	WR     ib.SendWR
+	Recv   ib.RecvWR
+}
+
+// opUseUntilClosed posts and polls until both objects are closed under it, and returns how often it did.
+var opUseUntilClosed = newOp("use until closed", func(h *host, a useUntilClosedArgs) (n int, err error) {
+	q, err := get[*qp.QP](h, a.QP)
+	if err != nil {
+		return 0, err
+	}
+	cq, err := get[*verbs.CQ](h, a.CQ)
+	if err != nil {
+		return 0, err
+	}
+	buf := make([]ib.WC, 8)
+	waitFor(patience, func() bool {
+		n++
+		_, e1 := q.PostSend([]ib.SendWR{a.WR})
+		_, e2 := q.PostRecv([]ib.RecvWR{a.Recv})
+		_, e3 := cq.Poll(buf)
+		for _, e := range []error{e1, e2, e3} {
+			if e != nil && !errors.Is(e, net.ErrClosed) && !errors.Is(e, verbs.ErrQueueFull) {
+				err = e
+			}
+		}
+		return err != nil || errors.Is(e1, net.ErrClosed) && errors.Is(e2, net.ErrClosed) && errors.Is(e3, net.ErrClosed)
+	})
+	return n, err
 })

@@ -36,12 +36,15 @@ type host struct {
 	ctx     *verbs.Context
 	next    handle
 	objects map[handle]object
+	raw     map[handle][]byte // memory of registered slices, which outlives the region
 	before  *testutil.Snapshot
 }
 
 type object interface{ Close() error }
 
-func newHost() *host { return &host{objects: map[handle]object{}} }
+func newHost() *host {
+	return &host{objects: map[handle]object{}, raw: map[handle][]byte{}}
+}
 
 func (h *host) add(o object) handle {
 	h.mu.Lock()
@@ -130,6 +133,16 @@ func rankGID(e ib.GIDEntry) int {
 	return 0
 }
 
+var opReach = newOp("check reach", func(h *host, g ib.GID) (string, error) {
+	c, err := h.context()
+	if err != nil {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	return c.CheckReach(ctx, g)
+})
+
 // opCloseAll closes what is left in reverse order of creation, so that children go before parents, then the context.
 var opCloseAll = newOp("close all", func(h *host, _ none) (none, error) {
 	h.mu.Lock()
@@ -139,6 +152,7 @@ var opCloseAll = newOp("close all", func(h *host, _ none) (none, error) {
 	}
 	c := h.ctx
 	h.ctx = nil
+	clear(h.raw)
 	h.mu.Unlock()
 	slices.Sort(order)
 	slices.Reverse(order)
@@ -238,11 +252,13 @@ type memInfo struct {
 var opMem = newOp("reg_mr", func(h *host, a memArgs) (memInfo, error) {
 	return use(h, a.PD, func(pd *verbs.PD) (memInfo, error) {
 		var m *mr.MR
+		var raw []byte
 		var err error
 		if a.Slice {
 			// An odd offset into a larger slice: neither page nor word aligned, unless atomics need it.
 			off := 8 + 16*rand.IntN(200)
-			m, err = mr.Register(pd, make([]byte, off+a.Size+64)[off:off+a.Size], a.Access)
+			raw = make([]byte, off+a.Size+64)[off : off+a.Size]
+			m, err = mr.Register(pd, raw, a.Access)
 		} else {
 			m, err = mr.Alloc(pd, a.Size, a.Access)
 		}
@@ -252,7 +268,13 @@ var opMem = newOp("reg_mr", func(h *host, a memArgs) (memInfo, error) {
 		if len(m.Bytes()) != a.Size || m.Len() != a.Size || m.Access()&a.Access != a.Access {
 			return memInfo{}, fmt.Errorf("asked for %d bytes and %v, got %d, Len %d, %v", a.Size, a.Access, len(m.Bytes()), m.Len(), m.Access())
 		}
-		return memInfo{h.add(m), m.Addr(), m.LKey(), m.RKey()}, nil
+		i := memInfo{h.add(m), m.Addr(), m.LKey(), m.RKey()}
+		if raw != nil {
+			h.mu.Lock()
+			h.raw[i.H] = raw
+			h.mu.Unlock()
+		}
+		return i, nil
 	})
 })
 
@@ -265,6 +287,12 @@ type memRange struct {
 }
 
 func (h *host) bytes(r memRange, n int) ([]byte, error) {
+	h.mu.Lock()
+	raw := h.raw[r.H]
+	h.mu.Unlock()
+	if raw != nil {
+		return raw[r.Off : r.Off+n], nil
+	}
 	return use(h, r.H, func(m *mr.MR) ([]byte, error) { return m.Bytes()[r.Off : r.Off+n], nil })
 }
 
