@@ -1,0 +1,107 @@
+// Command ringside-bench runs ringside side by side with grpc-go and UCX, and writes bench/RESULTS.md.
+//
+// Every measurement is made in processes of its own (the command starts itself again in a role), once a round, round
+// after round, so that what disturbs the machine for a while disturbs all that is compared. What is printed are medians
+// over the rounds, with the smallest and largest value.
+//
+//	ringside-bench -ringside bin/ringside -results bench/RESULTS.md
+package main
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"regexp"
+	"syscall"
+	"time"
+)
+
+// config is what the flags say.
+type config struct {
+	rounds   int
+	quick    bool // small counts: that it works, not how fast
+	only     *regexp.Regexp
+	ringside string // the ringside command
+	results  string
+}
+
+// scale returns full, or a small part of it in quick mode.
+func (c *config) scale(full, quick int) int {
+	if c.quick {
+		return quick
+	}
+	return full
+}
+
+func main() {
+	if len(os.Args) > 2 && os.Args[1] == "-role" {
+		runRole(os.Args[2], os.Args[3:])
+		return
+	}
+	var c config
+	flag.IntVar(&c.rounds, "rounds", 7, "how often each measurement is made")
+	flag.BoolVar(&c.quick, "quick", false, "one round with small counts: shows that everything runs, and nothing else")
+	flag.StringVar(&c.ringside, "ringside", "bin/ringside", "the ringside command, for ringside perf")
+	flag.StringVar(&c.results, "results", "bench/RESULTS.md", "where the results go")
+	only := flag.String("only", "", "measure only what matches this regular expression; prints, and leaves the results file alone")
+	flag.Parse()
+	if c.quick {
+		c.rounds = 1
+	}
+	var err error
+	if c.only, err = regexp.Compile(*only); err != nil {
+		fmt.Fprintln(os.Stderr, "ringside-bench: -only:", err)
+		os.Exit(2)
+	}
+	interrupted := make(chan os.Signal, 1)
+	signal.Notify(interrupted, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-interrupted
+		stopAll()
+		os.Exit(130)
+	}()
+	if err := bench(&c, *only == ""); err != nil {
+		stopAll()
+		fmt.Fprintln(os.Stderr, "ringside-bench:", err)
+		os.Exit(1)
+	}
+}
+
+func bench(c *config, write bool) error {
+	begin := time.Now()
+	conditions := hostConditions(c)
+	all := measurements(c)
+	results := newResults()
+	for round := range c.rounds {
+		fmt.Printf("round %d of %d, load average %s\n", round+1, c.rounds, loadAverage())
+		for _, m := range all {
+			if !c.only.MatchString(m.name) {
+				continue
+			}
+			t := time.Now()
+			values, err := m.run(c)
+			if err != nil {
+				results.fail(m.name, err)
+				fmt.Printf("  %-34s FAILED: %v\n", m.name, err)
+				continue
+			}
+			results.add(m.name, round, values)
+			fmt.Printf("  %-34s %s  (%.1f s)\n", m.name, values, time.Since(t).Seconds())
+		}
+		results.endRound(loadAverage())
+	}
+	conditions.set("duration", time.Since(begin).Round(time.Second).String())
+	text := report(c, conditions, results)
+	if !write {
+		fmt.Print("\n", text)
+	} else if err := os.WriteFile(c.results, []byte(text), 0o644); err != nil {
+		return err
+	} else {
+		fmt.Printf("\n%s\nwritten to %s\n", targetTable(results), c.results)
+	}
+	if n := results.failures(); n > 0 {
+		return fmt.Errorf("%d measurements failed", n)
+	}
+	return nil
+}

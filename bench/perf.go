@@ -1,0 +1,63 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"os/exec"
+	"strconv"
+	"time"
+)
+
+// perfTest is one run of `ringside perf` between two processes.
+type perfTest struct {
+	op, kind string
+	size     int
+	iter     int
+	args     []string
+}
+
+func (p perfTest) run(c *config) (values, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	args := []string{"perf", p.op, p.kind, "--spawn", "-o", "json", "--iters", strconv.Itoa(p.iter)}
+	if p.op != "atomic" {
+		args = append(args, "--size", strconv.Itoa(p.size))
+	}
+	cmd := exec.CommandContext(ctx, c.ringside, append(args, p.args...)...)
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := cmd.Run(); err != nil {
+		return nil, fmt.Errorf("%v: %w: %s", cmd.Args, err, bytes.TrimSpace(errs.Bytes()))
+	}
+	return parsePerf(out.Bytes())
+}
+
+// parsePerf reads the parts of ringside perf's JSON that are compared.
+func parsePerf(out []byte) (values, error) {
+	var report struct {
+		Path    string `json:"path"`
+		Results []struct {
+			Latency *struct {
+				P50  float64 `json:"p50"`
+				P99  float64 `json:"p99"`
+				P999 float64 `json:"p99_9"`
+			} `json:"latency_ns"`
+			Rate float64 `json:"messages_per_second"`
+			BW   float64 `json:"megabytes_per_second"`
+		} `json:"results"`
+	}
+	if err := json.Unmarshal(out, &report); err != nil {
+		return nil, fmt.Errorf("ringside perf's output: %w: %q", err, out)
+	}
+	if len(report.Results) != 1 || report.Path != "shm" {
+		return nil, fmt.Errorf("ringside perf gave %d results over path %q, not one over shm", len(report.Results), report.Path)
+	}
+	r := report.Results[0]
+	v := values{"rate": r.Rate, "bw": r.BW / 1000}
+	if l := r.Latency; l != nil {
+		v["p50"], v["p99"], v["p999"] = l.P50/1000, l.P99/1000, l.P999/1000
+	}
+	return v, nil
+}

@@ -1,0 +1,174 @@
+package main
+
+import (
+	_ "embed"
+	"errors"
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"strings"
+)
+
+// target is a number to reach: num / den (or num alone) at most or at least the limit.
+type target struct {
+	what    string
+	num     ref
+	den     ref
+	atLeast bool
+	limit   float64
+	aim     float64 // what would be better still; 0: nothing said
+}
+
+var targets = []target{
+	{what: "64 B SEND, half round trip / UCX tag_lat",
+		num: ref{name: perfName("send", "lat", 64), metric: "p50"}, den: ref{name: ucxName("tag_lat", 64), metric: "p50"}, limit: 1.2, aim: 1.0},
+	{what: "8 B WRITE, half round trip / UCX ucp_put_lat",
+		num: ref{name: perfName("write", "lat", 8), metric: "p50"}, den: ref{name: ucxName("ucp_put_lat", 8), metric: "p50"}, limit: 1.5},
+	{what: "8 B READ / UCX ucp_get",
+		num: ref{name: perfName("read", "lat", 8), metric: "p50"}, den: ref{name: ucxName("ucp_get", 8), metric: "p50"}, limit: 1.5},
+	{what: "64 B SEND rate, one QP / UCX tag_bw",
+		num: ref{name: perfName("send", "rate", 64), metric: "rate"}, den: ref{name: ucxName("tag_bw", 64), metric: "rate"}, atLeast: true, limit: 0.8, aim: 1.0},
+	{what: "1 MiB WRITE bandwidth / memcpy between such mappings",
+		num: ref{name: perfName("write", "bw", mib), metric: "bw"}, den: ref{name: "memcpy 1 MiB", metric: "bw"}, atLeast: true, limit: 0.9},
+	{what: "64 B RPC p50: grpc-go over TCP / ringside Adaptive",
+		num: ref{name: "grpc tcp x1", metric: "p50"}, den: ref{name: "rpc adaptive x1", metric: "p50"}, atLeast: true, limit: 150},
+	{what: "64 B RPC p50, Busy / two UCX ucp_am_lat",
+		num: ref{name: "rpc busy x1", metric: "p50"}, den: ref{name: ucxName("ucp_am_lat", 64), metric: "p50", times: 2}, limit: 1.2},
+	{what: "64 in flight, calls/s: ringside (Queue) / grpc-go over TCP",
+		num: ref{name: "rpc async x64", metric: "rate"}, den: ref{name: "grpc tcp x64", metric: "rate"}, atLeast: true, limit: 60},
+	{what: "allocations a raw call, client", num: ref{name: "rpc adaptive x1", metric: "client_allocs"}, limit: 0.005},
+	{what: "allocations a raw call, server", num: ref{name: "rpc adaptive x1", metric: "server_allocs"}, limit: 0.005},
+	{what: "1,000 calls/s, Adaptive: CPU of client and server, % of a core",
+		num: ref{name: "rpc light", metric: "cpu_percent"}, limit: 10},
+	{what: "64 B RPC p50, Adaptive / Busy",
+		num: ref{name: "rpc adaptive x1", metric: "p50"}, den: ref{name: "rpc busy x1", metric: "p50"}, limit: 1.3},
+	{what: "64 B RPC p99.9, Adaptive, us",
+		num: ref{name: "rpc adaptive x1", metric: "p999"}, limit: 200},
+	{what: "RC connections open at once", num: ref{name: "connections", metric: "count"}, atLeast: true, limit: 10_000},
+	{what: "memory of an idle connection with SRQ, both sides, KiB",
+		num: ref{name: "connections", metric: "idle_conn_kib"}, limit: 64},
+}
+
+// measured returns the target's value and its spread over the rounds.
+func (t *target) measured(r *results) (float64, series) {
+	if t.den.name == "" {
+		s := r.series(t.num.name, t.num.metric, t.num.factor())
+		return s.median(), s
+	}
+	return r.ratio(t.num, t.den)
+}
+
+func targetTable(r *results) string {
+	var b strings.Builder
+	b.WriteString("| what | target | measured | spread | |\n|---|---|---|---|---|\n")
+	for _, t := range targets {
+		value, spread := t.measured(r)
+		bound, verdict := "at most ", "pass"
+		if t.atLeast {
+			bound = "at least "
+		}
+		ok := value <= t.limit
+		if t.atLeast {
+			ok = value >= t.limit
+		}
+		switch {
+		case math.IsNaN(value):
+			verdict = "not measured"
+		case !ok:
+			verdict = "**short**"
+		case t.aim != 0 && (t.atLeast && value >= t.aim || !t.atLeast && value <= t.aim):
+			verdict = "pass, and the aim of " + number(t.aim)
+		}
+		between := "-"
+		if len(spread) > 0 {
+			between = number(slices.Min(spread)) + ".." + number(slices.Max(spread))
+		}
+		fmt.Fprintf(&b, "| %s | %s%s | %s | %s | %s |\n", t.what, bound, number(t.limit), number(value), between, verdict)
+	}
+	return b.String()
+}
+
+// notes is written by hand: what falls short, and why.
+//
+//go:embed notes.md
+var notes string
+
+func report(c *config, host *conditions, r *results) string {
+	var b strings.Builder
+	p := func(format string, a ...any) { fmt.Fprintf(&b, format+"\n", a...) }
+	p("# Side by side\n")
+	p("Written by `make bench`. Every number is the median over the rounds, with the smallest and largest value in")
+	p("parentheses. In a round, each measurement runs once, in processes of its own, one after the other; what is compared")
+	p("stands next to each other in time. The ratios are those of the medians, their spread is that of the rounds.\n")
+	if c.quick {
+		p("**This is a quick run: it shows that the benchmarks work. Its numbers mean nothing.**\n")
+	}
+	p("| condition | |\n|---|---|")
+	for i, name := range host.names {
+		p("| %s | %s |", name, host.texts[i])
+	}
+	p("| load average after each round | %s |\n", strings.Join(r.loads, ", "))
+
+	p("## Numbers to reach\n\n%s", targetTable(r))
+
+	p("## 64 B echo calls\n")
+	p("Client and server are separate processes on the same cores, not pinned. Latency in us, as the caller sees it; CPU is")
+	p("user and system time of both processes; allocations are counted by the runtime of each process. grpc-go sends a")
+	p("`wrapperspb.BytesValue` with default options; ringside raw bytes, answered by an inline handler, where nothing else is said.\n")
+	p("| | in flight | p50 | p99 | p99.9 | calls/s | allocs, client | allocs, server | CPU us a call |\n|---|---|---|---|---|---|---|---|---|")
+	for _, e := range echoes {
+		if e.args.Rate > 0 {
+			continue
+		}
+		s := func(metric string) series { return r.series(e.name, metric, 1) }
+		p("| %s | %d | %s | %s | %s | %s | %s | %s | %s |", e.what, max(1, e.args.InFlight), s("p50"), s("p99"), s("p999"), s("rate"),
+			number(s("client_allocs").median()), number(s("server_allocs").median()), s("cpu"))
+	}
+
+	p("\n## Light load\n")
+	p("One call at a time, 1,000 a second, Adaptive. CPU in percent of one core.\n")
+	p("| p50 us | p99 | p99.9 | CPU %% |\n|---|---|---|---|")
+	light := func(metric string) series { return r.series("rpc light", metric, 1) }
+	p("| %s | %s | %s | %s |", light("p50"), light("p99"), light("p999"), light("cpu_percent"))
+
+	p("\n## Messages and one-sided operations\n")
+	p("`ringside perf` on `soft0`, and `ucx_perftest` with `UCX_TLS=posix,self`, each between two processes, busy polling. The")
+	p("latencies of SEND, WRITE, tag_lat, ucp_put_lat and ucp_am_lat are half round trips.\n")
+	p("| | ringside | UCX | |\n|---|---|---|---|")
+	pair := func(what string, ours, theirs, metric, unit string) {
+		ratio, _ := r.ratio(ref{name: ours, metric: metric}, ref{name: theirs, metric: metric})
+		p("| %s, %s | %s | %s | %s x |", what, unit, r.series(ours, metric, 1), r.series(theirs, metric, 1), number(ratio))
+	}
+	pair("64 B SEND / tag_lat, p50", perfName("send", "lat", 64), ucxName("tag_lat", 64), "p50", "us")
+	pair("8 B WRITE / ucp_put_lat, p50", perfName("write", "lat", 8), ucxName("ucp_put_lat", 8), "p50", "us")
+	pair("8 B READ / ucp_get, p50", perfName("read", "lat", 8), ucxName("ucp_get", 8), "p50", "us")
+	pair("8 B FETCH_ADD / ucp_fadd, p50", perfName("atomic", "lat", 8), ucxName("ucp_fadd", 8), "p50", "us")
+	pair("64 B SEND / tag_bw, rate", perfName("send", "rate", 64), ucxName("tag_bw", 64), "rate", "messages/s")
+	pair("1 MiB WRITE / ucp_put_bw", perfName("write", "bw", mib), ucxName("ucp_put_bw", mib), "bw", "GB/s")
+	p("| 1 MiB READ, GB/s | %s | | |", r.series(perfName("read", "bw", mib), "bw", 1))
+	p("| memcpy of 1 MiB between two regions, GB/s | %s | | |", r.series("memcpy 1 MiB", "bw", 1))
+	p("| ucp_am_lat, 64 B, p50, us | | %s | |", r.series(ucxName("ucp_am_lat", 64), "p50", 1))
+
+	p("\n## Many connections\n")
+	p("RC connections between two processes, receives from a shared queue: all are opened, each carries a 64 B message and its")
+	p("echo, all stay open, all are closed. Memory is the growth of the proportional set size of both processes; the kernel's")
+	p("memory for the bootstrap sockets is not in it.\n")
+	p("| connections | open, us each | echo, us each | close, us each | KiB each, client | server | both |\n|---|---|---|---|---|---|---|")
+	conns := func(metric string) series { return r.series("connections", metric, 1) }
+	p("| %s | %s | %s | %s | %s | %s | %s |", number(conns("count").median()), conns("open_us"), conns("echo_us"), conns("close_us"),
+		conns("client_kib"), conns("server_kib"), conns("idle_conn_kib"))
+
+	if len(r.errs) > 0 {
+		p("\n## Not measured\n")
+		for _, name := range slices.Sorted(maps.Keys(r.errs)) {
+			word := "failed"
+			if errors.Is(r.errs[name], errSkipped) {
+				word = "skipped"
+			}
+			p("- %s: %s: %v", name, word, r.errs[name])
+		}
+	}
+	p("\n%s", strings.TrimSpace(notes))
+	return b.String()
+}
