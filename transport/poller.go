@@ -68,7 +68,7 @@ type PollerConfig struct {
 // completes others' operations on the way; the others spin for a moment and then sleep until their own operation is
 // done or the role is handed on to them.
 //
-// When all are asleep, and when nobody waits but a connection has a handler, a goroutine of the poller's own sleeps on
+// When all are asleep, and when nobody waits but a connection has a handler or messages to send, a goroutine of the poller's own sleeps on
 // the completion channel and polls when it fires; it steps back as soon as somebody waits. It is not started before it
 // is needed. So a server that only sets handlers makes progress, and one that wants a core for it calls Run.
 //
@@ -99,10 +99,14 @@ type Poller struct {
 	idleSince int64
 	spells    uint32
 
+	// fired is set by the driver when the channel has delivered the event, and so disarmed the CQ: that happens without
+	// the role, and at times after another goroutine has polled the completion and armed anew.
+	fired atomic.Bool
+
 	ntasks   atomic.Int32
 	sleepers atomic.Int32 // Waiters in the list
 	want     atomic.Int32 // goroutines that would take the role from the driver
-	handlers atomic.Int32 // connections with a handler
+	duties   atomic.Int32 // what must go on though nobody waits: handlers, and connections with messages to send
 
 	taskMu sync.Mutex
 	tasks  []func()
@@ -115,6 +119,7 @@ type Poller struct {
 	driverOnce sync.Once
 	driver     sync.WaitGroup
 	driverIdle atomic.Bool // the driver is, or is about to be, in CompChannel.Wait
+	dormant    atomic.Bool // the driver waits to be kicked, and looks at nothing by itself
 	kick       chan struct{}
 
 	tabMu sync.Mutex
@@ -490,6 +495,9 @@ func (p *Poller) busy() {
 
 // arm makes the CQ fire at its next completion, and reports whether there is none yet.
 func (p *Poller) arm() bool {
+	if p.fired.Load() && p.fired.Swap(false) {
+		p.armed = false
+	}
 	if !p.armed {
 		if err := p.cq.Arm(false); err != nil {
 			p.broken(err)
@@ -588,7 +596,7 @@ func (p *Poller) wakeDriver() {
 }
 
 // drive is the poller's own goroutine. It sleeps on the completion channel on behalf of all waiters that sleep and of
-// the handlers: one select over a waiter's token, its context and the channel's descriptor is not to be had without a
+// the duties: one select over a waiter's token, its context and the channel's descriptor is not to be had without a
 // goroutine, and this one costs a goroutine switch (0.2 us) only where a wake-up (5 us and more) is paid as well.
 func (p *Poller) drive() {
 	defer p.driver.Done()
@@ -607,6 +615,7 @@ func (p *Poller) drive() {
 				case <-time.After(10 * time.Millisecond):
 				}
 			}
+			p.fired.Store(true) // before the driver looks again: whoever arms next must not rely on the last time
 			p.driverIdle.Store(false)
 			continue
 		}
@@ -641,7 +650,7 @@ func (p *Poller) driveLead() bool {
 		if n > 0 || spins%checkEvery != 0 && p.mode != Event && until != 1 {
 			continue
 		}
-		needed := p.handlers.Load() != 0
+		needed := p.duties.Load() != 0
 		if !needed && sleepers == 0 {
 			p.leave()
 			return false
@@ -662,34 +671,42 @@ func (p *Poller) driveLead() bool {
 	}
 }
 
-// watch waits until the driver is needed: when it is kicked, or when there are handlers and for a while nobody has
+// watch waits until the driver is needed: when it is kicked, or when there are duties and for a while nobody has
 // polled. It is false once the poller is closed.
 func (p *Poller) watch(timer *time.Timer) bool {
 	for tick := time.Millisecond; ; tick = min(2*tick, 8*time.Millisecond) {
 		seen := p.role.Load()
-		if p.handlers.Load() == 0 && p.sleepers.Load() == 0 {
-			tick = time.Hour
+		d := tick
+		if p.duties.Load() == 0 && p.sleepers.Load() == 0 {
+			p.dormant.Store(true)
+			if p.duties.Load() == 0 && p.sleepers.Load() == 0 {
+				d = time.Hour
+			}
 		}
-		timer.Reset(tick)
+		timer.Reset(d)
 		select {
 		case <-p.kick:
+			p.dormant.Store(false)
 			return true
 		case <-p.dead:
 			return false
 		case <-timer.C:
 		}
+		p.dormant.Store(false)
 		if v := p.role.Load(); v == seen && v&1 == 0 {
 			return true
 		}
 	}
 }
 
-// useHandlers counts the connections that have a handler, so that the driver looks after them.
-func (p *Poller) useHandlers(n int32) {
-	p.handlers.Add(n)
+// addDuties counts what the driver must look after when nobody waits.
+func (p *Poller) addDuties(n int32) {
+	p.duties.Add(n) // pairs with the look at duties in watch, after it has set dormant
 	if n > 0 {
 		p.startDriver()
-		p.wakeDriver()
+		if p.dormant.Load() && p.dormant.CompareAndSwap(true, false) {
+			p.wakeDriver()
+		}
 	}
 }
 
