@@ -232,7 +232,7 @@ func (c *Conn) SetHandler(h Handler) {
 			h.HandleClose(c, c.Err())
 			return
 		}
-		c.p.useHandlers(1)
+		c.p.addDuties(1)
 		c.deliverQueued(h)
 		r.handler = h
 		if r.eof {

@@ -741,6 +741,6 @@ func (c *Conn) endReceives(e *CloseError) {
 	r.mu.Unlock()
 	if h := r.handler; h != nil {
 		h.HandleClose(c, e)
-		c.p.useHandlers(-1)
+		c.p.addDuties(-1)
 	}
 }

@@ -58,6 +58,7 @@ type sendSide struct {
 	wr      [1]ib.SendWR
 	sge     [1]ib.SGE
 	ctl     [minInline]byte
+	duty    bool    // the poller's driver looks after us
 	drained *Waiter // Close waits for idleLocked
 	waiters *roomWaiter
 }
@@ -469,9 +470,25 @@ func (c *Conn) postBufLocked(b *SendBuf, n int) error {
 			s.pend = b
 		}
 		s.pendTail = b
+		c.dutyLocked()
 		return nil
 	}
 	return c.transmitLocked(b)
+}
+
+// dutyLocked tells the poller whether there is something that must go out though nobody may be waiting for it.
+func (c *Conn) dutyLocked() {
+	s := &c.snd
+	want := s.sq != nil && (s.pend != nil || s.eosDue || len(s.rndvFree) < len(s.rndv))
+	if want == s.duty {
+		return
+	}
+	s.duty = want
+	if want {
+		c.p.addDuties(1)
+	} else {
+		c.p.addDuties(-1)
+	}
 }
 
 // canSendLocked reports whether b could be sent now.
@@ -530,6 +547,7 @@ func (c *Conn) transmitLocked(b *SendBuf) error {
 	}
 	wr.Inline = s.ctl[:minInline]
 	wr.SGEs = nil
+	c.dutyLocked()
 	return c.postLocked(sqEntry{}, false)
 }
 
@@ -635,6 +653,7 @@ func (c *Conn) drainLocked() {
 		s.drained.Done()
 		s.drained = nil
 	}
+	c.dutyLocked()
 }
 
 // idleLocked reports whether everything that was to be sent, EOS included, has arrived.
@@ -956,6 +975,7 @@ func (c *Conn) endSends(e *CloseError) {
 		}
 	}
 	s.sq, s.ctrl, s.reads = nil, nil, nil
+	c.dutyLocked()
 	c.freeBufsLocked()
 	for b := s.batches; b != nil; b = b.free {
 		b.dropLocked()
