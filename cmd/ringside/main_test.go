@@ -262,6 +262,8 @@ func TestSpawn(t *testing.T) {
 		"perf write bw --spawn --iters 50 -o json",
 		"perf read lat --spawn --iters 200 --poll event -o json",
 		"perf atomic rate --spawn --iters 500 -o json",
+		"perf rpc lat --spawn --iters 200 --poll adaptive -o json",
+		"perf rpc rate --spawn --iters 1000 --inflight 16 -o json",
 	} {
 		t.Run(a, func(t *testing.T) {
 			status, stdout, stderr := ringside(strings.Fields(a)...)

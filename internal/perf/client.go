@@ -103,7 +103,7 @@ func Run(ctx context.Context, cfg *Config) (*Report, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w (`ringside devices` lists what there is)", err)
 	}
-	defer vctx.Close()
+	defer closeDevice(vctx)
 	clk, err := newClock(cfg.Clock)
 	if err != nil {
 		return nil, err
@@ -148,6 +148,18 @@ func (r *Report) orNil() *Report {
 		return nil
 	}
 	return r
+}
+
+// closeDevice closes vctx. It gives what was made from it a moment to go: a transport connection says that it is closed
+// shortly before the poller is that it had for itself.
+func closeDevice(vctx *verbs.Context) error {
+	for pause := time.Millisecond; ; pause *= 2 {
+		err := vctx.Close()
+		if !errors.Is(err, verbs.ErrBusy) || pause > time.Second {
+			return err
+		}
+		time.Sleep(pause)
+	}
 }
 
 // hostOn is ThisHost with the device filled in.

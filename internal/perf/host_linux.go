@@ -2,7 +2,10 @@ package perf
 
 import (
 	"bufio"
+	"errors"
+	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -62,6 +65,38 @@ func pinThread(cpu int) error {
 	var set unix.CPUSet
 	set.Set(cpu)
 	return unix.SchedSetaffinity(0, &set)
+}
+
+// pinProcess binds every thread of the process to one processor, those to come included, until restore is called.
+func pinProcess(cpu int) (restore func(), err error) {
+	tasks, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		return nil, err
+	}
+	old := map[int]unix.CPUSet{}
+	restore = func() {
+		for tid, set := range old {
+			_ = unix.SchedSetaffinity(tid, &set)
+		}
+	}
+	var set unix.CPUSet
+	set.Set(cpu)
+	for _, t := range tasks {
+		tid, err := strconv.Atoi(t.Name())
+		if err != nil {
+			continue
+		}
+		var was unix.CPUSet
+		if unix.SchedGetaffinity(tid, &was) != nil {
+			continue // it has ended
+		}
+		if err := unix.SchedSetaffinity(tid, &set); err != nil && !errors.Is(err, unix.ESRCH) {
+			restore()
+			return nil, fmt.Errorf("cannot run on processor %d (--cpu): %w", cpu, err)
+		}
+		old[tid] = was
+	}
+	return restore, nil
 }
 
 // allowedCPUs returns the processors that the calling thread may run on.

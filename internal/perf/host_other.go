@@ -18,6 +18,8 @@ func pinThread(int) error {
 	return fmt.Errorf("pinning a thread to a processor is not supported on %s: leave --cpu out", runtime.GOOS)
 }
 
+func pinProcess(cpu int) (restore func(), err error) { return nil, pinThread(cpu) }
+
 func allowedCPUs() (cpuSet, error) { return cpuSet{}, nil }
 
 func unpinThread(cpuSet) {}

@@ -53,7 +53,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 func (s *Server) Choice() verbs.Choice { return s.vctx.Choice() }
 
 // Close closes the device. Call it after Serve has returned.
-func (s *Server) Close() error { return s.vctx.Close() }
+func (s *Server) Close() error { return closeDevice(s.vctx) }
 
 func (s *Server) log(format string, args ...any) {
 	if s.cfg.Log != nil {
@@ -102,13 +102,20 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	}
 }
 
+// handover is how long a client waits for its predecessor to go: commands of a script follow each other faster than a
+// server notices that one has ended.
+const handover = time.Second
+
 // client serves one connection. served is false if it was refused.
 func (s *Server) client(ctx context.Context, conn net.Conn) (served bool, err error) {
 	who := conn.RemoteAddr()
 	select {
 	case s.busy <- struct{}{}:
 		defer func() { <-s.busy }()
-	default:
+	case <-ctx.Done():
+		conn.Close()
+		return false, nil
+	case <-time.After(handover):
 		// Said without waiting for the client's hello: whoever serves must not be held up by whoever waits.
 		_ = conn.SetDeadline(time.Now().Add(helloTimeout))
 		_, _ = conn.Write(appendFrame(nil, &wireError{"the server is busy with another client's measurement, which this one would disturb: try again when it is over"}))
