@@ -362,11 +362,15 @@ func targetStopped(c *C) {
 		c.Skip("the kernel or the adapter is the target, not the process")
 	}
 	l := c.pair(ib.RC)
+	l.alive(c)
 	for i := range 4 {
 		l.b.recv(uint64(i), l.b.mem.sge(4096*i, 4096))
 	}
 	l.b.mem.write(40000, wordBytes(1))
 	l.a.mem.fill(0, 4096, 5)
+	// The first request to a region may need the target's help to map it.
+	l.a.post(wrWrite(1, l.a.mem.sges(0, 8), l.b.mem, 20000))
+	l.a.sent(want{ID: 1, Op: ib.WCRDMAWrite, Len: anyLen})
 	pid := c.B.dev.PID
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 		c.Fatal(err)
