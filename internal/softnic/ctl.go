@@ -38,7 +38,7 @@ const (
 	ctlResolve                       // id, handle a or rkey b, qpn: asks for ctlRegion
 	ctlRegion                        // see link.handleRegion
 	ctlGone                          // handle a: forget the region
-	ctlFault                         // dst, status: the sender's request broke a rule; the QP must go to ERR
+	ctlFault                         // dst, a, b, status: the sender's request broke a rule; the QP of that block must go to ERR
 	ctlAssist                        // id, dst, opcode status, rkey a, length b, address x, y, z, data: do it for me
 	ctlAssisted                      // id, status, value x, data: answer to ctlAssist
 	ctlAttach                        // id, qpn: asks for a block to send datagrams to that QP

@@ -30,6 +30,7 @@ type inbound struct {
 	sges   []uint64
 	mask   uint32
 	head   uint32 // completions consumed; guarded by rcq.mu
+	told   uint32 // handle that the peer was told of last; guarded by rq
 	broken bool   // the peer wrote nonsense; guarded by rcq.mu
 }
 
@@ -141,6 +142,16 @@ func (in *inbound) write(i uint32) {
 		r.staged = q.nic.stageRecv(q.pd, sges, r.total)
 	}
 	d := in.descs[(i&in.mask)*descWords:][:descWords]
+	for k := range sges {
+		if h := uint32(sges[k].lenHdl >> 32); h != in.told && r.staged == nil {
+			in.told = h
+			in.link.pushRecv(h)
+		}
+	}
+	if r.staged != nil && uint32(r.staged.desc.lenHdl>>32) != in.told {
+		in.told = uint32(r.staged.desc.lenHdl >> 32)
+		in.link.pushRecv(in.told)
+	}
 	switch {
 	case r.staged != nil:
 		d[0], d[1] = r.staged.desc.addr, r.staged.desc.lenHdl
@@ -369,7 +380,7 @@ func (q *QP) recvWC(wc *ib.WC, in *inbound, n uint32, b uint64, id uint64, total
 			return false
 		}
 		wc.Status = status
-		q.remoteFault(ib.EventQPFatal)
+		q.remoteFault(q.epoch.Load(), ib.EventQPFatal)
 		return true
 	}
 	if op != 0 {

@@ -38,13 +38,17 @@ type link struct {
 	udViews  map[ib.QPN]*udView
 	assists  map[uint32]*QP
 	nextID   uint32
-	views    map[*QP]bool // QPs whose peer view is on this link
-	ownedBlk int          // blocks handed out and not freed
+	views    map[*QP]bool    // QPs whose peer view is on this link
+	ownedBlk int             // blocks handed out and not freed
+	pds      map[*PD]bool    // protection domains with QPs on this link
+	told     map[uint32]bool // handles of receive buffers' regions that the peer was told of unasked
+	pushed   int             // regions that the peer was told of unasked
 
 	regMu    sync.RWMutex
 	byRKey   map[ib.RKey]*remoteRegion
 	byHandle map[uint32]*remoteRegion
 	asked    map[uint64]bool // resolve requests under way, by key
+	taken    int             // regions that the peer has told us of unasked
 }
 
 // ctlWriter sends control messages, in order; it never blocks. It takes over hasFD's descriptor only if it says so.
@@ -86,7 +90,7 @@ func newLink(n *NIC, peer ib.GID, path string) *link {
 	return &link{nic: n, peer: peer, path: path, freeBlk: map[uint32][]block{}, leaving: map[uint64]leaving{},
 		ports: map[*CQ][]*port{}, sent: map[uint64]bool{}, peers: map[uint32]peerChunk{}, wakers: map[uint32]func(){},
 		srqs: map[uint32]*srqView{}, connects: map[[2]uint32]connectMsg{}, udViews: map[ib.QPN]*udView{},
-		assists: map[uint32]*QP{}, views: map[*QP]bool{}, byRKey: map[ib.RKey]*remoteRegion{},
+		assists: map[uint32]*QP{}, views: map[*QP]bool{}, pds: map[*PD]bool{}, told: map[uint32]bool{}, byRKey: map[ib.RKey]*remoteRegion{},
 		byHandle: map[uint32]*remoteRegion{}, asked: map[uint64]bool{}}
 }
 
@@ -402,7 +406,10 @@ func (l *link) handle(m *ctl) error {
 		return nil
 	case ctlFault:
 		if q := l.nic.qp(ib.QPN(m.dst)); q != nil && q.connectedTo(l, ib.QPN(m.qpn)) {
-			q.remoteFault(ib.EventType(m.status))
+			epoch := q.epoch.Load() // before looking at the block, so that a reset in between is noticed
+			if in := q.in.Load(); in != nil && in.link == l && in.blk.chunk == m.a && in.blk.off == m.b {
+				q.remoteFault(epoch, ib.EventType(m.status))
+			}
 		}
 		return nil
 	case ctlAssist:

@@ -111,6 +111,19 @@ func (t *regionTable) insert(r *region) error {
 	return nil
 }
 
+// each calls f for every live region and window.
+func (t *regionTable) each(f func(*region)) {
+	t.mu.Lock()
+	all := make([]*region, 0, len(t.byRKey))
+	for _, r := range t.byRKey {
+		all = append(all, r)
+	}
+	t.mu.Unlock()
+	for _, r := range all {
+		f(r)
+	}
+}
+
 // revoke makes r's handle and rkey dead. Operations that had seen it alive may still be running: see NIC.quiesce.
 // The slot is reusable only after freeSlot.
 func (t *regionTable) revoke(r *region) bool {
@@ -174,6 +187,9 @@ func (pd *PD) RegisterMR(cfg driver.MRConfig) (driver.MR, error) {
 	if err := pd.nic.regions.insert(r); err != nil {
 		pd.dropChild()
 		return nil, err
+	}
+	if cfg.Access&ib.AccessRemote != 0 {
+		pd.nic.eachLink(func(l *link) { l.push(r) })
 	}
 	return &MR{r: r}, nil
 }

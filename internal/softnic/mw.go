@@ -155,7 +155,7 @@ func (q *QP) invalidate(k ib.RKey) bool {
 // ends the connection (IBA 9.4.1.1.3).
 func (n *NIC) invalidateRemote(q *QP, k ib.RKey) {
 	if !q.invalidate(k) {
-		q.remoteFault(ib.EventQPAccessErr)
+		q.remoteFault(q.epoch.Load(), ib.EventQPAccessErr)
 	}
 }
 

@@ -9,13 +9,14 @@ import (
 // peerView is the initiator's side of a block: how this QP writes into the peer's. Guarded by the QP's sq lock (for
 // datagrams, by the udView's lock).
 type peerView struct {
-	link *link
-	qpn  ib.QPN // the peer's QP
-	pd   uint32
-	rnr  ib.RNRTimer
-	full bool
-	geo  geometry
-	mask uint32
+	link       *link
+	qpn        ib.QPN // the peer's QP
+	pd         uint32
+	rnr        ib.RNRTimer
+	full       bool
+	chunk, off uint32 // the block, which tells this connection of the two QPs from earlier and later ones
+	geo        geometry
+	mask       uint32
 
 	state  *uint32
 	access *uint32
@@ -38,7 +39,7 @@ type peerView struct {
 func newPeerView(l *link, c *connectMsg, qpn ib.QPN, b []byte, port portView, srq *srqView) *peerView {
 	w32, w64 := words32(b), words64(b)
 	g := c.geo
-	v := &peerView{link: l, qpn: qpn, pd: c.pd, rnr: ib.RNRTimer(c.rnr), full: l.full, geo: g, mask: g.depth - 1, hdl: sgeList,
+	v := &peerView{link: l, qpn: qpn, pd: c.pd, rnr: ib.RNRTimer(c.rnr), full: l.full, chunk: c.chunk, off: c.off, geo: g, mask: g.depth - 1, hdl: sgeList,
 		state: &w32[blkState/4], access: &w32[blkAccess/4], qkey: &w32[blkQKey/4], tail: &w32[blkTail/4], headW: &w32[blkHead/4],
 		busy: &w32[blkBusy/4], cqes: w64[g.cqeOff()/8:][:g.depth*g.cqeWords], srq: srq, port: port}
 	if !g.srq {

@@ -50,6 +50,7 @@ type QP struct {
 	stall    stall
 	assist   assist
 	met      bool  // the peer has been there since RTR; guarded by sq
+	lost     bool  // the peer's NIC has gone, and no request has said so yet; guarded by sq
 	drained  drain // guarded by sq
 	stalled  bool  // in the NIC's set of QPs to retry; guarded by sq
 
@@ -70,6 +71,7 @@ type QP struct {
 	recSGE   []descriptor // cap.MaxRecvSGE for each rec
 	in       atomic.Pointer[inbound]
 	ins      atomic.Pointer[[]*inbound] // UD: one for each peer that sends
+	epoch    atomic.Uint32              // counts resets: what was found out before one does not concern the QP after it
 	flushing atomic.Bool
 	lastWQE  bool
 	commEst  bool
@@ -415,6 +417,7 @@ func (q *QP) toRTR(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) err
 		q.nic.later(func() { q.linkDown(l, l.reason()) })
 		return nil
 	}
+	l.pushRegions(q.pd)
 	m := in.connect
 	msg := ctl{kind: ctlConnect, qpn: uint32(q.qpn), dst: uint32(attr.DestQPN)}
 	m.into(&msg)
@@ -477,17 +480,31 @@ func (q *QP) linkDown(l *link, _ error) {
 	}
 	if q.pendLen > 0 && q.sending() {
 		q.completePending(ib.WCRetryExceeded, 0)
+	} else {
+		q.lost = q.typ == ib.RC && s == ib.RTS
 	}
 	q.sq.Unlock()
 	q.toError(ib.EventQPFatal, true)
 }
 
 // remoteFault: a request of the peer broke a rule and was refused: the responder goes to the error state too (IBA 9.9.3).
-func (q *QP) remoteFault(ev ib.EventType) {
+// epoch is the QP's from when that was found out.
+func (q *QP) remoteFault(epoch uint32, ev ib.EventType) {
 	if ev != ib.EventQPAccessErr && ev != ib.EventQPReqErr && ev != ib.EventQPFatal {
 		ev = ib.EventQPFatal
 	}
-	q.nic.later(func() { q.toError(ev, true) })
+	q.errorLater(epoch, ev, true)
+}
+
+// errorLater is toError where locks are held, unless the QP is reset first.
+func (q *QP) errorLater(epoch uint32, ev ib.EventType, raise bool) {
+	q.nic.later(func() {
+		q.cfg.Lock()
+		defer q.cfg.Unlock()
+		if !q.closed.Load() && q.epoch.Load() == epoch {
+			q.toErrorLocked(ev, raise)
+		}
+	})
 }
 
 // toError moves the QP to ERR and flushes it.
@@ -552,10 +569,11 @@ func (q *QP) eachInbound(f func(*inbound)) {
 // reset brings the QP back to RESET: queues are empty, completions that were not polled are gone. Called with cfg held.
 func (q *QP) reset() {
 	q.sq.Lock()
+	q.epoch.Add(1)
 	q.state.Store(uint32(ib.Reset))
 	l := q.link
 	q.pv, q.link = nil, nil
-	q.met, q.drained = false, drainedYes
+	q.met, q.lost, q.drained = false, false, drainedYes
 	clear(q.rcache[:])
 	clear(q.hcache[:])
 	for q.pendLen > 0 {
@@ -570,6 +588,7 @@ func (q *QP) reset() {
 	q.shutInbound()
 
 	q.rcq.mu.Lock()
+	q.epoch.Add(1) // again: until here Poll could meet completions of before
 	in := q.in.Swap(nil)
 	ins := q.ins.Swap(nil)
 	q.rq.Lock()

@@ -54,7 +54,77 @@ func (r *remoteRegion) bytes(addr uint64, n uint32) []byte {
 const (
 	resolveByHandle uint16 = 1 << 0
 	regionAssisted  uint16 = 1 << 1
+	regionPushed    uint16 = 1 << 2
 )
+
+// pushLimit is how many regions a NIC tells a peer of before it asks. Those can be used although the peer's process is
+// stopped; of more, the first use takes a round trip through the control channel.
+const pushLimit = 256
+
+// pushRegions tells a peer of the regions that the QP which connects to it makes reachable.
+func (l *link) pushRegions(pd *PD) {
+	l.mu.Lock()
+	known := l.pds[pd]
+	l.pds[pd] = true
+	l.mu.Unlock()
+	if known {
+		return
+	}
+	l.nic.regions.each(func(r *region) {
+		if r.pd == pd {
+			l.push(r)
+		}
+	})
+}
+
+// push tells the peer of a region that it may use one-sided.
+func (l *link) push(r *region) {
+	if r.access&ib.AccessRemote == 0 {
+		return
+	}
+	l.mu.Lock()
+	ok := l.pds[r.pd]
+	l.mu.Unlock()
+	if ok {
+		l.pushAs(r, regionPushed)
+	}
+}
+
+// pushRecv tells the peer of a region that a receive was posted from.
+func (l *link) pushRecv(handle uint32) {
+	r := l.nic.regions.lookup(handle)
+	if r == nil {
+		return
+	}
+	l.mu.Lock()
+	known := l.told[handle]
+	if !known && len(l.told) < pushLimit {
+		l.told[handle] = true
+	}
+	l.mu.Unlock()
+	if !known {
+		l.pushAs(r, regionPushed|resolveByHandle)
+	}
+}
+
+func (l *link) pushAs(r *region, flags uint16) {
+	l.mu.Lock()
+	ok := l.pushed < pushLimit && l.down == nil
+	if ok {
+		l.pushed++
+	}
+	l.mu.Unlock()
+	if !ok {
+		return
+	}
+	m := ctl{kind: ctlRegion, flags: flags}
+	done, err := l.describe(r, &m)
+	if err != nil {
+		return // the peer will ask, and the error is reported then
+	}
+	l.send(m)
+	done()
+}
 
 // regionByRKey returns what is known of a peer's rkey, or nil after asking the peer: the QP is retried when it answers.
 func (l *link) regionByRKey(k ib.RKey) *remoteRegion {
@@ -150,28 +220,38 @@ func (l *link) handleResolve(m *ctl) error {
 		l.send(answer)
 		return nil
 	}
-	r.exported.Store(true)
-	answer.status = 1
-	answer.a, answer.b, answer.c, answer.d, answer.qpn = r.handle, uint32(r.rkey), uint32(r.access), r.pd.id, uint32(r.qpn)
-	answer.x, answer.y, answer.z = r.base, r.length, r.memAt
-	switch {
-	case l.path == pathInproc:
-		answer.obj = r.mem
-	case r.fd >= 0:
-		writable := m.flags&resolveByHandle != 0 || r.access&(ib.AccessRemoteWrite|ib.AccessRemoteAtomic) != 0
-		fd, done, err := shareFD(r.fd, writable)
-		if err != nil {
-			return err
-		}
-		defer done()
-		answer.fd, answer.hasFD = fd, true
-		answer.data = binary.LittleEndian.AppendUint64(nil, uint64(r.fdOff))
-		answer.data = binary.LittleEndian.AppendUint64(answer.data, uint64(len(r.mem)))
-	default:
-		answer.flags |= regionAssisted
+	done, err := l.describe(r, &answer)
+	if err != nil {
+		return err
 	}
 	l.send(answer)
+	done()
 	return nil
+}
+
+// describe fills a ctlRegion. done frees what the message holds, once it was handed over.
+func (l *link) describe(r *region, m *ctl) (done func(), err error) {
+	r.exported.Store(true)
+	done = func() {}
+	m.status = 1
+	m.a, m.b, m.c, m.d, m.qpn = r.handle, uint32(r.rkey), uint32(r.access), r.pd.id, uint32(r.qpn)
+	m.x, m.y, m.z = r.base, r.length, r.memAt
+	switch {
+	case l.path == pathInproc:
+		m.obj = r.mem
+	case r.fd >= 0:
+		writable := m.flags&resolveByHandle != 0 || r.access&(ib.AccessRemoteWrite|ib.AccessRemoteAtomic) != 0
+		var fd int
+		if fd, done, err = shareFD(r.fd, writable); err != nil {
+			return nil, err
+		}
+		m.fd, m.hasFD = fd, true
+		m.data = binary.LittleEndian.AppendUint64(nil, uint64(r.fdOff))
+		m.data = binary.LittleEndian.AppendUint64(m.data, uint64(len(r.mem)))
+	default:
+		m.flags |= regionAssisted
+	}
+	return done, nil
 }
 
 // handleRegion takes the answer to a resolve.
@@ -216,6 +296,26 @@ func (l *link) handleRegion(m *ctl) error {
 		return nil
 	}
 	var old *remoteRegion
+	if m.flags&regionPushed != 0 {
+		l.taken++
+		fits := l.taken <= pushLimit && !r.missing
+		fresh := byHandle && l.byHandle[r.handle] == nil || !byHandle && l.byRKey[r.rkey] == nil // else we had asked meanwhile
+		if fits && fresh {
+			if byHandle {
+				l.byHandle[r.handle] = r
+			} else {
+				l.byRKey[r.rkey] = r
+			}
+			l.regMu.Unlock()
+			return nil
+		}
+		l.regMu.Unlock()
+		r.unmap()
+		if !fits {
+			return errCtl
+		}
+		return nil
+	}
 	if byHandle {
 		if !l.asked[1<<32|uint64(m.a)] {
 			l.regMu.Unlock()

@@ -125,7 +125,11 @@ func (q *QP) PostSend(wrs []ib.SendWR) (int, error) {
 			continue
 		}
 		if st == ib.Err || st == ib.SQE {
-			q.pushSC(wr, ib.WCFlushErr, 0)
+			status := ib.WCFlushErr
+			if q.lost { // the peer died when nothing was under way: this is the first request that it does not answer
+				q.lost, status = false, ib.WCRetryExceeded
+			}
+			q.pushSC(wr, status, 0)
 		} else {
 			q.enqueue(wr)
 		}
@@ -159,7 +163,7 @@ func (q *QP) sendFailed(wr *ib.SendWR, st ib.WCStatus) {
 	q.pushSC(wr, st, 0)
 	if q.typ == ib.RC {
 		q.state.Store(uint32(ib.Err))
-		q.nic.later(func() { q.toError(0, false) })
+		q.errorLater(q.epoch.Load(), 0, false)
 	} else {
 		q.state.Store(uint32(ib.SQE))
 	}
@@ -597,13 +601,13 @@ func (q *QP) remoteWindow(v *peerView, k ib.RKey) (ib.WCStatus, stallKind) {
 // accessFault tells the responder that we were refused, which ends its QP as well (IBA 9.9.3: NAK remote access error).
 func (q *QP) accessFault(v *peerView) ib.WCStatus {
 	if q.typ == ib.RC {
-		v.link.send(ctl{kind: ctlFault, qpn: uint32(q.qpn), dst: uint32(v.qpn), status: uint8(ib.EventQPAccessErr)})
+		v.link.send(ctl{kind: ctlFault, qpn: uint32(q.qpn), dst: uint32(v.qpn), a: v.chunk, b: v.off, status: uint8(ib.EventQPAccessErr)})
 	}
 	return ib.WCRemoteAccessErr
 }
 
 func (q *QP) invalidFault(v *peerView) ib.WCStatus {
-	v.link.send(ctl{kind: ctlFault, qpn: uint32(q.qpn), dst: uint32(v.qpn), status: uint8(ib.EventQPReqErr)})
+	v.link.send(ctl{kind: ctlFault, qpn: uint32(q.qpn), dst: uint32(v.qpn), a: v.chunk, b: v.off, status: uint8(ib.EventQPReqErr)})
 	return ib.WCRemoteInvalidReqErr
 }
 

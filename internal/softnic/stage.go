@@ -110,7 +110,7 @@ func (q *QP) unstage(wc *ib.WC, r *recvRec, sges []descriptor) {
 	if wc.Status == ib.WCSuccess && wc.Opcode == ib.WCRecv {
 		if !q.nic.scatterDescs(sges, r.staged.mem[:wc.ByteLen]) {
 			wc.Status = ib.WCLocalProtErr
-			q.remoteFault(ib.EventQPFatal)
+			q.remoteFault(q.epoch.Load(), ib.EventQPFatal)
 		}
 	}
 	r.staged.free(q.nic)
