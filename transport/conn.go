@@ -289,6 +289,7 @@ func (c *Conn) Close() error {
 		c.fail(&CloseError{Err: net.ErrClosed})
 	})
 	<-c.done
+	c.dropQueue()
 	return nil
 }
 

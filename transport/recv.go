@@ -703,6 +703,21 @@ func (c *Conn) cancelled(id uint32) {
 	}
 }
 
+// dropQueue gives back the messages that nobody will ask for, because the connection was closed here after it had ended.
+func (c *Conn) dropQueue() {
+	r := &c.rcv
+	for {
+		r.mu.Lock()
+		r.endErr = &CloseError{Err: net.ErrClosed}
+		m := r.queue.pop()
+		r.mu.Unlock()
+		if m == nil {
+			return
+		}
+		c.giveBack(m, false)
+	}
+}
+
 // endReceives gives back what the receiving side holds, and tells the application. The queue pair is closed, and the
 // role is held.
 func (c *Conn) endReceives(e *CloseError) {
