@@ -237,6 +237,23 @@ func TestSoftFlushAndReset(t *testing.T) {
 	}
 }
 
+// News of an error does not reach a connection that was made after it.
+func TestSoftReconnectAfterFault(t *testing.T) {
+	a, b := nodes(t)
+	qa, qb := a.qp(t, qp.Config{SignalAll: true}), b.qp(t, qp.Config{})
+	for range 200 {
+		connect(t, a, b, qa, qb, qp.ConnectParams{})
+		send(t, qa, ib.SendWR{Opcode: ib.OpRDMARead, SGEs: []ib.SGE{a.mem.SGE(0, 8)}, RemoteAddr: b.mem.Addr(), RKey: b.mem.RKey() + 1})
+		wc := a.wait(t, 1)[0]
+		if err := verbs.CheckWC("read", &wc); !errors.Is(err, ib.WCRemoteAccessErr) {
+			t.Fatal(err)
+		}
+		if err := errors.Join(qa.Reset(t.Context()), qb.Reset(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestSoftStates(t *testing.T) {
 	a, _ := nodes(t)
 	q := a.qp(t, qp.Config{})
