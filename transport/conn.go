@@ -57,6 +57,7 @@ type Conn struct {
 	slots []Message // own receive slots; empty with a shared queue
 
 	closeOnce sync.Once
+	unrefOnce sync.Once
 	failMu    sync.Mutex
 	err       *CloseError // why it ended; guarded by failMu
 	started   bool        // the handshake is done; guarded by failMu
@@ -264,8 +265,12 @@ func (c *Conn) CloseWrite() error {
 
 // Close ends the connection in an orderly way: it sends what was accepted before, waits until the peer's device has it
 // (for at most Config.Linger), and frees everything. Operations in progress, here and at the peer's, end with an error;
-// here it matches net.ErrClosed. The memory of one-sided operations is no longer touched when they return. A second
-// call waits for the first. Close must not be called by a Handler: use Abort there, or another goroutine.
+// here it matches net.ErrClosed. The memory of one-sided operations is no longer touched when they return.
+//
+// Every Conn must be closed, also one that has ended by itself: until then it keeps its poller, and so the PD that the
+// program's memory is registered in. The last Close of a poller that Dial or Listen made closes that, too; it fails with
+// verbs.ErrBusy if memory registered in PD() is still open: close it, and call Close again. Close must not be called by a
+// Handler: use Abort there, or another goroutine.
 func (c *Conn) Close() error {
 	c.closeOnce.Do(func() {
 		if c.CloseWrite() == nil {
@@ -290,11 +295,16 @@ func (c *Conn) Close() error {
 	})
 	<-c.done
 	c.dropQueue()
-	return nil
+	c.unrefOnce.Do(func() {
+		c.p.refMu.Lock()
+		c.p.refs--
+		c.p.refMu.Unlock()
+	})
+	return c.p.closeUnused()
 }
 
 // Abort ends the connection at once; reason (which may be nil) is told to the peer. It does not wait: Done tells when
-// everything is freed. Handlers may call it.
+// the connection has ended. Close is still to be called. Handlers may call Abort.
 func (c *Conn) Abort(reason error) {
 	e := &CloseError{Err: net.ErrClosed}
 	if reason != nil {
@@ -363,7 +373,6 @@ func (c *Conn) teardown(e *CloseError) {
 	})
 	<-ch
 	close(c.done)
-	c.p.unref()
 }
 
 // sayGoodbye tells the peer why, as far as it can be told without waiting long.

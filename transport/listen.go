@@ -90,8 +90,12 @@ func (l *Listener) Accept(ctx context.Context) (*Conn, error) {
 func (l *Listener) Close() error {
 	l.shut(fmt.Errorf("transport: listener: %w", net.ErrClosed))
 	l.work.Wait()
-	l.once.Do(l.p.unref)
-	return nil
+	l.once.Do(func() {
+		l.p.refMu.Lock()
+		l.p.refs--
+		l.p.refMu.Unlock()
+	})
+	return l.p.closeUnused()
 }
 
 func (l *Listener) shut(err error) {
@@ -213,7 +217,7 @@ func (l *Listener) handshake(in *intake) {
 			reason = "the listener is closing"
 		}
 		c.Abort(errors.New(reason))
-		<-c.done
+		c.Close()
 	}
 }
 

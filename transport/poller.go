@@ -144,13 +144,13 @@ type Poller struct {
 	autoClose bool
 	closed    atomic.Bool
 	dead      chan struct{}
-	closeDone chan struct{}
-	closeErr  error
+	closeMu   sync.Mutex
+	closeErr  error // of the last Close
 }
 
 // NewPoller makes a poller on an open device. The Context stays the caller's.
 func NewPoller(vctx *verbs.Context, cfg *PollerConfig) (*Poller, error) {
-	p := &Poller{vctx: vctx, kick: make(chan struct{}, 1), dead: make(chan struct{}), closeDone: make(chan struct{}), arenas: map[int]*arena{}}
+	p := &Poller{vctx: vctx, kick: make(chan struct{}, 1), dead: make(chan struct{}), arenas: map[int]*arena{}}
 	if cfg != nil {
 		p.cfg = *cfg
 	}
@@ -710,7 +710,8 @@ func (p *Poller) addDuties(n int32) {
 	}
 }
 
-// Close ends the poller. It fails with verbs.ErrBusy while it has connections or listeners; close them first.
+// Close ends the poller. It fails with verbs.ErrBusy while it has connections or listeners that are not closed, or while
+// memory that was registered in PD() is open; close those first, and call Close again.
 func (p *Poller) Close() error {
 	p.refMu.Lock()
 	if p.refs > 0 {
@@ -719,19 +720,24 @@ func (p *Poller) Close() error {
 	}
 	first := !p.closed.Swap(true)
 	p.refMu.Unlock()
-	if !first {
-		<-p.closeDone
-		return p.closeErr
+	p.closeMu.Lock()
+	defer p.closeMu.Unlock()
+	if first {
+		close(p.dead)
+		for !p.tryRole() { // whoever polls sees closed within checkEvery polls
+			time.Sleep(10 * time.Microsecond)
+		}
+		p.runTasks()
+		p.role.Store(closedRole)
+	} else if p.closeErr == nil {
+		return nil
 	}
-	close(p.dead)
-	for !p.tryRole() { // whoever polls sees closed within checkEvery polls
-		time.Sleep(10 * time.Microsecond)
-	}
-	p.runTasks()
-	p.closeErr = p.release() // the role is never given up again
-	close(p.closeDone)
+	p.closeErr = p.release()
 	return p.closeErr
 }
+
+// closedRole is odd: the role of a closed poller is never free.
+const closedRole = 1<<63 | 1
 
 // release closes what the poller is made of, in order.
 func (p *Poller) release() error {
@@ -771,15 +777,23 @@ func (p *Poller) retain() error {
 	return nil
 }
 
-// unref undoes retain. A poller that was made for a listener or dialled connection closes with its last user.
-func (p *Poller) unref() {
+// unref undoes retain, and closes the poller if that was the last use of one that nobody else will close.
+func (p *Poller) unref() error {
 	p.refMu.Lock()
 	p.refs--
+	p.refMu.Unlock()
+	return p.closeUnused()
+}
+
+// closeUnused closes a poller that was made for a listener or dialled connection when nobody uses it any more.
+func (p *Poller) closeUnused() error {
+	p.refMu.Lock()
 	last := p.refs == 0 && p.autoClose
 	p.refMu.Unlock()
-	if last {
-		p.Close()
+	if !last {
+		return nil
 	}
+	return p.Close()
 }
 
 // pollerFor returns the poller that cfg names, or a new one, with one reference.
