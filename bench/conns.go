@@ -15,13 +15,20 @@ import (
 	"time"
 
 	"github.com/ringside-rdma/ringside/transport"
+	"github.com/ringside-rdma/ringside/verbs"
 )
 
-// connsArgs says how many connections, each with an RC queue pair, to hold open between two processes.
+// connsArgs says how many connections, each with an RC queue pair, to hold open between two processes. They are shared
+// out over pollers with at most connsPerPoller each: a shared receive queue holds 32,768 receives at most, and flow
+// control that never runs into a full receiver keeps some for each connection.
 type connsArgs struct {
-	Addr  string
+	Addrs []string // one a poller
 	Count int
 }
+
+const connsPerPoller = 1250
+
+func (a *connsArgs) pollers() int { return (a.Count + connsPerPoller - 1) / connsPerPoller }
 
 type connsResult struct {
 	OpenSeconds, MessageSeconds, CloseSeconds float64
@@ -70,8 +77,10 @@ func raiseFileLimit(need int) error {
 	return nil
 }
 
-func connsConfig() *transport.Config {
-	return &transport.Config{SharedReceive: true, MaxHandshakes: 64}
+// connsConfig makes a poller with a shared receive queue, which all connections made with the result share.
+func connsConfig(device *verbs.Context) (*transport.Config, error) {
+	p, err := transport.NewPoller(device, &transport.PollerConfig{SharedDepth: 1 << 15})
+	return &transport.Config{Poller: p, SharedReceive: true}, err
 }
 
 // echoBack answers each message with itself.
@@ -95,21 +104,31 @@ func connsServer(raw json.RawMessage) error {
 		return err
 	}
 	ctx := context.Background()
-	l, err := transport.Listen(ctx, "127.0.0.1:0", connsConfig())
+	device, err := verbs.Open("soft0")
 	if err != nil {
 		return err
 	}
-	go func() {
-		for {
-			c, err := l.Accept(ctx)
-			if err != nil {
-				return
-			}
-			c.SetHandler(echoBack{})
+	for range a.pollers() {
+		cfg, err := connsConfig(device)
+		if err != nil {
+			return err
 		}
-	}()
-	go l.Poller().Run(ctx)
-	say("addr", l.Addr().String())
+		l, err := transport.Listen(ctx, "127.0.0.1:0", cfg)
+		if err != nil {
+			return err
+		}
+		go func() {
+			for {
+				c, err := l.Accept(ctx)
+				if err != nil {
+					return
+				}
+				c.SetHandler(echoBack{})
+			}
+		}()
+		a.Addrs = append(a.Addrs, l.Addr().String())
+	}
+	say("addrs", a.Addrs)
 	for line := range childStdin {
 		if line == "memory" {
 			m, err := settledMemory()
@@ -119,7 +138,7 @@ func connsServer(raw json.RawMessage) error {
 			say("memory", m)
 		}
 	}
-	return l.Close()
+	return nil // the process ends: the client has closed its connections
 }
 
 func connsClient(raw json.RawMessage) error {
@@ -128,14 +147,23 @@ func connsClient(raw json.RawMessage) error {
 		return err
 	}
 	ctx := context.Background()
-	cfg := connsConfig()
-	// All connections share one poller, as those of a listener do.
-	first, err := transport.Dial(ctx, a.Addr, cfg)
+	device, err := verbs.Open("soft0")
 	if err != nil {
 		return err
 	}
-	defer first.Close()
-	cfg.Poller = first.Poller()
+	var cfgs []*transport.Config
+	for _, addr := range a.Addrs {
+		cfg, err := connsConfig(device)
+		if err != nil {
+			return err
+		}
+		first, err := transport.Dial(ctx, addr, cfg) // what comes with a poller's first connection belongs to none of them
+		if err != nil {
+			return err
+		}
+		defer first.Close()
+		cfgs = append(cfgs, cfg)
+	}
 	var r connsResult
 	if r.Before, err = settledMemory(); err != nil {
 		return err
@@ -146,7 +174,7 @@ func connsClient(raw json.RawMessage) error {
 	conns := make([]*transport.Conn, a.Count)
 	begin := time.Now()
 	for i := range conns {
-		if conns[i], err = transport.Dial(ctx, a.Addr, cfg); err != nil {
+		if conns[i], err = transport.Dial(ctx, a.Addrs[i%len(cfgs)], cfgs[i%len(cfgs)]); err != nil {
 			return fmt.Errorf("connection %d of %d: %w", i+1, a.Count, err)
 		}
 	}
@@ -201,7 +229,7 @@ func (t connsTest) run(c *config) (values, error) {
 	}
 	defer server.stop()
 	a := connsArgs{Count: n}
-	if err := server.expect("addr", &a.Addr, patience); err != nil {
+	if err := server.expect("addrs", &a.Addrs, patience); err != nil {
 		return nil, err
 	}
 	client, err := start("conns-client", a)

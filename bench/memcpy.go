@@ -39,16 +39,23 @@ func memcpyRole(raw json.RawMessage) error {
 		}
 	}
 	dst, src := regions[0].Bytes(), regions[1].Bytes()
-	run := func(n int) time.Duration {
+	// From 1 MiB on, Go's copy writes around the caches, which is slower while both buffers fit into them. The better of
+	// the two is what a WRITE is measured against.
+	run := func(n, piece int) float64 {
 		begin := time.Now()
 		for range n {
-			copy(dst, src)
+			for off := 0; off < a.Size; off += piece {
+				end := min(off+piece, a.Size)
+				copy(dst[off:end], src[off:end])
+			}
 		}
-		return time.Since(begin)
+		return float64(a.Size) * float64(n) / time.Since(begin).Seconds() / 1e9
 	}
-	run(a.Copies / 10)
-	d := run(a.Copies)
-	say("result", values{"bw": float64(a.Size) * float64(a.Copies) / d.Seconds() / 1e9})
+	const piece = 64 << 10
+	run(a.Copies/10, piece)
+	v := values{"bw_whole": run(a.Copies/2, a.Size), "bw_pieces": run(a.Copies/2, piece)}
+	v["bw"] = max(v["bw_whole"], v["bw_pieces"])
+	say("result", v)
 	return nil
 }
 
