@@ -3,6 +3,7 @@ package softnic
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"sync"
 	"sync/atomic"
 
@@ -283,7 +284,7 @@ func (l *link) close(reason error) {
 	}
 	uds := l.udViews
 	l.udViews = map[ib.QPN]*udView{}
-	ports := l.ports
+	ports := maps.Clone(l.ports) // CQs that are closed meanwhile leave the original
 	l.mu.Unlock()
 
 	l.nic.dropLink(l)
@@ -587,9 +588,17 @@ func (l *link) handleConnect(m *ctl) error {
 	l.connects[[2]uint32{m.dst, m.qpn}] = c
 	l.mu.Unlock()
 	if q := l.nic.qp(ib.QPN(m.dst)); q != nil {
-		q.tryConnect(l, v)
+		q.tryConnect(l, v, false)
 	}
 	return nil
+}
+
+// stillWaiting reports whether the peer has not withdrawn the block of v. Called with the QP's sq held.
+func (l *link) stillWaiting(own ib.QPN, v *peerView) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c, ok := l.connects[[2]uint32{uint32(own), uint32(v.qpn)}]
+	return ok && c.chunk == v.chunk && c.off == v.off
 }
 
 // waitingView takes the peer's block for the pair, if its description has arrived.

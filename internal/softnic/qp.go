@@ -423,14 +423,19 @@ func (q *QP) toRTR(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) err
 	m.into(&msg)
 	l.send(msg)
 	if v := l.waitingView(q.qpn, attr.DestQPN); v != nil {
-		q.tryConnect(l, v)
+		q.tryConnect(l, v, true)
 	}
 	return nil
 }
 
-// tryConnect takes the peer's block as the place to send to, if the QP expects that peer.
-func (q *QP) tryConnect(l *link, v *peerView) {
+// tryConnect takes the peer's block as the place to send to, if the QP expects that peer. If the description was waiting,
+// the peer may have withdrawn it since it was looked up; if it does so from now on, peerLeft follows.
+func (q *QP) tryConnect(l *link, v *peerView, waited bool) {
 	q.sq.Lock()
+	if waited && !l.stillWaiting(q.qpn, v) {
+		q.sq.Unlock()
+		return
+	}
 	s := ib.QPState(q.state.Load())
 	ok := q.link == l && q.attr.DestQPN == v.qpn && q.pv == nil && (s == ib.RTR || s == ib.RTS || s == ib.SQD)
 	if ok {
