@@ -106,6 +106,17 @@ func allowedCPUs() (unix.CPUSet, error) {
 	return set, err
 }
 
+// anyCPU returns the first processor of those.
+func anyCPU() int {
+	set, err := allowedCPUs()
+	for i := range 8 * len(set) * 8 {
+		if err == nil && set.IsSet(i) {
+			return i
+		}
+	}
+	return 0
+}
+
 func unpinThread(set unix.CPUSet) { _ = unix.SchedSetaffinity(0, &set) }
 
 // osYield lets another process have the processor: with more pollers than processors, the peer may be waiting for it.

@@ -22,6 +22,8 @@ func pinProcess(cpu int) (restore func(), err error) { return nil, pinThread(cpu
 
 func allowedCPUs() (cpuSet, error) { return cpuSet{}, nil }
 
+func anyCPU() int { return 0 }
+
 func unpinThread(cpuSet) {}
 
 func osYield() {}

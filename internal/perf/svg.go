@@ -200,10 +200,10 @@ func unitText(v float64, unit string) string {
 
 // The picture's measures, in pixels.
 const (
-	chartW, chartH       = 860, 480
+	chartW, chartH       = 900, 480
 	plotL, plotR         = 92, 760 // what is right of it belongs to the names of the lines
 	plotT, plotB         = 78, 412
-	minTickX, minTickY   = 46, 16 // closer ticks lose their text
+	minTickX, minTickY   = 56, 16 // closer ticks lose their text
 	nameGap              = 15     // between the names of lines
 	chartFont            = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
 	inkDark, inkMid      = "#1a1a1a", "#555555"
