@@ -215,3 +215,45 @@ func TestDescriptorLimit(t *testing.T) {
 	}
 	t.Error("the limit was not reached")
 }
+
+// Reserved huge pages are used where they fit, and another process can map any part of such a region. Reserve some to
+// run it: sysctl vm.nr_hugepages=8.
+func TestReservedHugePages(t *testing.T) {
+	huge := HugePageSize()
+	if huge == 0 {
+		t.Skip("no huge pages are reserved on this machine")
+	}
+	testutil.CheckLeaks(t)
+	r, err := Alloc(2*huge, Options{Huge: HugeRequire, Populate: true})
+	if err != nil {
+		t.Skip(err) // reserved, but used by others
+	}
+	defer r.Close()
+	if r.PageSize() != huge || len(r.Bytes()) != 2*huge {
+		t.Errorf("%d bytes in pages of %d", len(r.Bytes()), r.PageSize())
+	}
+	off := huge + 100
+	m, err := MapFD(r.FD(), int64(off), 5000, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Bytes()[0] = 7
+	if r.Bytes()[off] != 7 {
+		t.Error("not the same memory")
+	}
+	if err := m.Close(); err != nil { // unmaps whole huge pages
+		t.Error(err)
+	}
+	// What would waste most of a huge page gets ordinary ones, and so does what is more than there is.
+	for _, size := range []int{huge/2 + 1, huge + huge/2, 1 << 40} {
+		r, err := Alloc(size, Options{})
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		if r.PageSize() != PageSize() {
+			t.Errorf("%d bytes in pages of %d", size, r.PageSize())
+		}
+		r.Close()
+	}
+}
