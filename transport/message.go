@@ -32,8 +32,10 @@ type Message struct {
 }
 
 const (
-	msgLent  uint32 = iota // nobody's, or a callback's until it returns
-	msgTaken               // from Take until Release
+	msgLent     uint32 = iota // nobody's, or a callback's until it returns
+	msgTaken                  // Take was called, by a callback that has not returned
+	msgKept                   // taken, and the callback has returned
+	msgReturned               // Release was called before the callback that took it returned: its end gives it back
 )
 
 // init binds m to its slot; n is the length to receive.
@@ -64,7 +66,23 @@ func (m *Message) Take() *Message {
 // Release gives a taken message back; its bytes must not be touched any more. Any goroutine may call it. It panics if
 // the message is not taken.
 func (m *Message) Release() {
+	if m.state.CompareAndSwap(msgTaken, msgReturned) {
+		return
+	}
 	m.c.giveBack(m, true)
+}
+
+// endLoan is called when a callback has returned. It reports whether somebody keeps the message; if not, the caller gives
+// it back.
+func (m *Message) endLoan() (kept bool) {
+	if m.state.Load() == msgLent {
+		return false
+	}
+	if m.state.CompareAndSwap(msgTaken, msgKept) {
+		return true
+	}
+	m.state.Store(msgLent) // from msgReturned
+	return false
 }
 
 // clear forgets the message's content, and gives the memory of a rendezvous back.

@@ -174,7 +174,7 @@ func (c *Conn) freeSlots() (held int) {
 	for i := range c.slots {
 		m := &c.slots[i]
 		switch {
-		case m.held || m.state.Load() == msgTaken:
+		case m.held || m.state.Load() != msgLent:
 			held++
 		case m.slot.mem != nil:
 			m.dropBig()
@@ -367,10 +367,14 @@ func (c *Conn) deliver(m *Message) {
 	r := &c.rcv
 	if h := r.handler; h != nil {
 		h.HandleMessage(c, m)
-		if m.state.Load() != msgTaken {
+		if m.shared && m.state.Load() != msgLent {
+			r.heldShared.Add(1) // before Release can take it off
+			if !m.endLoan() {
+				r.heldShared.Add(-1)
+				c.recycle(m)
+			}
+		} else if !m.endLoan() {
 			c.recycle(m)
-		} else if m.shared {
-			r.heldShared.Add(1)
 		}
 		return
 	}
@@ -438,7 +442,7 @@ func (c *Conn) postReceives(wrs []ib.RecvWR, credits int) {
 func (c *Conn) giveBack(m *Message, taken bool) {
 	r := &c.rcv
 	r.mu.Lock()
-	if taken && !m.state.CompareAndSwap(msgTaken, msgLent) {
+	if taken && !m.state.CompareAndSwap(msgKept, msgLent) {
 		r.mu.Unlock()
 		panic("transport: Release of a message that is not taken")
 	}
@@ -495,12 +499,12 @@ func (c *Conn) Recv(ctx context.Context, fn func(*Message) error) error {
 	}()
 	err = fn(m)
 	r := &c.rcv
-	if m.state.Load() == msgTaken {
-		r.mu.Lock()
+	r.mu.Lock()
+	if m.endLoan() {
 		m.held = false // it is the taker's from here on
-		r.mu.Unlock()
 		back = false
 	}
+	r.mu.Unlock()
 	return err
 }
 
@@ -563,12 +567,14 @@ func (c *Conn) deliverQueued(h Handler) {
 	for m := r.queue.pop(); m != nil; m = r.queue.pop() {
 		r.mu.Unlock()
 		h.HandleMessage(c, m)
-		if m.state.Load() != msgTaken {
+		r.mu.Lock()
+		kept := m.endLoan()
+		if kept {
+			m.held = false // heldShared counts it already
+		}
+		r.mu.Unlock()
+		if !kept {
 			c.giveBack(m, false)
-		} else { // heldShared counts it already
-			r.mu.Lock()
-			m.held = false
-			r.mu.Unlock()
 		}
 		r.mu.Lock()
 	}
