@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"net"
 	"runtime"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -94,7 +96,7 @@ func (n *Node) Close(teardown func() error) error {
 type Leak struct {
 	Kind   string // "verbs.CQ"
 	Device string // "soft0"
-	At     string // file:line outside the library that made it, as far as is known
+	At     string // file:line of the call that made it, outside of verbs, mr and qp
 }
 
 func (l Leak) String() string {
@@ -118,14 +120,14 @@ func OnLeak(f func(Leak)) (old func(Leak)) {
 
 type leakArg struct {
 	kind, device string
-	pcs          [6]uintptr
+	pcs          [12]uintptr
 }
 
 // Watch reports obj, which embeds n, as leaked when it becomes garbage before Close. It is called once, when obj is
 // ready.
 func Watch[T any](obj *T, n *Node, kind, device string) {
 	a := &leakArg{kind: kind, device: device}
-	runtime.Callers(3, a.pcs[:])
+	runtime.Callers(2, a.pcs[:])
 	n.cleanup = runtime.AddCleanup(obj, report, a)
 	n.watched = true
 }
@@ -139,11 +141,23 @@ func report(a *leakArg) {
 	slog.Warn("ringside: leak", "kind", l.Kind, "device", l.Device, "made", l.At)
 }
 
+// own are the packages whose frames say nothing: the object was made by whoever called them.
+var own = []string{"internal/life.", "verbs.", "mr.", "qp."}
+
+// where returns the innermost place outside of the packages that make objects, or failing that the outermost known.
 func where(pcs []uintptr) string {
+	place := "an unknown place"
 	frames := runtime.CallersFrames(pcs)
-	f, ok := frames.Next()
-	if f.PC == 0 && !ok {
-		return "an unknown place"
+	for {
+		f, more := frames.Next()
+		if f.File != "" {
+			place = fmt.Sprintf("%s:%d", f.File, f.Line)
+		}
+		name, ours := strings.CutPrefix(f.Function, "github.com/ringside-rdma/ringside/")
+		ours = ours && !strings.HasSuffix(f.File, "_test.go") &&
+			slices.ContainsFunc(own, func(pkg string) bool { return strings.HasPrefix(name, pkg) })
+		if !ours || !more {
+			return place
+		}
 	}
-	return fmt.Sprintf("%s:%d", f.File, f.Line)
 }

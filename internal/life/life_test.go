@@ -123,7 +123,7 @@ func TestLeakIsReported(t *testing.T) {
 			return false
 		}
 	})
-	if l.Kind != "life.thing" || l.Device != "dev0" || !strings.Contains(l.String(), "dropped without Close") || !strings.Contains(l.At, ".go:") {
+	if l.Kind != "life.thing" || l.Device != "dev0" || !strings.Contains(l.String(), "dropped without Close") || !strings.Contains(l.At, "life_test.go:") {
 		t.Errorf("got %+v", l)
 	}
 	runtime.GC()
