@@ -31,10 +31,14 @@ func (s *Server) Serve(ctx context.Context, l *transport.Listener) error {
 		sc, aerr := s.attach(newConnLink(conn), conn)
 		if aerr != nil {
 			conn.Abort(aerr)
+			conns.Go(func() { _ = conn.Close() })
 			continue
 		}
 		d.drive(conn.Poller())
-		conns.Go(func() { sc.wait(ctx) })
+		conns.Go(func() {
+			sc.wait(ctx)
+			_ = conn.Close() // it has ended: this lets go of its poller
+		})
 	}
 	_ = l.Close()
 	conns.Wait()
@@ -52,6 +56,7 @@ func (s *Server) Serve(ctx context.Context, l *transport.Listener) error {
 // why it ended, which matches transport.ErrPeerClosed when the client has just closed it.
 func (s *Server) ServeConn(ctx context.Context, conn *transport.Conn) error {
 	_, done, err := s.enter(ctx)
+	defer func() { _ = conn.Close() }() // it has ended by then: this lets go of its poller
 	if err != nil {
 		conn.Abort(err)
 		return err
