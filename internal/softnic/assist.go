@@ -2,9 +2,7 @@ package softnic
 
 import (
 	"encoding/binary"
-	"sync/atomic"
 
-	"github.com/ringside-rdma/ringside/internal/ring"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -144,24 +142,19 @@ func (l *link) doAssist(m, answer *ctl) ib.WCStatus {
 	if r == nil || r.pd != q.pd || r.access&need == 0 || rights&need == 0 || r.qpn != 0 && r.qpn != q.qpn || !r.contains(m.x, m.b) {
 		return ib.WCRemoteAccessErr
 	}
-	if ring.Race {
-		atomic.AddUint32(&q.raceSync, 1)
-	}
 	b := r.bytes(m.x, m.b)
 	switch op {
 	case ib.OpRDMAWrite, ib.OpRDMAWriteWithImm:
-		copy(b, m.data)
+		dma(b, m.data)
 	case ib.OpRDMARead:
-		answer.data = append([]byte(nil), b...)
+		answer.data = make([]byte, len(b))
+		dma(answer.data, b)
 	default:
 		w := word64At(r.mem, m.x-r.memAt)
 		if w == nil {
 			return ib.WCRemoteInvalidReqErr
 		}
 		answer.x = doAtomic(w, op, m.y, m.z)
-	}
-	if ring.Race {
-		atomic.AddUint32(&q.raceSync, 1)
 	}
 	return ib.WCSuccess
 }

@@ -254,9 +254,6 @@ func (n *NIC) recvDesc(pd *PD, s *ib.SGE) descriptor {
 // poll moves completions of this QP into wcs. Called with c.mu held.
 func (q *QP) poll(c *CQ, wcs []ib.WC) int {
 	n := 0
-	if ring.Race {
-		atomic.AddUint32(&q.raceSync, 1)
-	}
 	if q.scq == c {
 		n = q.pollSend(wcs)
 	}

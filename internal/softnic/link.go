@@ -302,10 +302,8 @@ func (l *link) close(reason error) {
 		}
 	}
 	l.nic.eachSRQ(func(s *SRQ) { s.reclaim(l) })
-	for c, ps := range ports {
-		for range ps {
-			c.fire(true)
-		}
+	for c := range ports {
+		c.fire(true)
 	}
 	// Every QP has let go of its view under its lock: the peer's memory can be unmapped.
 	l.mu.Lock()
@@ -406,7 +404,7 @@ func (l *link) handle(m *ctl) error {
 		l.forget(m.a)
 		return nil
 	case ctlFault:
-		if q := l.nic.qp(ib.QPN(m.dst)); q != nil && q.connectedTo(l, ib.QPN(m.qpn)) {
+		if q := l.nic.qp(ib.QPN(m.dst)); q != nil {
 			epoch := q.epoch.Load() // before looking at the block, so that a reset in between is noticed
 			if in := q.in.Load(); in != nil && in.link == l && in.blk.chunk == m.a && in.blk.off == m.b {
 				q.remoteFault(epoch, ib.EventType(m.status))

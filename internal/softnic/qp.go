@@ -75,8 +75,6 @@ type QP struct {
 	flushing atomic.Bool
 	lastWQE  bool
 	commEst  bool
-
-	raceSync uint32 // race detector only: touched around a peer's operation on private memory, and by polls
 }
 
 // drain is how far a QP in SQD is.
@@ -447,12 +445,6 @@ func (q *QP) tryConnect(l *link, v *peerView, waited bool) {
 	if more {
 		q.progress()
 	}
-}
-
-func (q *QP) connectedTo(l *link, peer ib.QPN) bool {
-	q.sq.Lock()
-	defer q.sq.Unlock()
-	return q.link == l && q.attr.DestQPN == peer
 }
 
 // peerLeft: the peer destroyed or reset its QP. As on a wire, we only notice by requests that nobody answers.

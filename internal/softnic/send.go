@@ -344,11 +344,28 @@ func isLocal(st ib.WCStatus) bool {
 	return st == ib.WCLocalProtErr || st == ib.WCLocalLengthErr || st == ib.WCLocalQPOpErr
 }
 
-// source checks the local buffers of a request and returns their length.
-func (q *QP) source(wr *ib.SendWR, need ib.Access) (uint32, ib.WCStatus) {
+// local checks the local buffers of a request and returns their length. A payload in one piece, the usual case, is returned
+// as b; of several pieces b is nil, and gather or scatter do the copying. The memory cannot go while sq is held.
+func (q *QP) local(wr *ib.SendWR, need ib.Access) (b []byte, n uint32, st ib.WCStatus) {
 	if len(wr.Inline) > 0 {
-		return uint32(len(wr.Inline)), ib.WCSuccess
+		return wr.Inline, uint32(len(wr.Inline)), ib.WCSuccess
 	}
+	if len(wr.SGEs) == 1 {
+		s := &wr.SGEs[0]
+		if s.Length == 0 {
+			return nil, 0, ib.WCSuccess
+		}
+		r := q.nic.regions.lookup(uint32(s.LKey))
+		if r == nil || r.pd != q.pd || r.qpn != 0 || r.access&need != need || !r.contains(s.Addr, s.Length) {
+			return nil, 0, ib.WCLocalProtErr
+		}
+		return r.bytes(s.Addr, s.Length), s.Length, ib.WCSuccess
+	}
+	n, st = q.localList(wr, need)
+	return nil, n, st
+}
+
+func (q *QP) localList(wr *ib.SendWR, need ib.Access) (uint32, ib.WCStatus) {
 	var sum uint64
 	for i := range wr.SGEs {
 		s := &wr.SGEs[i]
@@ -367,11 +384,10 @@ func (q *QP) source(wr *ib.SendWR, need ib.Access) (uint32, ib.WCStatus) {
 	return uint32(sum), ib.WCSuccess
 }
 
-// gather copies the request's payload, from byte skip on, to dst; source has checked it, and the regions cannot go while sq
-// is held.
+// gather copies the request's payload, from byte skip on, to dst; local has checked it.
 func (q *QP) gather(dst []byte, wr *ib.SendWR, skip uint32) {
 	if len(wr.Inline) > 0 {
-		copy(dst, wr.Inline[skip:])
+		dma(dst, wr.Inline[skip:])
 		return
 	}
 	for i := range wr.SGEs {
@@ -384,7 +400,7 @@ func (q *QP) gather(dst []byte, wr *ib.SendWR, skip uint32) {
 			continue
 		}
 		if r := q.nic.regions.lookup(uint32(s.LKey)); r != nil {
-			dst = dst[copy(dst, r.bytes(s.Addr+uint64(skip), s.Length-skip)):]
+			dst = dst[dma(dst, r.bytes(s.Addr+uint64(skip), s.Length-skip)):]
 		}
 		skip = 0
 	}
@@ -402,14 +418,14 @@ func (q *QP) scatter(wr *ib.SendWR, src []byte, skip uint32) {
 			continue
 		}
 		if r := q.nic.regions.lookup(uint32(s.LKey)); r != nil {
-			src = src[copy(r.bytes(s.Addr+uint64(skip), s.Length-skip), src):]
+			src = src[dma(r.bytes(s.Addr+uint64(skip), s.Length-skip), src):]
 		}
 		skip = 0
 	}
 }
 
 func (q *QP) execSend(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKind) {
-	n, st := q.source(wr, 0)
+	b, n, st := q.local(wr, 0)
 	if st != ib.WCSuccess {
 		return st, 0, stallNone
 	}
@@ -427,15 +443,16 @@ func (q *QP) execSend(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKin
 	if wr.Flags&ib.SendSolicited != 0 {
 		flags |= cqeSolicited
 	}
-	st, s := q.deliver(v, wr, n, imm, flags)
+	st, s := q.deliver(v, wr, b, n, imm, flags)
 	if st == ib.WCSuccess && s == stallNone && wr.Opcode == ib.OpSendWithInv {
 		q.uncache(wr.InvalidateRKey)
 	}
 	return st, n, s
 }
 
-// deliver puts a message of n bytes into the peer's next receive and completes it. Called between enter and leave.
-func (q *QP) deliver(v *peerView, wr *ib.SendWR, n, imm uint32, flags uint8) (ib.WCStatus, stallKind) {
+// deliver puts a message of n bytes (b, if it is in one piece) into the peer's next receive and completes it. Called between
+// enter and leave.
+func (q *QP) deliver(v *peerView, wr *ib.SendWR, b []byte, n, imm uint32, flags uint8) (ib.WCStatus, stallKind) {
 	var slot recvSlot
 	for {
 		if !v.peek(&slot) {
@@ -463,12 +480,12 @@ func (q *QP) deliver(v *peerView, wr *ib.SendWR, n, imm uint32, flags uint8) (ib
 		return q.deliverSlow(v, wr, &slot, n, imm, flags)
 	}
 	if v.geo.srq && !v.take(&slot) {
-		return q.deliver(v, wr, n, imm, flags) // somebody else took it: look at the next
+		return q.deliver(v, wr, b, n, imm, flags) // somebody else took it: look at the next
 	}
 	if n > 0 {
 		dst := v.region.bytes(slot.addr, n)
-		if len(wr.Inline) > 0 {
-			copy(dst, wr.Inline)
+		if b != nil {
+			dma(dst, b)
 		} else {
 			q.gather(dst, wr, 0)
 		}
@@ -528,7 +545,7 @@ func (q *QP) deliverSlow(v *peerView, wr *ib.SendWR, slot *recvSlot, n, imm uint
 		return ib.WCSuccess, stallNone // a datagram that does not fit is dropped
 	}
 	if !v.take(slot) {
-		return q.deliver(v, wr, n, imm, flags)
+		return q.deliver(v, wr, nil, n, imm, flags)
 	}
 	if bad == ib.WCSuccess && n > 0 {
 		var skip uint32
@@ -619,7 +636,7 @@ func (q *QP) uncache(k ib.RKey) {
 }
 
 func (q *QP) execWrite(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKind) {
-	n, st := q.source(wr, 0)
+	b, n, st := q.local(wr, 0)
 	if st != ib.WCSuccess {
 		return st, 0, stallNone
 	}
@@ -641,8 +658,8 @@ func (q *QP) execWrite(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKi
 			if st, s := q.execAssist(v, wr, n); st != ib.WCSuccess || s != stallNone {
 				return st, 0, s
 			}
-		case len(wr.Inline) > 0:
-			copy(r.bytes(wr.RemoteAddr, n), wr.Inline)
+		case b != nil:
+			dma(r.bytes(wr.RemoteAddr, n), b)
 		default:
 			q.gather(r.bytes(wr.RemoteAddr, n), wr, 0)
 		}
@@ -664,7 +681,7 @@ func (q *QP) execWrite(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKi
 }
 
 func (q *QP) execRead(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKind) {
-	n, st := q.source(wr, ib.AccessLocalWrite)
+	b, n, st := q.local(wr, ib.AccessLocalWrite)
 	if st != ib.WCSuccess {
 		return st, 0, stallNone
 	}
@@ -682,13 +699,17 @@ func (q *QP) execRead(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKin
 		st, s := q.execAssist(v, wr, n)
 		return st, n, s
 	}
-	q.scatter(wr, r.bytes(wr.RemoteAddr, n), 0)
+	if b != nil {
+		dma(b, r.bytes(wr.RemoteAddr, n))
+	} else {
+		q.scatter(wr, r.bytes(wr.RemoteAddr, n), 0)
+	}
 	ring.AcquireFence() // what the caller reads after this read is not older than it
 	return ib.WCSuccess, n, stallNone
 }
 
 func (q *QP) execAtomic(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKind) {
-	_, st := q.source(wr, ib.AccessLocalWrite)
+	b, _, st := q.local(wr, ib.AccessLocalWrite)
 	if st != ib.WCSuccess {
 		return st, 0, stallNone
 	}
@@ -710,10 +731,9 @@ func (q *QP) execAtomic(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallK
 	if w == nil {
 		return q.invalidFault(v), 0, stallNone
 	}
-	old := doAtomic(w, wr.Opcode, wr.CompareAdd, wr.Swap)
-	var b [8]byte
-	putHost64(b[:], old)
-	q.scatter(wr, b[:], 0)
+	var old [8]byte
+	putHost64(old[:], doAtomic(w, wr.Opcode, wr.CompareAdd, wr.Swap))
+	dma(b, old[:]) // checkWR: one buffer of 8 bytes
 	return ib.WCSuccess, 8, stallNone
 }
 

@@ -128,7 +128,7 @@ func (n *NIC) scatterDescs(sges []descriptor, data []byte) bool {
 		if reg == nil {
 			return false
 		}
-		copy(reg.bytes(s.addr, k), data[:k])
+		dma(reg.bytes(s.addr, k), data[:k])
 		data = data[k:]
 	}
 	return true

@@ -99,7 +99,7 @@ func (l *link) udView(qpn ib.QPN) *udView {
 
 // execUD executes a datagram: it arrives, or is lost without a word. Called with sq held.
 func (q *QP) execUD(wr *ib.SendWR) (ib.WCStatus, uint32, stallKind) {
-	n, st := q.source(wr, 0)
+	_, n, st := q.local(wr, 0)
 	if st != ib.WCSuccess {
 		return st, 0, stallNone
 	}
@@ -199,7 +199,7 @@ func (q *QP) deliverUD(v *peerView, a *AH, wr *ib.SendWR, n uint32) stallKind {
 			for i := range np {
 				p := &parts[i]
 				dst := p.r.bytes(p.addr, p.n)
-				k := copy(dst, head)
+				k := dma(dst, head)
 				head, dst = head[k:], dst[k:]
 				if len(dst) > 0 {
 					q.gather(dst, wr, skip)
