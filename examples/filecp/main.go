@@ -14,9 +14,9 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/ringside-rdma/ringside/examples/internal/device"
 	"github.com/ringside-rdma/ringside/examples/internal/spawn"
 	"github.com/ringside-rdma/ringside/rpc"
-	"github.com/ringside-rdma/ringside/transport"
 )
 
 const usage = `usage: filecp [flags] FILE COPY             copy, with a server for FILE's folder in a process of its own
@@ -45,7 +45,7 @@ func main() {
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	cfg := &transport.Config{Name: "filecp"}
+	opts := &device.Options{}
 	fs := flag.NewFlagSet("filecp", flag.ContinueOnError)
 	fs.SetOutput(stderr)
 	fs.Usage = func() { fmt.Fprint(stderr, usage); fs.PrintDefaults() }
@@ -53,7 +53,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	addr := fs.String("addr", defaultAddr, "with -serve: listen at this `address`")
 	from := fs.String("from", "", "copy from the server at this `address`")
 	child := fs.Bool("child", false, "end when standard input does; filecp starts its server with this")
-	fs.StringVar(&cfg.Device, "device", "", "device to use; empty: the best one, or what RINGSIDE_DEVICE says")
+	opts.Flags(fs)
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
@@ -72,16 +72,21 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 	switch {
 	case *folder != "":
-		return serve(ctx, *addr, cfg, *folder, func(a net.Addr) { fmt.Fprintf(stdout, "listening on %s\n", a) })
+		return serve(ctx, *addr, opts, *folder, func(a net.Addr) { fmt.Fprintf(stdout, "listening on %s\n", a) })
 	case *from != "":
-		return get(ctx, *from, cfg, fs.Arg(0), fs.Arg(1), stdout)
+		return get(ctx, *from, opts, fs.Arg(0), fs.Arg(1), stdout)
 	}
-	return both(ctx, cfg, fs.Arg(0), fs.Arg(1), stdout, stderr)
+	return both(ctx, opts, fs.Arg(0), fs.Arg(1), stdout, stderr)
 }
 
 // get copies a file of the server at addr.
-func get(ctx context.Context, addr string, cfg *transport.Config, path, local string, stdout io.Writer) error {
-	client, err := rpc.Dial(ctx, addr, cfg, nil)
+func get(ctx context.Context, addr string, opts *device.Options, path, local string, stdout io.Writer) (err error) {
+	dev, err := opts.Open()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, dev.Close()) }()
+	client, err := rpc.Dial(ctx, addr, dev.Config("filecp client"), nil)
 	if err != nil {
 		return err
 	}
@@ -104,8 +109,8 @@ func get(ctx context.Context, addr string, cfg *transport.Config, path, local st
 }
 
 // both starts a server for the file's folder and copies from it.
-func both(ctx context.Context, cfg *transport.Config, path, local string, stdout, stderr io.Writer) (err error) {
-	server, err := spawn.Start(ctx, stderr, "-serve", filepath.Dir(path), "-addr", "127.0.0.1:0", "-child", "-device", cfg.Device)
+func both(ctx context.Context, opts *device.Options, path, local string, stdout, stderr io.Writer) (err error) {
+	server, err := spawn.Start(ctx, stderr, append(opts.Args(), "-serve", filepath.Dir(path), "-addr", "127.0.0.1:0", "-child")...)
 	if err != nil {
 		return err
 	}
@@ -114,5 +119,5 @@ func both(ctx context.Context, cfg *transport.Config, path, local string, stdout
 	if err != nil {
 		return err
 	}
-	return get(ctx, addr, cfg, filepath.Base(path), local, stdout)
+	return get(ctx, addr, opts, filepath.Base(path), local, stdout)
 }

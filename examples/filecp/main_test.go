@@ -11,10 +11,10 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/ringside-rdma/ringside/examples/internal/device"
 	"github.com/ringside-rdma/ringside/examples/internal/spawn"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/rpc"
-	"github.com/ringside-rdma/ringside/transport"
 )
 
 // With mainEnv set the test binary is the program: it starts itself as a child, as the program does.
@@ -66,7 +66,7 @@ func TestRefusals(t *testing.T) {
 		want string
 	}{
 		{[]string{"DIR/missing", "DIR/copy"}, "no such file"},
-		{[]string{"DIR/nowhere/file", "DIR/copy"}, "did"},
+		{[]string{"DIR/nowhere/file", "DIR/copy"}, "nowhere: no such file"},
 		{[]string{"DIR/file", "DIR/nowhere/copy"}, "nowhere"},
 		{[]string{"DIR/file", "DIR"}, "is a directory"},
 		{[]string{"-from", "127.0.0.1:1", "file", "DIR/copy"}, "127.0.0.1:1"},
@@ -98,7 +98,7 @@ func TestServer(t *testing.T) {
 	ready := make(chan net.Addr, 1)
 	done := make(chan error, 1)
 	go func() {
-		done <- serve(ctx, "127.0.0.1:0", &transport.Config{}, dir, func(a net.Addr) { ready <- a })
+		done <- serve(ctx, "127.0.0.1:0", &device.Options{}, dir, func(a net.Addr) { ready <- a })
 	}()
 	addr := (<-ready).String()
 
@@ -111,7 +111,11 @@ func TestServer(t *testing.T) {
 		}
 		p.Kill()
 	}
-	client, err := rpc.Dial(ctx, addr, nil, nil)
+	dev, err := (&device.Options{}).Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	client, err := rpc.Dial(ctx, addr, dev.Config("test"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,7 +130,7 @@ func TestServer(t *testing.T) {
 		go func() {
 			var out strings.Builder
 			copied := filepath.Join(dir, fmt.Sprint("copy", i))
-			err := get(ctx, addr, &transport.Config{}, "file", copied, &out)
+			err := get(ctx, addr, &device.Options{}, "file", copied, &out)
 			if got, rerr := os.ReadFile(copied); err == nil && (rerr != nil || !bytes.Equal(got, data)) {
 				err = fmt.Errorf("copy %d differs (%v)", i, rerr)
 			}
@@ -144,7 +148,7 @@ func TestServer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	other, err := rpc.Dial(ctx, addr, nil, nil)
+	other, err := rpc.Dial(ctx, addr, dev.Config("test"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -156,7 +160,7 @@ func TestServer(t *testing.T) {
 	if _, err := f.load(ctx, 0); err != nil {
 		t.Error(err)
 	}
-	for _, c := range []interface{ Close() error }{f.local, other, client} {
+	for _, c := range []interface{ Close() error }{f.local, other, client, dev} {
 		if err := c.Close(); err != nil {
 			t.Error(err)
 		}

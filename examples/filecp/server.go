@@ -8,6 +8,7 @@ import (
 	"os"
 	"sync"
 
+	"github.com/ringside-rdma/ringside/examples/internal/device"
 	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/rpc"
 	"github.com/ringside-rdma/ringside/transport"
@@ -43,31 +44,35 @@ type served struct {
 }
 
 // serve lends the files below dir on addr until ctx ends. ready is told the address.
-func serve(ctx context.Context, addr string, cfg *transport.Config, dir string, ready func(net.Addr)) (err error) {
+func serve(ctx context.Context, addr string, opts *device.Options, dir string, ready func(net.Addr)) (err error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return err
 	}
 	defer root.Close()
-	l, err := transport.Listen(ctx, addr, cfg)
+	dev, err := opts.Open()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, dev.Close()) }()
+	l, err := transport.Listen(ctx, addr, dev.Config("filecp server"))
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
 	s := &server{root: root, sessions: map[uint64]*served{}}
 	srv := rpc.NewServer(nil)
-	defer func() {
-		srv.Close() // ends the connections, and so the sessions
-		s.wg.Wait()
-	}()
 	rpc.Handle(srv, methodOpen, s.open)
 	rpc.Handle(srv, methodLoad, s.load)
 	rpc.Handle(srv, methodFinish, s.finish)
 	ready(l.Addr())
-	if err := srv.Serve(ctx, l); ctx.Err() == nil {
-		return err
+	err = srv.Serve(ctx, l)
+	srv.Close()
+	s.wg.Wait() // the connections have ended, and so do the sessions
+	if ctx.Err() != nil {
+		return nil
 	}
-	return nil
+	return err
 }
 
 // status makes a call's error of a file's.
@@ -131,7 +136,7 @@ func (s *server) open(ctx context.Context, req *OpenRequest) (*OpenReply, error)
 
 func (s *server) newSession(ctx context.Context, conn *transport.Conn, path string) (_ *served, err error) {
 	d := &served{conn: conn, done: make(chan struct{})}
-	if d.mem, err = mr.Alloc(conn.PD(), stagingBytes, ib.AccessLocalWrite|ib.AccessRemoteRead); err != nil {
+	if d.mem, err = mr.Alloc(conn.PD(), stagingBytes, ib.AccessLocalWrite|ib.AccessRemoteRead|ib.AccessMWBind); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -149,7 +154,7 @@ func (s *server) newSession(ctx context.Context, conn *transport.Conn, path stri
 // end gives everything back: the client's right to read first, the memory last.
 func (d *served) end() {
 	if d.grant != nil {
-		d.grant.Revoke(context.Background()) // fails if the connection has ended, and then nobody reads any more
+		d.grant.Revoke(context.Background())
 	}
 	if d.session != nil {
 		d.session.close()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/ringside-rdma/ringside/examples/internal/device"
 	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/rpc"
 	"github.com/ringside-rdma/ringside/transport"
@@ -17,6 +18,7 @@ const maxEntries = 1 << 24
 // client reads a server's table one-sided, and writes it by calls. It belongs to one goroutine.
 type client struct {
 	geometry
+	dev    *device.Device
 	rpc    *rpc.Client
 	conn   *transport.Conn
 	local  *mr.MR // windowBytes, where READs put what they bring
@@ -24,9 +26,9 @@ type client struct {
 	stats  lookupStats
 }
 
-func dial(ctx context.Context, addr string, cfg *transport.Config) (_ *client, err error) {
+func dial(ctx context.Context, addr string, opts *device.Options) (_ *client, err error) {
 	c := &client{}
-	if c.rpc, err = rpc.Dial(ctx, addr, cfg, nil); err != nil {
+	if c.dev, err = opts.Open(); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -34,10 +36,13 @@ func dial(ctx context.Context, addr string, cfg *transport.Config) (_ *client, e
 			c.close()
 		}
 	}()
-	c.conn = c.rpc.Conn()
-	if c.local, err = mr.Alloc(c.conn.PD(), windowBytes, ib.AccessLocalWrite); err != nil {
+	if c.local, err = mr.Alloc(c.dev.PD(), windowBytes, ib.AccessLocalWrite); err != nil {
 		return nil, err
 	}
+	if c.rpc, err = rpc.Dial(ctx, addr, c.dev.Config("kv client"), nil); err != nil {
+		return nil, err
+	}
+	c.conn = c.rpc.Conn()
 	open, err := rpc.Invoke[*OpenReply](ctx, c.rpc, methodOpen, &OpenRequest{})
 	if err != nil {
 		return nil, err
@@ -74,9 +79,12 @@ func (c *client) del(ctx context.Context, key []byte) (bool, error) {
 }
 
 func (c *client) close() error {
-	var err error
-	if c.local != nil { // nobody reads now, so nothing arrives in it any more
-		err = c.local.Close()
+	var errs []error
+	if c.rpc != nil {
+		errs = append(errs, c.rpc.Close())
 	}
-	return errors.Join(err, c.rpc.Close())
+	if c.local != nil {
+		errs = append(errs, c.local.Close())
+	}
+	return errors.Join(append(errs, c.dev.Close())...)
 }

@@ -17,8 +17,8 @@ import (
 	"time"
 
 	"github.com/HdrHistogram/hdrhistogram-go"
+	"github.com/ringside-rdma/ringside/examples/internal/device"
 	"github.com/ringside-rdma/ringside/examples/internal/spawn"
-	"github.com/ringside-rdma/ringside/transport"
 )
 
 func main() {
@@ -56,7 +56,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if len(args) > 0 && len(args[0]) > 0 && args[0][0] != '-' {
 		command, args = args[0], args[1:]
 	}
-	cfg := &transport.Config{Name: "kv"}
+	opts := &device.Options{}
 	var addr string
 	var entries int
 	var length time.Duration
@@ -65,7 +65,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	fs.SetOutput(stderr)
 	fs.Usage = func() { fmt.Fprint(stderr, usage); fs.PrintDefaults() }
 	fs.StringVar(&addr, "addr", defaultAddr, "`address` of the server")
-	fs.StringVar(&cfg.Device, "device", "", "device to use; empty: the best one, or what RINGSIDE_DEVICE says")
+	opts.Flags(fs)
 	fs.IntVar(&entries, "entries", 4096, "serve: `size` of the table")
 	fs.DurationVar(&length, "for", 2*time.Second, "demo: how long to race")
 	fs.BoolVar(&child, "child", false, "end when standard input does; the demo starts its processes with this")
@@ -88,11 +88,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 	switch command {
 	case "serve":
-		return serve(ctx, addr, cfg, entries, func(a net.Addr) { fmt.Fprintf(stdout, "listening on %s\n", a) })
+		return serve(ctx, addr, opts, entries, func(a net.Addr) { fmt.Fprintf(stdout, "listening on %s\n", a) })
 	case "demo":
-		return demo(ctx, cfg, length, stdout, stderr)
+		return demo(ctx, opts, length, stdout, stderr)
 	}
-	c, err := dial(ctx, addr, cfg)
+	c, err := dial(ctx, addr, opts)
 	if err != nil {
 		return err
 	}
@@ -155,8 +155,8 @@ func write(ctx context.Context, c *client, key []byte, stdout io.Writer) error {
 }
 
 // demo races a reader in this process with a writer in another, on one key of a server in a third.
-func demo(ctx context.Context, cfg *transport.Config, length time.Duration, stdout, stderr io.Writer) (err error) {
-	server, err := spawn.Start(ctx, stderr, "serve", "-child", "-addr", "127.0.0.1:0", "-device", cfg.Device)
+func demo(ctx context.Context, opts *device.Options, length time.Duration, stdout, stderr io.Writer) (err error) {
+	server, err := spawn.Start(ctx, stderr, append([]string{"serve", "-child", "-addr", "127.0.0.1:0"}, opts.Args()...)...)
 	if err != nil {
 		return err
 	}
@@ -165,7 +165,7 @@ func demo(ctx context.Context, cfg *transport.Config, length time.Duration, stdo
 	if err != nil {
 		return err
 	}
-	writer, err := spawn.Start(ctx, stderr, "write", "-child", "-addr", addr, "-device", cfg.Device, "hot")
+	writer, err := spawn.Start(ctx, stderr, append(append([]string{"write", "-child", "-addr", addr}, opts.Args()...), "hot")...)
 	if err != nil {
 		return err
 	}
@@ -173,7 +173,7 @@ func demo(ctx context.Context, cfg *transport.Config, length time.Duration, stdo
 	if _, err := writer.Expect("writing"); err != nil {
 		return err
 	}
-	c, err := dial(ctx, addr, cfg)
+	c, err := dial(ctx, addr, opts)
 	if err != nil {
 		return err
 	}

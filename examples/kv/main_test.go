@@ -9,10 +9,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ringside-rdma/ringside/examples/internal/device"
 	"github.com/ringside-rdma/ringside/examples/internal/spawn"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/rpc"
-	"github.com/ringside-rdma/ringside/transport"
 )
 
 // With mainEnv set the test binary is the program: it starts itself as a child, as the program does.
@@ -40,7 +40,7 @@ func startServer(t *testing.T, entries int) (addr string, stop func()) {
 	ready := make(chan net.Addr, 1)
 	done := make(chan error, 1)
 	go func() {
-		done <- serve(ctx, "127.0.0.1:0", &transport.Config{}, entries, func(a net.Addr) { ready <- a })
+		done <- serve(ctx, "127.0.0.1:0", &device.Options{}, entries, func(a net.Addr) { ready <- a })
 	}()
 	stop = func() {
 		cancel()
@@ -61,7 +61,7 @@ func TestGetPutDelete(t *testing.T) {
 	testutil.CheckLeaks(t)
 	ctx := patience(t)
 	addr, stop := startServer(t, 1)
-	c, err := dial(ctx, addr, &transport.Config{})
+	c, err := dial(ctx, addr, &device.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -155,7 +155,7 @@ func TestKilledWriter(t *testing.T) {
 	ctx := patience(t)
 	addr, stop := startServer(t, 16)
 	defer stop()
-	c, err := dial(ctx, addr, &transport.Config{})
+	c, err := dial(ctx, addr, &device.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -197,7 +197,7 @@ func TestKilledServer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := dial(ctx, addr, &transport.Config{})
+	c, err := dial(ctx, addr, &device.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"net"
+	"sync"
 
+	"github.com/ringside-rdma/ringside/examples/internal/device"
 	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/rpc"
 	"github.com/ringside-rdma/ringside/transport"
@@ -21,42 +23,55 @@ const (
 type server struct {
 	table *table
 	mem   *mr.MR
+	wg    sync.WaitGroup // one a client's grant
 }
 
 // serve runs a server on addr with a table of so many entries, until ctx ends. ready is told the address.
-func serve(ctx context.Context, addr string, cfg *transport.Config, entries int, ready func(net.Addr)) (err error) {
-	l, err := transport.Listen(ctx, addr, cfg)
+func serve(ctx context.Context, addr string, opts *device.Options, entries int, ready func(net.Addr)) (err error) {
+	dev, err := opts.Open()
 	if err != nil {
 		return err
 	}
-	// The region lives as long as connections can reach it, and no longer than the protection domain that it is in.
-	defer func() { err = errors.Join(err, l.Close()) }()
+	defer func() { err = errors.Join(err, dev.Close()) }()
 	g := geometry{entries}
-	mem, err := mr.Alloc(l.Poller().PD(), g.size(), ib.AccessLocalWrite|ib.AccessRemoteRead)
+	// With memory windows (MWBind) each client gets a key of its own, for what it is granted and no more.
+	mem, err := mr.Alloc(dev.PD(), g.size(), ib.AccessLocalWrite|ib.AccessRemoteRead|ib.AccessMWBind)
 	if err != nil {
 		return err
 	}
-	s := &server{table: newTable(entries, mem.Bytes()), mem: mem}
 	defer func() { err = errors.Join(err, mem.Close()) }()
+	s := &server{table: newTable(entries, mem.Bytes()), mem: mem}
+	l, err := transport.Listen(ctx, addr, dev.Config("kv server"))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, l.Close()) }()
 
 	srv := rpc.NewServer(nil)
-	defer srv.Close()
 	rpc.Handle(srv, methodOpen, s.open)
 	rpc.Handle(srv, methodPut, s.put)
 	rpc.Handle(srv, methodDelete, s.del)
 	ready(l.Addr())
-	if err := srv.Serve(ctx, l); ctx.Err() == nil {
-		return err
+	err = srv.Serve(ctx, l)
+	srv.Close()
+	s.wg.Wait() // the connections have ended: nobody reads the table any more
+	if ctx.Err() != nil {
+		return nil
 	}
-	return nil
+	return err
 }
 
 // open lets the calling client read the table, for as long as its connection lasts.
 func (s *server) open(ctx context.Context, _ *OpenRequest) (*OpenReply, error) {
-	g, err := rpc.FromContext(ctx).Conn().Grant(ctx, s.mem, 0, s.table.size(), ib.AccessRemoteRead)
+	conn := rpc.FromContext(ctx).Conn()
+	g, err := conn.Grant(ctx, s.mem, 0, s.table.size(), ib.AccessRemoteRead)
 	if err != nil {
 		return nil, err
 	}
+	s.wg.Go(func() {
+		<-conn.Done()
+		g.Revoke(context.Background()) // frees the window; the access has ended with the connection
+	})
 	region, err := g.Remote().MarshalBinary()
 	if err != nil {
 		return nil, err

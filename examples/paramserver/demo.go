@@ -22,7 +22,7 @@ const maxReplacements = 10
 func demo(ctx context.Context, o *options, stdout, stderr io.Writer) (err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	common := []string{"-child", "-device", o.net.device, "-poll", o.net.mode.String()}
+	common := append([]string{"-child"}, o.device.Args()...)
 	server, err := spawn.Start(ctx, stderr, append(common, "-listen", "127.0.0.1:0", "-mode", o.mode,
 		"-workers", strconv.Itoa(o.train.workers), "-staleness", strconv.Itoa(o.train.staleness),
 		"-epochs", strconv.Itoa(o.train.epochs), "-batch", strconv.Itoa(o.train.batch), "-seed", strconv.FormatUint(o.train.seed, 10),
@@ -44,11 +44,11 @@ func demo(ctx context.Context, o *options, stdout, stderr io.Writer) (err error)
 			return err
 		}
 		if addr, ok := strings.CutPrefix(line, listeningPrefix); ok {
-			d.args = append(common, "-connect", addr)
+			d.args = append(common, "-connect", addr, "-pause", o.pause.String())
 			for i := range o.train.workers {
 				var extra []string
-				if i == 0 && o.pause > 0 {
-					extra = []string{"-pause", o.pause.String()}
+				if i == 0 {
+					extra = []string{"-pause", (2 * o.pause).String()} // the later flag counts
 				}
 				if err := d.start(extra...); err != nil {
 					return err
@@ -63,9 +63,13 @@ func demo(ctx context.Context, o *options, stdout, stderr io.Writer) (err error)
 		fmt.Fprintln(stdout, line)
 		d.mu.Unlock()
 		var epoch int
-		if n, _ := fmt.Sscan(line, &epoch); n == 1 && epoch == o.kill && o.kill > 0 {
-			o.kill = 0
-			d.killOne()
+		if n, _ := fmt.Sscan(line, &epoch); n == 1 {
+			switch epoch {
+			case o.train.epochs:
+				d.over()
+			case o.kill:
+				d.killOne()
+			}
 		}
 	}
 	if err := server.Wait(); err != nil && ctx.Err() == nil {
@@ -105,7 +109,7 @@ func (d *crew) start(extra ...string) error {
 }
 
 func (d *crew) startLocked(extra []string) error {
-	p, err := spawn.Start(d.ctx, d.stderr, append(d.args[:len(d.args):len(d.args)], extra...)...)
+	p, err := spawn.Start(d.ctx, d, append(d.args[:len(d.args):len(d.args)], extra...)...)
 	if err != nil {
 		return err
 	}
@@ -144,10 +148,26 @@ func (d *crew) killOne() {
 	go p.Kill() // it waits for the end, which died has to be told of
 }
 
+// over says that training is, so that workers which find nobody to work for are no news.
+func (d *crew) over() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.stopping = true
+}
+
+// Write takes the workers' complaints, as their standard error.
+func (d *crew) Write(p []byte) (int, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.stopping || d.ctx.Err() != nil {
+		return len(p), nil
+	}
+	return d.stderr.Write(p)
+}
+
 // wait waits until all workers have ended by themselves: the server has seen them leave.
 func (d *crew) wait() {
 	d.mu.Lock()
-	d.stopping = true
 	workers := d.workers
 	d.mu.Unlock()
 	for _, p := range workers {

@@ -14,8 +14,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/ringside-rdma/ringside/examples/internal/device"
 	"github.com/ringside-rdma/ringside/examples/internal/spawn"
-	"github.com/ringside-rdma/ringside/transport"
 )
 
 const (
@@ -29,7 +29,7 @@ const (
 type options struct {
 	demo            bool
 	listen, connect string
-	net             netConfig
+	device          device.Options
 	train           trainConfig
 	mode            string
 	kill            int
@@ -69,11 +69,7 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 	fs.BoolVar(&o.demo, "demo", false, "start a server and workers, and show how they train")
 	fs.StringVar(&o.listen, "listen", "", "be a server at this `address`")
 	fs.StringVar(&o.connect, "connect", "", "be a worker of the server at this `address`")
-	fs.StringVar(&o.net.device, "device", "", "device to use; empty: the best one, or what RINGSIDE_DEVICE says")
-	fs.Func("poll", "how to wait: adaptive, busy or event (default adaptive)", func(s string) (err error) {
-		o.net.mode, err = transport.ParsePollMode(s)
-		return err
-	})
+	o.device.Flags(fs)
 	fs.IntVar(&o.train.workers, "workers", defaultWorkers, "server, demo: workers that training starts with")
 	fs.StringVar(&o.mode, "mode", "sync", "server, demo: sync (steps with a barrier) or stale (bounded staleness)")
 	fs.IntVar(&o.train.staleness, "staleness", 3, "server, demo: with -mode stale, `gradients` that a worker may be ahead of the slowest")
@@ -83,7 +79,7 @@ func parse(args []string, stderr io.Writer) (*options, error) {
 	fs.Float64Var(&o.train.momentum, "momentum", defaultMomentum, "server, demo: momentum")
 	fs.Uint64Var(&o.train.seed, "seed", 1, "server, demo: of the first parameters and the order of the digits")
 	fs.IntVar(&o.kill, "kill", 0, "demo: kill a worker (kill -9) after this `epoch`, and start another in its place")
-	fs.DurationVar(&o.pause, "pause", 0, "worker: wait so long before each gradient, to play a slow machine; demo: the first worker does")
+	fs.DurationVar(&o.pause, "pause", 0, "worker: wait so long before each gradient; demo: all workers do, the first one twice as long")
 	fs.BoolVar(&o.child, "child", false, "end when standard input does; the demo starts its processes with this")
 	if err := fs.Parse(args); err != nil {
 		return nil, err
@@ -124,11 +120,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 	switch {
 	case o.listen != "":
-		err = serve(ctx, o.listen, &o.net, o.train, stdout, func(a net.Addr) {
+		err = serve(ctx, o.listen, &o.device, o.train, stdout, func(a net.Addr) {
 			fmt.Fprintf(stdout, "%s%s\n", listeningPrefix, a)
 		})
 	case o.connect != "":
-		err = work(ctx, o.connect, &o.net, o.pause)
+		err = work(ctx, o.connect, &o.device, o.pause)
 	default:
 		return demo(ctx, o, stdout, stderr)
 	}

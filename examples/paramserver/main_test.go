@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ringside-rdma/ringside/examples/internal/device"
 	"github.com/ringside-rdma/ringside/examples/internal/spawn"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/rpc"
@@ -105,7 +106,7 @@ func TestDemoStale(t *testing.T) {
 func TestDemoKill(t *testing.T) {
 	for _, mode := range []string{"sync", "stale"} {
 		t.Run(mode, func(t *testing.T) {
-			out := runDemo(t, "-kill 2 -mode "+mode)
+			out := runDemo(t, "-kill 2 -pause 4ms -mode "+mode) // slow enough for the other one to take part
 			checkResult(t, out, testEpochs, 3)
 			for _, want := range []string{"with signal 9", "starting another", "is gone", "worker 4 has joined", "workers lost: 1;"} {
 				if !strings.Contains(out, want) {
@@ -173,7 +174,7 @@ func startServer(t *testing.T, ctx context.Context, cfg trainConfig) *testServer
 	s := &testServer{out: &syncBuilder{}, done: make(chan error, 1)}
 	ready := make(chan net.Addr, 1)
 	go func() {
-		s.done <- serve(ctx, "127.0.0.1:0", &netConfig{}, cfg, s.out, func(a net.Addr) { ready <- a })
+		s.done <- serve(ctx, "127.0.0.1:0", &device.Options{}, cfg, s.out, func(a net.Addr) { ready <- a })
 	}()
 	select {
 	case a := <-ready:
@@ -196,7 +197,7 @@ func TestInOneProcess(t *testing.T) {
 			s := startServer(t, ctx, cfg)
 			errs := make(chan error, 2)
 			for range 2 {
-				go func() { errs <- work(ctx, s.addr, &netConfig{}, 0) }()
+				go func() { errs <- work(ctx, s.addr, &device.Options{}, 0) }()
 			}
 			for range 2 {
 				if err := <-errs; err != nil {
@@ -273,7 +274,7 @@ func TestServerKilled(t *testing.T) {
 		}
 	}
 	done := make(chan error, 1)
-	go func() { done <- work(ctx, addr, &netConfig{}, 0) }()
+	go func() { done <- work(ctx, addr, &device.Options{}, 0) }()
 	for {
 		line, err := server.Line()
 		if err != nil {
@@ -359,7 +360,7 @@ func TestRefusesStrangers(t *testing.T) {
 	if err := client.Close(); err != nil {
 		t.Error(err)
 	}
-	if err := work(ctx, s.addr, &netConfig{}, 0); err != nil {
+	if err := work(ctx, s.addr, &device.Options{}, 0); err != nil {
 		t.Error(err)
 	}
 	if err := <-s.done; err != nil {
@@ -383,7 +384,7 @@ func TestBadUse(t *testing.T) {
 		"-demo -mode stale -staleness -1": "staleness",
 		"-connect 127.0.0.1:1":            "127.0.0.1:1",
 		"-listen 127.0.0.1:0 -device no0": "no0",
-		"-listen nowhere:x":               "nowhere:x",
+		"-listen nowhere:x":               "listen",
 	} {
 		var out strings.Builder
 		if err := run(patience(t), strings.Fields(args), &out, &out); err == nil || !strings.Contains(err.Error(), want) {

@@ -11,10 +11,10 @@ import (
 	"time"
 
 	"github.com/HdrHistogram/hdrhistogram-go"
+	"github.com/ringside-rdma/ringside/examples/internal/device"
 	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/rpc"
 	"github.com/ringside-rdma/ringside/transport"
-	"github.com/ringside-rdma/ringside/verbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -32,31 +32,10 @@ const (
 	endPatience  = 10 * time.Second // for workers to report and leave after the last epoch
 )
 
-// netConfig is how a process reaches others.
-type netConfig struct {
-	device string
-	mode   transport.PollMode
-}
-
-// openPoller opens a device and makes a poller on it; close gives both back.
-func (n *netConfig) openPoller() (p *transport.Poller, close func() error, err error) {
-	vctx, err := verbs.Open(n.device)
-	if err != nil {
-		return nil, nil, err
-	}
-	p, err = transport.NewPoller(vctx, &transport.PollerConfig{Mode: n.mode})
-	if err != nil {
-		vctx.Close()
-		return nil, nil, err
-	}
-	return p, func() error { return errors.Join(p.Close(), vctx.Close()) }, nil
-}
-
 // server is the parameter server: a coordinator with connections.
 type server struct {
 	cfg    trainConfig
 	coord  *coordinator
-	poller *transport.Poller
 	rpc    *rpc.Server
 	board  *mr.MR
 	slots  *mr.MR
@@ -66,8 +45,9 @@ type server struct {
 	pushes chan push // from the polling goroutine to the one that trains
 
 	mu     sync.Mutex
-	linked chan struct{} // closed and replaced when a data connection comes
-	links  map[string]*dataLink
+	linked chan struct{}        // closed and replaced when a data connection comes
+	links  map[string]*dataLink // by token
+	closed bool
 	lost   int
 	last   epochStat
 	totals totals
@@ -84,7 +64,8 @@ type dataLink struct {
 	s     *server
 	conn  *transport.Conn
 	token string
-	m     *member // nil before the join; guarded by server.mu
+	m     *member            // nil before the join; guarded by server.mu
+	lent  []*transport.Grant // guarded by server.mu
 }
 
 // totals is what the workers have reported.
@@ -100,7 +81,7 @@ func newHistogram() *hdrhistogram.Histogram { return hdrhistogram.New(1, int64(1
 
 // serve runs a server on addr until training is over, and prints its report; the last line is for machines. ready is
 // told the address.
-func serve(ctx context.Context, addr string, nc *netConfig, cfg trainConfig, out io.Writer, ready func(net.Addr)) (err error) {
+func serve(ctx context.Context, addr string, opts *device.Options, cfg trainConfig, out io.Writer, ready func(net.Addr)) (err error) {
 	if err := cfg.check(); err != nil {
 		return err
 	}
@@ -108,21 +89,21 @@ func serve(ctx context.Context, addr string, nc *netConfig, cfg trainConfig, out
 	if err != nil {
 		return err
 	}
-	poller, closePoller, err := nc.openPoller()
+	dev, err := opts.Open()
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, closePoller()) }()
+	defer func() { err = errors.Join(err, dev.Close()) }()
 	s := &server{
-		cfg: cfg, poller: poller, out: out, rpc: rpc.NewServer(&rpc.ServerConfig{MaxConcurrent: 2 * maxSlots}),
+		cfg: cfg, out: out, rpc: rpc.NewServer(&rpc.ServerConfig{MaxConcurrent: 2 * maxSlots}),
 		pushes: make(chan push, 4*maxSlots), linked: make(chan struct{}), links: map[string]*dataLink{},
 		totals: totals{pulls: newHistogram(), pushes: newHistogram()},
 	}
-	if s.board, err = mr.Alloc(poller.PD(), boardBytes, ib.AccessLocalWrite|ib.AccessRemoteRead); err != nil {
+	if s.board, err = mr.Alloc(dev.PD(), boardBytes, ib.AccessLocalWrite|ib.AccessRemoteRead|ib.AccessMWBind); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.board.Close()) }()
-	if s.slots, err = mr.Alloc(poller.PD(), maxSlots*slotBytes, ib.AccessLocalWrite|ib.AccessRemoteWrite); err != nil {
+	if s.slots, err = mr.Alloc(dev.PD(), maxSlots*slotBytes, ib.AccessLocalWrite|ib.AccessRemoteWrite|ib.AccessMWBind); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.slots.Close()) }()
@@ -132,7 +113,7 @@ func serve(ctx context.Context, addr string, nc *netConfig, cfg trainConfig, out
 	rpc.Handle(s.rpc, methodNext, s.next)
 	rpc.Handle(s.rpc, methodReport, s.report)
 
-	l, err := transport.Listen(ctx, addr, &transport.Config{Poller: poller, Name: "paramserver"})
+	l, err := transport.Listen(ctx, addr, dev.Config("paramserver"))
 	if err != nil {
 		return err
 	}
@@ -146,15 +127,14 @@ func serve(ctx context.Context, addr string, nc *netConfig, cfg trainConfig, out
 
 	err = s.wait(ctx)
 	cancel()
-	l.Close()
+	err = errors.Join(err, l.Close())
 	s.rpc.Close()
 	s.mu.Lock()
-	links := s.links
-	s.links = nil
-	s.mu.Unlock()
-	for _, d := range links {
-		d.conn.Close()
+	s.closed = true
+	for _, d := range s.links {
+		d.conn.Abort(errors.New("the server is going down"))
 	}
+	s.mu.Unlock()
 	s.wg.Wait() // connections are closed: nobody reaches the regions any more
 	if err != nil {
 		return err
@@ -190,18 +170,22 @@ func (s *server) accept(l *transport.Listener) {
 		}
 		d := &dataLink{s: s, conn: c, token: string(token)}
 		s.mu.Lock()
-		fine := len(token) == tokenBytes && s.links != nil && s.links[d.token] == nil && len(s.links) < maxSlots
+		fine := len(token) == tokenBytes && !s.closed && s.links[d.token] == nil && len(s.links) < maxSlots
 		if fine {
 			s.links[d.token] = d
 			close(s.linked)
 			s.linked = make(chan struct{})
 		}
 		s.mu.Unlock()
-		if !fine {
+		if fine {
+			c.SetHandler(d)
+		} else {
 			c.Abort(errors.New("not a token of a new worker, or too many workers"))
-			continue
 		}
-		c.SetHandler(d)
+		s.wg.Go(func() {
+			<-c.Done() // told of every end, kill -9 included
+			s.unlink(d)
+		})
 	}
 }
 
@@ -218,31 +202,32 @@ func (d *dataLink) HandleMessage(c *transport.Conn, m *transport.Message) {
 	c.Abort(errors.New("a data connection carries one gradient at a time, and nothing else"))
 }
 
-// HandleClose implements transport.Handler. It is told of every end, kill -9 included.
-func (d *dataLink) HandleClose(_ *transport.Conn, err error) {
-	go d.s.unlink(d, err) // the polling goroutine must not wait for the coordinator
-}
+// HandleClose implements transport.Handler; accept waits for the end in another way.
+func (d *dataLink) HandleClose(*transport.Conn, error) {}
 
-func (s *server) unlink(d *dataLink, why error) {
+// unlink forgets a data connection that has ended, and with it the worker.
+func (s *server) unlink(d *dataLink) {
 	s.mu.Lock()
-	if s.links[d.token] != d {
-		s.mu.Unlock()
-		return // the server is going down
+	if s.links[d.token] == d {
+		delete(s.links, d.token)
 	}
-	delete(s.links, d.token)
-	m := d.m
+	m, lent := d.m, d.lent
+	d.m, d.lent = nil, nil
 	s.mu.Unlock()
-	if m == nil {
-		return
+	if m != nil {
+		over, _ := s.coord.done()
+		s.coord.leave(m)
+		if left := s.coord.memberCount(); !over {
+			s.mu.Lock()
+			s.lost++
+			fmt.Fprintf(s.out, "worker %d is gone (%v); %d left\n", m.id, d.conn.Err(), left)
+			s.mu.Unlock()
+		}
 	}
-	over, _ := s.coord.done()
-	s.coord.leave(m)
-	if !over {
-		s.mu.Lock()
-		s.lost++
-		fmt.Fprintf(s.out, "worker %d is gone (%v); %d left\n", m.id, why, s.coord.memberCount())
-		s.mu.Unlock()
+	for _, g := range lent {
+		g.Revoke(context.Background()) // frees the window; the access has ended with the connection
 	}
+	d.conn.Close()
 }
 
 // train applies gradients as they are announced.
@@ -316,13 +301,12 @@ func (s *server) join(ctx context.Context, req *JoinRequest) (*JoinReply, error)
 		return nil, rpc.Errorf(rpc.ResourceExhausted, "%v", err)
 	}
 	s.mu.Lock()
-	gone := s.links[d.token] != d
-	twice := d.m != nil
-	if !gone && !twice {
+	fine := s.links[d.token] == d && d.m == nil
+	if fine {
 		d.m = m // from here on unlink frees the slot
 	}
 	s.mu.Unlock()
-	if gone || twice {
+	if !fine {
 		s.coord.leave(m)
 		return nil, rpc.Errorf(rpc.FailedPrecondition, "this data connection has ended, or has been joined with already")
 	}
@@ -343,6 +327,16 @@ func (d *dataLink) grant(ctx context.Context, m *mr.MR, off, n int, access ib.Ac
 	g, err := d.conn.Grant(ctx, m, off, n, access)
 	if err != nil {
 		return nil, fmt.Errorf("grant: %w", err)
+	}
+	d.s.mu.Lock()
+	late := d.s.links[d.token] != d
+	if !late {
+		d.lent = append(d.lent, g)
+	}
+	d.s.mu.Unlock()
+	if late { // unlink has been here
+		g.Revoke(ctx)
+		return nil, fmt.Errorf("grant: %w", net.ErrClosed)
 	}
 	return g.Remote().MarshalBinary()
 }

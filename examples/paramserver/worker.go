@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/HdrHistogram/hdrhistogram-go"
+	"github.com/ringside-rdma/ringside/examples/internal/device"
 	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/rpc"
 	"github.com/ringside-rdma/ringside/transport"
@@ -47,35 +48,37 @@ func (w *worker) read(ctx context.Context, off, n int) error {
 }
 
 // work joins the server at addr and computes gradients until training is over.
-func work(ctx context.Context, addr string, nc *netConfig, pause time.Duration) (err error) {
+func work(ctx context.Context, addr string, opts *device.Options, pause time.Duration) (err error) {
 	train, _, err := loadDigits()
 	if err != nil {
 		return err
 	}
-	poller, closePoller, err := nc.openPoller()
+	dev, err := opts.Open()
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, closePoller()) }()
+	defer func() { err = errors.Join(err, dev.Close()) }()
 	w := &worker{train: train, pause: pause, pulls: newHistogram(), pushes: newHistogram(), token: make([]byte, tokenBytes)}
 	rand.Read(w.token)
-	w.boardMR, err = mr.Alloc(poller.PD(), boardBytes, ib.AccessLocalWrite)
+	w.boardMR, err = mr.Alloc(dev.PD(), boardBytes, ib.AccessLocalWrite)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, w.boardMR.Close()) }()
-	w.gradMR, err = mr.Alloc(poller.PD(), bufferBytes, ib.AccessLocalWrite)
+	w.gradMR, err = mr.Alloc(dev.PD(), bufferBytes, ib.AccessLocalWrite)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, w.gradMR.Close()) }()
 
-	w.client, err = rpc.Dial(ctx, addr, &transport.Config{Poller: poller, Name: "worker"}, nil)
+	w.client, err = rpc.Dial(ctx, addr, dev.Config("worker"), nil)
 	if err != nil {
 		return err
 	}
 	defer w.client.Close()
-	w.data, err = transport.Dial(ctx, addr, &transport.Config{Poller: poller, Name: "worker data", PrivateData: w.token})
+	cfg := dev.Config("worker data")
+	cfg.PrivateData = w.token
+	w.data, err = transport.Dial(ctx, addr, cfg)
 	if err != nil {
 		return err
 	}
