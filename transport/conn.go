@@ -56,6 +56,9 @@ type Conn struct {
 	rcv   recvSide
 	slots []Message // own receive slots; empty with a shared queue
 
+	grantMu sync.Mutex
+	grants  map[*Grant]struct{} // that have windows
+
 	closeOnce sync.Once
 	unrefOnce sync.Once
 	failMu    sync.Mutex
@@ -359,6 +362,7 @@ func (c *Conn) teardown(e *CloseError) {
 		}
 		c.failMu.Unlock()
 	}
+	c.endGrants()
 	c.tcp.Close()
 	c.tcpReader.Wait()
 	ch = make(chan struct{})

@@ -39,7 +39,8 @@ func (t msgType) String() string {
 func (t msgType) takesCredit() bool { return t <= msgRTS }
 
 const (
-	// flagLow: the sender has no credit left after this message and waits for any that can be given back.
+	// flagLow: the sender has no credit left after this message (or needs more than it has), and waits for any that can
+	// be given back.
 	flagLow = 1 << 0
 	// flagCancelled, in a FIN: the source was not read.
 	flagCancelled = 1 << 1
@@ -93,8 +94,11 @@ func parseHeader(b []byte) (header, error) {
 		if body != 0 || h.arg() != 0 {
 			return h, protocolErrorf("%v with a body of %d bytes and argument %d", h.typ(), body, h.arg())
 		}
-		if h.typ() == msgCredit && h.credits() == 0 {
-			return h, protocolErrorf("credit message without credits")
+		if h.typ() == msgCredit {
+			allowed = flagLow // asks for credits, and may have none to give
+			if h.credits() == 0 && h.flags()&flagLow == 0 {
+				return h, protocolErrorf("credit message without credits")
+			}
 		}
 	default:
 		return h, protocolErrorf("unknown message %v", h.typ())

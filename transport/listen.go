@@ -229,7 +229,7 @@ func rejectAndClose(t net.Conn, err error) {
 		he = refuse(RefusedResources, err, "%v", err)
 	}
 	if !he.Remote {
-		t.SetDeadline(time.Now().Add(time.Second))
+		t.SetDeadline(time.Now().Add(time.Second)) // wins over a deadline that has passed
 		t.Write(appendReject(nil, he))
 		if tc, ok := t.(*net.TCPConn); ok {
 			tc.CloseWrite()
@@ -288,7 +288,8 @@ func Dial(ctx context.Context, addr string, cfg *Config) (*Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, cfg.HandshakeTimeout)
+	caller := ctx
+	ctx, cancel := context.WithTimeout(caller, cfg.HandshakeTimeout)
 	defer cancel()
 	var d net.Dialer
 	t, err := d.DialContext(ctx, "tcp", addr)
@@ -302,11 +303,12 @@ func Dial(ctx context.Context, addr string, cfg *Config) (*Conn, error) {
 	}
 	c, err := dial(ctx, p, cfg, t)
 	if err != nil {
-		if cerr := ctx.Err(); cerr != nil && !errors.Is(err, ErrRefused) {
-			err = fmt.Errorf("transport: dial %s: %w", addr, cerr)
-		}
 		rejectAndClose(t, err)
 		p.unref()
+		var he *HandshakeError
+		if cerr := caller.Err(); cerr != nil && !(errors.As(err, &he) && he.Remote) {
+			err = fmt.Errorf("transport: dial %s: %w", addr, cerr)
+		}
 		return nil, err
 	}
 	return c, nil

@@ -484,7 +484,38 @@ func (c *Conn) Grant(ctx context.Context, m *mr.MR, off, n int, access ib.Access
 		return nil, fmt.Errorf("transport: Grant: %w", err)
 	}
 	g.win, g.remote = w, w.Remote()
+	c.grantMu.Lock()
+	if c.grants == nil {
+		c.grants = make(map[*Grant]struct{})
+	}
+	c.grants[g] = struct{}{}
+	c.grantMu.Unlock()
+	select {
+	case <-c.done: // and with it the grant: endGrants may have missed it
+		g.close()
+		return nil, c.Err()
+	default:
+	}
 	return g, nil
+}
+
+// close frees the window. The queue pair is closed, or the window invalidated.
+func (g *Grant) close() error {
+	g.c.grantMu.Lock()
+	delete(g.c.grants, g)
+	g.c.grantMu.Unlock()
+	return g.win.Close()
+}
+
+// endGrants frees the windows of all grants, after the queue pair was closed.
+func (c *Conn) endGrants() {
+	c.grantMu.Lock()
+	grants := c.grants
+	c.grants = nil
+	c.grantMu.Unlock()
+	for g := range grants {
+		g.win.Close() // only the device's failure could keep it, and then the region's Close says so
+	}
 }
 
 // request posts one work request and waits for it.
@@ -499,15 +530,25 @@ func (c *Conn) request(ctx context.Context, wr ib.SendWR) error {
 func (g *Grant) Remote() Remote { return g.remote }
 
 // Revoke takes the peer's access away. When it returns nil, the peer touches the memory no more: its operations get
-// ib.WCRemoteAccessErr, and that ends the connection.
+// ib.WCRemoteAccessErr, and that ends the connection. A grant ends with its connection, too, where the device has memory
+// windows; Revoke is then not needed, and harmless, as is a second one.
 func (g *Grant) Revoke(ctx context.Context) error {
 	if g.win == nil {
 		return g.m.Close()
+	}
+	g.c.grantMu.Lock()
+	_, live := g.c.grants[g]
+	g.c.grantMu.Unlock()
+	if !live { // revoked, or the connection ends
+		if g.c.Err() != nil {
+			<-g.c.done
+		}
+		return nil
 	}
 	if err := g.c.request(ctx, g.win.InvalidateWR()); err != nil && g.c.Err() == nil {
 		return err
 	} else if err != nil {
 		<-g.c.done // the queue pair that the window was bound to is gone, and the access with it
 	}
-	return g.win.Close()
+	return g.close()
 }
