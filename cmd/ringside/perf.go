@@ -204,9 +204,9 @@ func newPerfTest(op perf.Op, kind perf.Kind) *cobra.Command {
 		fl.VarP(&f.sizes, "size", "s", fmt.Sprintf("message sizes in bytes, such as 64 or 64,4k,1M (default %d)", def.Size))
 		fl.BoolVarP(&f.all, "all", "a", false, "sizes 2, 4, 8, ... to 8M")
 	}
-	fl.Int64VarP(&f.spec.Iters, "iters", "n", 0, fmt.Sprintf("operations to measure (default %d)", def.Iters))
+	fl.Int64VarP(&f.spec.Iters, "iters", "n", 0, fmt.Sprintf("operations to measure (default %d, fewer of large messages)", def.Iters))
 	fl.DurationVarP(&f.spec.Duration, "duration", "D", 0, "how long to measure each size, such as 5s, instead of --iters")
-	fl.IntVar(&f.spec.Warmup, "warmup", def.Warmup, "operations before that")
+	fl.IntVar(&f.spec.Warmup, "warmup", 0, fmt.Sprintf("operations before that (default %d, at most --iters; fewer of large messages)", def.Warmup))
 	f.poll = choiceValue{v: def.Poll.String(), all: []string{"busy", "adaptive", "event"}}
 	fl.Var(&f.poll, "poll", "how both sides wait: busy, adaptive or event")
 	fl.DurationVar(&f.spec.Spin, "spin", def.Spin, "how long --poll adaptive polls before it sleeps")

@@ -123,7 +123,7 @@ func Run(ctx context.Context, cfg *Config) (*Report, error) {
 	defer r.control.close()
 
 	choice := vctx.Choice()
-	rep := &Report{Schema: Schema, Started: time.Now().UTC().Truncate(time.Second), Test: testOf(&specs[0], clk.name()),
+	rep := &Report{Schema: Schema, Started: time.Now().UTC().Truncate(time.Second), Test: testOf(&cfg.Spec, &specs[0], clk.name()),
 		Spawned: cfg.Spawned, Client: host, Server: peer, Choice: &choice, Results: []Result{}}
 	for i := range specs {
 		res, path, err := r.measure(ctx, &specs[i], i+1, len(specs))

@@ -168,10 +168,10 @@ func (s *side) failed(wc *ib.WC) error {
 // refill posts the receives that were used, when there are enough of them for a batch.
 func (s *side) refill(l *lane) error {
 	l.toPost++
-	if l.toPost < s.spec.recvBatch() {
+	if l.toPost < s.refillAt {
 		return nil
 	}
-	return s.repost(l, s.spec.recvBatch())
+	return s.repost(l, s.refillAt)
 }
 
 // over reports whether a latency loop has to end before its next iteration.
@@ -402,7 +402,7 @@ func (s *side) postBatch(i int, l *lane, b int) error {
 	if _, err := l.q.PostSend(wrs); err != nil {
 		return err
 	}
-	l.pos = (l.pos + b) & (s.spec.slots() - 1)
+	l.pos = (l.pos + b) & s.slotMask
 	l.outstanding += b
 	l.sent += uint64(b)
 	return nil

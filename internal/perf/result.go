@@ -37,8 +37,7 @@ type Test struct {
 	LatencyOf   string   `json:"latency_of,omitempty"` // what a latency covers: HalfRoundTrip, RoundTrip or FullOperation
 	Poll        PollMode `json:"poll"`
 	SpinUS      float64  `json:"spin_us,omitempty"` // adaptive polling: how long before sleeping
-	Warmup      int      `json:"warmup"`
-	Iters       int64    `json:"iters,omitempty"`
+	Iters       int64    `json:"iters,omitempty"`   // if asked for
 	DurationS   float64  `json:"duration_s,omitempty"`
 	Depth       int      `json:"depth,omitempty"`
 	Batch       int      `json:"batch,omitempty"`
@@ -51,9 +50,9 @@ type Test struct {
 	Clock       string   `json:"clock"`          // "tsc" or "mono"
 }
 
-// testOf describes s; clock is the name of the clock that was used.
-func testOf(s *Spec, clock string) Test {
-	t := Test{Op: s.Op, Kind: s.Kind, Poll: s.Poll, Warmup: max(0, s.Warmup), Iters: s.Iters, DurationS: s.Duration.Seconds(), Clock: clock}
+// testOf describes s; asked is what the caller has set of it, clock the name of the clock that was used.
+func testOf(asked, s *Spec, clock string) Test {
+	t := Test{Op: s.Op, Kind: s.Kind, Poll: s.Poll, Iters: asked.Iters, DurationS: s.Duration.Seconds(), Clock: clock}
 	if s.Poll == PollAdaptive {
 		t.SpinUS = float64(s.Spin) / 1e3
 	}
@@ -81,6 +80,7 @@ func testOf(s *Spec, clock string) Test {
 type Result struct {
 	Size     int     `json:"size_bytes"`
 	Messages uint64  `json:"messages"` // operations of the client (latency tests: round trips), warm-up excluded
+	Warmup   uint64  `json:"warmup"`   // operations before those
 	Seconds  float64 `json:"seconds"`
 	Inline   bool    `json:"inline"`
 
@@ -99,7 +99,7 @@ type Result struct {
 
 // newResult computes the rates; a measurement without messages has none.
 func newResult(s *Spec, messages uint64, elapsed time.Duration, client, server *cpuTime) Result {
-	r := Result{Size: s.Size, Messages: messages, Seconds: elapsed.Seconds()}
+	r := Result{Size: s.Size, Messages: messages, Warmup: uint64(max(0, s.Warmup)), Seconds: elapsed.Seconds()}
 	if messages == 0 {
 		return r
 	}

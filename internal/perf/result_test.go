@@ -45,7 +45,7 @@ func sampleHost(cpu int) Host {
 
 func sampleReport(op Op, kind Kind, sizes ...int) *Report {
 	s := Spec{Op: op, Kind: kind, Inline: InlineAuto}.WithDefaults()
-	r := &Report{Schema: Schema, Started: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), Test: testOf(&s, "tsc"), Path: "shm",
+	r := &Report{Schema: Schema, Started: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), Test: testOf(&Spec{Iters: 100_000}, &s, "tsc"), Path: "shm",
 		Client: sampleHost(-1), Server: sampleHost(1), Results: []Result{}}
 	for i, n := range sizes {
 		s.Size = n

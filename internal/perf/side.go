@@ -154,6 +154,8 @@ type side struct {
 
 	wcs       []ib.WC
 	creditWCs []ib.WC
+	slotMask  int // spec.slots()-1 and spec.recvBatch(), which take a division to compute
+	refillAt  int
 
 	received uint64        // messages that the server has taken
 	target   atomic.Uint64 // how many it has to take, once the client has said
@@ -191,6 +193,7 @@ const (
 // newSide makes what one end of the test needs, up to queue pairs in state Init.
 func newSide(vctx *verbs.Context, spec Spec, server bool, opt portOptions) (s *side, err error) {
 	s = &side{spec: spec, server: server, wcs: make([]ib.WC, pollBatch), creditWCs: make([]ib.WC, creditDepth), grace: stopGrace}
+	s.slotMask, s.refillAt = spec.slots()-1, spec.recvBatch()
 	s.target.Store(^uint64(0))
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	defer func() {
@@ -415,7 +418,7 @@ func (s *side) repost(l *lane, n int) error {
 	if _, err := l.q.PostRecv(l.rwrs[l.rpos : l.rpos+n]); err != nil {
 		return err
 	}
-	l.rpos = (l.rpos + n) & (s.spec.slots() - 1)
+	l.rpos = (l.rpos + n) & s.slotMask
 	l.toPost -= n
 	l.posted += uint64(n)
 	return nil

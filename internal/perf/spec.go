@@ -163,8 +163,12 @@ type Spec struct {
 	Kind Kind
 	Size int // bytes of payload; always 8 for atomics
 
-	Warmup   int           // operations before the measurement, or NoWarmup; default 1,000 (rate: 10,000)
-	Iters    int64         // operations to measure; 0 with a Duration, otherwise by default 100,000 (bw: 5,000; rate: 1,000,000)
+	// Warmup is how many operations come before the measurement, or NoWarmup; default 1,000 (rate: 10,000), fewer if the
+	// messages are large, and at most Iters.
+	Warmup int
+	// Iters is how many operations are measured; 0 with a Duration; by default 100,000 (bw: 5,000; rate: 1,000,000), fewer
+	// if the messages are large.
+	Iters    int64
 	Duration time.Duration // how long to measure, instead of Iters
 
 	Inline      int // longest message sent inline, bytes; 0 for none, InlineAuto to let the test choose
@@ -194,11 +198,19 @@ func (s Spec) WithDefaults() Spec {
 		pick(&s.Size, 8, 8, 8)
 	}
 	pick(&s.Size, 8, 65536, 64)
-	pick(&s.Warmup, 1000, 1000, 10000)
+	// Large messages need fewer repetitions, and a sweep over all sizes should end.
+	within := func(n int, budget int64) int { return int(min(int64(n), max(100, budget/int64(max(1, s.Size))))) }
 	if s.Iters == 0 && s.Duration == 0 {
 		n := 0
 		pick(&n, 100_000, 5000, 1_000_000)
-		s.Iters = int64(n)
+		s.Iters = int64(within(n, 4<<30))
+	}
+	if s.Warmup == 0 {
+		pick(&s.Warmup, 1000, 1000, 10000)
+		s.Warmup = within(s.Warmup, 1<<29)
+		if s.Iters > 0 {
+			s.Warmup = int(min(int64(s.Warmup), s.Iters))
+		}
 	}
 	pick(&s.Depth, 64, 128, 128)
 	pick(&s.Batch, 1, 1, min(16, s.Depth))

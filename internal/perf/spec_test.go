@@ -20,6 +20,22 @@ func TestSpecDefaultsAreValid(t *testing.T) {
 	}
 }
 
+// TestSpecLargeMessages: a sweep must not take for ever at its large end.
+func TestSpecLargeMessages(t *testing.T) {
+	for _, k := range Kinds() {
+		small, large := Spec{Op: OpWrite, Kind: k, Size: 64}.WithDefaults(), Spec{Op: OpWrite, Kind: k, Size: 8 << 20}.WithDefaults()
+		if large.Iters < 100 || large.Iters*int64(large.Size) > 4<<30 && large.Iters > 100 || large.Warmup > 100 || small.Iters < 5000 || small.Warmup < 1000 {
+			t.Errorf("%v: %d and %d iterations, %d and %d before", k, small.Iters, large.Iters, small.Warmup, large.Warmup)
+		}
+		if s := (Spec{Op: OpWrite, Kind: k, Iters: 5}).WithDefaults(); s.Warmup != 5 || s.Iters != 5 {
+			t.Errorf("%v: %d iterations after %d", k, s.Iters, s.Warmup)
+		}
+		if s := (Spec{Op: OpWrite, Kind: k, Iters: 5, Warmup: 9}).WithDefaults(); s.Warmup != 9 {
+			t.Errorf("%v: warm-up of 9 became %d", k, s.Warmup)
+		}
+	}
+}
+
 func TestSpecValidate(t *testing.T) {
 	for _, tt := range []struct {
 		name string

@@ -52,7 +52,6 @@ func (t *Test) settings() string {
 	if t.Flow != "" {
 		add("flow %s", t.Flow)
 	}
-	add("warm-up %d", t.Warmup)
 	if t.DurationS > 0 {
 		add("%g s a size", t.DurationS)
 	}
