@@ -25,7 +25,7 @@ type Config struct {
 	// EagerSize is the payload in bytes of a receive slot: longer messages go by rendezvous. Default 8 KiB, 1 KiB with
 	// SharedReceive; 256 B to 1 MiB.
 	EagerSize int
-	SendDepth int // messages allocated, queued or in flight towards the peer; default 128
+	SendDepth int // messages allocated, queued or in flight towards the peer; default 128, 32 with SharedReceive
 	RecvDepth int // messages that the peer may have on the way or undelivered here; default 128, 16 with SharedReceive
 	// RendezvousDepth is the number of long messages in flight towards the peer; default 8, 2 with SharedReceive.
 	RendezvousDepth int
@@ -70,13 +70,14 @@ func (cfg *Config) populate() (*Config, error) {
 			"leave it nil and keep the listener on a trusted network", errors.ErrUnsupported)
 	}
 	orDefault(&c.MaxMessage, defaultMaxMessage)
-	orDefault(&c.SendDepth, 128)
 	orDefault(&c.MaxHandshakes, 64)
 	if c.SharedReceive {
+		orDefault(&c.SendDepth, 32)
 		orDefault(&c.EagerSize, 1024)
 		orDefault(&c.RecvDepth, 16)
 		orDefault(&c.RendezvousDepth, 2)
 	} else {
+		orDefault(&c.SendDepth, 128)
 		orDefault(&c.EagerSize, 8192)
 		orDefault(&c.RecvDepth, 128)
 		orDefault(&c.RendezvousDepth, 8)

@@ -146,7 +146,7 @@ func (r *recvSide) size(cfg *Config) int {
 	r.payload = cfg.EagerSize
 	r.batch = make([]ib.RecvWR, 0, r.batchMax+1)
 	r.returned = make([]ib.RecvWR, 0, r.batchMax+1)
-	return cfg.RecvDepth + creditSlots + 2*cfg.RendezvousDepth
+	return cfg.RecvDepth + creditSlots + 3*cfg.RendezvousDepth
 }
 
 // fillRing makes the connection's own receive slots and posts them.
@@ -202,10 +202,17 @@ func (c *Conn) takeOwed() uint16 {
 func (c *Conn) returnCredits() {
 	s := &c.snd
 	s.mu.Lock()
-	if c.rcv.owed.Load() != 0 {
+	if c.rcv.mustReturn() { // still: takeOwed runs under mu
 		c.controlLocked(makeHeader(msgCredit, 0, 0, 0))
 	}
 	s.mu.Unlock()
+}
+
+// mustReturn reports whether credits are worth a message of their own: the peer waits for them, or they are half of the
+// window. creditSlots depends on it being no earlier.
+func (r *recvSide) mustReturn() bool {
+	n := r.owed.Load()
+	return n >= r.threshold || n != 0 && r.peerLow.Load()
 }
 
 // received handles a receive completion. The role is held.
@@ -333,8 +340,7 @@ func (c *Conn) low() {
 
 // creditCheck sends credits by themselves if the peer waits for them, or if they have become many.
 func (c *Conn) creditCheck() {
-	r := &c.rcv
-	if n := r.owed.Load(); n >= r.threshold || n != 0 && r.peerLow.Load() {
+	if c.rcv.mustReturn() {
 		c.returnCredits()
 	}
 }

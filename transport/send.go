@@ -596,10 +596,10 @@ func (c *Conn) controlLocked(h header) {
 
 func (c *Conn) transmitControlLocked(h header) {
 	s := &c.snd
-	owed := c.takeOwed()
-	if h.typ() == msgCredit && owed == 0 && h.flags()&flagLow == 0 {
+	if h.typ() == msgCredit && h.flags()&flagLow == 0 && !c.rcv.mustReturn() {
 		return // some other message has carried them
 	}
+	owed := c.takeOwed()
 	makeHeader(h.typ(), h.flags(), owed, h.arg()).put(s.ctl[:])
 	wr := &s.wr[0]
 	wr.Opcode = ib.OpSend
