@@ -40,6 +40,11 @@ func (r *remoteRegion) ok() bool {
 	return atomic.LoadUint32(r.live) == r.handle && !r.dead.Load()
 }
 
+// same reports whether r, which may be nil, describes the same live region as n.
+func (r *remoteRegion) same(n *remoteRegion) bool {
+	return r != nil && !r.missing && !n.missing && r.handle == n.handle && !r.dead.Load()
+}
+
 func (r *remoteRegion) contains(addr uint64, n uint32) bool {
 	off := addr - r.base
 	return off <= r.length && uint64(n) <= r.length-off
@@ -197,12 +202,15 @@ func (l *link) forget(handle uint32) {
 	for _, r := range gone {
 		r.dead.Store(true)
 	}
-	l.nic.later(func() {
+	unmap := func() {
 		l.nic.drainSenders() // whoever saw it alive has ended
 		for _, r := range gone {
 			r.unmap()
 		}
-	})
+	}
+	if l.nic.work.put(unmap) < 0 {
+		unmap() // the NIC is closed: no QP is left whose lock this could wait for
+	}
 }
 
 // handleResolve answers a peer that wants to use a region of ours.
@@ -296,6 +304,7 @@ func (l *link) handleRegion(m *ctl) error {
 		return nil
 	}
 	var old *remoteRegion
+	var known bool // we were told while we asked, and a sender may hold on to what it was told
 	if m.flags&regionPushed != 0 {
 		l.taken++
 		fits := l.taken <= pushLimit && !r.missing
@@ -324,7 +333,9 @@ func (l *link) handleRegion(m *ctl) error {
 		}
 		delete(l.asked, 1<<32|uint64(m.a))
 		old = l.byHandle[m.a]
-		l.byHandle[m.a] = r
+		if known = old.same(r); !known {
+			l.byHandle[m.a] = r
+		}
 	} else {
 		if !l.asked[uint64(m.b)] {
 			l.regMu.Unlock()
@@ -333,10 +344,15 @@ func (l *link) handleRegion(m *ctl) error {
 		}
 		delete(l.asked, uint64(m.b))
 		old = l.byRKey[r.rkey]
-		l.byRKey[r.rkey] = r
+		if known = old.same(r); !known {
+			l.byRKey[r.rkey] = r
+		}
 	}
 	l.regMu.Unlock()
-	if old != nil {
+	switch {
+	case known:
+		r.unmap()
+	case old != nil:
 		old.dead.Store(true)
 		l.nic.drainSenders()
 		old.unmap()
