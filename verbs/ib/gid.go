@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strconv"
 )
 
 // GID is a global identifier, 16 bytes in network order; on RoCE it is an IPv6 address or an IPv4-mapped one.
@@ -48,6 +49,18 @@ func ParseGID(s string) (GID, error) {
 	return GIDFromAddr(a), nil
 }
 
+// MarshalText writes the GID as String does.
+func (g GID) MarshalText() ([]byte, error) { return []byte(g.String()), nil }
+
+// UnmarshalText reads what ParseGID does.
+func (g *GID) UnmarshalText(b []byte) error {
+	v, err := ParseGID(string(b))
+	if err == nil {
+		*g = v
+	}
+	return err
+}
+
 // GIDType says which protocol a GID table entry stands for. Values are enum ib_uverbs_gid_type's.
 type GIDType uint8
 
@@ -86,4 +99,20 @@ type GUID uint64
 
 func (g GUID) String() string {
 	return fmt.Sprintf("%04x:%04x:%04x:%04x", uint16(g>>48), uint16(g>>32), uint16(g>>16), uint16(g))
+}
+
+// MarshalText writes the GUID as String does: in JSON a number of 64 bits would lose its last digits to many readers.
+func (g GUID) MarshalText() ([]byte, error) { return []byte(g.String()), nil }
+
+// UnmarshalText reads what MarshalText has written: four groups of four hex digits.
+func (g *GUID) UnmarshalText(b []byte) error {
+	if len(b) != 19 || b[4] != ':' || b[9] != ':' || b[14] != ':' {
+		return fmt.Errorf("ib: not a GUID: %q", b)
+	}
+	v, err := strconv.ParseUint(string(b[:4])+string(b[5:9])+string(b[10:14])+string(b[15:]), 16, 64)
+	if err != nil {
+		return fmt.Errorf("ib: not a GUID: %q", b)
+	}
+	*g = GUID(v)
+	return nil
 }

@@ -1,6 +1,7 @@
 package ib
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -114,6 +115,30 @@ func TestGID(t *testing.T) {
 	}
 	if s := GUID(0x0123456789abcdef).String(); s != "0123:4567:89ab:cdef" {
 		t.Error(s)
+	}
+}
+
+func TestJSON(t *testing.T) {
+	type both struct {
+		GUID GUID
+		GID  GID
+	}
+	in := both{GUID: 0xfedcba9876543210, GID: GID{10: 0xff, 11: 0xff, 12: 10, 15: 1}}
+	b, err := json.Marshal(in)
+	if want := `{"GUID":"fedc:ba98:7654:3210","GID":"0000:0000:0000:0000:0000:ffff:0a00:0001"}`; err != nil || string(b) != want {
+		t.Errorf("%s, %v", b, err)
+	}
+	var out both
+	if err := json.Unmarshal(b, &out); err != nil || out != in {
+		t.Errorf("%+v, %v", out, err)
+	}
+	for _, s := range []string{"", "fedc:ba98:7654:321", "fedc:ba98:7654:321g", "fedcba9876543210", "fedc-ba98-7654-3210", "+edc:ba98:7654:3210"} {
+		if err := out.GUID.UnmarshalText([]byte(s)); err == nil || out != in {
+			t.Errorf("%q is a GUID", s)
+		}
+	}
+	if err := out.GID.UnmarshalText([]byte("x")); err == nil || out != in {
+		t.Error("x is a GID")
 	}
 }
 
