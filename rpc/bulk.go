@@ -64,6 +64,10 @@ func (c *Client) CallBulk(ctx context.Context, m Method, req []byte, bulk []Bulk
 		if b.Off < 0 || b.Len < 0 || b.Off > b.MR.Len()-b.Len || b.Access&^bulkAccess != 0 || b.Access == 0 {
 			return Errorf(InvalidArgument, "bulk argument %d: %d bytes at %d with access %#x of a region of %d", i, b.Len, b.Off, uint32(b.Access), b.MR.Len())
 		}
+		if b.Len == 0 { // nothing to grant
+			keys[i].Access = b.Access
+			continue
+		}
 		g, err := c.conn.Grant(ctx, b.MR, b.Off, b.Len, b.Access)
 		if err != nil {
 			return callError(err)
@@ -149,6 +153,9 @@ func (c *Call) Pull(ctx context.Context, dst ib.SGE, i int, off uint64) error {
 		return err
 	}
 	defer c.endBulk()
+	if dst.Length == 0 {
+		return nil
+	}
 	return bulkError(c.conn.conn.Read(ctx, dst, r, off))
 }
 
@@ -160,6 +167,9 @@ func (c *Call) Push(ctx context.Context, src ib.SGE, i int, off uint64) error {
 		return err
 	}
 	defer c.endBulk()
+	if src.Length == 0 {
+		return nil
+	}
 	return bulkError(c.conn.conn.Write(ctx, src, r, off))
 }
 
