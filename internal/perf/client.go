@@ -246,6 +246,10 @@ func (r *runner) measure(ctx context.Context, spec *Spec, step, steps int) (*Res
 	return res, s.path(), err
 }
 
+// warmupTime is how long a warm-up lasts at least that was not asked for in operations: the system's scheduler needs some
+// time to find that two spinning threads do not belong on one processor.
+const warmupTime = 50 * time.Millisecond
+
 // drive runs warm-up and measurement of a connected load, and gets the server's report.
 func (r *runner) drive(ctx context.Context, spec *Spec, l load, step, steps int) (*Result, *report, error) {
 	defer context.AfterFunc(ctx, l.stop)()
@@ -255,13 +259,20 @@ func (r *runner) drive(ctx context.Context, spec *Spec, l load, step, steps int)
 	talk, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	var got tally
+	var warmed uint64
 	var warm error
 	err := pinned(r.cfg.CPU, func() error {
 		if spec.Warmup > 0 {
 			r.progress(Progress{Step: step, Steps: steps, Size: spec.Size, Phase: "warm-up"})
-			if _, warm = l.run(int64(spec.Warmup), 0, false); warm != nil {
-				return warm
+			for until := time.Now().Add(warmupTime); ; {
+				if _, warm = l.run(int64(spec.Warmup), 0, false); warm != nil {
+					return warm
+				}
+				if r.cfg.Spec.Warmup != 0 || ctx.Err() != nil || !time.Now().Before(until) {
+					break
+				}
 			}
+			warmed = l.total()
 		}
 		if ctx.Err() != nil {
 			return nil
@@ -302,6 +313,7 @@ func (r *runner) drive(ctx context.Context, spec *Spec, l load, step, steps int)
 		server = &rep.cpu
 	}
 	res := newResult(spec, uint64(got.n), got.elapsed, client, server)
+	res.Warmup = warmed
 	res.Latency = l.latency()
 	res.Partial = err != nil || ctx.Err() != nil && (spec.Duration > 0 || got.n < spec.Iters)
 	return &res, rep, r.explain(ctx, err)

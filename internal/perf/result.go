@@ -99,7 +99,7 @@ type Result struct {
 
 // newResult computes the rates; a measurement without messages has none.
 func newResult(s *Spec, messages uint64, elapsed time.Duration, client, server *cpuTime) Result {
-	r := Result{Size: s.Size, Messages: messages, Warmup: uint64(max(0, s.Warmup)), Seconds: elapsed.Seconds()}
+	r := Result{Size: s.Size, Messages: messages, Seconds: elapsed.Seconds()}
 	if messages == 0 {
 		return r
 	}

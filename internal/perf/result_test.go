@@ -51,7 +51,7 @@ func sampleReport(op Op, kind Kind, sizes ...int) *Report {
 		s.Size = n
 		x := newResult(&s, 100_000, 250*time.Millisecond+time.Duration(n)*time.Microsecond,
 			&cpuTime{user: 200 * time.Millisecond, system: 50 * time.Millisecond}, &cpuTime{user: 125 * time.Millisecond})
-		x.Inline = s.inlineWish() > 0
+		x.Inline, x.Warmup = s.inlineWish() > 0, 1000
 		if r.Test.LatencyOf != "" {
 			base := 200 + float64(n)/10
 			x.Latency = &Latency{Min: base * 0.9, Mean: base * 1.1, StdDev: 3, P50: base, P90: base * 1.3, P99: base * 2, P999: base * 9.5, Max: base * 400}

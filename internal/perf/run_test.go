@@ -144,6 +144,9 @@ func checkReport(t *testing.T, rep *Report, cfg *Config) {
 		if r.Messages == 0 || cfg.Spec.Iters > 0 && r.Messages != uint64(cfg.Spec.Iters) || r.Partial {
 			t.Errorf("%d bytes: %d messages (partial: %v), want %d", r.Size, r.Messages, r.Partial, cfg.Spec.Iters)
 		}
+		if want := max(0, cfg.Spec.Warmup); r.Warmup != uint64(want) {
+			t.Errorf("%d bytes: warm-up of %d, want %d", r.Size, r.Warmup, want)
+		}
 		if r.Seconds <= 0 || r.MessagesPerSecond <= 0 || r.MegabytesPerSecond <= 0 {
 			t.Errorf("%d bytes: no rates: %+v", r.Size, r)
 		}
@@ -317,7 +320,7 @@ func TestInterruptBeforeMeasuring(t *testing.T) {
 	srv := startServer(t, ServerConfig{})
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	cfg := testConfig(srv.addr, Spec{Op: OpSend, Kind: Lat, Warmup: maxIters}, 8)
+	cfg := testConfig(srv.addr, Spec{Op: OpSend, Kind: Lat, Warmup: 1 << 30}, 8)
 	cfg.Progress = func(p Progress) {
 		if p.Phase == "warm-up" {
 			time.AfterFunc(10*time.Millisecond, cancel)

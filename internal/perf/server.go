@@ -66,6 +66,9 @@ func (s *Server) log(format string, args ...any) {
 // errServerStops is what a client is told when the server ends.
 var errServerStops = errors.New("the server was stopped")
 
+// errIdle is what a client is told that keeps others waiting.
+var errIdle = fmt.Errorf("no test was asked for in %v, and other clients may be waiting", stepTimeout)
+
 // Serve serves clients that connect to l until ctx ends; with ServerConfig.Once, until the first has gone. It closes l,
 // and returns when nothing of it runs any more. The error is nil if it was told to end.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
@@ -88,7 +91,16 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 					return nil
 				}
 			}
-			return fmt.Errorf("accepting clients: %w", err)
+			if errors.Is(err, net.ErrClosed) {
+				return fmt.Errorf("accepting clients: %w", err)
+			}
+			// Out of file descriptors, or the client has gone already: neither ends a server.
+			s.log("accepting clients: %v", err)
+			select {
+			case <-ctx.Done():
+			case <-time.After(100 * time.Millisecond):
+			}
+			continue
 		}
 		wg.Go(func() {
 			served, err := s.client(ctx, conn)
@@ -131,7 +143,9 @@ func (s *Server) client(ctx context.Context, conn net.Conn) (served bool, err er
 	defer c.close()
 	s.log("%v connected: %s (%s) on %s", who, peer.Device, peer.Provider, peer.Name)
 	for {
-		m, err := c.next(ctx)
+		wait, stopWaiting := context.WithTimeoutCause(ctx, stepTimeout, errIdle)
+		m, err := c.next(wait)
+		stopWaiting()
 		if err == nil {
 			t, ok := m.(*setup)
 			if !ok {
