@@ -138,7 +138,7 @@ func (in *inbound) write(i uint32) {
 	q := in.q
 	r := &q.recs[i&q.recMask]
 	sges := q.recSGE[int(i&q.recMask)*q.cap.MaxRecvSGE:][:r.sges]
-	if in.link.path != pathInproc && r.staged == nil {
+	if r.private && in.link.path != pathInproc && r.staged == nil {
 		r.staged = q.nic.stageRecv(q.pd, sges, r.total)
 	}
 	d := in.descs[(i&in.mask)*descWords:][:descWords]
@@ -204,11 +204,14 @@ func (q *QP) PostRecv(wrs []ib.RecvWR) (int, error) {
 		if len(wr.SGEs) == 1 { // the common case, without a loop
 			s := &wr.SGEs[0]
 			r.total = s.Length
-			q.recSGE[int(k)*q.cap.MaxRecvSGE] = q.nic.recvDesc(q.pd, s)
+			q.recSGE[int(k)*q.cap.MaxRecvSGE], r.private = q.nic.recvDesc(q.pd, s)
 		} else {
 			var sum uint64
+			r.private = false
 			for j := range wr.SGEs {
-				q.recSGE[int(k)*q.cap.MaxRecvSGE+j] = q.nic.recvDesc(q.pd, &wr.SGEs[j])
+				d, private := q.nic.recvDesc(q.pd, &wr.SGEs[j])
+				q.recSGE[int(k)*q.cap.MaxRecvSGE+j] = d
+				r.private = r.private || private
 				sum += uint64(wr.SGEs[j].Length)
 			}
 			if sum > ib.MaxMessage {
@@ -243,12 +246,12 @@ var (
 
 // recvDesc translates an SGE of a receive. One that is not covered by a writable region of the PD gets handle 0: the error is
 // reported when a message arrives for it, as the specification wants (IBA 10.8.3.2).
-func (n *NIC) recvDesc(pd *PD, s *ib.SGE) descriptor {
+func (n *NIC) recvDesc(pd *PD, s *ib.SGE) (d descriptor, private bool) {
 	r := n.regions.lookup(uint32(s.LKey))
 	if r == nil || r.pd != pd || r.access&ib.AccessLocalWrite == 0 || r.qpn != 0 || !r.contains(s.Addr, s.Length) {
-		return makeDesc(s.Addr, s.Length, 0)
+		return makeDesc(s.Addr, s.Length, 0), false
 	}
-	return makeDesc(s.Addr, s.Length, r.handle)
+	return makeDesc(s.Addr, s.Length, r.handle), r.fd < 0
 }
 
 // poll moves completions of this QP into wcs. Called with c.mu held.

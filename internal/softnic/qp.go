@@ -106,11 +106,12 @@ func makeDesc(addr uint64, n, handle uint32) descriptor {
 
 // recvRec is the owner's private record of a posted receive; what peers see of it is a copy.
 type recvRec struct {
-	id     uint64
-	total  uint32
-	sges   uint16
-	state  uint8
-	staged *stageBuf
+	id      uint64
+	total   uint32
+	sges    uint16
+	state   uint8
+	private bool // some of it is memory that another process cannot map
+	staged  *stageBuf
 }
 
 const (

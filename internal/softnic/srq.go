@@ -181,12 +181,14 @@ func (s *SRQ) PostRecv(wrs []ib.RecvWR) (int, error) {
 			return i, errTooLong
 		}
 		r := s.slotLocked()
-		r.id, r.total, r.sges, r.state = wr.ID, uint32(sum), uint16(len(wr.SGEs)), recPosted
+		r.id, r.total, r.sges, r.state, r.private = wr.ID, uint32(sum), uint16(len(wr.SGEs)), recPosted, false
 		r.sgesD = r.sgesD[:0]
 		for j := range wr.SGEs {
-			r.sgesD = append(r.sgesD, s.nic.recvDesc(s.pd, &wr.SGEs[j]))
+			d, private := s.nic.recvDesc(s.pd, &wr.SGEs[j])
+			r.sgesD = append(r.sgesD, d)
+			r.private = r.private || private
 		}
-		if s.nic.shared {
+		if r.private && s.nic.shared {
 			r.staged = s.nic.stageRecv(s.pd, r.sgesD, r.total)
 		}
 		s.publishLocked(r)

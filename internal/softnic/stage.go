@@ -29,19 +29,15 @@ const (
 	stageSlab     = 1 << 20
 )
 
-// stageRecv returns a staging buffer if one of the elements is private memory. Nil: none is needed, or none can be had, and
-// then the peer will be told that the receive buffer is unusable.
+// stageRecv returns a staging buffer for a receive of total bytes into elements of which one is private memory. Nil: none is
+// needed, or none can be had, and then the peer will find the receive unusable.
 func (n *NIC) stageRecv(pd *PD, sges []descriptor, total uint32) *stageBuf {
-	private := false
 	for _, s := range sges {
-		h := uint32(s.lenHdl >> 32)
-		r := n.regions.lookup(h)
-		if h == 0 || r == nil {
+		if s.lenHdl>>32 == 0 {
 			return nil // the error is reported when a message arrives
 		}
-		private = private || r.fd < 0
 	}
-	if !private || total == 0 {
+	if total == 0 {
 		return nil
 	}
 	return n.stages.get(n, pd, total)
