@@ -642,7 +642,11 @@ func (c *Conn) readLocked(m *Message) {
 	wr := &s.wr[0]
 	wr.Opcode, wr.Inline, wr.SGEs = ib.OpRDMARead, nil, s.sge[:]
 	wr.RemoteAddr, wr.RKey = m.key.Addr, m.key.RKey
-	c.postLocked(sqEntry{msg: m}, true)
+	e := s.entry()
+	e.msg = m
+	if c.postLocked(true) != nil {
+		e.msg = nil
+	}
 }
 
 // readDone ends a rendezvous whose payload is here. The role is held.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/ringside-rdma/ringside/mr"
@@ -46,9 +47,13 @@ type sendSide struct {
 	pendTail  *SendBuf
 	ops       waitList // batches and WriteImm that wait for room or credits
 
+	// spare is a free buffer of class small that changes hands without mu. Such buffers lie on the Go heap: nothing must
+	// be given back when the connection ends.
+	spare atomic.Pointer[SendBuf]
+
 	small, slots, big bufClass
 	arena             *arena
-	out               int // SendBufs with the user
+	out               int // SendBufs with the user, but for class small
 
 	rndv     []rndvOut
 	rndvFree []uint16
@@ -63,7 +68,7 @@ type sendSide struct {
 	waiters *roomWaiter
 }
 
-// sqEntry is what to do when a send request completes. At most one pointer is set.
+// sqEntry is what to do when a send request completes. At most one pointer is set; a free entry has none.
 type sqEntry struct {
 	buf   *SendBuf
 	batch *Batch
@@ -232,6 +237,13 @@ func (c *Conn) TryAlloc(n int) (*SendBuf, error) {
 		return nil, ErrTooLarge
 	}
 	s := &c.snd
+	if n <= c.inline {
+		if b := s.spare.Load(); b != nil && s.spare.CompareAndSwap(b, nil) {
+			b.n = n
+			b.state = bufOwned
+			return b, nil // if the connection has ended, Post says so
+		}
+	}
 	s.mu.Lock()
 	b, err := c.takeLocked(n)
 	s.mu.Unlock()
@@ -255,6 +267,13 @@ func (c *Conn) takeLocked(n int) (*SendBuf, error) {
 	}
 	cl := c.classFor(n)
 	b := cl.free
+	if b == nil && cl == &s.small {
+		if b = s.spare.Swap(nil); b != nil {
+			b.n = n
+			b.state = bufOwned
+			return b, nil
+		}
+	}
 	if b == nil {
 		if cl.n == cl.max {
 			return nil, ErrWouldBlock
@@ -290,13 +309,19 @@ func (c *Conn) takeLocked(n int) (*SendBuf, error) {
 	}
 	b.n = n
 	b.state = bufOwned
-	s.out++
+	if cl != &s.small {
+		s.out++
+	}
 	return b, nil
 }
 
 // putLocked puts a buffer that nobody uses back into its class, and lets a waiter have it.
 func (c *Conn) putLocked(b *SendBuf) {
 	b.state = bufFree
+	if b.class == &c.snd.small && b.class.waiting.head == nil && c.snd.spare.Load() == nil {
+		c.snd.spare.Store(b) // only putLocked fills it
+		return
+	}
 	if b.big != nil {
 		big := b.big
 		b.big, b.mem = nil, nil
@@ -402,17 +427,25 @@ func (b *SendBuf) Discard() {
 		s.mu.Unlock()
 		panic("transport: Discard of a SendBuf that is not owned")
 	}
-	s.out--
+	c.outLocked(b)
 	c.dropLocked(b)
 	s.mu.Unlock()
+}
+
+// outLocked: b is no longer the user's.
+func (c *Conn) outLocked(b *SendBuf) {
+	if b.class != &c.snd.small {
+		c.snd.out--
+	}
 }
 
 // dropLocked is putLocked, but for the end of the connection, when the buffer's memory goes back where it came from.
 func (c *Conn) dropLocked(b *SendBuf) {
 	s := &c.snd
 	ended := s.err != nil && s.sq == nil
+	small := b.class == &s.small
 	c.putLocked(b)
-	if ended {
+	if ended && !small {
 		c.freeBufsLocked()
 		go c.p.unref() // the buffer kept the poller; not here: a Handler may be calling
 	}
@@ -438,7 +471,7 @@ func (c *Conn) Post(b *SendBuf, n int) error {
 		s.mu.Unlock()
 		panic("transport: Post of a SendBuf that is not owned")
 	}
-	s.out--
+	c.outLocked(b)
 	if uint(n) > uint(b.n) {
 		c.dropLocked(b)
 		s.mu.Unlock()
@@ -513,7 +546,7 @@ func (c *Conn) transmitLocked(b *SendBuf) error {
 		makeHeader(msgData, flags, c.takeOwed(), uint32(b.n)).put(b.mem)
 		wr.Inline = b.mem[:headerLen+b.n]
 		wr.SGEs = nil
-		err := c.postLocked(sqEntry{}, false)
+		err := c.postLocked(false)
 		c.putLocked(b) // inline data is copied by PostSend
 		return err
 	case &s.slots:
@@ -524,13 +557,20 @@ func (c *Conn) transmitLocked(b *SendBuf) error {
 		wr.SGEs = s.sge[:]
 		b.state = bufInFlight
 		// A signal soon, if buffers are getting scarce: only completions give them back.
-		return c.postLocked(sqEntry{buf: b}, 2*(s.slots.nfree+s.slots.max-s.slots.n) <= s.slots.max)
+		e := s.entry()
+		e.buf = b
+		if err := c.postLocked(2*(s.slots.nfree+s.slots.max-s.slots.n) <= s.slots.max); err != nil {
+			e.buf = nil
+			c.putLocked(b)
+			return err
+		}
+		return nil
 	}
 	if b.n == 0 { // a rendezvous of nothing: an empty message says the same
 		makeHeader(msgData, flags, c.takeOwed(), 0).put(s.ctl[:])
 		wr.Inline = s.ctl[:headerLen]
 		wr.SGEs = nil
-		err := c.postLocked(sqEntry{}, false)
+		err := c.postLocked(false)
 		c.putLocked(b)
 		return err
 	}
@@ -548,11 +588,14 @@ func (c *Conn) transmitLocked(b *SendBuf) error {
 	wr.Inline = s.ctl[:minInline]
 	wr.SGEs = nil
 	c.dutyLocked()
-	return c.postLocked(sqEntry{}, false)
+	return c.postLocked(false)
 }
 
+// entry is what the next request's completion will look at; it is empty.
+func (s *sendSide) entry() *sqEntry { return &s.sq[s.head&uint32(len(s.sq)-1)] }
+
 // postLocked posts s.wr[0], filled in but for ID and Flags. There is room.
-func (c *Conn) postLocked(e sqEntry, signal bool) error {
+func (c *Conn) postLocked(signal bool) error {
 	s := &c.snd
 	wr := &s.wr[0]
 	wr.Flags = 0
@@ -562,11 +605,7 @@ func (c *Conn) postLocked(e sqEntry, signal bool) error {
 		wr.Flags = ib.SendSignaled
 	}
 	wr.ID = c.idBase | uint64(s.head)
-	s.sq[s.head&uint32(len(s.sq)-1)] = e
 	if _, err := c.q.PostSend(s.wr[:]); err != nil {
-		if e.buf != nil {
-			c.putLocked(e.buf)
-		}
 		if s.err == nil {
 			s.err = &CloseError{Err: err}
 			c.fail(s.err)
@@ -608,7 +647,7 @@ func (c *Conn) transmitControlLocked(h header) {
 	if h.typ() == msgEOS {
 		s.eosSent, s.eosSeq = true, s.head
 	}
-	c.postLocked(sqEntry{}, h.typ() == msgEOS)
+	c.postLocked(h.typ() == msgEOS)
 }
 
 // drainLocked sends what has become possible.
@@ -799,7 +838,7 @@ func (c *Conn) Send(ctx context.Context, msg []byte) error {
 	b, err := c.takeLocked(len(msg))
 	if err == nil && b.big == nil {
 		copy(b.mem[headerLen:], msg)
-		s.out--
+		c.outLocked(b)
 		err = c.postBufLocked(b, len(msg))
 		s.mu.Unlock()
 		return err
