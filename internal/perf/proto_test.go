@@ -57,7 +57,12 @@ func TestMessagesRoundTrip(t *testing.T) {
 	}
 }
 
-func TestMessagesRefused(t *testing.T) {
+type badFrame struct {
+	name, want string // want is part of the reason
+	frame      []byte
+}
+
+func badFrames() []badFrame {
 	frame := func(typ frameType, payload []byte) []byte {
 		b := binary.LittleEndian.AppendUint32(nil, uint32(len(payload)))
 		b = binary.LittleEndian.AppendUint16(b, uint16(typ))
@@ -71,10 +76,7 @@ func TestMessagesRefused(t *testing.T) {
 		return b
 	}
 	ep := payload(&ready{endpoint: sampleEndpoint(1)})
-	for _, tt := range []struct {
-		name, want string
-		frame      []byte
-	}{
+	return []badFrame{
 		{"garbage", "unknown frame", []byte("GET / HTTP/1.1\r\n\r\n")},
 		{"other magic", "does not speak", frame(frameHello, edit(h, 0, 0xff))},
 		{"newer version", "speaks version 9", frame(frameHello, edit(h, 4, 9))},
@@ -90,7 +92,11 @@ func TestMessagesRefused(t *testing.T) {
 		{"too many queue pairs", "the limit is", frame(frameReady, edit(ep, 18+1+24+2+len("127.0.0.1:9"), 0xff, 0xff))},
 		{"queue pair 1", "is not valid", frame(frameReady, edit(ep, len(ep)-8, 1, 0, 0, 0))},
 		{"wide PSN", "is not valid", frame(frameReady, edit(ep, len(ep)-1, 1))},
-	} {
+	}
+}
+
+func TestMessagesRefused(t *testing.T) {
+	for _, tt := range badFrames() {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := readMessage(bytes.NewReader(tt.frame), make([]byte, maxFrame))
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
@@ -103,6 +109,9 @@ func TestMessagesRefused(t *testing.T) {
 func FuzzReadMessage(f *testing.F) {
 	for _, m := range sampleMessages() {
 		f.Add(appendFrame(nil, m))
+	}
+	for _, b := range badFrames() {
+		f.Add(b.frame)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		m, err := readMessage(bytes.NewReader(b), make([]byte, maxFrame))
