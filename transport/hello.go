@@ -123,6 +123,7 @@ type reader struct {
 	fail bool
 }
 
+// bytes returns the next n bytes; after a failure, at most 64 zeroes: enough for any fixed field.
 func (r *reader) bytes(n int) []byte {
 	if r.fail || n > len(r.b) {
 		r.fail = true
@@ -144,7 +145,11 @@ func (r *reader) text(limit int) string {
 		r.fail = true
 		return ""
 	}
-	return string(r.bytes(n)[:n])
+	b := r.bytes(n)
+	if r.fail {
+		return ""
+	}
+	return string(b)
 }
 
 var errTruncated = errors.New("truncated")
