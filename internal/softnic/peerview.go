@@ -34,6 +34,7 @@ type peerView struct {
 	limit  uint32 // receives known to be posted (or, with an SRQ, completions known to fit)
 	hdl    uint32 // handle of the last receive buffer's region, sgeList if there is none
 	region *remoteRegion
+	slot   recvSlot // the receive under way
 }
 
 func newPeerView(l *link, c *connectMsg, qpn ib.QPN, b []byte, port portView, srq *srqView) *peerView {

@@ -46,8 +46,15 @@ const (
 		1<<ib.OpBindMW
 	opsUD     = 1<<ib.OpSend | 1<<ib.OpSendWithImm
 	opsInline = 1<<ib.OpRDMAWrite | 1<<ib.OpRDMAWriteWithImm | 1<<ib.OpSend | 1<<ib.OpSendWithImm | 1<<ib.OpSendWithInv
+	opsPlain  = opsInline | 1<<ib.OpRDMARead
 	opsAtomic = 1<<ib.OpAtomicCmpSwap | 1<<ib.OpAtomicFetchAdd
 )
+
+// plain reports that nothing is wrong with a request of the common kinds; checkWR looks closely at the others.
+func (q *QP) plain(wr *ib.SendWR) bool {
+	return q.typ == ib.RC && opsPlain>>wr.Opcode&1 != 0 && len(wr.SGEs) <= q.cap.MaxSendSGE && len(wr.Inline) == 0 ||
+		q.typ == ib.RC && opsInline>>wr.Opcode&1 != 0 && len(wr.SGEs) == 0 && len(wr.Inline) <= q.cap.MaxInline
+}
 
 // checkWR finds what can be wrong with a request by itself.
 func (q *QP) checkWR(wr *ib.SendWR) error {
@@ -102,8 +109,10 @@ func (q *QP) PostSend(wrs []ib.SendWR) (int, error) {
 				break
 			}
 		}
-		if err = q.checkWR(wr); err != nil {
-			break
+		if !q.plain(wr) {
+			if err = q.checkWR(wr); err != nil {
+				break
+			}
 		}
 		n++
 		if st == ib.RTS && q.pendLen == 0 {
@@ -317,7 +326,15 @@ func (q *QP) exec(wr *ib.SendWR) (st ib.WCStatus, n uint32, s stallKind) {
 		return q.bind(wr.Bind), 0, stallNone
 	}
 	v := q.pv
-	if v == nil || !v.enter() {
+	if v != nil {
+		// v.enter and v.leave, which are too large for the compiler to inline here.
+		publish32(v.full, v.busy, 1)
+		if atomic.LoadUint32(v.state) != qpReady {
+			v.leave()
+			v = nil
+		}
+	}
+	if v == nil {
 		if q.typ == ib.UC && q.met {
 			return ib.WCSuccess, 0, stallNone // nobody listens, and nobody says so
 		}
@@ -453,33 +470,27 @@ func (q *QP) execSend(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKin
 // deliver puts a message of n bytes (b, if it is in one piece) into the peer's next receive and completes it. Called between
 // enter and leave.
 func (q *QP) deliver(v *peerView, wr *ib.SendWR, b []byte, n, imm uint32, flags uint8) (ib.WCStatus, stallKind) {
-	var slot recvSlot
-	for {
-		if !v.peek(&slot) {
-			if q.typ == ib.UC {
-				return ib.WCSuccess, stallNone // dropped
-			}
-			return 0, stallRNR
+	slot := &v.slot
+	if !v.peek(slot) {
+		if q.typ == ib.UC {
+			return ib.WCSuccess, stallNone // dropped
 		}
-		h := slot.handle()
-		if n == 0 || h == sgeList {
-			break
-		}
-		if h != v.hdl || !v.region.ok() { // the usual receive comes from the same region as the last one
-			r := v.link.regionByHandle(h)
-			if r == nil {
-				return 0, stallResolve
-			}
-			if !r.missing && r.ok() {
-				v.hdl, v.region = h, r
-			}
-		}
-		break
+		return 0, stallRNR
 	}
-	if h := slot.handle(); h == sgeList || n > slot.length() || n > 0 && (h != v.hdl || !v.region.contains(slot.addr, slot.length())) {
-		return q.deliverSlow(v, wr, &slot, n, imm, flags)
+	h := slot.handle()
+	if n > 0 && h != sgeList && (h != v.hdl || !v.region.ok()) { // the usual receive comes from the same region as the last one
+		r := v.link.regionByHandle(h)
+		if r == nil {
+			return 0, stallResolve
+		}
+		if !r.missing && r.ok() {
+			v.hdl, v.region = h, r
+		}
 	}
-	if v.geo.srq && !v.take(&slot) {
+	if h == sgeList || n > slot.length() || n > 0 && (h != v.hdl || !v.region.contains(slot.addr, slot.length())) {
+		return q.deliverSlow(v, wr, slot, n, imm, flags)
+	}
+	if v.geo.srq && !v.take(slot) {
 		return q.deliver(v, wr, b, n, imm, flags) // somebody else took it: look at the next
 	}
 	if n > 0 {
@@ -490,7 +501,7 @@ func (q *QP) deliver(v *peerView, wr *ib.SendWR, b []byte, n, imm uint32, flags 
 			q.gather(dst, wr, 0)
 		}
 	}
-	v.complete(&slot, n, imm, flags, ib.WCSuccess, q.qpn)
+	v.complete(slot, n, imm, flags, ib.WCSuccess, q.qpn)
 	v.port.notify(flags&cqeSolicited != 0)
 	return ib.WCSuccess, stallNone
 }
@@ -641,8 +652,8 @@ func (q *QP) execWrite(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKi
 		return st, 0, stallNone
 	}
 	withImm := wr.Opcode == ib.OpRDMAWriteWithImm
-	var slot recvSlot
-	if withImm && !v.peek(&slot) { // the receive that the immediate takes must be there
+	slot := &v.slot
+	if withImm && !v.peek(slot) { // the receive that the immediate takes must be there
 		if q.typ == ib.UC {
 			return ib.WCSuccess, n, stallNone
 		}
@@ -665,8 +676,8 @@ func (q *QP) execWrite(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKi
 		}
 	}
 	if withImm {
-		for !v.take(&slot) {
-			if !v.peek(&slot) {
+		for !v.take(slot) {
+			if !v.peek(slot) {
 				return 0, 0, stallRNR
 			}
 		}
@@ -674,7 +685,7 @@ func (q *QP) execWrite(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKi
 		if wr.Flags&ib.SendSolicited != 0 {
 			flags |= cqeSolicited
 		}
-		v.complete(&slot, n, wr.Imm, flags, ib.WCSuccess, q.qpn)
+		v.complete(slot, n, wr.Imm, flags, ib.WCSuccess, q.qpn)
 		v.port.notify(flags&cqeSolicited != 0)
 	}
 	return ib.WCSuccess, n, stallNone
