@@ -226,7 +226,7 @@ func (c *CQ) Close() error {
 	c.err.CompareAndSwap(nil, &e)
 	c.mu.Unlock()
 	for _, p := range ports {
-		p.link.dropPort(p)
+		p.tidy()
 	}
 	if c.channel != nil {
 		c.channel.remove(c)
@@ -389,8 +389,9 @@ func (c *CQ) addPort(p *port) {
 	c.armMu.Unlock()
 }
 
-// removePort forgets a port whose link is gone, and lets the sleeper look.
+// removePort forgets a port that was given up, and lets the sleeper look.
 func (c *CQ) removePort(p *port) {
+	c.armMu.Lock() // whoever arms looks at the ports with only this lock held
 	c.mu.Lock()
 	var ports []*port
 	for _, x := range c.ports {
@@ -400,6 +401,7 @@ func (c *CQ) removePort(p *port) {
 	}
 	c.ports = ports
 	c.mu.Unlock()
+	c.armMu.Unlock()
 	c.fire(true)
 }
 

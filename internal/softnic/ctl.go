@@ -44,6 +44,7 @@ const (
 	ctlAttach                        // id, qpn: asks for a block to send datagrams to that QP
 	ctlAttached                      // id, status; connectMsg follows: answer to ctlAttach
 	ctlBye                           // data: why the link closes
+	ctlDrop                          // id, status: a channel or SRQ that no block uses any more
 	ctlKinds
 )
 

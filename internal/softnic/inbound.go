@@ -54,9 +54,7 @@ func (q *QP) openInbound(l *link, dst uint32) (*inbound, error) {
 	}
 	b, err := l.alloc(g.size())
 	if err != nil {
-		q.rcq.mu.Lock()
 		p.dropMember(bit)
-		q.rcq.mu.Unlock()
 		return nil, err
 	}
 	w32, w64 := words32(b.mem), words64(b.mem)
@@ -124,13 +122,8 @@ func (in *inbound) waitIdle() {
 
 // release gives the block back once the peer has let go of it.
 func (in *inbound) release() {
-	c := in.q.rcq
-	port, bit, link := in.port, in.bit, in.link
-	link.release(in.blk, in.q.qpn, ib.QPN(in.dst), func() {
-		c.mu.Lock()
-		port.dropMember(bit)
-		c.mu.Unlock()
-	})
+	port, bit := in.port, in.bit
+	in.link.release(in.blk, in.q.qpn, ib.QPN(in.dst), func() { port.dropMember(bit) })
 }
 
 // write puts the descriptor of receive i where the peer reads it. Called with q.rq held; the tail publishes it.

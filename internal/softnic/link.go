@@ -32,8 +32,7 @@ type link struct {
 	ports    map[*CQ][]*port
 	sent     map[uint64]bool // channels and SRQs that the peer knows
 	peers    map[uint32]peerChunk
-	wakers   map[uint32]func()
-	wakeFDs  []int
+	wakers   map[uint32]*peerWaker
 	srqs     map[uint32]*srqView
 	connects map[[2]uint32]connectMsg // {our QPN, peer's QPN}: arrived before our QP was ready
 	udViews  map[ib.QPN]*udView
@@ -89,7 +88,7 @@ const (
 
 func newLink(n *NIC, peer ib.GID, path string) *link {
 	return &link{nic: n, peer: peer, path: path, freeBlk: map[uint32][]block{}, leaving: map[uint64]leaving{},
-		ports: map[*CQ][]*port{}, sent: map[uint64]bool{}, peers: map[uint32]peerChunk{}, wakers: map[uint32]func(){},
+		ports: map[*CQ][]*port{}, sent: map[uint64]bool{}, peers: map[uint32]peerChunk{}, wakers: map[uint32]*peerWaker{},
 		srqs: map[uint32]*srqView{}, connects: map[[2]uint32]connectMsg{}, udViews: map[ib.QPN]*udView{},
 		assists: map[uint32]*QP{}, views: map[*QP]bool{}, pds: map[*PD]bool{}, told: map[uint32]bool{}, byRKey: map[ib.RKey]*remoteRegion{},
 		byHandle: map[uint32]*remoteRegion{}, asked: map[uint64]bool{}}
@@ -205,9 +204,9 @@ func (l *link) port(c *CQ, k int) (*port, int, error) {
 	return p, bit, nil
 }
 
-// dropPort forgets a port of a closed CQ. Its memory is not reused: no message tells the peer's views apart, and a CQ
-// is rarely closed before its link.
+// dropPort forgets a port that was given up: it has no member, and so the peer has let go of every block that it came with.
 func (l *link) dropPort(p *port) {
+	p.cq.removePort(p)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	var keep []*port
@@ -221,8 +220,7 @@ func (l *link) dropPort(p *port) {
 	} else {
 		l.ports[p.cq] = keep
 	}
-	l.ownedBlk--
-	l.maybeUnmapLocked()
+	l.freeLocked(p.mem)
 }
 
 // tellChannel makes sure that the peer can wake the channel.
@@ -230,14 +228,35 @@ func (l *link) tellChannel(ch *CompChannel) uint32 {
 	if ch == nil {
 		return 0
 	}
-	l.mu.Lock()
-	known := l.sent[uint64(ch.id)]
-	l.sent[uint64(ch.id)] = true
-	l.mu.Unlock()
-	if !known {
-		l.send(ctl{kind: ctlChannel, id: ch.id, fd: ch.w.fd(), hasFD: l.path != pathInproc, obj: ch.wake})
-	}
+	l.tell(uint64(ch.id), ctl{kind: ctlChannel, id: ch.id, fd: ch.w.fd(), hasFD: l.path != pathInproc, obj: ch.wake})
 	return ch.id
+}
+
+// tell sends m unless the peer has been told of key before: when it returns, what is sent next arrives after m.
+func (l *link) tell(key uint64, m ctl) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.sent[key] {
+		l.sent[key] = true
+		l.send(m)
+	}
+}
+
+// Kinds of objects in ctlDrop; a key of link.sent is the kind in the upper half and the id in the lower.
+const (
+	dropChannel uint8 = 0
+	dropSRQ     uint8 = 1
+)
+
+// untell has the peer forget an object that it was told of and that no connection uses any more.
+func (l *link) untell(kind uint8, id uint32) {
+	key := uint64(kind)<<32 | uint64(id)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.sent[key] {
+		delete(l.sent, key)
+		l.send(ctl{kind: ctlDrop, status: kind, id: id})
+	}
 }
 
 // tellSRQ makes sure that the peer has mapped the shared receive queue.
@@ -245,13 +264,8 @@ func (l *link) tellSRQ(s *SRQ) uint32 {
 	if s == nil {
 		return 0
 	}
-	l.mu.Lock()
-	known := l.sent[1<<32|uint64(s.id)]
-	l.sent[1<<32|uint64(s.id)] = true
-	l.mu.Unlock()
-	if !known {
-		l.send(ctl{kind: ctlSRQ, id: s.id, a: s.ring, b: s.sges, fd: s.fd(), hasFD: l.path != pathInproc, obj: s.mem})
-	}
+	l.tell(uint64(dropSRQ)<<32|uint64(s.id),
+		ctl{kind: ctlSRQ, id: s.id, a: s.ring, b: s.sges, fd: s.fd(), hasFD: l.path != pathInproc, obj: s.mem})
 	return s.id
 }
 
@@ -302,7 +316,10 @@ func (l *link) close(reason error) {
 		}
 	}
 	l.nic.eachSRQ(func(s *SRQ) { s.reclaim(l) })
-	for c := range ports {
+	for c, ps := range ports {
+		for _, p := range ps {
+			p.tidy()
+		}
 		c.fire(true)
 	}
 	// Every QP has let go of its view under its lock: the peer's memory can be unmapped.
@@ -320,8 +337,10 @@ func (l *link) close(reason error) {
 		s.unmap()
 	}
 	l.srqs = nil
-	closeFDs(l.wakeFDs)
-	l.wakeFDs = nil
+	for _, w := range l.wakers {
+		w.close()
+	}
+	l.wakers = nil
 	l.maybeUnmapLocked()
 	l.mu.Unlock()
 	l.regMu.Lock()
@@ -376,6 +395,8 @@ func (l *link) handle(m *ctl) error {
 		return l.handleChannel(m)
 	case ctlSRQ:
 		return l.handleSRQ(m)
+	case ctlDrop:
+		return l.handleDrop(m)
 	case ctlConnect:
 		return l.handleConnect(m)
 	case ctlDisconnect:
@@ -487,37 +508,101 @@ func (l *link) handleChunk(m *ctl) error {
 }
 
 func (l *link) handleChannel(m *ctl) error {
-	var wake func()
+	w := &peerWaker{fd: -1}
 	if l.path == pathInproc {
 		f, ok := m.obj.(func())
 		if !ok {
 			return errCtl
 		}
-		wake = f
+		w.local = f
 	} else {
 		if !m.hasFD {
 			return errCtl
 		}
-		f, fd, err := remoteWaker(m.fd)
+		fd, err := remoteWaker(m.fd)
 		if err != nil {
 			return err
 		}
-		wake = f
-		l.mu.Lock()
-		if l.down != nil {
-			closeFDs([]int{fd})
-		} else {
-			l.wakeFDs = append(l.wakeFDs, fd)
-		}
-		l.mu.Unlock()
+		w.fd = fd
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if _, dup := l.wakers[m.id]; dup || m.id == 0 || len(l.wakers) >= 1<<14 {
+	if _, dup := l.wakers[m.id]; dup || m.id == 0 || len(l.wakers) >= 1<<14 || l.wakers == nil {
+		w.close()
 		return errCtl
 	}
-	l.wakers[m.id] = wake
+	l.wakers[m.id] = w
 	return nil
+}
+
+// handleDrop forgets a channel or an SRQ of the peer, who has disconnected every block that used it.
+func (l *link) handleDrop(m *ctl) error {
+	l.mu.Lock()
+	switch w, v := l.wakers[m.id], l.srqs[m.id]; {
+	case m.status == dropChannel && w != nil:
+		delete(l.wakers, m.id)
+		l.mu.Unlock()
+		w.close()
+		return nil
+	case m.status == dropSRQ && v != nil:
+		delete(l.srqs, m.id) // no new views
+		used := false
+		for _, c := range l.connects {
+			used = used || c.geo.srq && c.srq == m.id // one may be about to become a view
+		}
+		uds := maps.Clone(l.udViews)
+		l.mu.Unlock()
+		uses := func(pv *peerView) bool { return pv != nil && pv.srq == v }
+		for _, u := range uds {
+			u.mu.Lock()
+			used = used || uses(u.pv)
+			u.mu.Unlock()
+		}
+		l.nic.eachQP(func(q *QP) {
+			q.sq.Lock()
+			used = used || uses(q.pv)
+			q.sq.Unlock()
+		})
+		if !used {
+			v.unmap()
+			return nil
+		}
+		l.mu.Lock() // it stays mapped until the views are gone
+		if l.srqs != nil {
+			l.srqs[m.id] = v
+		}
+	}
+	l.mu.Unlock()
+	return errCtl
+}
+
+// peerWaker wakes a completion channel of the peer.
+type peerWaker struct {
+	local func() // within a process
+
+	mu sync.RWMutex
+	fd int // eventfd; -1: closed
+}
+
+func (w *peerWaker) wake() {
+	if w.local != nil {
+		w.local()
+		return
+	}
+	w.mu.RLock() // the number must not become another file's meanwhile
+	if w.fd >= 0 {
+		wakeFD(w.fd)
+	}
+	w.mu.RUnlock()
+}
+
+func (w *peerWaker) close() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.fd >= 0 {
+		closeFDs([]int{w.fd})
+		w.fd = -1
+	}
 }
 
 func (l *link) handleSRQ(m *ctl) error {
@@ -560,9 +645,13 @@ func (l *link) view(c *connectMsg, srcQPN uint32) (*peerView, error) {
 			return nil, errCtl
 		}
 	}
-	wake := l.wakers[c.channel]
-	if c.channel != 0 && wake == nil {
-		return nil, errCtl
+	var wake func()
+	if c.channel != 0 {
+		w := l.wakers[c.channel]
+		if w == nil {
+			return nil, errCtl
+		}
+		wake = w.wake
 	}
 	return newPeerView(l, c, ib.QPN(srcQPN), b, newPortView(pb, c.bit, wake), srq), nil
 }

@@ -313,6 +313,7 @@ func (n *NIC) dropChannel(ch *CompChannel) {
 	n.mu.Lock()
 	delete(n.channels, ch)
 	n.mu.Unlock()
+	n.eachLink(func(l *link) { l.untell(dropChannel, ch.id) })
 }
 
 func (n *NIC) addSRQ(s *SRQ) error {
@@ -331,6 +332,7 @@ func (n *NIC) dropSRQ(s *SRQ) {
 	n.mu.Lock()
 	delete(n.srqs, s)
 	n.mu.Unlock()
+	n.eachLink(func(l *link) { l.untell(dropSRQ, s.id) })
 }
 
 func (n *NIC) eachSRQ(f func(*SRQ)) {

@@ -24,7 +24,8 @@ type end struct {
 	mr  driver.MR
 	reg *mem.Region
 	buf []byte
-	mem bool
+
+	borrowed bool // pd and cq belong to another
 }
 
 type endConfig struct {
@@ -33,10 +34,32 @@ type endConfig struct {
 	size    int
 	private bool // ordinary memory
 	srq     driver.SRQ
-	channel bool
+	// cqEntries makes the CQ deeper than one QP needs.
+	cqEntries int
 }
 
+// newEnd makes an end that is closed with the test.
 func newEnd(t testing.TB, n *NIC, cfg endConfig) *end {
+	t.Helper()
+	e := makeEnd(t, n, cfg)
+	t.Cleanup(e.close)
+	return e
+}
+
+// makeEnd makes an end that the caller closes.
+func makeEnd(t testing.TB, n *NIC, cfg endConfig) *end {
+	t.Helper()
+	return makeEndIn(t, n, nil, cfg)
+}
+
+// makeEndIn is makeEnd in a PD that the end then owns.
+func makeEndIn(t testing.TB, n *NIC, pd driver.PD, cfg endConfig) *end {
+	t.Helper()
+	return makeEndOn(t, n, pd, nil, cfg)
+}
+
+// makeEndOn is makeEnd in a PD and on a CQ; with a CQ given, both stay the caller's.
+func makeEndOn(t testing.TB, n *NIC, pd driver.PD, cq driver.CQ, cfg endConfig) *end {
 	t.Helper()
 	if cfg.depth == 0 {
 		cfg.depth = 64
@@ -44,7 +67,7 @@ func newEnd(t testing.TB, n *NIC, cfg endConfig) *end {
 	if cfg.size == 0 {
 		cfg.size = 1 << 20
 	}
-	e := &end{t: t, n: n}
+	e := &end{t: t, n: n, pd: pd, cq: cq, borrowed: cq != nil}
 	must := func(err error) {
 		t.Helper()
 		if err != nil {
@@ -52,12 +75,16 @@ func newEnd(t testing.TB, n *NIC, cfg endConfig) *end {
 		}
 	}
 	var err error
-	e.pd, err = n.AllocPD()
-	must(err)
-	e.ch, err = n.CreateCompChannel()
-	must(err)
-	e.cq, err = n.CreateCQ(driver.CQConfig{Entries: 2 * cfg.depth, Channel: e.ch})
-	must(err)
+	if pd == nil {
+		e.pd, err = n.AllocPD()
+		must(err)
+	}
+	if cq == nil {
+		e.ch, err = n.CreateCompChannel()
+		must(err)
+		e.cq, err = n.CreateCQ(driver.CQConfig{Entries: max(2*cfg.depth, cfg.cqEntries), Channel: e.ch})
+		must(err)
+	}
 	mc := driver.MRConfig{FD: -1, Access: ib.AccessLocalWrite | ib.AccessRemote | ib.AccessMWBind}
 	if cfg.private {
 		e.buf = heapBytes(cfg.size)
@@ -73,12 +100,15 @@ func newEnd(t testing.TB, n *NIC, cfg endConfig) *end {
 	e.q, err = e.pd.CreateQP(driver.QPConfig{Type: cfg.typ, SendCQ: e.cq, RecvCQ: e.cq, SRQ: cfg.srq,
 		Cap: ib.QPCap{MaxSendWR: cfg.depth, MaxRecvWR: cfg.depth, MaxSendSGE: 4, MaxRecvSGE: 4, MaxInline: 256}})
 	must(err)
-	t.Cleanup(e.close)
 	return e
 }
 
 func (e *end) close() {
-	for _, c := range []interface{ Close() error }{e.q, e.mr, e.cq, e.ch, e.pd} {
+	all := []interface{ Close() error }{e.q, e.mr}
+	if !e.borrowed {
+		all = append(all, e.cq, e.ch, e.pd)
+	}
+	for _, c := range all {
 		if err := c.Close(); err != nil && err != driver.ErrClosed {
 			e.t.Errorf("close %T: %v", c, err)
 		}

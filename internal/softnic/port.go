@@ -19,6 +19,7 @@ type port struct {
 	// members[bit] is the member index of the QP that uses the bit, or -1. Guarded by cq.mu.
 	members []int32
 	used    int
+	gone    bool // given up: no member comes any more. Guarded by cq.mu
 }
 
 func newPort(l *link, c *CQ, b block) *port {
@@ -35,7 +36,7 @@ func (p *port) fired() bool { return atomic.LoadUint32(p.armedWord) == armNone }
 
 // addMember gives a member of the CQ a bit; false: all are taken. Called with cq.mu held.
 func (p *port) addMember(k int) (bit int, ok bool) {
-	if p.used == portQPs {
+	if p.used == portQPs || p.gone {
 		return 0, false
 	}
 	p.used++
@@ -49,9 +50,26 @@ func (p *port) addMember(k int) (bit int, ok bool) {
 	return len(p.members) - 1, true
 }
 
+// dropMember takes back a bit that the peer does not set any more.
 func (p *port) dropMember(bit int) {
+	p.cq.mu.Lock()
 	p.members[bit] = -1
 	p.used--
+	p.cq.mu.Unlock()
+	p.tidy()
+}
+
+// tidy gives the port up if it has no members and will get none: its CQ is closed, or its link down. No lock is held.
+func (p *port) tidy() {
+	down := p.link.reason() != nil
+	c := p.cq
+	c.mu.Lock()
+	idle := p.used == 0 && !p.gone && (c.closed || down)
+	p.gone = p.gone || idle
+	c.mu.Unlock()
+	if idle {
+		p.link.dropPort(p)
+	}
 }
 
 // collect moves the peer's bits into the CQ's set. Called with cq.mu held. Bits that no QP uses are the peer's mistake and

@@ -23,6 +23,8 @@ func (n *NIC) dialShared(context.Context, ib.GID) (*link, error) {
 
 func closeFDs([]int) {}
 
-func remoteWaker(int) (func(), int, error) { return nil, -1, errNoSharedMemory }
+func remoteWaker(int) (int, error) { return -1, errNoSharedMemory }
+
+func wakeFD(int) {}
 
 func shareFD(int, bool) (int, func(), error) { return -1, nil, errNoSharedMemory }

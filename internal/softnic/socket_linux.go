@@ -155,22 +155,19 @@ func closeFDs(fds []int) {
 	}
 }
 
-// remoteWaker makes a function that wakes the peer's completion channel out of the eventfd it has sent, and returns our
-// duplicate of the descriptor. The descriptor must be a non-blocking eventfd: a write to anything else could hang us.
-func remoteWaker(fd int) (func(), int, error) {
+// remoteWaker returns our duplicate of the eventfd that wakes the peer's completion channel. The descriptor must be a non-blocking eventfd: a write to anything else could hang us.
+func remoteWaker(fd int) (int, error) {
 	if s, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd)); err != nil || !strings.HasPrefix(s, "anon_inode:[eventfd") {
-		return nil, -1, fmt.Errorf("completion channel: %w: not an eventfd", errCtl)
+		return -1, fmt.Errorf("completion channel: %w: not an eventfd", errCtl)
 	}
 	fl, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
 	if err != nil || fl&unix.O_NONBLOCK == 0 {
-		return nil, -1, fmt.Errorf("completion channel: %w: its eventfd blocks", errCtl)
+		return -1, fmt.Errorf("completion channel: %w: its eventfd blocks", errCtl)
 	}
-	own, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		return nil, -1, err
-	}
-	return func() { unix.Write(own, one) }, own, nil
+	return unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
 }
+
+func wakeFD(fd int) { unix.Write(fd, one) }
 
 // shareFD returns a descriptor of a memory file to pass to a peer: the file itself, or one that only reads.
 func shareFD(fd int, writable bool) (int, func(), error) {
