@@ -29,6 +29,8 @@ type CQ struct {
 	useBits bool          // bitmap mode
 	ports   []*port       // on every link that members are connected over
 	ready   readySet      // members with news from this process; bitmap mode
+	// single is the only member, if whether it has news can be seen without the lock; else nil. Replaced under mu.
+	single atomic.Pointer[QP]
 	closed  bool
 
 	err atomic.Pointer[error]
@@ -89,6 +91,9 @@ var errOverrun = errors.New("completion queue overrun: more completions than ent
 func (c *CQ) Poll(wcs []ib.WC) int {
 	if c.nic.stalled.Load() != 0 {
 		c.nic.progressStalled()
+	}
+	if q := c.single.Load(); q != nil && q.quiet() && c.err.Load() == nil {
+		return 0
 	}
 	c.mu.Lock()
 	if c.err.Load() != nil {
@@ -203,6 +208,7 @@ func (c *CQ) Resize(entries int) error {
 		return fmt.Errorf("%w: %d completions are queued, more than %d: poll first", driver.ErrBusy, sum, entries)
 	}
 	c.entries = entries
+	c.findSingle()
 	return nil
 }
 
@@ -257,6 +263,7 @@ func (c *CQ) attach(q *QP, capacity int) (int, error) {
 	members[k] = q
 	c.members = members
 	c.sumCap += capacity
+	c.findSingle()
 	goBits := !c.useBits && len(members) > scanLimit
 	c.ready.grow(len(members))
 	if goBits {
@@ -271,6 +278,24 @@ func (c *CQ) attach(q *QP, capacity int) (int, error) {
 		c.readyAll()
 	}
 	return k, nil
+}
+
+// findSingle sets single. Called with mu held.
+func (c *CQ) findSingle() {
+	var only *QP
+	for _, q := range c.members {
+		if q != nil {
+			if only != nil {
+				c.single.Store(nil)
+				return
+			}
+			only = q
+		}
+	}
+	if only != nil && (only.srq != nil || only.scq != only.rcq || c.sumCap > c.entries) {
+		only = nil
+	}
+	c.single.Store(only)
 }
 
 func (c *CQ) readyAll() {
@@ -292,6 +317,7 @@ func (c *CQ) detach(k, capacity int) {
 	}
 	c.members = members
 	c.sumCap -= capacity
+	c.findSingle()
 	c.mu.Unlock()
 }
 

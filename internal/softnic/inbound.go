@@ -270,6 +270,19 @@ func (q *QP) poll(c *CQ, wcs []ib.WC) int {
 	return n
 }
 
+// quiet reports, without a lock, that an RC or UC QP with a receive queue of its own and one CQ has no completions.
+func (q *QP) quiet() bool {
+	if atomic.LoadUint32(&q.scTail) != atomic.LoadUint32(&q.scHead) || q.flushing.Load() {
+		return false
+	}
+	in := q.in.Load()
+	if in == nil {
+		return true
+	}
+	h := atomic.LoadUint32(&q.head) // the same as in.head: both count from RESET
+	return in.at(h) != h+1
+}
+
 func (q *QP) pollSend(wcs []ib.WC) int {
 	h := q.scHead
 	t := atomic.LoadUint32(&q.scTail)
