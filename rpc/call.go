@@ -209,7 +209,9 @@ func (c *Call) finish(err error) Code {
 			e = &Error{Code: Unknown, Message: e.Message}
 		}
 		frame := sc.statusFrame(c.id, e)
-		if c.inline {
+		if sc.hasEnded() {
+			// The client hears that the connection is lost, not what its handler made of the end of its context.
+		} else if c.inline {
 			sc.sendNow(frame)
 		} else if buf, aerr := sc.allocPatiently(len(frame)); aerr == nil {
 			copy(buf.b, frame)

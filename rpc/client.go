@@ -18,7 +18,7 @@ import (
 // ClientConfig holds a client's limits. The zero value, and nil, mean the defaults.
 type ClientConfig struct {
 	// MaxInFlight is how many calls can be in flight at once, those of Queues included; default 1024. Further calls wait
-	// for one to end. Each costs about 300 bytes, allocated when the client is made.
+	// for one to end. Each costs about 350 bytes, from the first time that so many are in flight.
 	MaxInFlight int
 	// Metrics turns counters and latency histograms by method on; see Client.Stats. Off by default.
 	Metrics bool
@@ -114,11 +114,14 @@ type Client struct {
 	maxMessage int
 	maxHeld    int32
 
-	slots []slot
-	hot   atomic.Uint32 // index + 1 of a free slot, or 0
-	free  atomic.Uint64 // stack of free slots: index + 1 in the low half, a counter against ABA in the high half
-	held  atomic.Int32  // receive slots that undelivered responses hold
-	out   outbox
+	chunks []atomic.Pointer[chunk] // the slots; later chunks are made when they are needed
+	growMu sync.Mutex
+	nslots int // guarded by growMu
+
+	hot  atomic.Uint32 // index + 1 of a free slot, or 0
+	free atomic.Uint64 // stack of free slots: index + 1 in the low half, a counter against ABA in the high half
+	held atomic.Int32  // receive slots that undelivered responses hold
+	out  outbox
 
 	stopped atomic.Pointer[Error] // set once: why no call can start any more
 
@@ -138,25 +141,54 @@ type Client struct {
 func newClient(l link, conn *transport.Conn, cfg *ClientConfig) *Client {
 	c := &Client{link: l, conn: conn, cfg: cfg.withDefaults(), maxMessage: l.maxMessage(), ended: make(chan struct{})}
 	c.maxHeld = int32(l.recvDepth() / 4)
-	c.slots = make([]slot, c.cfg.MaxInFlight)
-	for i := range c.slots {
-		c.slots[i].index = uint32(i)
-	}
-	c.pushFree(&c.slots[0])
-	for i := len(c.slots) - 1; i > 0; i-- {
-		c.pushFree(&c.slots[i]) // so that the first ones are used first, and again and again
-	}
+	c.chunks = make([]atomic.Pointer[chunk], (c.cfg.MaxInFlight+chunkSize-1)/chunkSize)
+	c.pushFree(c.grow())
 	c.out = outbox{link: l, limit: outboxLimit, onStall: func(error) {}}
 	l.setHandler(c)
 	return c
 }
 
+// chunk is how many slots are made at a time.
+type chunk [chunkSize]slot
+
+const (
+	chunkBits = 4
+	chunkSize = 1 << chunkBits
+)
+
+// slotAt returns the slot with an index that exists.
+func (c *Client) slotAt(i uint32) *slot { return &c.chunks[i>>chunkBits].Load()[i%chunkSize] }
+
+// grow makes another chunk of slots, if there may be more. It returns the first of them; the others are free.
+func (c *Client) grow() *slot {
+	c.growMu.Lock()
+	defer c.growMu.Unlock()
+	first := c.nslots
+	n := min(chunkSize, c.cfg.MaxInFlight-first)
+	if n <= 0 {
+		return nil
+	}
+	ch := new(chunk)
+	for i := range ch {
+		ch[i].index = uint32(first + i)
+	}
+	c.chunks[first>>chunkBits].Store(ch)
+	c.nslots += n
+	for i := n - 1; i > 0; i-- {
+		c.pushStack(&ch[i]) // so that the first ones are used first, and again and again
+	}
+	return &ch[0]
+}
+
 // Free slots: a place for one, which is all that a single caller needs, and a stack.
 
 func (c *Client) pushFree(s *slot) {
-	if c.hot.Load() == 0 && c.hot.CompareAndSwap(0, s.index+1) {
-		return
+	if c.hot.Load() != 0 || !c.hot.CompareAndSwap(0, s.index+1) {
+		c.pushStack(s)
 	}
+}
+
+func (c *Client) pushStack(s *slot) {
 	for {
 		old := c.free.Load()
 		s.next.Store(uint32(old))
@@ -168,14 +200,14 @@ func (c *Client) pushFree(s *slot) {
 
 func (c *Client) popFree() *slot {
 	if i := c.hot.Load(); i != 0 && c.hot.CompareAndSwap(i, 0) {
-		return &c.slots[i-1]
+		return c.slotAt(i - 1)
 	}
 	for {
 		old := c.free.Load()
 		if uint32(old) == 0 {
-			return nil
+			return c.grow()
 		}
-		s := &c.slots[uint32(old)-1]
+		s := c.slotAt(uint32(old) - 1)
 		if c.free.CompareAndSwap(old, (old>>32+1)<<32|uint64(s.next.Load())) {
 			return s
 		}
@@ -568,11 +600,15 @@ func goAwayText(e *Error) string {
 
 func (c *Client) response(m message, h *header) {
 	index, gen := splitID(h.id)
-	if index >= uint32(len(c.slots)) {
+	var ch *chunk
+	if i := index >> chunkBits; i < uint32(len(c.chunks)) {
+		ch = c.chunks[i].Load()
+	}
+	if ch == nil {
 		c.fail(frameError("response: call id %#x was never used", h.id))
 		return
 	}
-	s := &c.slots[index]
+	s := &ch[index%chunkSize]
 	if !s.claim(gen) {
 		return // late: the caller gave up
 	}
@@ -620,12 +656,18 @@ func (c *Client) handleClose(err error) {
 		c.closed.Store(true) // before the sweep: pairs with send
 		close(c.ended)
 		c.out.close()
-		for i := range c.slots {
-			s := &c.slots[i]
-			st := s.state.Load()
-			if gen := uint32(st >> 32); uint32(st) == phasePending && s.claim(gen) {
-				s.err = e
-				s.publish()
+		for i := range c.chunks {
+			ch := c.chunks[i].Load()
+			if ch == nil {
+				break
+			}
+			for j := range ch {
+				s := &ch[j]
+				st := s.state.Load()
+				if gen := uint32(st >> 32); uint32(st) == phasePending && s.claim(gen) {
+					s.err = e
+					s.publish()
+				}
 			}
 		}
 	})

@@ -173,7 +173,7 @@ func (q *Queue) completed(s *slot) {
 func (q *Queue) collect() bool {
 	head := q.finished.Swap(0)
 	for head != 0 {
-		s := &q.c.slots[head-1]
+		s := q.c.slotAt(head - 1)
 		next := s.next.Load()
 		s.next.Store(q.batch)
 		head, q.batch = next, head
@@ -201,7 +201,7 @@ func (q *Queue) Wait(ctx context.Context, fn func(tag uint64, resp []byte, err e
 	}
 	n := 0
 	for q.batch != 0 {
-		s := &q.c.slots[q.batch-1]
+		s := q.c.slotAt(q.batch - 1)
 		q.batch = s.next.Load()
 		q.deliver(s, fn)
 		n++
@@ -220,7 +220,7 @@ func (q *Queue) TryWait(fn func(tag uint64, resp []byte, err error)) int {
 	}
 	n := 0
 	for q.batch != 0 {
-		s := &q.c.slots[q.batch-1]
+		s := q.c.slotAt(q.batch - 1)
 		q.batch = s.next.Load()
 		q.deliver(s, fn)
 		n++

@@ -78,8 +78,8 @@ func TestQueue(t *testing.T) {
 		if err := q.Start(ctx, mEcho, nil, 0); CodeOf(err) != FailedPrecondition {
 			t.Error("after Close:", err)
 		}
-		if free := countFree(r.cl); free != len(r.cl.slots) {
-			t.Errorf("%d slots of %d are free", free, len(r.cl.slots))
+		if free := countFree(r.cl); free != r.cl.nslots {
+			t.Errorf("%d slots of %d are free", free, r.cl.nslots)
 		}
 	})
 }

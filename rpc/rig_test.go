@@ -253,7 +253,7 @@ func countFree(c *Client) int {
 	if c.hot.Load() != 0 {
 		n++
 	}
-	for i := uint32(c.free.Load()); i != 0; i = c.slots[i-1].next.Load() {
+	for i := uint32(c.free.Load()); i != 0; i = c.slotAt(i - 1).next.Load() {
 		n++
 	}
 	return n

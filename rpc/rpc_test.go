@@ -82,8 +82,8 @@ func TestCallFunc(t *testing.T) {
 		if err := echo(ctx, r.cl, mEcho, pattern(3)); err != nil {
 			t.Error(err)
 		}
-		if free := countFree(r.cl); free != len(r.cl.slots) {
-			t.Errorf("%d slots of %d are free", free, len(r.cl.slots))
+		if free := countFree(r.cl); free != r.cl.nslots {
+			t.Errorf("%d slots of %d are free", free, r.cl.nslots)
 		}
 	})
 }
@@ -164,8 +164,8 @@ func TestNamesAndTypedCalls(t *testing.T) {
 		wantCode(t, r.cl.CallMethod(ctx, mTwice, wrapperspb.String("x"), new(wrapperspb.StringValue)), Internal)
 		// A message that cannot be marshalled.
 		wantCode(t, r.cl.CallMethod(ctx, m, &wrapperspb.StringValue{Value: "\xff"}, nil), Internal)
-		if free := countFree(r.cl); free != len(r.cl.slots) {
-			t.Errorf("%d slots of %d are free", free, len(r.cl.slots))
+		if free := countFree(r.cl); free != r.cl.nslots {
+			t.Errorf("%d slots of %d are free", free, r.cl.nslots)
 		}
 	})
 }
@@ -335,8 +335,8 @@ func TestCancelStorm(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if free := countFree(r.cl); free != len(r.cl.slots) {
-			t.Errorf("%d slots of %d are free", free, len(r.cl.slots))
+		if free := countFree(r.cl); free != r.cl.nslots {
+			t.Errorf("%d slots of %d are free", free, r.cl.nslots)
 		}
 		testutil.Eventually(t, "no call is active on the server", func() bool { return r.ts.active.Load() == 0 })
 	})
@@ -514,8 +514,8 @@ func TestConnectionLost(t *testing.T) {
 			t.Error("new queue:", err)
 		}
 		testutil.Eventually(t, "no call is active on the server", func() bool { return r.ts.active.Load() == 0 })
-		if free := countFree(r.cl); free != len(r.cl.slots) {
-			t.Errorf("%d slots of %d are free", free, len(r.cl.slots))
+		if free := countFree(r.cl); free != r.cl.nslots {
+			t.Errorf("%d slots of %d are free", free, r.cl.nslots)
 		}
 	})
 }

@@ -107,6 +107,10 @@ func (sc *serverConn) wait(ctx context.Context) {
 		sc.close(ErrServerClosed)
 		<-sc.closedCh
 	}
+	<-sc.conn.Done() // everything is freed
+	if f := sc.srv.cfg.OnConnClosed; f != nil {
+		f(sc.conn, sc.endErr)
+	}
 }
 
 // driven is a set of pollers that goroutines drive.

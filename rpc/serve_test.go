@@ -220,8 +220,8 @@ func TestBulk(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if free := countFree(r.cl); free != len(r.cl.slots) {
-		t.Errorf("%d slots of %d are free", free, len(r.cl.slots))
+	if free := countFree(r.cl); free != r.cl.nslots {
+		t.Errorf("%d slots of %d are free", free, r.cl.nslots)
 	}
 }
 

@@ -31,6 +31,9 @@ type ServerConfig struct {
 	// OnPanic is called, on the handler's goroutine, with each panic of a handler; default: logged with slog.Error. The
 	// client sees Internal.
 	OnPanic func(PanicInfo)
+	// OnConnClosed is called when a connection has ended, with the reason: what the client did wrong, ErrServerClosed, or
+	// what the transport says. Default: nothing.
+	OnConnClosed func(conn *transport.Conn, err error)
 }
 
 func (c *ServerConfig) withDefaults() ServerConfig {
@@ -515,9 +518,15 @@ func (sc *serverConn) drain(ctx context.Context) error {
 	}
 }
 
+func (sc *serverConn) hasEnded() bool {
+	sc.mu.Lock()
+	defer sc.mu.Unlock()
+	return sc.ended
+}
+
 // close closes the connection with a reason that the peer and HandleClose see.
 func (sc *serverConn) close(reason error) {
-	sc.link.abort(reason)
+	sc.link.abort(reason) // before handlers hear of it: what they answer then must not get through any more
 	sc.handleClose(reason)
 }
 
