@@ -644,8 +644,13 @@ func (p *Poller) driveLead() bool {
 		}
 		sleepers := p.sleepers.Load()
 		if n > 0 && sleepers != 0 {
-			p.leave() // they are awake now, or one of them gets the role: it costs nothing to let them run here
-			return false
+			// Some of them are awake now, or get the role: let them run, on this thread, and see whether we are still needed.
+			p.leave()
+			runtime.Gosched()
+			if !p.tryRole() {
+				return false
+			}
+			continue
 		}
 		if n > 0 || spins%checkEvery != 0 && p.mode != Event && until != 1 {
 			continue
