@@ -260,13 +260,12 @@ func (r *runner) drive(ctx context.Context, spec *Spec, l load, step, steps int)
 	defer cancel()
 	var got tally
 	var warmed uint64
-	var warm error
-	err := pinned(r.cfg.CPU, func() error {
+	err := pinned(r.cfg.CPU, func() (err error) {
 		if spec.Warmup > 0 {
 			r.progress(Progress{Step: step, Steps: steps, Size: spec.Size, Phase: "warm-up"})
 			for until := time.Now().Add(warmupTime); ; {
-				if _, warm = l.run(int64(spec.Warmup), 0, false); warm != nil {
-					return warm
+				if _, err := l.run(int64(spec.Warmup), 0, false); err != nil {
+					return err
 				}
 				if r.cfg.Spec.Warmup != 0 || ctx.Err() != nil || !time.Now().Before(until) {
 					break
@@ -277,11 +276,11 @@ func (r *runner) drive(ctx context.Context, spec *Spec, l load, step, steps int)
 		if ctx.Err() != nil {
 			return nil
 		}
-		if warm = r.control.send(&mark{}); warm != nil {
-			return warm
+		if err := r.control.send(&mark{}); err != nil {
+			return err
 		}
-		if _, warm = expect[*marked](talk, r.control, stepTimeout); warm != nil {
-			return warm
+		if _, err := expect[*marked](talk, r.control, stepTimeout); err != nil {
+			return err
 		}
 		r.progress(Progress{Step: step, Steps: steps, Size: spec.Size, Phase: "measuring"})
 		runtime.GC() // now rather than in the loop, which makes no garbage
@@ -289,7 +288,6 @@ func (r *runner) drive(ctx context.Context, spec *Spec, l load, step, steps int)
 		if n == 0 {
 			n = math.MaxInt64 / 2
 		}
-		var err error
 		got, err = l.run(n, spec.Duration, true)
 		return err
 	})
