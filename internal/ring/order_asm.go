@@ -18,3 +18,8 @@ func AcquireFence()
 
 // Pause tells the core that this is a spin loop.
 func Pause()
+
+// Prefetch asks for the cache line of p, to be read soon. It never faults.
+//
+//go:noescape
+func Prefetch(p *byte)

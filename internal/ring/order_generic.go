@@ -21,3 +21,6 @@ func AcquireFence() { fence.Add(0) }
 
 // Pause tells the core that this is a spin loop.
 func Pause() { runtime.Gosched() }
+
+// Prefetch asks for the cache line of p, to be read soon. It never faults.
+func Prefetch(p *byte) {}

@@ -345,6 +345,7 @@ func (in *inbound) poll(wcs []ib.WC) int {
 	n := 0
 	for {
 		r := &q.recs[h&q.recMask]
+		q.prefetch(h, uint32(a>>32))
 		b := in.cqes[slot+1]
 		if h == posted {
 			posted = atomic.LoadUint32(&q.posted) // it may be newer than our first look
@@ -375,6 +376,24 @@ func (in *inbound) poll(wcs []ib.WC) int {
 		}
 	}
 	return n
+}
+
+// prefetch fetches the start of a message of n bytes that has just arrived: its lines are in the sender's cache, and whoever
+// reads it would wait for one after the other.
+func (q *QP) prefetch(h, n uint32) {
+	d := &q.recSGE[int(h&q.recMask)*q.cap.MaxRecvSGE]
+	if n == 0 || n > uint32(d.lenHdl) {
+		return
+	}
+	r := q.nic.regions.lookup(uint32(d.lenHdl >> 32))
+	if r == nil {
+		return
+	}
+	b := r.bytes(d.addr, n)
+	for i := 0; i < len(b) && i < 4*cacheLine; i += cacheLine {
+		ring.Prefetch(&b[i])
+	}
+	ring.Prefetch(&b[len(b)-1])
 }
 
 // recvWC fills wc from a shared completion (byte length n, second word b); false: it cannot be.

@@ -21,8 +21,9 @@ const (
 	// A receive descriptor is 16 bytes, owner-written, published by blkTail:
 	//	u64 address, u32 length, u32 region handle
 	// With handle == sgeList, the address is a count of elements in the slot's scatter list and length their sum.
-	descWords        = 2
-	sgeList   uint32 = 1<<32 - 1
+	descWords           = 2
+	descsPerLine        = cacheLine / (descWords * 8)
+	sgeList      uint32 = 1<<32 - 1
 
 	// A completion is 16 bytes (32 in SRQ and UD mode), peer-written; the release store of the first word publishes it:
 	//	u32 sequence (index + 1), u32 byte length

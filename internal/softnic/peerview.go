@@ -3,6 +3,7 @@ package softnic
 import (
 	"sync/atomic"
 
+	"github.com/ringside-rdma/ringside/internal/ring"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -18,17 +19,18 @@ type peerView struct {
 	geo        geometry
 	mask       uint32
 
-	state  *uint32
-	access *uint32
-	qkey   *uint32
-	tail   *uint32
-	headW  *uint32
-	busy   *uint32
-	descs  []uint64
-	cqes   []uint64
-	sges   []uint64
-	srq    *srqView
-	port   portView
+	state     *uint32
+	access    *uint32
+	qkey      *uint32
+	tail      *uint32
+	headW     *uint32
+	busy      *uint32
+	descs     []uint64
+	cqes      []uint64
+	sges      []uint64
+	descBytes []byte // the memory of descs
+	srq       *srqView
+	port      portView
 
 	idx    uint32 // next completion to write; without an SRQ also the next receive to take
 	limit  uint32 // receives known to be posted (or, with an SRQ, completions known to fit)
@@ -45,6 +47,7 @@ func newPeerView(l *link, c *connectMsg, qpn ib.QPN, b []byte, port portView, sr
 		busy: &w32[blkBusy/4], cqes: w64[g.cqeOff()/8:][:g.depth*g.cqeWords], srq: srq, port: port}
 	if !g.srq {
 		v.descs = w64[g.descOff()/8:][:g.depth*descWords]
+		v.descBytes = b[g.descOff():][:g.depth*descWords*8]
 		if g.sges > 1 {
 			v.sges = w64[g.sgeOff()/8:][:g.depth*g.sges*2]
 		}
@@ -94,6 +97,9 @@ func (v *peerView) peek(s *recvSlot) bool {
 		}
 	}
 	i := v.idx & v.mask
+	if i%descsPerLine == 0 { // the next line of descriptors is in the receiver's cache as well
+		ring.Prefetch(&v.descBytes[(i+descsPerLine)&v.mask*descWords*8])
+	}
 	d := v.descs[i*descWords:][:descWords]
 	s.addr, s.lenHdl = d[0], d[1]
 	if s.handle() == sgeList {
