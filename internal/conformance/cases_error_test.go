@@ -41,6 +41,7 @@ var _ = addCases("state machine", 0,
 	testCase{name: "state/post-refused", run: postRefused},
 	testCase{name: "state/receive-in-init-and-rtr", run: receiveEarly},
 	testCase{name: "state/access-changed-in-rts", run: accessChanged},
+	testCase{name: "state/sqe", run: sendQueueError},
 	testCase{name: "state/sqd", run: sendQueueDrain},
 	testCase{name: "state/sqd-waits", run: sqdWaits},
 )
@@ -644,4 +645,48 @@ func sqdWaits(c *C) {
 	l.a.scq.empty("a request posted in SQD")
 	l.a.to(ib.Err)
 	l.a.flushed(l.a.scq, 2)
+}
+
+// IBA 10.3.1.6: an error of a UD or UC QP's own send puts it into SQE: the sends behind it are flushed, receives go on,
+// and Modify takes it back to RTS. Devices without that state go to ERR (rxe, mlx5).
+func sendQueueError(c *C) {
+	for _, typ := range c.types() {
+		if typ == ib.RC {
+			continue
+		}
+		l := c.pair(typ)
+		l.a.recv(7, l.a.mem.sge(0, 1000))
+		bad := l.a.mem.sge(0, 8)
+		bad.LKey ^= 0x7700
+		send := func(from, to *end, id uint64, sges ...ib.SGE) ib.SendWR {
+			if typ == ib.UD {
+				return udWR(id, from.Side.ah(to.Side), to, map[*end]ib.QKey{l.a: 0x1111, l.b: qkeyOfB}[to], sges...)
+			}
+			return wrSend(id, sges...)
+		}
+		l.a.post(send(l.a, l.b, 1, bad), send(l.a, l.b, 2))
+		l.a.sent(want{ID: 1, Status: ib.WCLocalProtErr}, want{ID: 2, Status: ib.WCFlushErr})
+		switch s := l.a.query().Attr.State; s {
+		case ib.Err:
+			c.note("%v: the QP goes to ERR instead of SQE", typ)
+			l.a.flushed(l.a.rcq, 7)
+			continue
+		case ib.SQE:
+		default:
+			c.Fatalf("%v: state %v, want SQE or ERR", typ, s)
+		}
+		l.b.post(send(l.b, l.a, 3, l.b.mem.sge(0, 8)))
+		n := 8
+		if typ == ib.UD {
+			n += ib.GRHLen
+		}
+		l.a.received(want{ID: 7, Op: ib.WCRecv, Len: n})
+		l.a.post(send(l.a, l.b, 4))
+		l.a.flushed(l.a.scq, 4)
+		l.a.modify(ib.QPAttr{State: ib.RTS, CurState: ib.SQE}, ib.AttrState|ib.AttrCurState)
+		l.b.recv(8, l.b.mem.sge(0, 1000))
+		l.a.post(send(l.a, l.b, 5, l.a.mem.sge(0, 8)))
+		l.a.sent(want{ID: 5, Op: ib.WCSend, Len: anyLen})
+		l.b.received(want{ID: 8, Op: ib.WCRecv, Len: n})
+	}
 }

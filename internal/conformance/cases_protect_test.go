@@ -43,6 +43,7 @@ var _ = addCases("remote protection", 0,
 	testCase{name: "remote/region-without-right", run: regionWithoutRight},
 	testCase{name: "remote/qp-without-right", run: qpWithoutRight},
 	testCase{name: "remote/long-write-half-outside", run: halfOutside},
+	testCase{name: "remote/zero-based-region", run: zeroBased},
 	testCase{name: "remote/read-only-region-is-not-written", run: readOnlyRegion},
 )
 
@@ -331,4 +332,34 @@ func accessFlagsChecked(c *C) {
 			}
 		}
 	}
+}
+
+// The addresses of a zero-based region are offsets (IBA 10.6.3.2).
+func zeroBased(c *C) {
+	i, err := call(c.B, opMem, memArgs{PD: c.B.pd, Size: 8192, Access: accessAll | ib.AccessZeroBased})
+	if err != nil {
+		c.Skip("no zero-based regions: ", err)
+	}
+	m := &Mem{c.B, i, 8192}
+	if m.Addr != 0 {
+		c.Errorf("a zero-based region starts at %#x", m.Addr)
+	}
+	l := c.pair(ib.RC)
+	m.canary()
+	l.a.mem.fill(0, 1000, 6)
+	l.a.post(wrWrite(1, l.a.mem.sges(0, 1000), m, 100), wrRead(2, l.a.mem.sges(2000, 1000), m, 100))
+	l.a.sent(want{ID: 1, Op: ib.WCRDMAWrite, Len: anyLen}, want{ID: 2, Op: ib.WCRDMARead, Len: 1000})
+	m.has("WRITE to a zero-based region", 100, 1000, 6)
+	m.intactAround("WRITE to a zero-based region", 100, 1000)
+	l.a.mem.has("READ of a zero-based region", 2000, 1000, 6)
+	// It is a buffer like any other.
+	l.b.recv(3, m.sge(4096, 1000))
+	l.a.post(wrSend(4, l.a.mem.sge(0, 1000)))
+	l.a.sent(want{ID: 4, Op: ib.WCSend, Len: anyLen})
+	l.b.received(want{ID: 3, Op: ib.WCRecv, Len: 1000})
+	m.has("SEND to a zero-based region", 4096, 1000, 6)
+	l.b.post(wrWrite(5, m.sges(100, 1000), l.a.mem, 30000))
+	l.b.sent(want{ID: 5, Op: ib.WCRDMAWrite, Len: anyLen})
+	l.a.mem.has("WRITE from a zero-based region", 30000, 1000, 6)
+	l.remoteAccessError(c, ib.OpRDMAWrite, 8192-8, m.RKey, ib.WCRemoteAccessErr)
 }

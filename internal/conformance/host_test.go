@@ -3,6 +3,7 @@ package conformance
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -305,6 +306,21 @@ var opMemWrite = newOp("write memory", func(h *host, r memRange) (none, error) {
 var opMemRead = newOp("read memory", func(h *host, r memRange) ([]byte, error) {
 	b, err := h.bytes(r, r.N)
 	return bytes.Clone(b), err
+})
+
+type sumArgs struct {
+	H           handle
+	Areas, Size int
+}
+
+// opMemSums returns a checksum of each of the areas that a region starts with.
+var opMemSums = newOp("sum memory", func(h *host, a sumArgs) (sums [][]byte, err error) {
+	b, err := h.bytes(memRange{H: a.H}, a.Areas*a.Size)
+	for ; len(b) > 0; b = b[a.Size:] {
+		sum := sha256.Sum256(b[:a.Size])
+		sums = append(sums, sum[:])
+	}
+	return sums, err
 })
 
 // pattern fills b with bytes that depend on seed and position.

@@ -151,6 +151,12 @@ func newOp[A, R any](name string, run func(*host, A) (R, error)) *op[A, R] {
 
 // call does o on the side: directly, or by a control message.
 func call[A, R any](s *Side, o *op[A, R], a A) (R, error) {
+	start := time.Now()
+	defer func() {
+		if d := time.Since(start); d > slow {
+			s.c.Logf("%s: %s took %v", s.name, o.name, d)
+		}
+	}()
 	if s.local != nil {
 		r, err := o.run(s.local, a)
 		return r, flatten(err)
@@ -211,6 +217,9 @@ func runPeer() {
 }
 
 var errPeerGone = errors.New("the other process has ended")
+
+// slow is how long an operation may take before the log of the case mentions it.
+const slow = 2 * time.Second
 
 // controlTimeout bounds one control message; the longest wait that a side does itself is patience.
 const controlTimeout = 3 * patience
