@@ -46,7 +46,9 @@ type epochStat struct {
 	accuracy float64 // on the digits held out
 	loss     float64 // mean over the images trained on
 	workers  int
-	maxAhead uint64 // gradients that a worker was ahead of the slowest one
+	maxAhead uint64  // gradients that a worker was ahead of the slowest one
+	meanLag  float64 // versions between the one that a gradient was computed at and the one it was applied to
+	maxLag   uint64
 	elapsed  time.Duration
 }
 
@@ -81,6 +83,9 @@ type coordinator struct {
 	seen      int // in all gradients applied
 	loss      float64
 	maxAhead  uint64
+	applied   uint64 // gradients
+	sumLag    uint64 // over all of them
+	maxLag    uint64
 	epochFrom time.Time
 }
 
@@ -270,6 +275,9 @@ func (c *coordinator) pushed(m *member, low uint32) error {
 		return fmt.Errorf("gradient %d is further ahead than the staleness of %d allows", clock, c.cfg.staleness)
 	}
 	c.maxAhead = max(c.maxAhead, m.clock-c.slowestLocked())
+	c.applied++
+	c.sumLag += c.version - g.base
+	c.maxLag = max(c.maxLag, c.version-g.base)
 	m.clock = clock
 	copy(c.sum, g.tensor)
 	c.applyLocked(g.count, g.loss, c.cfg.batch)
@@ -355,7 +363,7 @@ func (c *coordinator) advanceLocked() {
 
 // applyLocked makes a version of the gradient in c.sum, of count images.
 func (c *coordinator) applyLocked(count int, loss float64, divisor int) {
-	c.opt.apply(c.params, c.sum, divisor)
+	c.opt.apply(c.params, c.sum, divisor, float64(c.seen)/float64(c.cfg.epochs*c.trainSize))
 	c.version++
 	c.board.publish(c.version, c.params)
 	c.images += count
@@ -367,7 +375,7 @@ func (c *coordinator) endEpochLocked() {
 	c.epoch++
 	s := epochStat{
 		epoch: c.epoch, version: c.version, accuracy: accuracy(c.params, c.heldOut), loss: c.loss / float64(max(c.images, 1)),
-		maxAhead: c.maxAhead, elapsed: time.Since(c.epochFrom),
+		maxAhead: c.maxAhead, meanLag: float64(c.sumLag) / float64(max(c.applied, 1)), maxLag: c.maxLag, elapsed: time.Since(c.epochFrom),
 	}
 	for _, m := range c.members {
 		if m != nil && m.ready {

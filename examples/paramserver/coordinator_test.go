@@ -69,7 +69,7 @@ func (j *testJob) work(t *testing.T, die func(pushes int) bool, slow func()) {
 		if a.done {
 			return
 		}
-		if slow != nil {
+		if slow != nil && j.cfg.sync {
 			slow()
 		}
 		h, params, err := r.pull(context.Background())
@@ -79,6 +79,9 @@ func (j *testJob) work(t *testing.T, die func(pushes int) bool, slow func()) {
 		}
 		if j.cfg.sync && h.published != a.version {
 			t.Errorf("pulled version %d, want %d", h.published, a.version)
+		}
+		if slow != nil && !j.cfg.sync {
+			slow()
 		}
 		clock++
 		images = batchImages(images[:0], &j.cfg, len(j.train), a, m.id, clock)
@@ -129,10 +132,9 @@ func TestSyncIsDeterministic(t *testing.T) {
 
 func TestTrainInProcess(t *testing.T) {
 	for name, cfg := range map[string]trainConfig{
-		"sync":        {workers: 3, sync: true, epochs: 8, batch: defaultBatch},
-		"sync alone":  {workers: 1, sync: true, epochs: 8, batch: defaultBatch},
-		"staleness 0": {workers: 3, staleness: 0, epochs: 8, batch: defaultBatch},
-		"staleness 4": {workers: 4, staleness: 4, epochs: 8, batch: defaultBatch},
+		"sync":        {workers: 3, sync: true, epochs: 10, batch: defaultBatch},
+		"staleness 0": {workers: 3, staleness: 0, epochs: 10, batch: defaultBatch},
+		"staleness 4": {workers: 4, staleness: 4, epochs: 10, batch: defaultBatch},
 	} {
 		t.Run(name, func(t *testing.T) {
 			j := newTestJob(t, cfg)
@@ -149,7 +151,7 @@ func TestTrainInProcess(t *testing.T) {
 			if s.accuracy < 0.93 || s.maxAhead > uint64(cfg.staleness) {
 				t.Errorf("%+v", s)
 			}
-			t.Logf("accuracy %.3f, at most %d ahead", s.accuracy, s.maxAhead)
+			t.Logf("accuracy %.3f, at most %d ahead, %.1f versions late", s.accuracy, s.maxAhead, s.meanLag)
 		})
 	}
 }
@@ -158,7 +160,7 @@ func TestTrainInProcess(t *testing.T) {
 func TestDeathsAndReplacements(t *testing.T) {
 	for name, sync := range map[string]bool{"sync": true, "stale": false} {
 		t.Run(name, func(t *testing.T) {
-			j := newTestJob(t, trainConfig{workers: 3, sync: sync, staleness: 2, epochs: 8, batch: defaultBatch})
+			j := newTestJob(t, trainConfig{workers: 3, sync: sync, staleness: 2, epochs: 10, batch: defaultBatch})
 			var deaths atomic.Int32
 			finish := make(chan struct{}, 3)
 			for i := range 3 {

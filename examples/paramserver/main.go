@@ -22,8 +22,8 @@ const (
 	defaultWorkers  = 3
 	defaultEpochs   = 12
 	defaultBatch    = 48
-	defaultRate     = 0.05
-	defaultMomentum = 0.9
+	defaultRate     = 0.25
+	defaultMomentum = 0.5
 )
 
 type options struct {

@@ -117,17 +117,19 @@ func accuracy(p []float32, ds []digit) float64 {
 	return float64(right) / float64(len(ds))
 }
 
-// optimizer is stochastic gradient descent with momentum. It lives on the server: workers only compute gradients.
+// optimizer is stochastic gradient descent with momentum and a rate that falls evenly to a tenth, so that training ends
+// in a quiet place. It lives on the server: workers only compute gradients.
 type optimizer struct {
 	rate, momentum float32
 	velocity       [paramCount]float32
 }
 
-// apply moves p against sum/count, the mean gradient of count images.
-func (o *optimizer) apply(p, sum []float32, count int) {
-	inv := 1 / float32(count)
+// apply moves p against sum/count, the mean gradient of count images. progress is the part of the training that is
+// done, 0 to 1.
+func (o *optimizer) apply(p, sum []float32, count int, progress float64) {
+	step := o.rate * float32(1-0.9*min(progress, 1)) / float32(count)
 	for i := range p {
-		o.velocity[i] = o.momentum*o.velocity[i] - o.rate*sum[i]*inv
+		o.velocity[i] = o.momentum*o.velocity[i] - step*sum[i]
 		p[i] += o.velocity[i]
 	}
 }

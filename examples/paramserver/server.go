@@ -445,7 +445,11 @@ func (s *server) summary() {
 	latency("pushes", t.pushes)
 	fmt.Fprintf(s.out, "moved one-sided: %.2f MB pulled, %.2f MB pushed; %d torn snapshots were seen and thrown away\n",
 		float64(t.pulled)/1e6, float64(t.pushed)/1e6, t.torn)
-	fmt.Fprintf(s.out, "barrier calls: %d; workers lost: %d; furthest ahead: %d gradients\n", t.waits, s.lost, s.last.maxAhead)
+	fmt.Fprintf(s.out, "barrier calls: %d; workers lost: %d\n", t.waits, s.lost)
+	if !s.cfg.sync {
+		fmt.Fprintf(s.out, "furthest ahead of the slowest: %d gradients; applied %.1f versions late on average, %d at most\n",
+			s.last.maxAhead, s.last.meanLag, s.last.maxLag)
+	}
 	device, path := strings.Join(t.devices, "+"), strings.Join(t.paths, "+")
 	fmt.Fprintf(s.out, "device %s, path %s\n", device, path)
 	fmt.Fprintf(s.out, "%s%.3f epochs=%d workers=%d pull_p50_us=%.1f push_p50_us=%.1f device=%s path=%s\n", resultPrefix,
