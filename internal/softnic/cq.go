@@ -31,7 +31,7 @@ type CQ struct {
 	ready   readySet      // members with news from this process; bitmap mode
 	// single is the only member, if whether it has news can be seen without the lock; else nil. Replaced under mu.
 	single atomic.Pointer[QP]
-	closed  bool
+	closed bool
 
 	err atomic.Pointer[error]
 

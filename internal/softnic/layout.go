@@ -110,13 +110,14 @@ func srqSize(ring, sges uint32) uint32 {
 
 // Limits of the software NIC.
 const (
-	maxDepth   = 1 << 15
-	maxSGE     = 32
-	maxInline  = 1024
-	maxCQE     = 1 << 22
-	maxMRs     = 1 << 16
-	maxPaths   = 128 // max_rd_atomic
-	maxUDMTU   = 4096
-	udRingSize = 512 // completions that one peer NIC may have outstanding at a UD QP
-	srqRingMax = 256 // completions that one QP may have outstanding when it uses an SRQ
+	maxDepth    = 1 << 15
+	maxSRQDepth = 1 << 17
+	maxSGE      = 32
+	maxInline   = 1024
+	maxCQE      = 1 << 22
+	maxMRs      = 1 << 16
+	maxPaths    = 128 // max_rd_atomic
+	maxUDMTU    = 4096
+	udRingSize  = 512 // completions that one peer NIC may have outstanding at a UD QP
+	srqRingMax  = 256 // completions that one QP may have outstanding when it uses an SRQ
 )

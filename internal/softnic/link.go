@@ -606,7 +606,7 @@ func (w *peerWaker) close() {
 }
 
 func (l *link) handleSRQ(m *ctl) error {
-	if m.a == 0 || m.a&(m.a-1) != 0 || m.a > 2*maxDepth || m.b == 0 || m.b > maxSGE || m.id == 0 {
+	if m.a == 0 || m.a&(m.a-1) != 0 || m.a > 2*maxSRQDepth || m.b == 0 || m.b > maxSGE || m.id == 0 {
 		return errCtl
 	}
 	b, reg, err := l.mapPeer(m, int(srqSize(m.a, m.b)), true)

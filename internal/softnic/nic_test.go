@@ -138,7 +138,7 @@ func (e *end) connect(peer *end) {
 	if err := e.q.Modify(ctx, &a, ib.AttrState|ib.AttrAV|ib.AttrPathMTU|ib.AttrDestQPN|ib.AttrRQPSN|ib.AttrMaxDestRdAtomic|ib.AttrMinRNRTimer); err != nil {
 		e.t.Fatal(err)
 	}
-	a = ib.QPAttr{State: ib.RTS, MaxRdAtomic: 16, AckTimeout: 14, RetryCount: 7, RNRRetry: 7}
+	a = ib.QPAttr{State: ib.RTS, MaxRdAtomic: 16, AckTimeout: 18, RetryCount: 7, RNRRetry: 7}
 	if err := e.q.Modify(ctx, &a, ib.AttrState|ib.AttrMaxRdAtomic|ib.AttrAckTimeout|ib.AttrRetryCount|ib.AttrRNRRetry|ib.AttrSQPSN); err != nil {
 		e.t.Fatal(err)
 	}

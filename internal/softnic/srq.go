@@ -69,9 +69,9 @@ func (pd *PD) CreateSRQ(cfg driver.SRQConfig) (driver.SRQ, error) {
 }
 
 func newSRQ(n *NIC, pd *PD, cfg driver.SRQConfig, private bool) (*SRQ, error) {
-	if cfg.MaxWR < 1 || cfg.MaxWR > maxDepth || cfg.MaxSGE < 0 || cfg.MaxSGE > maxSGE {
+	if cfg.MaxWR < 1 || cfg.MaxWR > maxSRQDepth || cfg.MaxSGE < 0 || cfg.MaxSGE > maxSGE {
 		return nil, fmt.Errorf("an SRQ of the software NIC has 1 to %d receives of up to %d SGEs; asked for %d of %d",
-			maxDepth, maxSGE, cfg.MaxWR, cfg.MaxSGE)
+			maxSRQDepth, maxSGE, cfg.MaxWR, cfg.MaxSGE)
 	}
 	s := &SRQ{nic: n, pd: pd, max: int(pow2(cfg.MaxWR)), sges: uint32(max(cfg.MaxSGE, 1)), private: private}
 	s.ring = uint32(2 * s.max)
