@@ -209,14 +209,19 @@ func (c *Call) finish(err error) Code {
 			e = &Error{Code: Unknown, Message: e.Message}
 		}
 		frame := sc.statusFrame(c.id, e)
-		if sc.hasEnded() {
+		switch {
+		case sc.hasEnded():
 			// The client hears that the connection is lost, not what its handler made of the end of its context.
-		} else if c.inline {
+		case c.inline:
 			sc.sendNow(frame)
-		} else if buf, aerr := sc.allocPatiently(len(frame)); aerr == nil {
-			copy(buf.b, frame)
-			if perr := sc.link.post(buf, len(frame)); perr != nil {
-				sc.close(perr)
+		default:
+			buf, err := sc.allocPatiently(len(frame))
+			if err == nil {
+				copy(buf.b, frame)
+				err = sc.link.post(buf, len(frame))
+			}
+			if err != nil {
+				sc.close(err)
 			}
 		}
 		return e.Code

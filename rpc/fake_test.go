@@ -23,7 +23,6 @@ type fakeLink struct {
 	slots   int // free send slots
 	credits int // messages that may be sent to the peer
 	handler linkHandler
-	eof     bool // the peer sends no more
 	ended   bool
 	endErr  error
 	told    bool // handleClose was called
@@ -204,11 +203,6 @@ func (l *fakeLink) step() bool {
 		l.mu.Unlock()
 		h.handleClose(err)
 		return true
-	case l.eof && !l.ended:
-		l.eof = false
-		l.mu.Unlock()
-		h.handleEOF()
-		return true
 	}
 	l.mu.Unlock()
 	return false
@@ -288,13 +282,6 @@ func (l *fakeLink) closeGently() error {
 	}
 	l.peer.end(errFakeClosed)
 	return nil
-}
-
-func (l *fakeLink) closeWrite() {
-	l.peer.mu.Lock()
-	l.peer.eof = true
-	l.peer.changeLocked()
-	l.peer.mu.Unlock()
 }
 
 func (l *fakeLink) abort(reason error) {

@@ -91,8 +91,7 @@ func newTestServer(cfg *ServerConfig) *testServer {
 	})
 	s.HandleRaw(Spec{Number: mPanicHere, Inline: true}, func(c *Call, req []byte) error {
 		_, _ = c.Reply(10)
-		var m map[string]int
-		m["x"] = 1
+		_ = req[len(req)]
 		return nil
 	})
 	s.HandleRaw(Spec{Number: mFail}, func(c *Call, req []byte) error {
