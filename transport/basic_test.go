@@ -167,7 +167,7 @@ func (e *echo) HandleMessage(c *transport.Conn, m *transport.Message) {
 	b, err := c.TryAlloc(n)
 	if err == nil {
 		copy(b.Bytes(), m.Bytes())
-		if err := c.Post(b, n); err != nil && c.Err() == nil {
+		if err := c.Post(b, n); err != nil && c.Err() == nil && !errors.Is(err, transport.ErrWriteClosed) {
 			e.t.Errorf("post: %v", err)
 		}
 		return

@@ -133,6 +133,7 @@ func (l *Listener) serve() {
 		}
 		delay = 0
 		in := &intake{tcp: t}
+		t.SetDeadline(time.Now().Add(l.cfg.HandshakeTimeout)) // before admit: an eviction sets another
 		if !l.admit(in) {
 			t.Close()
 			return
@@ -181,7 +182,6 @@ func (l *Listener) greeted(in *intake) (ok, room bool) {
 
 func (l *Listener) handshake(in *intake) {
 	t := in.tcp
-	t.SetDeadline(time.Now().Add(l.cfg.HandshakeTimeout))
 	body, err := readFrame(t, bootHello)
 	alive, room := l.greeted(in)
 	if alive {
