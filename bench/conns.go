@@ -26,7 +26,7 @@ type connsArgs struct {
 	Count int
 }
 
-const connsPerPoller = 1250
+const connsPerPoller = 1000
 
 func (a *connsArgs) pollers() int { return (a.Count + connsPerPoller - 1) / connsPerPoller }
 

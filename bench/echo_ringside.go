@@ -119,6 +119,7 @@ func asyncLoad(ctx context.Context, a *echoArgs, cl *rpc.Client, payload []byte,
 		free = append(free, tag)
 	}
 	run := func(n int) error {
+		limit := ck.limit()
 		for left := n; left > 0 || q.Len() > 0; {
 			for left > 0 && len(free) > 0 {
 				tag := free[len(free)-1]
@@ -134,6 +135,9 @@ func asyncLoad(ctx context.Context, a *echoArgs, cl *rpc.Client, payload []byte,
 			}
 			if failed != nil {
 				return failed
+			}
+			if ck.now() > limit {
+				left = 0
 			}
 		}
 		return nil

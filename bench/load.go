@@ -23,6 +23,9 @@ type echoArgs struct {
 	Rate     float64 // calls a second; 0: as fast as they come back
 }
 
+// loadLimit ends a measurement before its number of calls is reached, on a machine that is busy with other things.
+const loadLimit = 8 * time.Second
+
 // echoResult is what an echo client says.
 type echoResult struct {
 	Calls   int
@@ -40,6 +43,9 @@ type clock struct {
 	now   func() uint64
 	perNS float64 // ticks a nanosecond
 }
+
+// limit returns the reading of the clock at which a load that starts now has to end.
+func (c clock) limit() uint64 { return c.now() + uint64(float64(loadLimit)*c.perNS) }
 
 func newClock() clock {
 	rate, err := cycles.Calibrate(20 * time.Millisecond)
@@ -81,6 +87,7 @@ func blockingLoad(a *echoArgs, call func() error) error {
 	share := max(1, a.Calls/a.InFlight)
 	each := func(n int, rec []*recorder) error {
 		errs := make(chan error, a.InFlight)
+		limit := ck.limit()
 		var wg sync.WaitGroup
 		for g := range a.InFlight {
 			wg.Go(func() {
@@ -98,7 +105,9 @@ func blockingLoad(a *echoArgs, call func() error) error {
 					if r != nil {
 						r.add(now - last)
 					}
-					last = now
+					if last = now; now > limit {
+						return
+					}
 				}
 			})
 		}
@@ -127,7 +136,11 @@ func pacedLoad(a *echoArgs, call func() error) error {
 	period := time.Duration(float64(time.Second) / a.Rate)
 	run := func(n int, r *recorder) error {
 		next := time.Now()
+		limit := ck.limit()
 		for range n {
+			if ck.now() > limit {
+				break
+			}
 			next = next.Add(period)
 			time.Sleep(time.Until(next))
 			t := ck.now()
