@@ -53,6 +53,10 @@ func (b *Batch) Reset() {
 		panic("transport: Reset of a batch that is under way")
 	}
 	s.mu.Unlock()
+	b.clear()
+}
+
+func (b *Batch) clear() {
 	b.wrs, b.sges, b.which, b.next = b.wrs[:0], b.sges[:0], b.which[:0], 0
 	b.err, b.bad = nil, nil
 }
@@ -313,6 +317,9 @@ func (b *Batch) finishLocked(err error) {
 // single returns a batch for one operation.
 func (c *Conn) single() *Batch {
 	s := &c.snd
+	if b := s.spareBatch.Swap(nil); b != nil {
+		return b
+	}
 	s.mu.Lock()
 	b := s.batches
 	if b != nil {
@@ -333,17 +340,28 @@ func (b *Batch) finish(ctx context.Context) error {
 	return err
 }
 
+// recycle gives a batch from single back. Its operations are over.
 func (b *Batch) recycle() {
-	b.Reset()
+	b.clear()
 	s := &b.c.snd
+	kept := s.spareBatch.CompareAndSwap(nil, b)
+	if kept && !b.c.ended.Load() { // endSends, which comes after the end, will find it
+		return
+	}
 	s.mu.Lock()
-	if s.sq == nil { // the connection has ended
-		b.dropLocked()
-	} else {
+	defer s.mu.Unlock()
+	switch {
+	case s.sq == nil: // endSends has been
+		if kept {
+			b = s.spareBatch.Swap(nil)
+		}
+		if b != nil {
+			b.dropLocked()
+		}
+	case !kept:
 		b.free = s.batches
 		s.batches = b
 	}
-	s.mu.Unlock()
 }
 
 // Read reads dst.Length bytes at off of src into dst, which was registered in PD() with ib.AccessLocalWrite. Several

@@ -57,7 +57,8 @@ type sendSide struct {
 	rndv     []rndvOut
 	rndvFree []uint16
 
-	batches *Batch // free ones, for single operations
+	batches    *Batch // free ones, for single operations
+	spareBatch atomic.Pointer[Batch]
 
 	wr      [1]ib.SendWR
 	sge     [1]ib.SGE
@@ -531,6 +532,9 @@ func (c *Conn) endSends(e *CloseError) {
 		b.dropLocked()
 	}
 	s.batches = nil
+	if b := s.spareBatch.Swap(nil); b != nil {
+		b.dropLocked()
+	}
 	s.wakeAllLocked(e)
 	if s.drained != nil {
 		s.drained.Done()
