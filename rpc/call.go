@@ -23,9 +23,10 @@ type Call struct {
 	req    []byte
 	inline bool
 
-	msg   message // holds the request while holds is set
-	holds bool
-	own   []byte // the request's copy when no receive slot could be held; kept for the next call
+	msg    message // holds the request while holds is set
+	holds  bool
+	own    []byte // the request's copy when no receive slot could be held; the memory is kept for the next call
+	copied int64  // bytes of own that count towards Server.copied
 
 	timeout  uint64    // microseconds, as received
 	deadline time.Time // zero: none
@@ -67,7 +68,8 @@ func (c *Call) Conn() *transport.Conn { return c.conn.conn }
 func (c *Call) Deadline() (deadline time.Time, ok bool) { return c.deadline, !c.deadline.IsZero() }
 
 // Context returns the call's context. It has the client's deadline, and ends when the client cancels the call, when the
-// connection is lost, and when the handler returns. It is made at the first use, at the cost of an allocation.
+// connection is lost, and when the handler returns. An inline handler's knows of the deadline only: nothing is received
+// while it runs. The context is made at the first use, at the cost of an allocation.
 func (c *Call) Context() context.Context {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -244,17 +246,21 @@ func (c *Call) finish(err error) Code {
 	return OK
 }
 
-// releaseRequest gives back the receive slot that the request lies in.
+// releaseRequest gives back the receive slot, or the share of memory, that the request lies in.
 func (c *Call) releaseRequest() {
 	if c.holds {
 		c.conn.link.release(c.msg)
 		c.conn.held.Add(-1)
 		c.msg, c.holds = message{}, false
 	}
+	if c.copied != 0 {
+		c.conn.srv.copied.Add(-c.copied)
+		c.copied = 0
+	}
 }
 
 // keepOwn is how much memory for request copies a recycled Call keeps.
-const keepOwn = 64 << 10
+const keepOwn = 8 << 10
 
 // reset clears what belongs to one call, for the next.
 func (c *Call) reset() {

@@ -22,6 +22,6 @@
 //
 // Inline handlers run one after the other on the polling goroutine. Others run on ServerConfig.MaxConcurrent workers;
 // ServerConfig.MaxQueue requests more wait, and what comes on top is refused at once with ResourceExhausted, not
-// executed. Below that limit the transport's credits hold back a client that sends faster than the server takes. A client
-// that takes no responses is cut off after ServerConfig.StallTimeout.
+// executed; so are requests over ServerConfig.MaxQueueBytes. Below that limit the transport's credits hold back a client
+// that sends faster than the server takes. A client that takes no responses is cut off after ServerConfig.StallTimeout.
 package rpc

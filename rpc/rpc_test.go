@@ -437,6 +437,73 @@ func TestLimits(t *testing.T) {
 	})
 }
 
+// Without a queue, what finds no free worker is refused.
+func TestNoQueue(t *testing.T) {
+	onEach(t, &ServerConfig{MaxConcurrent: 2, MaxQueue: -1}, nil, func(t *testing.T, r *rig) {
+		ctx := ctxFor(t)
+		results := make(chan error, 2)
+		for range 2 {
+			go func() { results <- echo(ctx, r.cl, mBlock, pattern(500)) }()
+			<-r.ts.entered
+		}
+		for range 5 {
+			wantCode(t, echo(ctx, r.cl, mEchoSlow, nil), ResourceExhausted)
+		}
+		close(r.ts.release)
+		for range 2 {
+			if err := <-results; err != nil {
+				t.Error(err)
+			}
+		}
+		testutil.Eventually(t, "a worker is free", func() bool { return echo(ctx, r.cl, mEchoSlow, nil) == nil })
+	})
+}
+
+// Requests that must be copied share a budget of memory.
+func TestQueueBytes(t *testing.T) {
+	onEach(t, &ServerConfig{MaxConcurrent: 1, MaxQueueBytes: 10_000}, nil, func(t *testing.T, r *rig) {
+		ctx := ctxFor(t)
+		q, err := r.cl.NewQueue(60) // more than the receive slots that may be held
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer q.Close()
+		for tag := range uint64(60) {
+			if err := q.Start(ctx, mBlock, pattern(1000), tag); err != nil {
+				t.Fatal(err)
+			}
+		}
+		refused, answered := 0, 0
+		collect := func(_ uint64, resp []byte, err error) {
+			if err != nil {
+				refused++
+				wantCode(t, err, ResourceExhausted)
+				return
+			}
+			answered++
+			if !bytes.Equal(resp, pattern(1000)) {
+				t.Error("wrong response")
+			}
+		}
+		held := max(r.cl.link.recvDepth()/4, 1)
+		for refused < 60-held-10 {
+			if _, err := q.Wait(ctx, collect); err != nil {
+				t.Fatal(err)
+			}
+		}
+		close(r.ts.release)
+		for q.Len() > 0 {
+			if _, err := q.Wait(ctx, collect); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if answered != held+10 {
+			t.Errorf("%d calls were answered, want %d with held slots and 10 copied", answered, held)
+		}
+		testutil.Eventually(t, "the memory is given back", func() bool { return r.ts.copied.Load() == 0 })
+	})
+}
+
 func TestShutdown(t *testing.T) {
 	onEach(t, nil, nil, func(t *testing.T, r *rig) {
 		ctx := ctxFor(t)

@@ -23,6 +23,9 @@ type ServerConfig struct {
 	// MaxQueue is how many requests wait for a worker, over all connections; default 1024. A request beyond it is answered
 	// with ResourceExhausted, flagged as not executed, without running its handler. -1: none may wait.
 	MaxQueue int
+	// MaxQueueBytes bounds the memory for requests that had to be copied because their connection's share of receive slots
+	// was taken by other calls, over all connections; default 64 MiB. A request beyond it is refused as one beyond MaxQueue.
+	MaxQueueBytes int64
 	// StallTimeout is how long a response waits for a client that takes none, before its connection is closed; default
 	// 10 s. It keeps such a client from holding the workers.
 	StallTimeout time.Duration
@@ -50,6 +53,9 @@ func (c *ServerConfig) withDefaults() ServerConfig {
 	case d.MaxQueue < 0:
 		d.MaxQueue = 0
 	}
+	if d.MaxQueueBytes <= 0 {
+		d.MaxQueueBytes = 64 << 20
+	}
 	if d.StallTimeout <= 0 {
 		d.StallTimeout = 10 * time.Second
 	}
@@ -66,6 +72,7 @@ type Server struct {
 	pool    workers
 
 	draining atomic.Bool
+	copied   atomic.Int64  // bytes of copied requests
 	active   atomic.Int64  // calls that were accepted and not answered yet, inline ones left out
 	idle     chan struct{} // pulsed when active falls to 0 while draining
 
@@ -315,6 +322,12 @@ func (sc *serverConn) request(m message, h *header) {
 		// Enough of the connection's receive slots are tied up: from here on requests are copied, so that cancels and
 		// other calls still get through.
 		sc.held.Add(-1)
+		c.copied = int64(len(body))
+		if srv.copied.Add(c.copied) > srv.cfg.MaxQueueBytes {
+			sc.drop(c)
+			sc.reject(h.id, errQueueFull)
+			return
+		}
 		c.own = append(c.own[:0], body...)
 		c.req = c.own
 	}
