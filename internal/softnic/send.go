@@ -751,11 +751,11 @@ func (q *QP) execAtomic(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallK
 // doAtomic executes an atomic and returns the old value. It is atomic with the CPU's own atomics on both sides.
 func doAtomic(w *uint64, op ib.Opcode, compareAdd, swap uint64) uint64 {
 	if op == ib.OpAtomicFetchAdd {
-		return atomic.AddUint64(w, compareAdd) - compareAdd
+		return add64(w, compareAdd)
 	}
 	for {
-		old := atomic.LoadUint64(w)
-		if old != compareAdd || atomic.CompareAndSwapUint64(w, old, swap) {
+		old := load64(w)
+		if old != compareAdd || cas64(w, old, swap) {
 			return old
 		}
 	}
