@@ -47,7 +47,7 @@ func newTestJob(t *testing.T, cfg trainConfig) *testJob {
 	return j
 }
 
-// work is a worker without a network. It dies, if die says so, in the middle of a gradient. slow is called before each.
+// work is a worker without a network. It dies, if die says so, in the middle of a gradient. slow is called between pull and push.
 func (j *testJob) work(t *testing.T, die func(pushes int) bool, slow func()) {
 	m, clock, err := j.join()
 	if err != nil {
@@ -69,9 +69,6 @@ func (j *testJob) work(t *testing.T, die func(pushes int) bool, slow func()) {
 		if a.done {
 			return
 		}
-		if slow != nil && j.cfg.sync {
-			slow()
-		}
 		h, params, err := r.pull(context.Background())
 		if err != nil {
 			t.Error(err)
@@ -80,7 +77,7 @@ func (j *testJob) work(t *testing.T, die func(pushes int) bool, slow func()) {
 		if j.cfg.sync && h.published != a.version {
 			t.Errorf("pulled version %d, want %d", h.published, a.version)
 		}
-		if slow != nil && !j.cfg.sync {
+		if slow != nil {
 			slow()
 		}
 		clock++
