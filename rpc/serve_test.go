@@ -5,8 +5,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
-	"fmt"
-	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -536,104 +534,4 @@ func TestGarbageOverTransport(t *testing.T) {
 		}
 		_ = ts.Close()
 	})
-}
-
-// Two processes. The child serves; it is killed in the middle of calls.
-
-func init() {
-	testutil.RegisterChild("rpc-server", func(args []string) {
-		l, err := transport.Listen(context.Background(), "127.0.0.1:0", &transport.Config{Device: transporttest.Device})
-		if err != nil {
-			fmt.Println("error", err)
-			os.Exit(1)
-		}
-		ts := newTestServer(nil)
-		go func() { _ = ts.Serve(context.Background(), l) }()
-		fmt.Println("addr", l.Addr())
-		for range testutil.ChildInput() {
-		}
-	})
-}
-
-func TestServerKilled(t *testing.T) {
-	testutil.CheckLeaks(t)
-	child := testutil.StartChild(t, "rpc-server")
-	ctx := ctxFor(t)
-	cl, err := Dial(ctx, child.Expect("addr"), &transport.Config{Device: transporttest.Device}, nil)
-	if err != nil {
-		testutil.SkipIfUnsupported(t, err)
-		t.Fatal(err)
-	}
-	defer cl.Close()
-	for i := range 100 {
-		if err := echo(ctx, cl, []Method{mEcho, mEchoSlow}[i%2], pattern(i*100)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	results := make(chan error, 20)
-	for i := range 20 {
-		go func() {
-			if i%2 == 0 {
-				results <- cl.CallRaw(ctx, mBlock, pattern(700), nil)
-				return
-			}
-			for { // busy when it happens
-				if err := echo(ctx, cl, mEcho, pattern(64)); err != nil {
-					results <- err
-					return
-				}
-			}
-		}()
-	}
-	time.Sleep(5 * time.Millisecond)
-	start := time.Now()
-	child.Kill()
-	for range 20 {
-		wantCode(t, <-results, Unavailable)
-	}
-	t.Logf("all calls had ended %v after the kill", time.Since(start))
-	wantCode(t, echo(ctx, cl, mEcho, nil), Unavailable)
-}
-
-func TestTwoProcesses(t *testing.T) {
-	testutil.CheckLeaks(t)
-	child := testutil.StartChild(t, "rpc-server")
-	ctx := ctxFor(t)
-	cl, err := Dial(ctx, child.Expect("addr"), &transport.Config{Device: transporttest.Device}, nil)
-	if err != nil {
-		testutil.SkipIfUnsupported(t, err)
-		t.Fatal(err)
-	}
-	defer cl.Close()
-	t.Log("path:", cl.Conn().Path())
-	q, err := cl.NewQueue(64)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer q.Close()
-	n := 0
-	collect := func(tag uint64, resp []byte, err error) {
-		n++
-		if err != nil || !bytes.Equal(resp, pattern(int(tag)%500)) {
-			t.Error(tag, len(resp), err)
-		}
-	}
-	for tag := range uint64(5000) {
-		if q.Len() == q.Depth() {
-			if _, err := q.Wait(ctx, collect); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if err := q.Start(ctx, mEcho, pattern(int(tag)%500), tag); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for q.Len() > 0 {
-		if _, err := q.Wait(ctx, collect); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if n != 5000 {
-		t.Errorf("%d results", n)
-	}
 }
