@@ -116,8 +116,9 @@ func (l *link) doAssist(m, answer *ctl) ib.WCStatus {
 		return ib.WCRemoteInvalidReqErr
 	}
 	q.sq.Lock()
-	ok := q.link == l && uint32(q.attr.DestQPN) == m.qpn
-	rights := q.attr.Access
+	s := ib.QPState(q.state.Load())
+	ok := q.link == l && uint32(q.attr.DestQPN) == m.qpn && s >= ib.RTR && s != ib.Err
+	rights := q.rightsLocked()
 	q.sq.Unlock()
 	op := ib.Opcode(m.status)
 	var need ib.Access

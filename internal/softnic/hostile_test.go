@@ -121,7 +121,7 @@ func hostileRound(t testing.TB, seed uint64, input []byte) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		n.viaDoor = true
+		n.viaDoor, n.busyFor = true, shortBusy
 		opened = append(opened, n)
 		return n
 	}
@@ -378,7 +378,6 @@ func (s *secretMem) close() { s.mr.Close() }
 // A peer that writes garbage wherever it can: nothing of ours falls, and other peers do not notice.
 func TestHostileMemory(t *testing.T) {
 	testutil.CheckLeaks(t)
-	shortBusy(t)
 	seeds := 300
 	if testing.Short() || raceEnabled {
 		seeds = 40
@@ -398,13 +397,8 @@ func FuzzHostileMemory(f *testing.F) {
 	f.Add(uint64(1), []byte{})
 	f.Add(uint64(2), []byte{1, 0, 0, 0, 2, 0, 3, 0, 4, 0, 0, 0, 1, 0})
 	f.Add(uint64(3), []byte{3, 0, 1, 0, 1, 0, 9, 0, 9, 0})
-	shortBusy(f)
 	f.Fuzz(func(t *testing.T, seed uint64, in []byte) { hostileRound(t, seed, in) })
 }
 
 // shortBusy has peers that stay busy cut off sooner, so that tests end sooner.
-func shortBusy(t testing.TB) {
-	old := busyLimit
-	busyLimit = 50 * time.Millisecond
-	t.Cleanup(func() { busyLimit = old })
-}
+const shortBusy = 100 * time.Millisecond

@@ -98,12 +98,17 @@ func (q *QP) openInbound(l *link, dst uint32) (*inbound, error) {
 
 func (in *inbound) setState(s uint32) { atomic.StoreUint32(in.state, s) }
 
+// rightsLocked is what the QP's peer may do. Called with sq held.
+func (q *QP) rightsLocked() ib.Access {
+	if q.attr.MaxDestRdAtomic == 0 {
+		return q.attr.Access &^ (ib.AccessRemoteRead | ib.AccessRemoteAtomic) // the responder has no resources for them
+	}
+	return q.attr.Access
+}
+
 func (in *inbound) setRights(q *QP) {
 	q.sq.Lock()
-	acc, key := q.attr.Access, q.attr.QKey
-	if q.attr.MaxDestRdAtomic == 0 {
-		acc &^= ib.AccessRemoteRead | ib.AccessRemoteAtomic // the responder has no resources for them
-	}
+	acc, key := q.rightsLocked(), q.attr.QKey
 	q.sq.Unlock()
 	atomic.StoreUint32(in.access, uint32(acc))
 	atomic.StoreUint32(&words32(in.blk.mem)[blkQKey/4], uint32(key))
@@ -115,8 +120,8 @@ func (in *inbound) waitIdle() {
 	if atomic.LoadUint32(in.busy) == 0 {
 		return
 	}
-	if !spinUntil(busyLimit, func() bool { return atomic.LoadUint32(in.busy) == 0 || in.link.reason() != nil }) {
-		in.link.fault("QP %d has been busy for %v", in.q.qpn, busyLimit)
+	if !spinUntil(in.q.nic.busyFor, func() bool { return atomic.LoadUint32(in.busy) == 0 || in.link.cut.Load() || in.link.reason() != nil }) {
+		in.link.fault("QP %d has been busy for %v", in.q.qpn, in.q.nic.busyFor)
 	}
 }
 
@@ -243,6 +248,9 @@ func (n *NIC) recvDesc(pd *PD, s *ib.SGE) (d descriptor, private bool) {
 	r := n.regions.lookup(uint32(s.LKey))
 	if r == nil || r.pd != pd || r.access&ib.AccessLocalWrite == 0 || r.qpn != 0 || !r.contains(s.Addr, s.Length) {
 		return makeDesc(s.Addr, s.Length, 0), false
+	}
+	if !r.receives.Load() {
+		r.receives.Store(true)
 	}
 	return makeDesc(s.Addr, s.Length, r.handle), r.fd < 0
 }

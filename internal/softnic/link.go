@@ -16,6 +16,7 @@ import (
 // control channel. A NIC's link to itself has itself as the peer.
 type link struct {
 	nic  *NIC
+	cut  atomic.Bool // the peer broke the protocol: the link is about to close
 	peer ib.GID
 	path string // "inproc" or "shm"
 	full bool   // stores on the data path must be full fences
@@ -271,6 +272,7 @@ func (l *link) tellSRQ(s *SRQ) uint32 {
 
 // fault ends the link because the peer broke the protocol.
 func (l *link) fault(format string, args ...any) {
+	l.cut.Store(true)
 	err := fmt.Errorf("%w: %s", errPeerFault, fmt.Sprintf(format, args...))
 	l.nic.later(func() { l.close(err) })
 }
@@ -480,11 +482,24 @@ func (l *link) mapPeer(m *ctl, size int, writable bool) ([]byte, *mem.Region, er
 	if !m.hasFD {
 		return nil, nil, errCtl
 	}
-	r, err := mem.MapFD(m.fd, 0, size, writable)
+	r, err := l.mapFD(m.fd, 0, size, writable)
 	if err != nil {
 		return nil, nil, err
 	}
 	return r.Bytes(), r, nil
+}
+
+// maxMapped is how much memory this process maps in all: a quarter of the address space that the smallest of the usual
+// systems has.
+const maxMapped = 1 << 45
+
+// mapFD maps memory of the peer, within reason: sparse files are large for nothing, and if they used up the address space
+// the Go runtime could not go on.
+func (l *link) mapFD(fd int, off int64, size int, writable bool) (*mem.Region, error) {
+	if _, all := mem.Live(); int64(size) > maxMapped-all {
+		return nil, fmt.Errorf("mapping %d bytes of the peer: %w", size, mem.ErrSize)
+	}
+	return mem.MapFD(fd, off, size, writable)
 }
 
 func (l *link) handleChunk(m *ctl) error {

@@ -29,6 +29,7 @@ type region struct {
 
 	windows  atomic.Int32 // windows bound to the region
 	exported atomic.Bool  // some peer was told about it
+	receives atomic.Bool  // receives were posted from it: peers may map it by its handle
 }
 
 // A handle is the table slot in its lower bits and the slot's generation above, never 0 and never sgeList.
@@ -244,4 +245,4 @@ func (n *NIC) quiesce() {
 
 // busyLimit is how long a peer may keep an operation running on something that is taken away from it. The longest honest
 // operation is a copy of 2 GiB.
-var busyLimit = 5 * time.Second // shorter in tests
+const busyLimit = 5 * time.Second

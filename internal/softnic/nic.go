@@ -20,7 +20,8 @@ type NIC struct {
 	guid    ib.GUID
 	shared  bool // peers in other processes can reach it
 	sharedE error
-	viaDoor bool // tests: reach NICs of this process through shared memory too
+	busyFor time.Duration // busyLimit; shorter in tests
+	viaDoor bool          // tests: reach NICs of this process through shared memory too
 	liveReg *mem.Region
 	door    *door // where other processes knock; nil without shared memory
 	stagePD PD
@@ -75,7 +76,7 @@ func Open() (*NIC, error) {
 	n := &NIC{qps: map[ib.QPN]*QP{}, cqs: map[*CQ]bool{}, channels: map[*CompChannel]bool{}, srqs: map[*SRQ]bool{},
 		mws: map[uint32]*MW{}, links: map[ib.GID]*link{}, dials: map[ib.GID]*dial{}, done: make(chan struct{}),
 		events: newMailbox[driver.AsyncEvent](), evC: make(chan struct{}, 1), work: newMailbox[func()](),
-		kick: make(chan struct{}, 1), retryDone: make(chan struct{})}
+		kick: make(chan struct{}, 1), retryDone: make(chan struct{}), busyFor: busyLimit}
 	rand.Read(n.gid[:])
 	// fd00::/8: a locally assigned address. Its random part is the NIC's identity on this host.
 	n.gid[0] = 0xfd

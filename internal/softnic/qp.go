@@ -436,7 +436,8 @@ func (q *QP) tryConnect(l *link, v *peerView, waited bool) {
 		return
 	}
 	s := ib.QPState(q.state.Load())
-	ok := q.link == l && q.attr.DestQPN == v.qpn && q.pv == nil && (s == ib.RTR || s == ib.RTS || s == ib.SQD)
+	ok := q.link == l && q.attr.DestQPN == v.qpn && q.pv == nil && (s == ib.RTR || s == ib.RTS || s == ib.SQD) &&
+		l.reason() == nil // from now on linkDown comes before the memory goes
 	if ok {
 		q.pv = v
 		q.met = true

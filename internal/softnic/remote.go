@@ -218,11 +218,11 @@ func (l *link) handleResolve(m *ctl) error {
 	var r *region
 	answer := ctl{kind: ctlRegion, a: m.a, b: m.b, flags: m.flags & resolveByHandle}
 	if m.flags&resolveByHandle != 0 {
-		if r = l.nic.regions.lookup(m.a); r != nil && r.access&ib.AccessLocalWrite == 0 {
-			r = nil
+		if r = l.nic.regions.lookup(m.a); r != nil && (r.access&ib.AccessLocalWrite == 0 || !r.receives.Load()) {
+			r = nil // handles can be guessed: only receive buffers are given out by them
 		}
-	} else {
-		r = l.nic.regions.lookupRKey(ib.RKey(m.b))
+	} else if r = l.nic.regions.lookupRKey(ib.RKey(m.b)); r != nil && r.access&ib.AccessRemote == 0 {
+		r = nil
 	}
 	if r == nil {
 		l.send(answer)
@@ -284,14 +284,15 @@ func (l *link) handleRegion(m *ctl) error {
 				return errCtl
 			}
 			writable := byHandle || r.access&(ib.AccessRemoteWrite|ib.AccessRemoteAtomic) != 0
-			reg, err := mem.MapFD(m.fd, int64(off), int(size), writable)
+			reg, err := l.mapFD(m.fd, int64(off), int(size), writable)
 			if err != nil {
 				return fmt.Errorf("region of the peer: %w", err)
 			}
 			r.reg, r.mem = reg, reg.Bytes()[:size]
 		}
 		if !r.assisted {
-			if o := r.base - r.memAt; r.base < r.memAt || o > uint64(len(r.mem)) || r.length > uint64(len(r.mem))-o {
+			// The difference wraps for zero-based windows, as the addresses of operations on them do.
+			if o := r.base - r.memAt; o > uint64(len(r.mem)) || r.length > uint64(len(r.mem))-o {
 				r.unmap()
 				return errCtl
 			}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -18,6 +19,9 @@ import (
 // make some tens of thousands.
 const outLimit = 1 << 18
 
+// outBytes is outLimit in bytes: ten thousand QPs that all read private memory at once stay below it.
+const outBytes = 512 << 20
+
 // packet is an encoded control message on its way out; it owns its descriptor.
 type packet struct {
 	b  []byte
@@ -26,8 +30,9 @@ type packet struct {
 
 // socketWriter sends control messages from a goroutine of its own, so that nobody blocks on a slow peer.
 type socketWriter struct {
-	c   *net.UnixConn
-	box *mailbox[packet]
+	c      *net.UnixConn
+	box    *mailbox[packet]
+	queued atomic.Int64 // bytes in box
 }
 
 func (w *socketWriter) send(m ctl) error {
@@ -38,6 +43,10 @@ func (w *socketWriter) send(m ctl) error {
 			return fmt.Errorf("passing memory to the peer: %w (raise the limit on open files: ulimit -n)", err)
 		}
 		p.fd = fd
+	}
+	if w.queued.Add(int64(len(p.b))) > outBytes {
+		closeFDs(fdList(p.fd))
+		return errLinkBusy
 	}
 	n := w.box.put(p)
 	if n < 0 {
@@ -73,6 +82,7 @@ func (w *socketWriter) run(fail func(error)) {
 					fail(fmt.Errorf("%w: %v", errPeerGone, err))
 				}
 			}
+			w.queued.Add(-int64(len(p.b)))
 			closeFDs(fdList(p.fd))
 		}
 	}

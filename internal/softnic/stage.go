@@ -70,6 +70,7 @@ func (p *stagePool) grow(n *NIC, class int) error {
 	b := reg.Bytes()[:size]
 	r := &region{nic: n, pd: &n.stagePD, mem: b, memAt: addrOf(b), base: addrOf(b), length: uint64(size),
 		access: ib.AccessLocalWrite, fd: reg.FD()}
+	r.receives.Store(true)
 	if err := n.regions.insert(r); err != nil {
 		reg.Close()
 		return err

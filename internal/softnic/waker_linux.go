@@ -65,9 +65,9 @@ func (w *eventWaker) wait(ctx context.Context) error {
 	}
 	var b [8]byte
 	_, err := w.f.Read(b[:])
-	w.pending.Store(false)
 	switch {
 	case err == nil:
+		w.pending.Store(false) // who waits no longer leaves it to the next
 		return nil
 	case ctx.Err() != nil:
 		return ctx.Err()
