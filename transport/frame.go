@@ -35,9 +35,6 @@ func (t msgType) String() string {
 	return fmt.Sprintf("type %d", uint8(t))
 }
 
-// takesCredit reports whether a message of the type uses a credit of the receiver's window.
-func (t msgType) takesCredit() bool { return t <= msgRTS }
-
 const (
 	// flagLow: the sender has no credit left after this message (or needs more than it has), and waits for any that can
 	// be given back.

@@ -27,7 +27,6 @@ type Batch struct {
 	results []slot // one for each atomic, 8 bytes
 	which   []int  // the result of operation i, or -1
 	next    int    // results in use
-	posted  int    // operations that were posted
 	busy    bool   // guarded by snd.mu
 	err     error  // of the first operation that failed
 	bad     error  // an operation that could not be collected

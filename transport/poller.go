@@ -51,8 +51,10 @@ type PollerConfig struct {
 	SpinBudget time.Duration // longest poll before sleeping in Adaptive mode; default 50 us
 	// CQDepth is the initial size of the completion queue. It grows with the connections where the device can resize;
 	// elsewhere it bounds their number. Default 4096.
-	CQDepth     int
-	SharedDepth int // most receives in the shared receive queue; default 4096; used with Config.SharedReceive
+	CQDepth int
+	// SharedDepth bounds the receives in the shared receive queue, of which each connection with Config.SharedReceive needs
+	// RecvDepth + 5 + 3 * RendezvousDepth; default 16384, or the device's limit. Memory is taken as connections come.
+	SharedDepth int
 	SharedSize  int // payload bytes of a shared receive slot; default 1 KiB. Config.EagerSize must not exceed it
 	// MaxConns is the number of connections that the poller takes; default and limit 1<<20.
 	MaxConns int
@@ -156,7 +158,7 @@ func NewPoller(vctx *verbs.Context, cfg *PollerConfig) (*Poller, error) {
 		c.SpinBudget = 50 * time.Microsecond
 	}
 	orDefault(&c.CQDepth, 4096)
-	orDefault(&c.SharedDepth, 4096)
+	orDefault(&c.SharedDepth, 16384)
 	orDefault(&c.SharedSize, 1024)
 	orDefault(&c.MaxConns, maxConns)
 	orDefault(&c.BufferLimit, 1<<30)

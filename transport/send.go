@@ -535,7 +535,7 @@ func (c *Conn) endSends(e *CloseError) {
 	if b := s.spareBatch.Swap(nil); b != nil {
 		b.dropLocked()
 	}
-	s.wakeAllLocked(e)
+	s.wakeAllLocked()
 	if s.drained != nil {
 		s.drained.Done()
 		s.drained = nil

@@ -284,7 +284,7 @@ func (c *Conn) waitLocked(ctx context.Context, l *waitList) error {
 }
 
 // wakeAllLocked ends the waits of all senders; they find the reason.
-func (s *sendSide) wakeAllLocked(error) {
+func (s *sendSide) wakeAllLocked() {
 	s.small.waiting.wakeAll()
 	s.slots.waiting.wakeAll()
 	s.big.waiting.wakeAll()
