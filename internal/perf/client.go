@@ -228,6 +228,8 @@ func (r *runner) measure(ctx context.Context, spec *Spec, step, steps int) (*Res
 		return nil, "", err
 	}
 	if err := s.connect(ctx, &up.endpoint); err != nil {
+		// Perhaps because the server failed meanwhile, and has said why.
+		err = r.cause(err)
 		r.control.sendError(fmt.Errorf("the client cannot connect: %w", err))
 		return nil, "", err
 	}

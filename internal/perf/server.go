@@ -116,7 +116,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 
 // handover is how long a client waits for its predecessor to go: commands of a script follow each other faster than a
 // server notices that one has ended.
-const handover = time.Second
+const handover = 3 * time.Second
 
 // client serves one connection. served is false if it was refused.
 func (s *Server) client(ctx context.Context, conn net.Conn) (served bool, err error) {
