@@ -87,6 +87,7 @@ unit:
 	.ci/setup go
 	mkdir -p bin
 	$(GO) test -v -count=1 -timeout 15m ./... 2>&1 | tee bin/test.log || { $(call summary,bin/test.log); exit 1; }
+	$(GO) -C bench test -count=1 ./...
 	$(call summary,bin/test.log)
 
 race:
