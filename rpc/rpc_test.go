@@ -562,6 +562,40 @@ func TestShutdownCutShort(t *testing.T) {
 	})
 }
 
+// A handler that does not care for its context delays Close, and not Shutdown.
+func TestShutdownWithStuckHandler(t *testing.T) {
+	onEach(t, nil, nil, func(t *testing.T, r *rig) {
+		ctx := ctxFor(t)
+		stuck := make(chan struct{})
+		r.ts.HandleRaw(Spec{Number: 300}, func(c *Call, req []byte) error {
+			r.ts.entered <- struct{}{}
+			<-stuck
+			return nil
+		})
+		result := make(chan error, 1)
+		go func() { result <- r.cl.CallRaw(ctx, 300, pattern(500), nil) }()
+		<-r.ts.entered
+		short, cancel := context.WithTimeout(ctx, 10*time.Millisecond)
+		defer cancel()
+		if err := r.ts.Shutdown(short); !errors.Is(err, context.DeadlineExceeded) {
+			t.Error("Shutdown:", err)
+		}
+		wantCode(t, <-result, Unavailable)
+		closed := make(chan struct{})
+		go func() {
+			_ = r.ts.Close()
+			close(closed)
+		}()
+		select {
+		case <-closed:
+			t.Error("Close did not wait for the handler")
+		case <-time.After(10 * time.Millisecond):
+		}
+		close(stuck)
+		<-closed
+	})
+}
+
 func TestConnectionLost(t *testing.T) {
 	onEach(t, nil, &ClientConfig{MaxInFlight: 20}, func(t *testing.T, r *rig) {
 		ctx := ctxFor(t)

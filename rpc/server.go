@@ -174,7 +174,8 @@ func (s *Server) finished() {
 
 // Shutdown ends the server gracefully: no new connections and calls are accepted (clients are told, and calls that
 // cross this on the wire are answered with Unavailable, not executed), calls in flight finish, their responses are
-// sent, then connections are closed. If ctx ends first, what is left is cut off as in Close, and ctx's error returned.
+// sent, then connections are closed. If ctx ends first, what is left is cut off as in Close, and ctx's error returned;
+// handlers that ignore the end of their context may still run then, and a Close after it waits for them.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.draining.Store(true)
 	s.mu.Lock()
@@ -199,13 +200,24 @@ func (s *Server) Shutdown(ctx context.Context) error {
 			err = sc.drain(ctx)
 		}
 	}
-	s.Close()
-	return err
+	if err != nil {
+		s.cutOff()
+		return err
+	}
+	return s.Close()
 }
 
 // Close ends the server at once: connections are closed, the contexts of running handlers end, and Close waits for
 // these handlers. It must not be called from a handler. It always returns nil.
 func (s *Server) Close() error {
+	s.cutOff()
+	s.wg.Wait()
+	s.pool.wg.Wait()
+	return nil
+}
+
+// cutOff is Close without the waiting.
+func (s *Server) cutOff() {
 	s.draining.Store(true)
 	s.mu.Lock()
 	s.closed = true
@@ -216,9 +228,7 @@ func (s *Server) Close() error {
 	for _, sc := range s.snapshotConns() {
 		sc.close(ErrServerClosed)
 	}
-	s.wg.Wait()
-	s.pool.close()
-	return nil
+	s.pool.end() // nothing is submitted any more: every connection has ended
 }
 
 // errShuttingDown is the status of calls that arrive during a shutdown.

@@ -112,13 +112,12 @@ func (w *workers) work() {
 	}
 }
 
-// close waits for the workers to finish what they do and ends them. Nothing may be submitted any more.
-func (w *workers) close() {
+// end makes the workers go when they have finished what they do. Nothing may be submitted any more.
+func (w *workers) end() {
 	w.mu.Lock()
 	if !w.stopped {
 		w.stopped = true
 		close(w.stop)
 	}
 	w.mu.Unlock()
-	w.wg.Wait()
 }
