@@ -99,7 +99,7 @@ func (r *runner) measureRPC(ctx context.Context, spec *Spec, step, steps int) (*
 	cfg.Context = r.vctx
 	cl, err := rpc.Dial(ctx, net.JoinHostPort(host, port), cfg, &rpc.ClientConfig{MaxInFlight: max(1024, spec.InFlight)})
 	if err != nil {
-		return nil, "", err
+		return nil, "", r.cause(err)
 	}
 	defer cl.Close()
 	l, err := newRPCLoad(spec, cl, r.clk)
