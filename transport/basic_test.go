@@ -105,7 +105,10 @@ func TestBothWaysSlowReaders(t *testing.T) {
 	modes(t, func(t *testing.T, cfg *transport.Config) {
 		cfg.MaxMessage = 64 << 10
 		a, b := transporttest.Pair(t, cfg)
-		const count = 600
+		count := 600
+		if raceEnabled {
+			count = 200
+		}
 		sizes := []int{8, 100, 300, 2000, 8192, 20000, 64 << 10}
 		var wg sync.WaitGroup
 		run := func(f func() error) {

@@ -226,6 +226,51 @@ func TestNobodyAccepts(t *testing.T) {
 	}
 }
 
+// TestCloseDuringHandshake: a peer that says hello and nothing more does not hold up Close.
+func TestCloseDuringHandshake(t *testing.T) {
+	l := listen(t, &transport.Config{HandshakeTimeout: time.Hour})
+	// A relay passes the dialler's hello on, and keeps its ready back.
+	relay, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer relay.Close()
+	answered := make(chan net.Conn, 1)
+	go func() {
+		in, err := relay.Accept()
+		if err != nil {
+			return
+		}
+		out, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			in.Close()
+			return
+		}
+		buf := make([]byte, 4096)
+		n, _ := in.Read(buf)
+		out.Write(buf[:n])
+		out.Read(buf)
+		answered <- out
+		io.Copy(io.Discard, in)
+		in.Close()
+	}()
+	ctx, cancel := context.WithCancel(t.Context())
+	dialled := make(chan error, 1)
+	go func() {
+		_, err := transport.Dial(ctx, relay.Addr().String(), &transport.Config{Device: transporttest.Device})
+		dialled <- err
+	}()
+	out := <-answered
+	defer out.Close()
+	if err := l.Close(); err != nil {
+		t.Error(err)
+	}
+	cancel()
+	if err := <-dialled; !errors.Is(err, context.Canceled) {
+		t.Errorf("Dial: %v", err)
+	}
+}
+
 func TestNoRoom(t *testing.T) {
 	vctx := transporttest.Context(t)
 	p, err := transport.NewPoller(vctx, &transport.PollerConfig{MaxConns: 1})

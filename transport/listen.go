@@ -254,6 +254,8 @@ func (l *Listener) accept(t net.Conn, body []byte) (*Conn, error) {
 	}
 	ctx, cancel := context.WithTimeout(l.ctx, l.cfg.HandshakeTimeout)
 	defer cancel()
+	stop := context.AfterFunc(l.ctx, func() { t.SetDeadline(time.Unix(1, 0)) }) // Close does not wait for silent peers
+	defer stop()
 	if err := l.p.retain(); err != nil {
 		return nil, refuse(RefusedClosed, err, "%v", err)
 	}
@@ -275,6 +277,9 @@ func (l *Listener) accept(t net.Conn, body []byte) (*Conn, error) {
 	}
 	if _, err := readFrame(t, bootReady); err != nil {
 		return give(err)
+	}
+	if !stop() {
+		return give(refuse(RefusedClosed, nil, "the listener is closing"))
 	}
 	t.SetDeadline(time.Time{})
 	c.start()
