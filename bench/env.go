@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,6 +20,16 @@ func (c *conditions) set(name, text string) {
 	c.names = append(c.names, name)
 	c.texts = append(c.texts, text)
 }
+
+// get returns the text of a condition, or "".
+func (c *conditions) get(name string) string {
+	if i := slices.Index(c.names, name); i >= 0 {
+		return c.texts[i]
+	}
+	return ""
+}
+
+const loadBefore = "load average before"
 
 func hostConditions(cfg *config) *conditions {
 	c := new(conditions)
@@ -37,7 +48,7 @@ func hostConditions(cfg *config) *conditions {
 	c.set("grpc-go", moduleVersion("google.golang.org/grpc"))
 	c.set("UCX", ucxVersion())
 	c.set("rounds", fmt.Sprint(cfg.rounds))
-	c.set("load average before", loadAverage())
+	c.set(loadBefore, loadAverage())
 	return c
 }
 

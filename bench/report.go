@@ -7,6 +7,7 @@ import (
 	"maps"
 	"math"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -91,6 +92,21 @@ func targetTable(r *results) string {
 	return b.String()
 }
 
+// caution says why the numbers should not be trusted, if that can be seen.
+func caution(c *config, host *conditions) string {
+	var why []string
+	if load, err := strconv.ParseFloat(host.get(loadBefore), 64); err == nil && load > 0.5 {
+		why = append(why, fmt.Sprintf("The machine was busy with other things (load average %.1f before the first measurement).", load))
+	}
+	if c.rounds < 5 && !c.quick {
+		why = append(why, fmt.Sprintf("Only %d round(s) were measured.", c.rounds))
+	}
+	if len(why) == 0 {
+		return ""
+	}
+	return strings.Join(why, " ") + " Not representative: measure again."
+}
+
 // notes is written by hand: what falls short, and why.
 //
 //go:embed notes.md
@@ -105,6 +121,9 @@ func report(c *config, host *conditions, r *results) string {
 	p("stands next to each other in time. The ratios are those of the medians, their spread is that of the rounds.\n")
 	if c.quick {
 		p("**This is a quick run: it shows that the benchmarks work. Its numbers mean nothing.**\n")
+	}
+	if w := caution(c, host); w != "" {
+		p("**%s**\n", w)
 	}
 	p("| condition | |\n|---|---|")
 	for i, name := range host.names {
