@@ -258,7 +258,7 @@ func TestHostileControl(t *testing.T) {
 }
 
 func FuzzHello(f *testing.F) {
-	h := identity()
+	h := hello{flags: helloFences, uid: 1, pid: 2, pidNS: 3, mntNS: 4, from: ib.GID{0xfd, 1}, to: ib.GID{0xfd, 2}}
 	f.Add(h.encode())
 	f.Add([]byte(helloMagic))
 	f.Fuzz(func(t *testing.T, in []byte) {

@@ -51,8 +51,8 @@ func checkPeer(c *net.UnixConn, h *hello) error {
 		return err
 	}
 	switch {
-	case cred.Uid != me.uid:
-		return fmt.Errorf("processes of uid %d and uid %d do not share memory: run both as one user", cred.Uid, me.uid)
+	case checkUser(cred.Uid) != nil:
+		return checkUser(cred.Uid)
 	case h.boot != me.boot:
 		return errors.New("the processes run under different kernels")
 	case h.pidNS != me.pidNS || cred.Pid == 0:
@@ -61,6 +61,20 @@ func checkPeer(c *net.UnixConn, h *hello) error {
 		return errors.New("the processes run in different mount namespaces, which do not share memory")
 	}
 	return nil
+}
+
+// checkUser says why a process of that uid cannot be served.
+func checkUser(uid uint32) error {
+	if me := identity().uid; uid != me {
+		return fmt.Errorf("processes of uid %d and uid %d do not share memory: run both as one user", uid, me)
+	}
+	return nil
+}
+
+// fromHere reports whether the other end of c is in this process.
+func fromHere(c *net.UnixConn) bool {
+	cred, err := peerCred(c)
+	return err == nil && int(cred.Pid) == os.Getpid()
 }
 
 func peerCred(c *net.UnixConn) (*unix.Ucred, error) {

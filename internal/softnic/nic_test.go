@@ -129,11 +129,17 @@ func (e *end) init() {
 // connect takes the QP to RTS, from RESET or INIT.
 func (e *end) connect(peer *end) {
 	e.t.Helper()
+	e.connectTo(peer.n.gid, peer.q.QPN())
+}
+
+// connectTo is connect to a QP that may be another process's.
+func (e *end) connectTo(gid ib.GID, qpn ib.QPN) {
+	e.t.Helper()
 	ctx := context.Background()
 	if a, _ := e.q.Query(); a.State == ib.Reset {
 		e.init()
 	}
-	a := ib.QPAttr{State: ib.RTR, AH: ib.AHAttr{DGID: peer.n.gid, Port: 1}, PathMTU: ib.MTU4096, DestQPN: peer.q.QPN(),
+	a := ib.QPAttr{State: ib.RTR, AH: ib.AHAttr{DGID: gid, Port: 1}, PathMTU: ib.MTU4096, DestQPN: qpn,
 		MaxDestRdAtomic: 16, MinRNRTimer: 1}
 	if err := e.q.Modify(ctx, &a, ib.AttrState|ib.AttrAV|ib.AttrPathMTU|ib.AttrDestQPN|ib.AttrRQPSN|ib.AttrMaxDestRdAtomic|ib.AttrMinRNRTimer); err != nil {
 		e.t.Fatal(err)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -27,14 +28,62 @@ import (
 type door struct {
 	l  *net.UnixListener
 	wg sync.WaitGroup
-	c  chan struct{} // limits handshakes under way
+
+	mu     sync.Mutex
+	silent []caller      // have not said hello yet, oldest first
+	room   chan struct{} // kicked when one of them leaves
+}
+
+// caller is a connection that was accepted at that time.
+type caller struct {
+	c  *net.UnixConn
+	at time.Time
+}
+
+// leave takes a caller off the list of the silent ones: it has spoken, or hung up.
+func (d *door) leave(c *net.UnixConn) {
+	d.mu.Lock()
+	d.silent = slices.DeleteFunc(d.silent, func(s caller) bool { return s.c == c })
+	d.mu.Unlock()
+	select {
+	case d.room <- struct{}{}:
+	default:
+	}
+}
+
+// enter puts a caller on the list. When it is full of callers that say nothing, the oldest makes room: others who have
+// something to say wait in line behind them.
+func (d *door) enter(c *net.UnixConn) {
+	for {
+		d.mu.Lock()
+		if len(d.silent) < handshakes {
+			d.silent = append(d.silent, caller{c, time.Now()})
+			d.mu.Unlock()
+			return
+		}
+		oldest := d.silent[0]
+		left := crowdedMax - time.Since(oldest.at)
+		if left <= 0 {
+			d.silent = d.silent[1:]
+			oldest.c.SetDeadline(time.Unix(1, 0)) // its goroutine closes it
+		}
+		d.mu.Unlock()
+		if left <= 0 {
+			continue
+		}
+		select {
+		case <-d.room:
+		case <-time.After(left):
+		}
+	}
 }
 
 const (
 	refuseMagic  = "ringside refuse\n"
 	refuseTwice  = "duplicate"
-	handshakes   = 64
-	handshakeMax = time.Second
+	handshakes   = 256                   // callers that have not said hello
+	handshakeMax = time.Second           // how long they may take to do so
+	crowdedMax   = 50 * time.Millisecond // and how long when others wait
 )
 
 // openShared makes the NIC reachable for other processes.
@@ -54,7 +103,7 @@ func (n *NIC) openShared() error {
 	n.liveReg = reg
 	n.regions.init(reg.Bytes(), reg.FD())
 	n.shared = true
-	n.door = &door{l: l, c: make(chan struct{}, handshakes)}
+	n.door = &door{l: l, room: make(chan struct{}, 1)}
 	n.door.wg.Add(1)
 	go n.answerDoor()
 	return nil
@@ -79,25 +128,32 @@ func (n *NIC) answerDoor() {
 			time.Sleep(time.Millisecond) // out of descriptors: those waiting are served when there are some again
 			continue
 		}
-		n.door.c <- struct{}{}
-		n.door.wg.Add(1)
-		go func() {
-			defer n.door.wg.Done()
-			n.answer(c)
-			<-n.door.c
-		}()
+		// Only processes of one user get as far as to wait.
+		if cred, err := peerCred(c); err == nil {
+			if err := checkUser(cred.Uid); err != nil {
+				refuse(c, err.Error())
+				continue
+			}
+		}
+		c.SetDeadline(time.Now().Add(handshakeMax))
+		n.door.enter(c)
+		n.door.wg.Go(func() { n.answer(c) })
 	}
+}
+
+// refuse tells a caller why it is not served, and hangs up.
+func refuse(c *net.UnixConn, why string) {
+	c.SetWriteDeadline(time.Now().Add(handshakeMax)) // it fits the socket's buffer: it does not wait
+	c.Write(append([]byte(refuseMagic), why...))
+	c.Close()
 }
 
 // answer takes one caller: an agreeing hello makes a link.
 func (n *NIC) answer(c *net.UnixConn) {
-	c.SetDeadline(time.Now().Add(handshakeMax))
-	refuse := func(why string) {
-		c.Write(append([]byte(refuseMagic), why...))
-		c.Close()
-	}
+	refuse := func(why string) { refuse(c, why) }
 	var h hello
 	b, fd, err := readPacket(c, make([]byte, helloSize+1))
+	n.door.leave(c)
 	if err != nil {
 		c.Close()
 		return
@@ -113,6 +169,10 @@ func (n *NIC) answer(c *net.UnixConn) {
 	}
 	if err := checkPeer(c, &h); err != nil {
 		refuse(err.Error())
+		return
+	}
+	if h.from.IsZero() || h.from == n.gid || lookupNIC(h.from) != nil && !fromHere(c) {
+		refuse("the greeting names a GID that is somebody else's")
 		return
 	}
 	l, err := n.newShared(c, &h, fd)
@@ -197,29 +257,42 @@ func (n *NIC) dialShared(ctx context.Context, g ib.GID) (*link, error) {
 	fail := func(why any) error {
 		return fmt.Errorf("%w: GID %v over shared memory: %v", driver.ErrUnreachable, g, why)
 	}
-	l, again, err := n.dialOnce(ctx, g)
-	if err != nil {
-		if ctx.Err() != nil {
-			err = fmt.Errorf("no answer within %v", linkTimeout)
+	for {
+		l, again, err := n.dialOnce(ctx, g)
+		switch {
+		case l != nil:
+			return l, nil
+		case errors.Is(err, errHungUp) && ctx.Err() == nil: // a crowd is at its door, or it closes: then the next call says so
+		case err != nil:
+			if ctx.Err() != nil {
+				err = fmt.Errorf("no answer within %v", linkTimeout)
+			}
+			return nil, fail(err)
 		}
-		return nil, fail(err)
+		// again: the peer calls us at the same time, and its call stands: it is about to arrive. Or the peer has not noticed
+		// yet that an earlier link between us has ended, and will take the next call.
+		for range 20 {
+			if again {
+				n.mu.Lock()
+				l = n.links[g]
+				n.mu.Unlock()
+				if l != nil {
+					return l, nil
+				}
+			}
+			select {
+			case <-ctx.Done():
+				if again {
+					return nil, fail("the peer's own call did not arrive")
+				}
+				return nil, fail(err)
+			case <-time.After(time.Millisecond):
+			}
+		}
 	}
-	// again: the peer calls us at the same time, and its call stands. It is about to arrive.
-	for again && l == nil {
-		n.mu.Lock()
-		l = n.links[g]
-		n.mu.Unlock()
-		if l != nil {
-			break
-		}
-		select {
-		case <-ctx.Done():
-			return nil, fail("the peer's own call did not arrive")
-		case <-time.After(time.Millisecond):
-		}
-	}
-	return l, nil
 }
+
+var errHungUp = errors.New("the peer hung up")
 
 var errNotHere = errors.New("no process with that software NIC in this network namespace: it has ended, or it runs on another " +
 	"host or in another container, which shared memory does not reach")
@@ -241,13 +314,16 @@ func (n *NIC) dialOnce(ctx context.Context, g ib.GID) (l *link, again bool, err 
 			c.Close()
 		}
 	}()
-	if err := n.sendHello(c, g); err != nil {
+	if err := n.sendHello(c, g); err != nil && !errors.Is(err, syscall.EPIPE) { // refused already: the reason can be read
 		return nil, false, err
 	}
 	b, fd, err := readPacket(c, make([]byte, 512))
+	if errors.Is(err, syscall.ECONNRESET) { // it hung up before it read the greeting: its reason comes behind this error
+		b, fd, err = readPacket(c, make([]byte, 512))
+	}
 	if err != nil {
-		if errors.Is(err, io.EOF) {
-			err = errors.New("the peer hung up")
+		if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) {
+			err = errHungUp
 		}
 		return nil, false, err
 	}
