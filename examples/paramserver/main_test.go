@@ -246,7 +246,9 @@ func TestAllWorkersKilled(t *testing.T) {
 				t.Fatal("training was over before the workers died: the test does not test")
 			}
 			a, b := startWorker(), startWorker()
-			if err := errors.Join(a.Wait(), b.Wait(), <-s.done); err != nil {
+			<-a.Done() // when training is over; the context bounds that
+			<-b.Done()
+			if err := errors.Join(a.Err(), b.Err(), <-s.done); err != nil {
 				t.Error(err)
 			}
 			checkResult(t, s.out.String(), cfg.epochs, 2)

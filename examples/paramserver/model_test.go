@@ -82,6 +82,9 @@ func TestGradient(t *testing.T) {
 
 // The training recipe reaches the promised accuracy with no network in between, whatever the seed.
 func TestTrainAlone(t *testing.T) {
+	if raceEnabled {
+		t.Skip("one goroutine has no races")
+	}
 	train, heldOut, err := loadDigits()
 	if err != nil {
 		t.Fatal(err)

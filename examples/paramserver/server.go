@@ -217,12 +217,13 @@ func (s *server) unlink(d *dataLink) {
 	if m != nil {
 		over, _ := s.coord.done()
 		s.coord.leave(m)
-		if left := s.coord.memberCount(); !over {
-			s.mu.Lock()
+		left := s.coord.memberCount()
+		s.mu.Lock()
+		if !over && !s.closed {
 			s.lost++
 			fmt.Fprintf(s.out, "worker %d is gone (%v); %d left\n", m.id, d.conn.Err(), left)
-			s.mu.Unlock()
 		}
+		s.mu.Unlock()
 	}
 	for _, g := range lent {
 		g.Revoke(context.Background()) // frees the window; the access has ended with the connection

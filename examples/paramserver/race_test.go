@@ -1,0 +1,6 @@
+//go:build race
+
+package main
+
+// raceEnabled: the detector makes the arithmetic some thirty times slower.
+const raceEnabled = true
