@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -29,7 +30,37 @@ func (c *conditions) get(name string) string {
 	return ""
 }
 
-const loadBefore = "load average before"
+const busyBefore = "cores busy with other things before"
+
+// busyCores returns how many cores were busy on average over the next d, or a negative number if that cannot be known.
+func busyCores(d time.Duration) float64 {
+	before, ok1 := busyTicks()
+	time.Sleep(d)
+	after, ok2 := busyTicks()
+	if !ok1 || !ok2 {
+		return -1
+	}
+	const ticksPerSecond = 100 // USER_HZ, the same on every Linux that Go runs on
+	return float64(after-before) / ticksPerSecond / d.Seconds()
+}
+
+// busyTicks is the time that all processors together have not been idle since boot.
+func busyTicks() (busy int64, ok bool) {
+	b, _ := os.ReadFile("/proc/stat")
+	line, _, _ := strings.Cut(string(b), "\n")
+	f := strings.Fields(line) // cpu user nice system idle iowait irq softirq steal guest guest_nice
+	if len(f) < 9 || f[0] != "cpu" {
+		return 0, false
+	}
+	for _, i := range []int{1, 2, 3, 6, 7, 8} {
+		n, err := strconv.ParseInt(f[i], 10, 64)
+		if err != nil {
+			return 0, false
+		}
+		busy += n
+	}
+	return busy, true
+}
 
 func hostConditions(cfg *config) *conditions {
 	c := new(conditions)
@@ -48,7 +79,7 @@ func hostConditions(cfg *config) *conditions {
 	c.set("grpc-go", moduleVersion("google.golang.org/grpc"))
 	c.set("UCX", ucxVersion())
 	c.set("rounds", fmt.Sprint(cfg.rounds))
-	c.set(loadBefore, loadAverage())
+	c.set(busyBefore, fmt.Sprintf("%.2f", busyCores(2*time.Second)))
 	return c
 }
 

@@ -95,8 +95,8 @@ func targetTable(r *results) string {
 // caution says why the numbers should not be trusted, if that can be seen.
 func caution(c *config, host *conditions) string {
 	var why []string
-	if load, err := strconv.ParseFloat(host.get(loadBefore), 64); err == nil && load > 0.5 {
-		why = append(why, fmt.Sprintf("The machine was busy with other things (load average %.1f before the first measurement).", load))
+	if busy, err := strconv.ParseFloat(host.get(busyBefore), 64); err == nil && busy > 0.2 {
+		why = append(why, fmt.Sprintf("The machine was busy with other things (%.2f cores of it before the first measurement).", busy))
 	}
 	if c.rounds < 5 && !c.quick {
 		why = append(why, fmt.Sprintf("Only %d round(s) were measured.", c.rounds))
