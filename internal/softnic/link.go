@@ -7,7 +7,6 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/mem"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -754,8 +753,6 @@ func (l *link) unbindView(q *QP) {
 	l.mu.Unlock()
 }
 
-var linkIDs atomic.Uint32
-
 // mailbox is an unbounded queue with one consumer: control messages, and work for a NIC's own goroutine.
 type mailbox[T any] struct {
 	mu     sync.Mutex
@@ -810,5 +807,3 @@ const (
 	pathInproc = "inproc"
 	pathShm    = "shm"
 )
-
-var errWrongPath = fmt.Errorf("%w: no path", driver.ErrUnreachable)

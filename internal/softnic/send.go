@@ -1,7 +1,6 @@
 package softnic
 
 import (
-	"errors"
 	"fmt"
 	"sync/atomic"
 	"time"
@@ -760,6 +759,3 @@ func doAtomic(w *uint64, op ib.Opcode, compareAdd, swap uint64) uint64 {
 		}
 	}
 }
-
-// errNoSharedMemory is why two NICs of different processes cannot be joined on this system.
-var errNoSharedMemory = errors.New("shared memory between processes needs Linux")

@@ -4,11 +4,15 @@ package softnic
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
+
+// errNoSharedMemory is why two NICs of different processes cannot be joined on this system.
+var errNoSharedMemory = errors.New("shared memory between processes needs Linux")
 
 // door exists on Linux only.
 type door struct{}
