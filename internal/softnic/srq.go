@@ -339,15 +339,39 @@ func (s *SRQ) giveUp(q *QP, in *inbound, ins *[]*inbound) {
 		return
 	}
 	done := map[uint32]bool{}
-	if in != nil {
+	died := false
+	note := func(in *inbound) {
 		in.published(done)
+		died = died || in.link.reason() != nil
+	}
+	if in != nil {
+		note(in)
 	}
 	if ins != nil {
 		for _, in := range *ins {
-			in.published(done)
+			note(in)
 		}
 	}
-	s.takeBack(uint32(q.qpn), done, true)
+	if died {
+		s.takeBack(uint32(q.qpn), done, true)
+		return
+	}
+	// A peer that has stopped alive has completed all that it claimed: no need to look for more.
+	s.mu.Lock()
+	for k := range done {
+		if k <= s.mask && s.claimedBy(k, uint32(q.qpn)) {
+			s.freeLocked(&s.recs[k])
+		}
+	}
+	s.mu.Unlock()
+}
+
+// claimedBy reports whether the entry's receive is posted, and claimed by tag as far as can be told: the tag is gone once the
+// ring has lapped the entry. Called with mu held.
+func (s *SRQ) claimedBy(k, tag uint32) bool {
+	r := &s.recs[k]
+	c := atomic.LoadUint64(&s.entries[k*srqWords])
+	return r.state == recPosted && (uint32(c) == tag || uint32(c>>32) != uint32(r.seq)+1)
 }
 
 // reclaim takes back what the peers on a link that has ended had claimed without completing it.
@@ -389,16 +413,13 @@ func (s *SRQ) takeBack(tag uint32, completed map[uint32]bool, lost bool) {
 	for k := range s.recs {
 		r := &s.recs[k]
 		c := atomic.LoadUint64(&s.entries[k*srqWords])
-		if r.state != recPosted {
-			continue
-		}
-		lapped := uint32(c>>32) != uint32(r.seq)+1 // the tag is gone
-		switch mine := !lapped && uint32(c) == tag; {
+		switch {
+		case !s.claimedBy(uint32(k), tag):
 		case completed[uint32(k)]:
-			if lost && (mine || lapped) {
+			if lost {
 				s.freeLocked(r)
 			}
-		case mine:
+		case c == uint64(uint32(r.seq)+1)<<32|uint64(tag): // lapped ones may be anybody's
 			again = append(again, r)
 		}
 	}
