@@ -229,7 +229,11 @@ func (c *Conn) readInto(m *Message) {
 	if errors.Is(err, mr.ErrPoolExhausted) {
 		r.stalled = append(r.stalled, m)
 		c.p.stall(c)
-		return
+		// Memory that was given back since found nobody stalled, and nobody will say so again: look once more.
+		if big, err = c.p.pool.Get(int(m.key.Len)); errors.Is(err, mr.ErrPoolExhausted) {
+			return
+		}
+		r.stalled = r.stalled[:len(r.stalled)-1]
 	}
 	if err != nil {
 		c.fail(&CloseError{Err: err, Reason: "no memory for a message"})
