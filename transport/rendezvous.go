@@ -225,6 +225,13 @@ func (c *Conn) startRendezvous(m *Message, h header, key mr.RemoteKey) {
 // readInto gets memory and reads the payload of m, or lists m as stalled. The role is held.
 func (c *Conn) readInto(m *Message) {
 	r := &c.rcv
+	if len(r.stalled) > 0 {
+		// In turn: messages are delivered in order, so memory for this one would only be kept from those before it, for ever
+		// if the application waits for them before it gives any back.
+		r.stalled = append(r.stalled, m)
+		c.p.stall(c)
+		return
+	}
 	big, err := c.p.pool.Get(int(m.key.Len))
 	if errors.Is(err, mr.ErrPoolExhausted) {
 		r.stalled = append(r.stalled, m)
