@@ -34,9 +34,6 @@ type inbound struct {
 	broken bool   // the peer wrote nonsense; guarded by rcq.mu
 }
 
-// blkQKey is where a UD QP's Q_Key stands in its block: u32, owner.
-const blkQKey = 8
-
 // openInbound gives the peer a block. Receives that are already posted become visible in it.
 func (q *QP) openInbound(l *link, dst uint32) (*inbound, error) {
 	g := geometry{sges: uint32(max(q.cap.MaxRecvSGE, 1)), cqeWords: cqeWordsRQ}
