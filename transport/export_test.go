@@ -1,6 +1,10 @@
 package transport
 
-import "github.com/ringside-rdma/ringside/verbs/ib"
+import (
+	"testing"
+
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
 
 // PostRaw sends bytes as they are, as a broken peer would.
 func (c *Conn) PostRaw(b []byte) error {
@@ -9,4 +13,16 @@ func (c *Conn) PostRaw(b []byte) error {
 	defer s.mu.Unlock()
 	s.wr[0].Opcode, s.wr[0].Inline, s.wr[0].SGEs = ib.OpSend, b, nil
 	return c.postLocked(true)
+}
+
+// Guarded reports whether a waiter sleeps in the completion channel.
+func (p *Poller) Guarded() bool { return p.guard.Load() != nil }
+
+// Sleepers is how many waiters sleep, the one in the channel included.
+func (p *Poller) Sleepers() int { return int(p.sleepers.Load()) }
+
+// SleepInChannel makes all waiters sleep in the completion channel that can, from now to the end of the test.
+func SleepInChannel(t *testing.T) {
+	channelAlways = true
+	t.Cleanup(func() { channelAlways = false })
 }

@@ -17,7 +17,7 @@ import (
 type PollMode uint8
 
 const (
-	// Adaptive polls for as long as it has learned that completions are worth waiting for, at most
+	// Adaptive polls for as long as it has learned that completions take, if that is worthwhile, at most
 	// PollerConfig.SpinBudget, and then sleeps.
 	Adaptive PollMode = iota
 	// Busy polls without ever sleeping: lowest latency, one core per poller. Give it a core of its own.
@@ -67,9 +67,10 @@ type PollerConfig struct {
 // completes others' operations on the way; the others spin for a moment and then sleep until their own operation is
 // done or the role is handed on to them.
 //
-// When all are asleep, and when nobody waits but a connection has a handler or messages to send, a goroutine of the poller's own sleeps on
-// the completion channel and polls when it fires; it steps back as soon as somebody waits. It is not started before it
-// is needed. So a server that only sets handlers makes progress, and one that wants a core for it calls Run.
+// The last one to poll sleeps in the completion channel itself, on its thread, if the process has nothing else to run and
+// threads to spare. Otherwise, and when nobody waits but a connection has a handler or messages to send, a goroutine of the
+// poller's own sleeps on the channel and polls when it fires; it steps back as soon as somebody waits. It is not started
+// before it is needed. So a server that only sets handlers makes progress, and one that wants a core for it calls Run.
 //
 // A Poller is safe for concurrent use. Handlers run one at a time, on the polling goroutine.
 type Poller struct {
@@ -82,7 +83,7 @@ type Poller struct {
 	cfg    PollerConfig
 	attr   ib.DeviceAttr
 	mode   PollMode
-	yield  int // empty polls between two calls of runtime.Gosched, less one; 2^n-1
+	yield  int // empty polls between two looks at who else wants to run, less one; 2^n-1
 
 	_ [64]byte
 	// role is odd while a goroutine polls, and grows by two with every spell: the driver sees whether anybody does.
@@ -93,9 +94,11 @@ type Poller struct {
 	armed  bool // the CQ fires at its next completion
 	failed error
 	wcs    [32]ib.WC
+	crowd  crowd
 	// Adaptive: a moving average of idle times in ns, when the current one began, and the number of budgets given.
 	avgWait   int64
 	idleSince int64
+	slept     bool // in the current idle time
 	spells    uint32
 
 	// fired is set by the driver when the channel has delivered the event, and so disarmed the CQ: that happens without
@@ -115,11 +118,15 @@ type Poller struct {
 	youngest *Waiter
 	awake    bool // an heir was woken and did not look yet
 
+	// guard is the waiter whose thread sleeps, or is about to, in the completion channel. Set with the role held.
+	guard   atomic.Pointer[Waiter]
+	threads bool // the channel can be slept in
+
 	driverOnce sync.Once
 	driver     sync.WaitGroup
 	driverIdle atomic.Bool // the driver is, or is about to be, in CompChannel.Wait
 	dormant    atomic.Bool // the driver waits to be kicked, and looks at nothing by itself
-	kick       chan struct{}
+	kick       chan bool   // capacity 1. true: poll; false: look from time to time again
 
 	tabMu sync.Mutex
 	tab   atomic.Pointer[[]atomic.Pointer[Conn]]
@@ -149,7 +156,7 @@ type Poller struct {
 
 // NewPoller makes a poller on an open device. The Context stays the caller's.
 func NewPoller(vctx *verbs.Context, cfg *PollerConfig) (*Poller, error) {
-	p := &Poller{vctx: vctx, kick: make(chan struct{}, 1), dead: make(chan struct{}), arenas: map[int]*arena{}}
+	p := &Poller{vctx: vctx, kick: make(chan bool, 1), dead: make(chan struct{}), arenas: map[int]*arena{}}
 	if cfg != nil {
 		p.cfg = *cfg
 	}
@@ -193,6 +200,7 @@ func (p *Poller) open() (err error) {
 	if p.ch, err = p.vctx.NewCompChannel(); err != nil {
 		return err
 	}
+	p.threads = p.ch.HasWaitThread()
 	if p.cq, err = p.vctx.NewCQ(verbs.CQConfig{Entries: p.cfg.CQDepth, Channel: p.ch}); err != nil {
 		return err
 	}
@@ -288,6 +296,7 @@ func (p *Poller) Close() error {
 	defer p.closeMu.Unlock()
 	if first {
 		close(p.dead)
+		p.ch.Interrupt()
 		for !p.tryRole() { // whoever polls sees closed within checkEvery polls
 			time.Sleep(10 * time.Microsecond)
 		}

@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"net"
 	"runtime"
+	"sync/atomic"
 	"time"
+
+	"github.com/ringside-rdma/ringside/verbs"
 )
 
 func (p *Poller) tryRole() bool {
@@ -34,7 +37,9 @@ func (p *Poller) handOver(armed bool) {
 		return
 	}
 	if armed {
-		p.wakeDriver()
+		if p.guard.Load() == nil {
+			p.wakeDriver()
+		}
 		return
 	}
 	p.parkMu.Lock()
@@ -132,27 +137,40 @@ var errPollerClosed = fmt.Errorf("transport: poller: %w", net.ErrClosed)
 // Wait waits until w is done, driving the poller if nobody else does, and returns w.Err(). If ctx ends first it returns
 // ctx.Err(), and if the poller is closed an error that matches net.ErrClosed: w is then still pending, and must stay
 // untouched until its operation completes it. Handlers must not call it. It does not allocate, except the first time
-// that w sleeps.
+// that w sleeps, and when it sleeps with a context that can end.
 func (p *Poller) Wait(ctx context.Context, w *Waiter) error {
 	if w.Finished() {
 		return w.err
 	}
 	done := ctx.Done()
+	var stop func() bool // set once w has slept in the channel, which the end of ctx must interrupt
 	for {
 		var o outcome
-		if p.tryRole() {
-			o = p.lead(done, w)
-		} else {
+		switch {
+		case !p.tryRole():
 			o = p.follow(done, w)
+		case !p.lead(done, w, &o):
+		case p.enterChannel(w):
+			if stop == nil && done != nil {
+				stop = context.AfterFunc(ctx, p.ch.Interrupt)
+			}
+			o = p.sleepInChannel(done, w)
+		default:
+			o = p.park(done, w)
+		}
+		if o == again {
+			continue
+		}
+		if stop != nil {
+			stop()
 		}
 		switch o {
 		case finished:
 			return w.err
 		case cancelled:
 			return ctx.Err()
-		case closing:
-			return errPollerClosed
 		}
+		return errPollerClosed
 	}
 }
 
@@ -163,8 +181,9 @@ var epoch = time.Now()
 
 func now() int64 { return int64(time.Since(epoch)) }
 
-// lead polls until w is done or it is time to sleep. It is entered with the role, and returns without.
-func (p *Poller) lead(done <-chan struct{}, w *Waiter) outcome {
+// lead polls until w is done or it is time to sleep. It is entered with the role. If it returns true, it is time to sleep:
+// the CQ is armed and empty, and the role still held. Otherwise the role is given up and o says what to do.
+func (p *Poller) lead(done <-chan struct{}, w *Waiter, o *outcome) (sleep bool) {
 	var until int64 // when to sleep; 0: not long enough idle to look at the clock
 	for spins := 1; ; spins++ {
 		n := p.poll()
@@ -174,35 +193,44 @@ func (p *Poller) lead(done <-chan struct{}, w *Waiter) outcome {
 		}
 		if w.Finished() {
 			p.leave()
-			return finished
+			*o = finished
+			return false
 		}
 		if n > 0 || spins%checkEvery != 0 && p.mode != Event {
 			continue
 		}
 		if p.closed.Load() {
 			p.leave()
-			return closing
+			*o = closing
+			return false
 		}
 		select {
 		case <-done:
 			p.leave()
-			return cancelled
+			*o = cancelled
+			return false
 		default:
 		}
 		if spins&p.yield == 0 {
-			runtime.Gosched()
+			p.crowd.yield()
 		}
-		if p.mode == Busy || !p.idle(&until) || !p.arm() {
-			continue
+		if p.mode != Busy && p.idle(&until) && p.arm() {
+			return true
 		}
-		if !w.park() {
-			continue
-		}
-		p.addSleeper(w)
-		p.startDriver()
-		p.leave()
-		return p.sleep(done, w)
 	}
+}
+
+// park puts the goroutine to sleep after lead; the driver watches the CQ.
+func (p *Poller) park(done <-chan struct{}, w *Waiter) outcome {
+	if !w.park() {
+		p.leave()
+		return finished
+	}
+	p.slept = true
+	p.addSleeper(w)
+	p.startDriver()
+	p.leave()
+	return p.sleep(done, w)
 }
 
 // idle is called when polls have found nothing for a moment, and reports whether it is time to sleep. until is the
@@ -220,12 +248,21 @@ func (p *Poller) idle(until *int64) bool {
 
 // busy is called when a poll has found something: it learns how long the idle time was. The role is held.
 func (p *Poller) busy() {
-	if p.idleSince != 0 {
-		d := min(now()-p.idleSince, 20*int64(p.cfg.SpinBudget))
-		p.idleSince = 0
+	if p.idleSince == 0 {
+		return
+	}
+	d := min(now()-p.idleSince, 20*int64(p.cfg.SpinBudget))
+	if p.avgWait > p.worthwhile() && !p.slept {
+		p.avgWait = d // polling alone has found it, which times that include a wake-up cannot tell
+	} else {
 		p.avgWait += (d - p.avgWait) / 8
 	}
+	p.idleSince, p.slept = 0, false
 }
+
+// worthwhile is the longest wait that polling is expected to be better for than sleeping: beyond it the polling costs more
+// processor time than the wake-up, and the wake-up adds little to the wait.
+func (p *Poller) worthwhile() int64 { return int64(p.cfg.SpinBudget) / 2 }
 
 // arm makes the CQ fire at its next completion, and reports whether there is none yet.
 func (p *Poller) arm() bool {
@@ -267,6 +304,89 @@ func (p *Poller) sleep(done <-chan struct{}, w *Waiter) outcome {
 	return o
 }
 
+// channelSleepers is how many threads of the process sleep in completion channels.
+var channelSleepers atomic.Int32
+
+// channelAlways lets tests have goroutines sleep in the channel whatever others there are to run.
+var channelAlways bool
+
+// enterChannel decides whether the goroutine of w sleeps, after lead, in the completion channel itself. That costs one
+// wake-up, of its thread by the device, where the netpoller, the driver and w's token cost several; but a thread that
+// sleeps in a system call keeps its share of GOMAXPROCS from the other goroutines until the runtime notices, which takes
+// it from 20 us to 10 ms. So it is done while no other goroutine is there to run, and half of the shares can be used like
+// this at a time. If it is to be, the role is given up.
+func (p *Poller) enterChannel(w *Waiter) bool {
+	if !p.threads || p.guard.Load() != nil || p.driverIdle.Load() {
+		return false
+	}
+	share := int(channelSleepers.Add(1)) <= runtime.GOMAXPROCS(0)/2 && !p.crowd.waits()
+	if !share && !channelAlways || !w.enter(p.ch) {
+		channelSleepers.Add(-1)
+		return false
+	}
+	p.slept = true
+	p.guard.Store(w) // with the role: the driver looks at it there
+	p.addSleeper(w)
+	p.leave()
+	return true
+}
+
+// sleepInChannel sleeps after enterChannel until the CQ fires or w is to wake.
+func (p *Poller) sleepInChannel(done <-chan struct{}, w *Waiter) outcome {
+	o := again
+	var err error
+	if !p.closed.Load() { // pairs with the interrupt in Close
+		var cq *verbs.CQ
+		if cq, err = p.ch.WaitThread(); cq != nil {
+			p.fired.Store(true) // whoever arms next must not rely on the last time
+		}
+	}
+	w.exit()
+	p.guard.Store(nil)
+	channelSleepers.Add(-1)
+	p.removeSleeper(w)
+	switch {
+	case w.Finished():
+		o = finished
+	case p.closed.Load():
+		o = closing
+	default:
+		select {
+		case <-done:
+			o = cancelled
+		default:
+		}
+	}
+	if o != again {
+		p.unguarded()
+	} else if err != nil {
+		p.channelFailed(err)
+	}
+	return o
+}
+
+// channelFailed ends everything, and waits a little: a channel that fails for good must not make its sleepers spin.
+func (p *Poller) channelFailed(err error) {
+	p.do(func() { p.broken(err) })
+	select {
+	case <-p.dead:
+	case <-time.After(10 * time.Millisecond):
+	}
+}
+
+// unguarded is called by who has slept in the channel and will not look at the CQ again.
+func (p *Poller) unguarded() {
+	if p.sleepers.Load() != 0 && p.tryRole() {
+		p.leave()
+	}
+	if p.duties.Load() != 0 && p.dormant.Load() && p.dormant.CompareAndSwap(true, false) {
+		select {
+		case p.kick <- false:
+		default:
+		}
+	}
+}
+
 // follow waits for w while another goroutine polls: first by looking at w, then asleep.
 func (p *Poller) follow(done <-chan struct{}, w *Waiter) outcome {
 	p.want.Add(1)
@@ -296,17 +416,16 @@ func (p *Poller) follow(done <-chan struct{}, w *Waiter) outcome {
 	return p.sleep(done, w)
 }
 
-// budget is for how long to poll before sleeping. When completions are expected within the limit, it is twice what
-// they took of late; otherwise there is nothing to gain, and it is short. Now and then it is the whole limit, because
-// times that include a wake-up look longer than polling would have made them. The role is held.
+// budget is for how long to poll before sleeping: twice what completions took of late if that is worthwhile, otherwise
+// not at all; but now and then the whole limit, to find out whether it has become worthwhile. The role is held.
 func (p *Poller) budget() int64 {
 	limit := int64(p.cfg.SpinBudget)
 	p.spells++
 	switch {
-	case p.spells%16 == 0:
+	case p.spells%64 == 0:
 		return limit
-	case p.avgWait > limit:
-		return min(limit, 2000)
+	case p.avgWait > p.worthwhile():
+		return 0
 	}
 	return min(limit, 2*p.avgWait+5000)
 }
@@ -323,15 +442,14 @@ func (p *Poller) startDriver() {
 func (p *Poller) wakeDriver() {
 	if !p.driverIdle.Load() {
 		select {
-		case p.kick <- struct{}{}:
+		case p.kick <- true:
 		default:
 		}
 	}
 }
 
-// drive is the poller's own goroutine. It sleeps on the completion channel on behalf of all waiters that sleep and of
-// the duties: one select over a waiter's token, its context and the channel's descriptor is not to be had without a
-// goroutine, and this one costs a goroutine switch (0.2 us) only where a wake-up (5 us and more) is paid as well.
+// drive is the poller's own goroutine. It sleeps on the completion channel on behalf of the duties, and of all waiters
+// that sleep when none of them does so in the channel itself.
 func (p *Poller) drive() {
 	defer p.driver.Done()
 	timer := time.NewTimer(time.Hour)
@@ -342,12 +460,7 @@ func (p *Poller) drive() {
 				if errors.Is(err, net.ErrClosed) {
 					return
 				}
-				p.do(func() { p.broken(err) })
-				select { // a channel that fails for good must not make us spin
-				case <-p.dead:
-					return
-				case <-time.After(10 * time.Millisecond):
-				}
+				p.channelFailed(err)
 			}
 			p.fired.Store(true) // before the driver looks again: whoever arms next must not rely on the last time
 			p.driverIdle.Store(false)
@@ -379,9 +492,10 @@ func (p *Poller) driveLead() bool {
 		sleepers := p.sleepers.Load()
 		if n > 0 && sleepers != 0 {
 			// Some of them are awake now, or get the role: let them run, on this thread, and see whether we are still needed.
+			// Whoever sleeps next may do so in the channel.
 			p.leave()
 			runtime.Gosched()
-			if !p.tryRole() {
+			if p.threads || !p.tryRole() {
 				return false
 			}
 			continue
@@ -395,15 +509,16 @@ func (p *Poller) driveLead() bool {
 			return false
 		}
 		if spins&p.yield == 0 {
-			runtime.Gosched()
+			p.crowd.yield()
 		}
 		if p.mode == Busy && needed || !p.idle(&until) || !p.arm() {
 			continue
 		}
-		if p.want.Load() != 0 {
+		if p.want.Load() != 0 || p.guard.Load() != nil {
 			p.leave()
 			return false
 		}
+		p.slept = true
 		p.driverIdle.Store(true) // before leave: who leaves after us need not wake us
 		p.leave()
 		return true
@@ -413,29 +528,39 @@ func (p *Poller) driveLead() bool {
 // watch waits until the driver is needed: when it is kicked, or when there are duties and for a while nobody has
 // polled. It is false once the poller is closed.
 func (p *Poller) watch(timer *time.Timer) bool {
-	for tick := time.Millisecond; ; tick = min(2*tick, 8*time.Millisecond) {
+	const shortest, longest = 2 * time.Millisecond, 8 * time.Millisecond
+	for tick := shortest; ; tick = min(2*tick, longest) {
 		seen := p.role.Load()
 		d := tick
-		if p.duties.Load() == 0 && p.sleepers.Load() == 0 {
+		if p.unneeded() {
 			p.dormant.Store(true)
-			if p.duties.Load() == 0 && p.sleepers.Load() == 0 {
+			if p.unneeded() {
 				d = time.Hour
 			}
 		}
 		timer.Reset(d)
 		select {
-		case <-p.kick:
+		case now := <-p.kick:
 			p.dormant.Store(false)
-			return true
+			if now {
+				return true
+			}
+			tick = shortest / 2
+			continue
 		case <-p.dead:
 			return false
 		case <-timer.C:
 		}
 		p.dormant.Store(false)
-		if v := p.role.Load(); v == seen && v&1 == 0 {
+		if v := p.role.Load(); v == seen && v&1 == 0 && p.guard.Load() == nil {
 			return true
 		}
 	}
+}
+
+// unneeded reports whether the driver need not even look from time to time.
+func (p *Poller) unneeded() bool {
+	return p.guard.Load() != nil || p.duties.Load() == 0 && p.sleepers.Load() == 0
 }
 
 // addDuties counts what the driver must look after when nobody waits.

@@ -1,6 +1,10 @@
 package transport
 
-import "sync/atomic"
+import (
+	"sync/atomic"
+
+	"github.com/ringside-rdma/ringside/verbs"
+)
 
 // A Waiter is one pending completion that a goroutine can wait for with Poller.Wait. The zero value is pending. It can
 // be embedded and reused with Reset, and costs no allocation once its goroutine has slept on it for the first time.
@@ -12,14 +16,16 @@ type Waiter struct {
 	heir  bool // guarded by the poller's parkMu: linked in its list of sleepers
 	next  *Waiter
 	prev  *Waiter
-	err   error         // written before state becomes waiterDone
-	wake  chan struct{} // capacity 1; made when first needed
+	err   error                             // written before state becomes waiterDone
+	wake  chan struct{}                     // capacity 1; made when first needed
+	ch    atomic.Pointer[verbs.CompChannel] // the channel slept in last
 }
 
 const (
 	waiterPending uint32 = iota
 	waiterParked         // its goroutine sleeps on wake; whoever changes the state sends one token
 	waiterDone
+	waiterInChannel // its thread sleeps in ch; whoever changes the state interrupts that
 )
 
 // Reset makes w pending again. Only its owner may call it, when nobody waits on w and nobody will complete it.
@@ -30,8 +36,19 @@ func (w *Waiter) Reset() {
 
 // Done completes w. It never blocks.
 func (w *Waiter) Done() {
-	if w.state.Swap(waiterDone) == waiterParked { // pairs with the swap in Poller.Wait before it sleeps
+	// Pairs with the compare-and-swap in park and enter.
+	if s := w.state.Swap(waiterDone); s != waiterPending {
+		w.rouse(s)
+	}
+}
+
+// rouse wakes the goroutine that slept in state s.
+func (w *Waiter) rouse(s uint32) {
+	switch s {
+	case waiterParked:
 		w.wake <- struct{}{} // one token at a time: never blocks
+	case waiterInChannel:
+		w.ch.Load().Interrupt() // of a later sleep, if the goroutine has woken by itself: that ends early, and looks again
 	}
 }
 
@@ -63,11 +80,21 @@ func (w *Waiter) unpark() {
 	}
 }
 
+// enter is park for a goroutine that is about to sleep in ch.
+func (w *Waiter) enter(ch *verbs.CompChannel) bool {
+	w.ch.Store(ch)
+	return w.state.CompareAndSwap(waiterPending, waiterInChannel)
+}
+
+// exit ends what enter has begun. An interrupt that is still on its way only ends the next sleep in the channel early.
+func (w *Waiter) exit() { w.state.CompareAndSwap(waiterInChannel, waiterPending) }
+
 // nudge wakes the goroutine without completing w. False: it was not asleep.
 func (w *Waiter) nudge() bool {
-	if w.state.CompareAndSwap(waiterParked, waiterPending) {
-		w.wake <- struct{}{}
-		return true
+	s := w.state.Load()
+	if s != waiterParked && s != waiterInChannel || !w.state.CompareAndSwap(s, waiterPending) {
+		return false
 	}
-	return false
+	w.rouse(s)
+	return true
 }

@@ -180,6 +180,37 @@ func (ch *CompChannel) Wait(ctx context.Context) (*CQ, error) {
 	}
 }
 
+// WaitThread is Wait for a goroutine that may put its thread to sleep: it waits in a system call instead of the runtime's
+// netpoller, which saves the wake-ups of the Go scheduler. The thread is one of those that GOMAXPROCS counts until the
+// runtime has noticed that it sleeps, so few goroutines should wait like this at a time. It returns nil and no error after
+// Interrupt. One goroutine at a time may call it, and none may be in Wait. It fails with errors.ErrUnsupported if the
+// device has no such wait. It does not allocate.
+func (ch *CompChannel) WaitThread() (*CQ, error) {
+	t, ok := ch.drv.(driver.ThreadWaiter)
+	if !ok {
+		return nil, ch.ctx.err("get_cq_event", errors.ErrUnsupported)
+	}
+	drv, err := t.WaitThread()
+	if err != nil || drv == nil {
+		return nil, ch.ctx.err("get_cq_event", err)
+	}
+	cq, _ := ch.ctx.object(drv).(*CQ) // nil: closed after it fired
+	return cq, nil
+}
+
+// Interrupt ends the WaitThread in progress or, if there is none, the next one. It never blocks; any goroutine may call it.
+func (ch *CompChannel) Interrupt() {
+	if t, ok := ch.drv.(driver.ThreadWaiter); ok {
+		t.Interrupt()
+	}
+}
+
+// HasWaitThread reports whether the device has WaitThread.
+func (ch *CompChannel) HasWaitThread() bool {
+	_, ok := ch.drv.(driver.ThreadWaiter)
+	return ok
+}
+
 // Close destroys the channel. It fails with ErrBusy while a completion queue uses it. Calls of Wait end with
 // net.ErrClosed.
 func (ch *CompChannel) Close() error {

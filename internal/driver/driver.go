@@ -190,6 +190,15 @@ type CompChannel interface {
 	Close() error
 }
 
+// ThreadWaiter is an optional part of CompChannel.
+type ThreadWaiter interface {
+	// WaitThread is Wait that sleeps in a system call on the calling thread instead of the runtime's netpoller. It
+	// returns nil and no error after Interrupt. One goroutine at a time, and not beside Wait. It does not allocate.
+	WaitThread() (CQ, error)
+	// Interrupt ends the WaitThread in progress or, if there is none, the next one. It never blocks.
+	Interrupt()
+}
+
 // AH is an address handle.
 type AH interface {
 	Num() ib.AHNum

@@ -558,33 +558,36 @@ func (ch *CompChannel) remove(c *CQ) {
 	}
 }
 
-// next returns a CQ that has fired, or nil.
-func (ch *CompChannel) next() (*CQ, error) {
+// next returns a CQ that has fired, or nil, and whether there are other CQs that may have.
+func (ch *CompChannel) next() (c *CQ, more bool, err error) {
 	ch.mu.Lock()
 	defer ch.mu.Unlock()
 	if ch.closed {
-		return nil, driver.ErrClosed
+		return nil, false, driver.ErrClosed
 	}
+	more = len(ch.cqs) > 1
 	for i, c := range ch.cqs {
 		if c.takeFired() {
-			if len(ch.cqs) > 1 { // to the end, so that a busy CQ does not hide the others
+			if more { // to the end, so that a busy CQ does not hide the others
 				ch.cqs = append(append(ch.cqs[:i:i], ch.cqs[i+1:]...), c)
 			}
-			return c, nil
+			return c, more, nil
 		}
 	}
-	return nil, nil
+	return nil, more, nil
 }
 
 // Wait implements driver.CompChannel.
 func (ch *CompChannel) Wait(ctx context.Context) (driver.CQ, error) {
 	for {
-		c, err := ch.next()
+		c, more, err := ch.next()
 		if err != nil {
 			return nil, err
 		}
 		if c != nil {
-			ch.w.wake() // there may be another for another waiter
+			if more {
+				ch.w.wake() // there may be another for another waiter
+			}
 			return c, nil
 		}
 		if err := ch.w.wait(ctx); err != nil {
@@ -592,6 +595,27 @@ func (ch *CompChannel) Wait(ctx context.Context) (driver.CQ, error) {
 		}
 	}
 }
+
+// WaitThread implements driver.ThreadWaiter.
+func (ch *CompChannel) WaitThread() (driver.CQ, error) {
+	for woken := false; ; woken = true {
+		c, _, err := ch.next()
+		switch {
+		case err != nil:
+			return nil, err
+		case c != nil:
+			return c, nil
+		case woken:
+			return nil, nil
+		}
+		if err := ch.w.waitThread(); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// Interrupt implements driver.ThreadWaiter.
+func (ch *CompChannel) Interrupt() { ch.w.wake() }
 
 // Close implements driver.CompChannel.
 func (ch *CompChannel) Close() error {

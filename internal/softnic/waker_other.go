@@ -38,5 +38,7 @@ func (w *chanWaker) wait(ctx context.Context) error {
 	}
 }
 
+func (w *chanWaker) waitThread() error { return w.wait(context.Background()) }
+
 func (w *chanWaker) close()  { w.once.Do(func() { close(w.done) }) }
 func (w *chanWaker) fd() int { return -1 }
