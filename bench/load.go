@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/HdrHistogram/hdrhistogram-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/ringside-rdma/ringside/internal/perf/cycles"
 )
@@ -142,7 +143,7 @@ func pacedLoad(a *echoArgs, call func() error) error {
 				break
 			}
 			next = next.Add(period)
-			time.Sleep(time.Until(next))
+			sleepThread(time.Until(next))
 			t := ck.now()
 			if err := call(); err != nil {
 				return err
@@ -157,6 +158,18 @@ func pacedLoad(a *echoArgs, call func() error) error {
 		return err
 	}
 	return measured(ck, []*recorder{rec}, func() error { return run(a.Calls, rec) })
+}
+
+// sleepThread is time.Sleep by a system call of this thread: what is measured is the processor time of calls, and the
+// runtime's timers would add a tenth of it.
+func sleepThread(d time.Duration) {
+	for d > 0 {
+		left := unix.NsecToTimespec(int64(d))
+		if unix.Nanosleep(&left, &left) == nil {
+			return
+		}
+		d = time.Duration(left.Nano()) // a signal came
+	}
 }
 
 // measured says that the warm-up is over, waits for the parent's go, runs the load and says its result.

@@ -297,7 +297,7 @@ func TestCancel(t *testing.T) {
 // Calls that are given up at every possible moment: no response reaches another call, no buffer is used after its loan,
 // no slot is lost.
 func TestCancelStorm(t *testing.T) {
-	onEach(t, &ServerConfig{MaxConcurrent: 8}, &ClientConfig{MaxInFlight: 24}, func(t *testing.T, r *rig) {
+	onEach(t, &ServerConfig{MaxConcurrent: 8, MaxQueue: 8192}, &ClientConfig{MaxInFlight: 24}, func(t *testing.T, r *rig) {
 		ctx := ctxFor(t)
 		rounds := 150
 		if testing.Short() {
