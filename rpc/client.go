@@ -12,6 +12,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"github.com/ringside-rdma/ringside/internal/ring"
 	"github.com/ringside-rdma/ringside/transport"
 )
 
@@ -48,7 +49,7 @@ const smallBody = 128
 //
 //	free -> pending -> answered -> pending ...      pending -> free (the caller gave up)
 type slot struct {
-	state atomic.Uint64
+	state uint64
 
 	// Written by who has moved the slot to phaseAnswered, read by the caller after that was published.
 	body  []byte
@@ -76,22 +77,22 @@ func slotState(gen, phase uint32) uint64 { return uint64(gen)<<32 | uint64(phase
 
 // begin starts a new generation of a slot and returns its call id. Only the slot's owner calls it.
 func (s *slot) begin() uint64 {
-	gen := uint32(s.state.Load()>>32) + 1
-	s.state.Store(slotState(gen, phasePending))
+	gen := uint32(atomic.LoadUint64(&s.state)>>32) + 1
+	ring.StoreRel64(&s.state, slotState(gen, phasePending)) // before the request is posted; see Client.send
 	return makeID(s.index, gen)
 }
 
-func (s *slot) id() uint64 { return makeID(s.index, uint32(s.state.Load()>>32)) }
+func (s *slot) id() uint64 { return makeID(s.index, uint32(atomic.LoadUint64(&s.state)>>32)) }
 
 // giveUp ends a pending call. It returns false if a result has arrived or is arriving.
 func (s *slot) giveUp() bool {
-	gen := uint32(s.state.Load() >> 32)
-	return s.state.CompareAndSwap(slotState(gen, phasePending), slotState(gen, phaseFree))
+	gen := uint32(atomic.LoadUint64(&s.state) >> 32)
+	return atomic.CompareAndSwapUint64(&s.state, slotState(gen, phasePending), slotState(gen, phaseFree))
 }
 
 // claim gives the caller the right to write the result of call generation gen.
 func (s *slot) claim(gen uint32) bool {
-	return s.state.CompareAndSwap(slotState(gen, phasePending), slotState(gen, phaseAnswered))
+	return atomic.CompareAndSwapUint64(&s.state, slotState(gen, phasePending), slotState(gen, phaseAnswered))
 }
 
 // publish hands the result that was written after claim to the caller.
@@ -327,13 +328,14 @@ func timeoutOf(ctx context.Context) uint64 {
 // send posts buf as a request of slot s, which is pending from here on. If it fails, the slot is free again.
 func (c *Client) send(s *slot, buf sendBuf, h *header) error {
 	h.id = s.begin()
-	if c.closed.Load() && s.giveUp() { // pairs with handleClose: it sees the pending slot, or we see that it is closed
-		c.link.discard(buf)
-		return c.stopped.Load()
-	}
 	putHeader(buf.b, h)
 	if err := c.link.post(buf, headerLen+h.bulk*bulkLen+h.payload); err != nil && s.giveUp() {
 		return callError(err)
+	}
+	// Pairs with handleClose: it sees the pending slot, or we see that it is closed. The store in begin is visible before
+	// this load, because post takes a lock between the two.
+	if c.closed.Load() && s.giveUp() {
+		return c.stopped.Load()
 	}
 	return nil // or handleClose has the slot: await finds its verdict
 }
@@ -663,7 +665,7 @@ func (c *Client) handleClose(err error) {
 			}
 			for j := range ch {
 				s := &ch[j]
-				st := s.state.Load()
+				st := atomic.LoadUint64(&s.state)
 				if gen := uint32(st >> 32); uint32(st) == phasePending && s.claim(gen) {
 					s.err = e
 					s.publish()

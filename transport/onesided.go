@@ -316,9 +316,6 @@ func (b *Batch) finishLocked(err error) {
 // single returns a batch for one operation.
 func (c *Conn) single() *Batch {
 	s := &c.snd
-	if b := s.spareBatch.Swap(nil); b != nil {
-		return b
-	}
 	s.mu.Lock()
 	b := s.batches
 	if b != nil {
@@ -343,24 +340,14 @@ func (b *Batch) finish(ctx context.Context) error {
 func (b *Batch) recycle() {
 	b.clear()
 	s := &b.c.snd
-	kept := s.spareBatch.CompareAndSwap(nil, b)
-	if kept && !b.c.ended.Load() { // endSends, which comes after the end, will find it
-		return
-	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	switch {
-	case s.sq == nil: // endSends has been
-		if kept {
-			b = s.spareBatch.Swap(nil)
-		}
-		if b != nil {
-			b.dropLocked()
-		}
-	case !kept:
+	if s.sq == nil { // endSends has been
+		b.dropLocked()
+	} else {
 		b.free = s.batches
 		s.batches = b
 	}
+	s.mu.Unlock()
 }
 
 // Read reads dst.Length bytes at off of src into dst, which was registered in PD() with ib.AccessLocalWrite. Several

@@ -4,10 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
-	"sync/atomic"
 	"time"
 
+	"github.com/ringside-rdma/ringside/internal/ring"
 	"github.com/ringside-rdma/ringside/verbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -21,10 +20,10 @@ const minInline = headerLen + remoteLen
 
 // sendSide is the sending half of a Conn. mu is a leaf but for the queue pair's own locks and Waiter.Done.
 type sendSide struct {
-	mu        sync.Mutex
-	err       error // why nothing can be sent any more
-	closing   bool  // CloseWrite was called
-	eosDue    bool  // and the EOS is still to be sent
+	mu        ring.SpinLock // held across PostSend: its release must not wait for the lines of the peer that that has written
+	err       error         // why nothing can be sent any more
+	closing   bool          // CloseWrite was called
+	eosDue    bool          // and the EOS is still to be sent
 	eosSent   bool
 	eosSeq    uint32 // its position in the send queue
 	maxInline int
@@ -46,10 +45,6 @@ type sendSide struct {
 	pendTail  *SendBuf
 	ops       waitList // batches and WriteImm that wait for room or credits
 
-	// spare is a free buffer of class small that changes hands without mu. Such buffers lie on the Go heap: nothing must
-	// be given back when the connection ends.
-	spare atomic.Pointer[SendBuf]
-
 	small, slots, big bufClass
 	arena             *arena
 	out               int // SendBufs with the user, but for class small
@@ -57,8 +52,7 @@ type sendSide struct {
 	rndv     []rndvOut
 	rndvFree []uint16
 
-	batches    *Batch // free ones, for single operations
-	spareBatch atomic.Pointer[Batch]
+	batches *Batch // free ones, for single operations
 
 	wr      [1]ib.SendWR
 	sge     [1]ib.SGE
@@ -532,9 +526,6 @@ func (c *Conn) endSends(e *CloseError) {
 		b.dropLocked()
 	}
 	s.batches = nil
-	if b := s.spareBatch.Swap(nil); b != nil {
-		b.dropLocked()
-	}
 	s.wakeAllLocked()
 	if s.drained != nil {
 		s.drained.Done()

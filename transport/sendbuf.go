@@ -110,13 +110,6 @@ func (c *Conn) TryAlloc(n int) (*SendBuf, error) {
 		return nil, ErrTooLarge
 	}
 	s := &c.snd
-	if n <= c.inline {
-		if b := s.spare.Load(); b != nil && s.spare.CompareAndSwap(b, nil) {
-			b.n = n
-			b.state = bufOwned
-			return b, nil // if the connection has ended, Post says so
-		}
-	}
 	s.mu.Lock()
 	b, err := c.takeLocked(n)
 	s.mu.Unlock()
@@ -140,13 +133,6 @@ func (c *Conn) takeLocked(n int) (*SendBuf, error) {
 	}
 	cl := c.classFor(n)
 	b := cl.free
-	if b == nil && cl == &s.small {
-		if b = s.spare.Swap(nil); b != nil {
-			b.n = n
-			b.state = bufOwned
-			return b, nil
-		}
-	}
 	if b == nil {
 		if cl.n == cl.max {
 			return nil, ErrWouldBlock
@@ -191,10 +177,6 @@ func (c *Conn) takeLocked(n int) (*SendBuf, error) {
 // putLocked puts a buffer that nobody uses back into its class, and lets a waiter have it.
 func (c *Conn) putLocked(b *SendBuf) {
 	b.state = bufFree
-	if b.class == &c.snd.small && b.class.waiting.head == nil && c.snd.spare.Load() == nil {
-		c.snd.spare.Store(b) // only putLocked fills it
-		return
-	}
 	if b.big != nil {
 		big := b.big
 		b.big, b.mem = nil, nil

@@ -3,6 +3,7 @@ package transport
 import (
 	"sync/atomic"
 
+	"github.com/ringside-rdma/ringside/internal/ring"
 	"github.com/ringside-rdma/ringside/verbs"
 )
 
@@ -12,7 +13,7 @@ import (
 // Done or Fail is called once, by any goroutine (mostly the polling one). One goroutine waits at a time. A Waiter must
 // not be copied after first use.
 type Waiter struct {
-	state atomic.Uint32
+	state uint32
 	heir  bool // guarded by the poller's parkMu: linked in its list of sleepers
 	next  *Waiter
 	prev  *Waiter
@@ -31,13 +32,13 @@ const (
 // Reset makes w pending again. Only its owner may call it, when nobody waits on w and nobody will complete it.
 func (w *Waiter) Reset() {
 	w.err = nil
-	w.state.Store(waiterPending)
+	ring.StoreRel32(&w.state, waiterPending) // whoever completes w gets it from its owner in an ordered way
 }
 
 // Done completes w. It never blocks.
 func (w *Waiter) Done() {
 	// Pairs with the compare-and-swap in park and enter.
-	if s := w.state.Swap(waiterDone); s != waiterPending {
+	if s := atomic.SwapUint32(&w.state, waiterDone); s != waiterPending {
 		w.rouse(s)
 	}
 }
@@ -59,7 +60,7 @@ func (w *Waiter) Fail(err error) {
 }
 
 // Finished reports whether Done or Fail was called since the last Reset.
-func (w *Waiter) Finished() bool { return w.state.Load() == waiterDone }
+func (w *Waiter) Finished() bool { return atomic.LoadUint32(&w.state) == waiterDone }
 
 // Err is the error given to Fail. It is valid once Finished.
 func (w *Waiter) Err() error { return w.err }
@@ -69,13 +70,13 @@ func (w *Waiter) park() bool {
 	if w.wake == nil {
 		w.wake = make(chan struct{}, 1)
 	}
-	return w.state.CompareAndSwap(waiterPending, waiterParked)
+	return atomic.CompareAndSwapUint32(&w.state, waiterPending, waiterParked)
 }
 
 // unpark ends a sleep that was not ended by a token: it takes the announcement back, or, if a token is on its way,
 // takes that.
 func (w *Waiter) unpark() {
-	if !w.state.CompareAndSwap(waiterParked, waiterPending) {
+	if !atomic.CompareAndSwapUint32(&w.state, waiterParked, waiterPending) {
 		<-w.wake
 	}
 }
@@ -83,16 +84,16 @@ func (w *Waiter) unpark() {
 // enter is park for a goroutine that is about to sleep in ch.
 func (w *Waiter) enter(ch *verbs.CompChannel) bool {
 	w.ch.Store(ch)
-	return w.state.CompareAndSwap(waiterPending, waiterInChannel)
+	return atomic.CompareAndSwapUint32(&w.state, waiterPending, waiterInChannel)
 }
 
 // exit ends what enter has begun. An interrupt that is still on its way only ends the next sleep in the channel early.
-func (w *Waiter) exit() { w.state.CompareAndSwap(waiterInChannel, waiterPending) }
+func (w *Waiter) exit() { atomic.CompareAndSwapUint32(&w.state, waiterInChannel, waiterPending) }
 
 // nudge wakes the goroutine without completing w. False: it was not asleep.
 func (w *Waiter) nudge() bool {
-	s := w.state.Load()
-	if s != waiterParked && s != waiterInChannel || !w.state.CompareAndSwap(s, waiterPending) {
+	s := atomic.LoadUint32(&w.state)
+	if s != waiterParked && s != waiterInChannel || !atomic.CompareAndSwapUint32(&w.state, s, waiterPending) {
 		return false
 	}
 	w.rouse(s)

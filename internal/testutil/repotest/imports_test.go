@@ -30,9 +30,9 @@ var arrows = map[string][]string{
 	"verbs":                   {"internal/provider", "internal/driver", "internal/life"},
 	"mr":                      {"verbs", "internal/driver", "internal/life", "internal/mem"},
 	"qp":                      {"verbs", "internal/driver", "internal/life"}, // mr is a sibling: ib.SGE is what they share
-	"transport":               {"transport", "qp", "mr", "verbs"},
+	"transport":               {"transport", "qp", "mr", "verbs", "internal/ring"},
 	"transport/transporttest": {"transport", "verbs"},
-	"rpc":                     {"rpc", "transport", "mr"}, // never a QP
+	"rpc":                     {"rpc", "transport", "mr", "internal/ring"}, // never a QP
 
 	"internal/perf":        {"internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
 	"cmd":                  {"cmd", "internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
