@@ -40,6 +40,13 @@ func init() {
 	})
 }
 
+// fillX fills a region with what the method mHold expects to read for as long as it runs.
+func fillX(m *mr.MR) {
+	for i := range m.Bytes() {
+		m.Bytes()[i] = 'x'
+	}
+}
+
 // A client that is killed, in the middle of calls and of a transfer from its memory.
 func init() {
 	testutil.RegisterChild("rpc-client", func(args []string) {
@@ -54,6 +61,7 @@ func init() {
 			fmt.Println("error", err)
 			os.Exit(1)
 		}
+		fillX(m)
 		copy(m.Bytes(), bytes.Repeat([]byte("x"), m.Len()))
 		for range 5 {
 			go func() { _ = cl.CallRaw(ctx, mBlock, pattern(700), nil) }()
@@ -122,6 +130,7 @@ func TestServerKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer m.Close()
+	fillX(m)
 	results := make(chan error, 20)
 	for i := range 20 {
 		go func() {
