@@ -14,13 +14,16 @@ GO       ?= go
 FUZZTIME ?= 5s
 BENCHARGS ?=
 export CGO_ENABLED := 0
+# Programs that are measured are built along a profile (see pgo); for all else that would only be a second build.
+export GOFLAGS := -pgo=off $(GOFLAGS)
+PROFILED := $(GO) build -pgo=auto -trimpath
 
 stage = @printf '\n=== %s\n' "$(1)"
 
 # Commands and examples, by folder name.
 PROGRAMS = $(notdir $(patsubst %/,%,$(dir $(wildcard cmd/*/main.go examples/*/main.go))))
 
-.PHONY: all test check build demo lint unit race fuzz cross bench bench-once bench-quick demo-check clean
+.PHONY: all test check build demo lint unit race fuzz cross pgo bench bench-once bench-quick demo-check clean
 
 all: build
 
@@ -43,14 +46,14 @@ build:
 	mkdir -p bin
 	$(GO) build ./...
 	for d in $(sort $(patsubst %/,%,$(dir $(wildcard cmd/*/main.go examples/*/main.go)))); do
-		$(GO) build -trimpath -o bin/ ./$$d
+		$(PROFILED) -o bin/ ./$$d
 	done
-	$(GO) -C bench build -trimpath -o ../bin/ringside-bench .
+	cd bench; $(PROFILED) -o ../bin/ringside-bench .; cd ..
 
 demo:
 	@.ci/setup go
 	mkdir -p bin
-	$(GO) build -trimpath -o bin/ ./examples/paramserver
+	$(PROFILED) -o bin/ ./examples/paramserver
 	./bin/paramserver -demo -workers 3
 
 # The demo's last line is its result: check it as a reader would.
@@ -125,15 +128,27 @@ bench:
 	@.ci/setup go
 	.ci/setup -optional ucx_perftest
 	mkdir -p bin
-	$(GO) build -trimpath -o bin/ ./cmd/ringside
-	$(GO) -C bench build -trimpath -o ../bin/ringside-bench .
+	$(PROFILED) -o bin/ ./cmd/ringside
+	cd bench; $(PROFILED) -o ../bin/ringside-bench .; cd ..
 	./bin/ringside-bench -ringside bin/ringside -results bench/RESULTS.md $(BENCHARGS)
+
+# The compiler inlines along the calls that these profiles show: go build takes a default.pgo by itself. What is compared
+# is profiled alike.
+pgo:
+	@.ci/setup go
+	dir=$$(mktemp -d)
+	mkdir -p bin
+	cd bench; $(GO) build -trimpath -o ../bin/ringside-bench .; cd ..
+	./bin/ringside-bench -rounds 1 -profile $$dir -only '^(grpc|rpc)' > /dev/null
+	$(GO) tool pprof -proto $$dir/*.pprof > cmd/ringside/default.pgo
+	cp cmd/ringside/default.pgo bench/default.pgo
+	rm -r $$dir
 
 bench-quick:
 	$(call stage,bench-quick: every comparison once$(comma) small; its numbers mean nothing)
 	mkdir -p bin
-	$(GO) build -trimpath -o bin/ ./cmd/ringside
-	$(GO) -C bench build -trimpath -o ../bin/ringside-bench .
+	$(PROFILED) -o bin/ ./cmd/ringside
+	cd bench; $(PROFILED) -o ../bin/ringside-bench .; cd ..
 	./bin/ringside-bench -quick -ringside bin/ringside -results bin/RESULTS-quick.md $(BENCHARGS)
 
 clean:

@@ -62,6 +62,18 @@ func busyTicks() (busy int64, ok bool) {
 	return busy, true
 }
 
+// profileUse says whether this program, and with it grpc-go, was built along a profile.
+func profileUse() string {
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, s := range info.Settings {
+			if s.Key == "-pgo" && s.Value != "" && s.Value != "off" {
+				return "built along a profile of both systems"
+			}
+		}
+	}
+	return "built without a profile"
+}
+
 func hostConditions(cfg *config) *conditions {
 	c := new(conditions)
 	c.set("date", time.Now().UTC().Format("2006-01-02 15:04 MST"))
@@ -74,7 +86,7 @@ func hostConditions(cfg *config) *conditions {
 		c.set("machine", "a virtual one: its neighbours show in the spread")
 	}
 	c.set("huge pages for shared memory", fileLine("/sys/kernel/mm/transparent_hugepage/shmem_enabled"))
-	c.set("Go", runtime.Version())
+	c.set("Go", runtime.Version()+", "+profileUse())
 	c.set("ringside", revision())
 	c.set("grpc-go", moduleVersion("google.golang.org/grpc"))
 	c.set("UCX", ucxVersion())

@@ -44,10 +44,14 @@ func main() {
 	flag.BoolVar(&c.quick, "quick", false, "one round with small counts: shows that everything runs, and nothing else")
 	flag.StringVar(&c.ringside, "ringside", "bin/ringside", "the ringside command, for ringside perf")
 	flag.StringVar(&c.results, "results", "bench/RESULTS.md", "where the results go")
+	profile := flag.String("profile", "", "have the processes of ringside and grpc-go write CPU profiles into this folder; for make pgo")
 	only := flag.String("only", "", "measure only what matches this regular expression; prints, and leaves the results file alone")
 	flag.Parse()
 	if c.quick {
 		c.rounds = 1
+	}
+	if *profile != "" {
+		os.Setenv(profileEnv, *profile)
 	}
 	var err error
 	if c.only, err = regexp.Compile(*only); err != nil {

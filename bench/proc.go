@@ -7,7 +7,9 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
+	"runtime/pprof"
 	"strings"
 	"sync"
 	"syscall"
@@ -44,10 +46,36 @@ func runRole(name string, args []string) {
 		time.Sleep(2 * time.Second) // for the role to tidy up
 		os.Exit(0)
 	}()
-	if err := fn(json.RawMessage(args[0])); err != nil {
+	stop, err := startProfile(name)
+	if err == nil {
+		err = fn(json.RawMessage(args[0]))
+		stop()
+	}
+	if err != nil {
 		fmt.Fprintf(os.Stderr, "ringside-bench: role %s: %v\n", name, err)
 		os.Exit(1)
 	}
+}
+
+// profileEnv names the folder that every role writes a CPU profile to; see -profile.
+const profileEnv = "RINGSIDE_BENCH_PROFILE"
+
+func startProfile(role string) (stop func(), err error) {
+	dir := os.Getenv(profileEnv)
+	if dir == "" {
+		return func() {}, nil
+	}
+	f, err := os.Create(filepath.Join(dir, fmt.Sprintf("%s-%d.pprof", role, os.Getpid())))
+	if err != nil {
+		return nil, err
+	}
+	if err := pprof.StartCPUProfile(f); err != nil {
+		return nil, err
+	}
+	return func() {
+		pprof.StopCPUProfile()
+		f.Close()
+	}, nil
 }
 
 // say prints a line for the parent.
