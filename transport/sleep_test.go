@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -113,6 +114,46 @@ func TestGuardGoes(t *testing.T) {
 			guard.Done()
 			if err := <-guarding; err != nil {
 				t.Fatal(err)
+			}
+		}
+	}
+}
+
+// doneHandler completes a waiter for each message.
+type doneHandler struct {
+	w    atomic.Pointer[transport.Waiter]
+	seen atomic.Int32
+}
+
+func (h *doneHandler) HandleMessage(*transport.Conn, *transport.Message) {
+	if w := h.w.Swap(nil); w != nil {
+		w.Done()
+	}
+	h.seen.Add(1)
+}
+
+func (h *doneHandler) HandleClose(*transport.Conn, error) {}
+
+// The same when the one who guarded the channel handled what woke it, and found itself done.
+func TestHandlerAfterGuardPolled(t *testing.T) {
+	transport.SleepInChannel(t)
+	a, b := transporttest.Pair(t, &transport.Config{PollMode: transport.Event})
+	h := new(doneHandler)
+	b.SetHandler(h)
+	for i := range int32(10) {
+		var w transport.Waiter
+		h.w.Store(&w)
+		done := sleeper(t, context.Background(), b.Poller(), &w)
+		time.Sleep(20 * time.Millisecond) // the driver goes dormant
+		for k := range int32(2) {
+			if err := a.Send(t.Context(), []byte("x")); err != nil {
+				t.Fatal(err)
+			}
+			testutil.Eventually(t, "the message is handled", func() bool { return h.seen.Load() == 2*i+k+1 })
+			if k == 0 {
+				if err := <-done; err != nil {
+					t.Fatal(err)
+				}
 			}
 		}
 	}

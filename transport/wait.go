@@ -143,7 +143,8 @@ func (p *Poller) Wait(ctx context.Context, w *Waiter) error {
 		return w.err
 	}
 	done := ctx.Done()
-	var stop func() bool // set once w has slept in the channel, which the end of ctx must interrupt
+	guarded := false     // w has slept in the channel
+	var stop func() bool // ends the interruption of the channel by the end of ctx
 	for {
 		var o outcome
 		switch {
@@ -151,6 +152,7 @@ func (p *Poller) Wait(ctx context.Context, w *Waiter) error {
 			o = p.follow(done, w)
 		case !p.lead(done, w, &o):
 		case p.enterChannel(w):
+			guarded = true
 			if stop == nil && done != nil {
 				stop = context.AfterFunc(ctx, p.ch.Interrupt)
 			}
@@ -160,6 +162,9 @@ func (p *Poller) Wait(ctx context.Context, w *Waiter) error {
 		}
 		if o == again {
 			continue
+		}
+		if guarded {
+			p.unguarded()
 		}
 		if stop != nil {
 			stop()
@@ -357,9 +362,7 @@ func (p *Poller) sleepInChannel(done <-chan struct{}, w *Waiter) outcome {
 		default:
 		}
 	}
-	if o != again {
-		p.unguarded()
-	} else if err != nil {
+	if o == again && err != nil {
 		p.channelFailed(err)
 	}
 	return o
