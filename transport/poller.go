@@ -95,6 +95,8 @@ type Poller struct {
 	failed error
 	wcs    [32]ib.WC
 	crowd  crowd
+	// When the goroutine that is about to sleep in the channel last yielded, in ns; see yieldEvery.
+	yielded int64
 	// Adaptive: a moving average of idle times in ns, when the current one began, and the number of budgets given.
 	avgWait   int64
 	idleSince int64

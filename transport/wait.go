@@ -312,6 +312,11 @@ func (p *Poller) sleep(done <-chan struct{}, w *Waiter) outcome {
 // channelSleepers is how many threads of the process sleep in completion channels.
 var channelSleepers atomic.Int32
 
+// yieldEvery is how long a goroutine goes on from sleep to sleep without a word to the scheduler, in ns. From 10 ms on the
+// runtime takes it for a hog: it interrupts the thread with a signal and takes its share of GOMAXPROCS away, and its
+// monitor then looks every 20 us for a while.
+const yieldEvery = 5e6
+
 // channelAlways lets tests have goroutines sleep in the channel whatever others there are to run.
 var channelAlways bool
 
@@ -323,6 +328,10 @@ var channelAlways bool
 func (p *Poller) enterChannel(w *Waiter) bool {
 	if !p.threads || p.guard.Load() != nil || p.driverIdle.Load() {
 		return false
+	}
+	if t := now(); t-p.yielded > yieldEvery {
+		p.yielded = t
+		runtime.Gosched()
 	}
 	share := int(channelSleepers.Add(1)) <= runtime.GOMAXPROCS(0)/2 && !p.crowd.waits()
 	if !share && !channelAlways || !w.enter(p.ch) {
