@@ -99,6 +99,7 @@ func asyncLoad(ctx context.Context, a *echoArgs, cl *rpc.Client, payload []byte,
 		return err
 	}
 	defer q.Close()
+	q.Batch = 16
 	started := make([]uint64, a.InFlight) // by tag, the slot of the call
 	free := make([]uint64, a.InFlight)
 	for i := range free {

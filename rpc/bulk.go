@@ -94,7 +94,7 @@ func (c *Client) CallBulk(ctx context.Context, m Method, req []byte, bulk []Bulk
 		s.mm = c.methodMetrics(m)
 		s.start = s.mm.begin()
 	}
-	if err = c.send(s, buf, &h); err == nil {
+	if err = c.send(s, buf, &h, false); err == nil {
 		err = c.awaitBulk(ctx, s, lasting)
 	}
 	if err != nil {

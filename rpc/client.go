@@ -114,10 +114,18 @@ func timeoutOf(ctx context.Context) uint64 {
 }
 
 // send posts buf as a request of slot s, which is pending from here on. If it fails, the slot is free again.
-func (c *Client) send(s *slot, buf sendBuf, h *header) error {
+// With more set, the request may be kept back until link.flush.
+func (c *Client) send(s *slot, buf sendBuf, h *header, more bool) error {
 	h.id = s.begin()
 	putHeader(buf.b, h)
-	if err := c.link.post(buf, headerLen+h.bulk*bulkLen+h.payload); err != nil && s.giveUp() {
+	n := headerLen + h.bulk*bulkLen + h.payload
+	var err error
+	if more {
+		err = c.link.postMore(buf, n)
+	} else {
+		err = c.link.post(buf, n)
+	}
+	if err != nil && s.giveUp() {
 		return callError(err)
 	}
 	// Pairs with handleClose: it sees the pending slot, or we see that it is closed. The store in begin is visible before
@@ -261,7 +269,7 @@ func (c *Client) roundTrip(ctx context.Context, s *slot, buf sendBuf, h *header)
 			s.start = s.mm.begin()
 		}
 	}
-	err := c.send(s, buf, h)
+	err := c.send(s, buf, h, false)
 	if err == nil {
 		err = c.await(ctx, s)
 	}

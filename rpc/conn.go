@@ -37,7 +37,11 @@ func (l *connLink) alloc(ctx context.Context, n int) (sendBuf, error) {
 }
 
 func (l *connLink) post(b sendBuf, n int) error { return l.conn.Post(b.h.(*transport.SendBuf), n) }
-func (l *connLink) discard(b sendBuf)           { b.h.(*transport.SendBuf).Discard() }
+func (l *connLink) postMore(b sendBuf, n int) error {
+	return l.conn.PostMore(b.h.(*transport.SendBuf), n)
+}
+func (l *connLink) flush() error      { return l.conn.Flush() }
+func (l *connLink) discard(b sendBuf) { b.h.(*transport.SendBuf).Discard() }
 
 func (l *connLink) take(m message) message {
 	t := m.h.(*transport.Message).Take()
@@ -47,7 +51,7 @@ func (l *connLink) take(m message) message {
 func (l *connLink) release(m message) { m.h.(*transport.Message).Release() }
 
 func (l *connLink) wait(ctx context.Context, w *waiter) error { return l.poller.Wait(ctx, w) }
-func (l *connLink) poll()                                     { l.poller.Poll() }
+func (l *connLink) poll() int                                 { return l.poller.Poll() }
 func (l *connLink) maxMessage() int                           { return l.conn.MaxMessage() }
 func (l *connLink) recvDepth() int                            { return l.conn.RecvDepth() }
 func (l *connLink) remoteAddr() net.Addr                      { return l.conn.RemoteAddr() }

@@ -122,6 +122,10 @@ func (f *fakeBuf) spend(l *fakeLink) {
 	l.allocs.Add(-1)
 }
 
+func (l *fakeLink) postMore(b sendBuf, n int) error { return l.post(b, n) }
+
+func (l *fakeLink) flush() error { return nil }
+
 func (l *fakeLink) post(b sendBuf, n int) error {
 	f := b.h.(*fakeBuf)
 	f.spend(l)
@@ -208,7 +212,12 @@ func (l *fakeLink) step() bool {
 	return false
 }
 
-func (l *fakeLink) poll() { l.step() }
+func (l *fakeLink) poll() int {
+	if l.step() {
+		return 1
+	}
+	return 0
+}
 
 func (l *fakeLink) wait(ctx context.Context, w *waiter) error {
 	for !w.Finished() {

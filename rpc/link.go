@@ -18,6 +18,9 @@ type link interface {
 	alloc(ctx context.Context, n int) (sendBuf, error)
 	// post sends the first n bytes of b, and takes it back in any case. It never blocks.
 	post(b sendBuf, n int) error
+	// postMore is post for a frame that others are about to follow: it may go out with them, at the latest with flush.
+	postMore(b sendBuf, n int) error
+	flush() error
 	// discard gives b back unsent.
 	discard(b sendBuf)
 
@@ -33,8 +36,8 @@ type link interface {
 	recvDepth() int // receive slots: messages that can be held before the peer must wait
 	remoteAddr() net.Addr
 
-	// poll drives the poller once.
-	poll()
+	// poll drives the poller once, and returns how many completions it has handled.
+	poll() int
 
 	// closeGently sends what was posted, and closes then. It blocks, and must not be called from handlers.
 	closeGently() error

@@ -32,8 +32,12 @@ type Queue struct {
 	// Timeout is the deadline that travels with each call when the context given to Start has none; 0: none. The server
 	// keeps to it; Wait ends with its own context.
 	Timeout time.Duration
+	// Batch is how many requests may go out together: Start keeps them back until there are so many, or until Wait, TryWait
+	// or Flush is called, which makes a call cheaper and its answer later. 0 and 1: each goes out at once.
+	Batch int
 
 	c        *Client
+	kept     int // requests that Start may have kept back
 	slots    []*slot // all that the queue owns
 	free     []*slot
 	inFlight int
@@ -146,13 +150,27 @@ func (q *Queue) send(ctx context.Context, s *slot, buf sendBuf, m Method, n int,
 		s.start = s.mm.begin()
 	}
 	s.tag = tag
-	if err := q.c.send(s, buf, &h); err != nil {
+	q.kept++
+	more := q.kept < q.Batch
+	if !more {
+		q.kept = 0
+	}
+	if err := q.c.send(s, buf, &h, more); err != nil {
 		q.c.clear(s)
 		q.free = append(q.free, s)
 		return err
 	}
 	q.inFlight++
 	return nil
+}
+
+// Flush sends what Start has kept back; see Batch. An error means that the connection is lost, which Wait tells as well.
+func (q *Queue) Flush() error {
+	if q.kept == 0 {
+		return nil
+	}
+	q.kept = 0
+	return unavailable(q.c.link.flush())
 }
 
 // completed is told by whoever received the result of s.
@@ -190,6 +208,7 @@ func (q *Queue) Wait(ctx context.Context, fn func(tag uint64, resp []byte, err e
 	if q.inFlight == 0 {
 		return 0, nil
 	}
+	_ = q.Flush() // if it fails, the calls do
 	for q.batch == 0 && !q.collect() {
 		q.w.Reset()
 		if q.collect() { // pairs with completed: it pushes first and calls Done then
@@ -198,6 +217,7 @@ func (q *Queue) Wait(ctx context.Context, fn func(tag uint64, resp []byte, err e
 		if err := q.c.link.wait(ctx, &q.w); err != nil && !q.collect() {
 			return 0, callError(err)
 		}
+		q.gather()
 	}
 	n := 0
 	for q.batch != 0 {
@@ -209,11 +229,27 @@ func (q *Queue) Wait(ctx context.Context, fn func(tag uint64, resp []byte, err e
 	return n, nil
 }
 
+// gather polls a little longer for a batch's worth of results: one at a time, each would cost the time that its cache
+// lines take from the server's core, and so would each request that follows it.
+func (q *Queue) gather() {
+	if q.Batch <= 1 {
+		return
+	}
+	want := min(q.Batch, q.inFlight) / 2
+	for idle := 0; want > 0 && idle < 16; idle++ {
+		if n := q.c.link.poll(); n > 0 {
+			want -= n
+			idle = 0
+		}
+	}
+}
+
 // TryWait is Wait without waiting: it polls once and hands over what is there.
 func (q *Queue) TryWait(fn func(tag uint64, resp []byte, err error)) int {
 	if q.inFlight == 0 {
 		return 0
 	}
+	_ = q.Flush()
 	if q.batch == 0 && !q.collect() {
 		q.c.link.poll()
 		q.collect()
@@ -251,6 +287,7 @@ func (q *Queue) Close() error {
 		return nil
 	}
 	q.closed = true
+	_ = q.Flush()
 	for _, s := range q.slots {
 		if s.giveUp() {
 			q.c.cancel(s.id())

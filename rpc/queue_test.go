@@ -193,3 +193,54 @@ func TestQueueAtConnectionLoss(t *testing.T) {
 		_ = q.Close()
 	})
 }
+
+// With a Batch, requests go out together; Flush, Wait, TryWait and Close send those that are kept back.
+func TestQueueBatch(t *testing.T) {
+	onEach(t, nil, nil, func(t *testing.T, r *rig) {
+		ctx := ctxFor(t)
+		q, err := r.cl.NewQueue(32)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer q.Close()
+		q.Batch = 8
+		started, done := uint64(0), uint64(0)
+		collect := func(tag uint64, resp []byte, err error) {
+			if err != nil || !bytes.Equal(resp, pattern(int(tag)%200)) {
+				t.Errorf("call %d: %d bytes, %v", tag, len(resp), err)
+			}
+			done++
+		}
+		for round := range 200 {
+			for q.Len() < q.Depth() && started < uint64(round*7+9) {
+				m := []Method{mEcho, mEchoSlow}[started%5/4]
+				if err := q.Start(ctx, m, pattern(int(started)%200), started); err != nil {
+					t.Fatal(err)
+				}
+				started++
+			}
+			switch round % 3 {
+			case 0:
+				_, err = q.Wait(ctx, collect)
+			case 1:
+				q.TryWait(collect)
+			default:
+				err = q.Flush()
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		for q.Len() > 0 {
+			if _, err := q.Wait(ctx, collect); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if done != started {
+			t.Errorf("%d results of %d calls", done, started)
+		}
+		if err := q.Start(ctx, mEcho, nil, 0); err != nil { // Close finds one that is kept back
+			t.Fatal(err)
+		}
+	})
+}

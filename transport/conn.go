@@ -17,7 +17,7 @@ import (
 
 // A Handler gets the messages of a connection. Its methods run on the polling goroutine, one at a time: they must not
 // block or panic, and must not call anything that waits (Send, Alloc, Recv, Read, Close, Poller.Wait and so on). TryAlloc, Post,
-// Batch.Start, Message.Take, Release and Abort are allowed.
+// PostMore, Flush, Batch.Start, Message.Take, Release and Abort are allowed.
 type Handler interface {
 	// HandleMessage gets the next message; m is lent until it returns, see Message.Take.
 	HandleMessage(c *Conn, m *Message)

@@ -26,3 +26,10 @@ func SleepInChannel(t *testing.T) {
 	channelAlways = true
 	t.Cleanup(func() { channelAlways = false })
 }
+
+// HasCorked reports whether messages of the connection were ever kept back to be posted together.
+func (c *Conn) HasCorked() bool {
+	c.snd.mu.Lock()
+	defer c.snd.mu.Unlock()
+	return c.snd.cork != nil
+}

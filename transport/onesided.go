@@ -268,6 +268,9 @@ func (b *Batch) postLocked(from, n int, w *Waiter) error {
 	if s.depth-(s.head-s.tail) < uint32(n) {
 		return ErrWouldBlock
 	}
+	if err := c.flushLocked(); err != nil {
+		return err
+	}
 	mask := uint32(len(s.sq) - 1)
 	wrs := b.wrs[from : from+n]
 	for i := range wrs {

@@ -95,6 +95,9 @@ type Poller struct {
 	failed error
 	wcs    [32]ib.WC
 	crowd  crowd
+	// follows: the next completion is of the same connection. corked: connections that keep back what they post.
+	follows bool
+	corked  []*Conn
 	// When the goroutine that is about to sleep in the channel last yielded, in ns; see yieldEvery.
 	yielded int64
 	// Adaptive: a moving average of idle times in ns, when the current one began, and the number of budgets given.
@@ -176,6 +179,7 @@ func NewPoller(vctx *verbs.Context, cfg *PollerConfig) (*Poller, error) {
 		return nil, fmt.Errorf("transport: PollerConfig out of range: %+v", *c)
 	}
 	p.mode = c.Mode
+	p.crowd.waits() // the first time in a process it allocates
 	p.yield = 1<<10 - 1
 	if runtime.GOMAXPROCS(0) <= 2 {
 		p.yield = 1<<8 - 1
@@ -249,7 +253,11 @@ func (p *Poller) pollCQ() int {
 	p.armed = false // if it was, it has fired
 	tab := *p.tab.Load()
 	for i := range p.wcs[:n] {
+		p.follows = i+1 < n && p.wcs[i].QPN == p.wcs[i+1].QPN
 		p.dispatch(tab, &p.wcs[i])
+	}
+	if len(p.corked) > 0 {
+		p.uncork()
 	}
 	return n
 }

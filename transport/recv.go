@@ -79,6 +79,7 @@ type recvSide struct {
 	order   msgList    // messages behind a rendezvous that is still being read, that one first
 	stalled []*Message // rendezvous that wait for memory of the pool
 	nrndv   int        // rendezvous of the peer's without a FIN
+	corked  bool       // what the handler posts is kept back until the completions at hand are handled
 	lost    bool       // a receive was flushed
 
 	mu         sync.Mutex
@@ -371,6 +372,9 @@ func (c *Conn) arrived(m *Message, flags uint8) {
 func (c *Conn) deliver(m *Message) {
 	r := &c.rcv
 	if h := r.handler; h != nil {
+		if c.p.follows && !r.corked {
+			c.p.corkFor(c)
+		}
 		h.HandleMessage(c, m)
 		if m.shared && m.state.Load() != msgLent {
 			r.heldShared.Add(1) // before Release can take it off

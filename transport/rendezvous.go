@@ -152,7 +152,7 @@ func (c *Conn) SendRegion(ctx context.Context, m *mr.MR, off, n int) error {
 	b.n, b.mem, b.rel = n, nil, &w
 	b.key = m.RemoteRange(off, n)
 	b.key.Access = ib.AccessRemoteRead
-	if err = c.postBufLocked(b, n); err != nil {
+	if err = c.postBufLocked(b, n, false); err != nil {
 		s.mu.Unlock()
 		return err
 	}

@@ -54,6 +54,9 @@ type sendSide struct {
 
 	batches *Batch // free ones, for single operations
 
+	cork   *cork // made when first needed
+	corked bool  // the poller posts what is kept back, when it has handled what has come
+
 	wr      [1]ib.SendWR
 	sge     [1]ib.SGE
 	ctl     [minInline]byte
@@ -125,7 +128,9 @@ func (s *sendSide) usableLocked() error {
 
 // Post sends the first n bytes of b, at most as many as were asked for. It never blocks: without credit the message is
 // queued, and goes out in order when the peer returns some. b belongs to the Conn, in every outcome. Handlers may call it.
-func (c *Conn) Post(b *SendBuf, n int) error {
+func (c *Conn) Post(b *SendBuf, n int) error { return c.post(b, n, false) }
+
+func (c *Conn) post(b *SendBuf, n int, more bool) error {
 	s := &c.snd
 	s.mu.Lock()
 	if b.state != bufOwned || b.c != c {
@@ -138,12 +143,12 @@ func (c *Conn) Post(b *SendBuf, n int) error {
 		s.mu.Unlock()
 		return fmt.Errorf("%w: %d bytes in a buffer of %d", ErrTooLarge, n, b.n)
 	}
-	err := c.postBufLocked(b, n)
+	err := c.postBufLocked(b, n, more)
 	s.mu.Unlock()
 	return err
 }
 
-func (c *Conn) postBufLocked(b *SendBuf, n int) error {
+func (c *Conn) postBufLocked(b *SendBuf, n int, more bool) error {
 	s := &c.snd
 	if s.err != nil || s.closing {
 		err := s.usableLocked()
@@ -167,7 +172,7 @@ func (c *Conn) postBufLocked(b *SendBuf, n int) error {
 		c.dutyLocked()
 		return nil
 	}
-	return c.transmitLocked(b)
+	return c.transmitLocked(b, more)
 }
 
 // dutyLocked tells the poller whether there is something that must go out though nobody may be waiting for it.
@@ -191,14 +196,17 @@ func (c *Conn) canSendLocked(b *SendBuf) bool {
 	return s.credits != 0 && s.room() && (b.class != &s.big || len(s.rndvFree) != 0)
 }
 
-// transmitLocked sends b; canSendLocked was true.
-func (c *Conn) transmitLocked(b *SendBuf) error {
+// transmitLocked sends b, or keeps it back for a moment if more are to follow; canSendLocked was true.
+func (c *Conn) transmitLocked(b *SendBuf, more bool) error {
 	s := &c.snd
 	s.credits--
 	flags := uint8(0)
 	if s.credits == 0 {
 		flags = flagLow
 		s.lowTold = true
+	}
+	if (more || s.corked) && b.class != &s.big {
+		return c.holdLocked(b, flags)
 	}
 	wr := &s.wr[0]
 	wr.Opcode = ib.OpSend
@@ -217,10 +225,9 @@ func (c *Conn) transmitLocked(b *SendBuf) error {
 		wr.Inline = nil
 		wr.SGEs = s.sge[:]
 		b.state = bufInFlight
-		// A signal soon, if buffers are getting scarce: only completions give them back.
 		e := s.entry()
 		e.buf = b
-		if err := c.postLocked(2*(s.slots.nfree+s.slots.max-s.slots.n) <= s.slots.max); err != nil {
+		if err := c.postLocked(s.scarceSlots()); err != nil {
 			e.buf = nil
 			c.putLocked(b)
 			return err
@@ -255,10 +262,12 @@ func (c *Conn) transmitLocked(b *SendBuf) error {
 // entry is what the next request's completion will look at; it is empty.
 func (s *sendSide) entry() *sqEntry { return &s.sq[s.head&uint32(len(s.sq)-1)] }
 
-// postLocked posts s.wr[0], filled in but for ID and Flags. There is room.
-func (c *Conn) postLocked(signal bool) error {
+// scarceSlots reports whether the next message from a slot should be signalled: only completions give slots back.
+func (s *sendSide) scarceSlots() bool { return 2*(s.slots.nfree+s.slots.max-s.slots.n) <= s.slots.max }
+
+// stampLocked fills in the ID and Flags of the request that is next in the send queue.
+func (c *Conn) stampLocked(wr *ib.SendWR, signal bool) {
 	s := &c.snd
-	wr := &s.wr[0]
 	wr.Flags = 0
 	s.unsig++
 	if signal || s.unsig >= s.sigEvery {
@@ -266,15 +275,30 @@ func (c *Conn) postLocked(signal bool) error {
 		wr.Flags = ib.SendSignaled
 	}
 	wr.ID = c.idBase | uint64(s.head)
+}
+
+// postLocked posts s.wr[0], filled in but for ID and Flags, after what is kept back. There is room.
+func (c *Conn) postLocked(signal bool) error {
+	s := &c.snd
+	if err := c.flushLocked(); err != nil {
+		return err
+	}
+	c.stampLocked(&s.wr[0], signal)
 	if _, err := c.q.PostSend(s.wr[:]); err != nil {
-		if s.err == nil {
-			s.err = &CloseError{Err: err}
-			c.fail(s.err)
-		}
-		return s.err
+		return c.postFailedLocked(err)
 	}
 	s.head++
 	return nil
+}
+
+// postFailedLocked ends the connection, whose queue pair takes no requests.
+func (c *Conn) postFailedLocked(err error) error {
+	s := &c.snd
+	if s.err == nil {
+		s.err = &CloseError{Err: err}
+		c.fail(s.err)
+	}
+	return s.err
 }
 
 // controlLocked sends a message that needs no credit, now or as soon as the send queue has room.
@@ -340,7 +364,10 @@ func (c *Conn) drainLocked() {
 			s.pendTail = nil
 		}
 		b.next = nil
-		c.transmitLocked(b)
+		c.transmitLocked(b, s.pend != nil)
+	}
+	if !s.corked {
+		c.flushLocked()
 	}
 	if s.eosDue && s.pend == nil && len(s.ctrl) == 0 && s.room() && s.err == nil {
 		s.eosDue = false
@@ -468,7 +495,7 @@ func (c *Conn) Send(ctx context.Context, msg []byte) error {
 	if err == nil && b.big == nil {
 		copy(b.mem[headerLen:], msg)
 		c.outLocked(b)
-		err = c.postBufLocked(b, len(msg))
+		err = c.postBufLocked(b, len(msg), false)
 		s.mu.Unlock()
 		return err
 	}
@@ -489,6 +516,7 @@ func (c *Conn) endSends(e *CloseError) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.err = e
+	s.cork.dropLocked(c)
 	mask := uint32(len(s.sq) - 1)
 	for ; s.tail != s.head; s.tail++ {
 		en := s.sq[s.tail&mask]

@@ -132,6 +132,9 @@ func (c *Conn) takeLocked(n int) (*SendBuf, error) {
 		return nil, s.usableLocked()
 	}
 	cl := c.classFor(n)
+	if cl.free == nil && cl.n == cl.max {
+		c.flushLocked() // which gives inline buffers back at once, and the others soon
+	}
 	b := cl.free
 	if b == nil {
 		if cl.n == cl.max {
@@ -240,6 +243,7 @@ func (c *Conn) nap(ctx context.Context) error {
 // waitLocked waits in l until somebody wakes it, and unlocks s.mu before.
 func (c *Conn) waitLocked(ctx context.Context, l *waitList) error {
 	s := &c.snd
+	c.flushLocked() // it may be what we wait for
 	w := s.waiters
 	if w == nil {
 		w = new(roomWaiter)
