@@ -37,7 +37,7 @@ type Queue struct {
 	Batch int
 
 	c        *Client
-	kept     int // requests that Start may have kept back
+	kept     int     // requests that Start may have kept back
 	slots    []*slot // all that the queue owns
 	free     []*slot
 	inFlight int
