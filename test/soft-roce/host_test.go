@@ -1,0 +1,195 @@
+//go:build linux
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+func TestOptions(t *testing.T) {
+	o, err := parseOptions([]string{"-kernel", "6.12", "-mem", "1024", "--", "go", "test", "-v", "./..."}, io.Discard)
+	if err != nil || o.track != "6.12" || o.memory != 1024 || !slices.Equal(o.command, []string{"go", "test", "-v", "./..."}) {
+		t.Errorf("%+v, %v", o, err)
+	}
+	for _, args := range [][]string{
+		{}, {"-kernel", "5.4", "--", "true"}, {"-native", "-build"}, {"-build", "true"}, {"-native", "-out", "/tmp", "true"},
+		{"-mem", "3", "true"}, {"-out", "/no/such/folder", "true"}, {"-nonsense"},
+	} {
+		if o, err := parseOptions(args, io.Discard); err == nil {
+			t.Errorf("%q: %+v", args, o)
+		}
+	}
+}
+
+func TestGoTestRunsOnTheHost(t *testing.T) {
+	for _, c := range []struct {
+		argv []string
+		want bool
+	}{
+		{[]string{"go", "test", "./..."}, true}, {[]string{"/usr/local/go/bin/go", "test"}, true},
+		{[]string{"go", "vet"}, false}, {[]string{"go"}, false}, {[]string{"sh", "test"}, false},
+	} {
+		if got := isGoTest(c.argv); got != c.want {
+			t.Errorf("%q: %v", c.argv, got)
+		}
+	}
+	got := goTestArgs([]string{"go", "test", "-v", "./..."}, "/tmp/a b/soft-roce")
+	if want := []string{"go", "test", "-exec", "'/tmp/a b/soft-roce'", "-v", "./..."}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	env := goTestEnv([]string{"A=B"}, "/s", "/w")
+	if want := []string{"A=B", socketEnv + "=/s", "GOTMPDIR=/w", "CGO_ENABLED=0"}; !slices.Equal(env, want) {
+		t.Errorf("got %q, want %q", env, want)
+	}
+	if env := goTestEnv([]string{"CGO_ENABLED=1"}, "/s", "/w"); slices.Contains(env, "CGO_ENABLED=0") {
+		t.Errorf("the user's choice is gone: %q", env)
+	}
+}
+
+func TestCommandEnv(t *testing.T) {
+	got := commandEnv([]string{"A=B", socketEnv + "=/s", "RINGSIDE_VM=1", placeEnv + "=x", "RINGSIDE_VMX=1"}, "vm")
+	if want := []string{"A=B", "RINGSIDE_VMX=1", placeEnv + "=vm"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+func TestQEMUArgs(t *testing.T) {
+	c := machineConfig{kernel: "/k", initrd: "/i", socket: "/tmp/a,b/vm", work: "/w", memory: 512, cpus: 3}
+	line := strings.Join(qemuArgs(c), " ")
+	for _, want := range []string{"-smp 3 -m 512", "path=/tmp/a,,b/vm", "-accel tcg", "path=/,security_model=none,multidevs=remap,readonly=on"} {
+		if !strings.Contains(line, want) {
+			t.Errorf("%q is not in %s", want, line)
+		}
+	}
+	if strings.Contains(line, "mount_tag=out") {
+		t.Error("a folder is shared that nobody asked for")
+	}
+	c.out, c.kvm = "/o", true
+	line = strings.Join(qemuArgs(c), " ")
+	for _, want := range []string{"mount_tag=out", "-accel kvm -cpu host"} {
+		if !strings.Contains(line, want) {
+			t.Errorf("%q is not in %s", want, line)
+		}
+	}
+}
+
+func TestConsoleKeepsTheLastLines(t *testing.T) {
+	var seen bytes.Buffer
+	c := &console{verbose: &seen}
+	if c.tail() != "" {
+		t.Error("a console that saw nothing has a tail")
+	}
+	io.WriteString(c, "\x1b[2J\x1bcSeaBIOS\r\nfirst")
+	io.WriteString(c, " line\r\n")
+	if got := c.tail(); !strings.HasSuffix(got, "\n    SeaBIOS\n    first line") {
+		t.Errorf("%q", got)
+	}
+	io.WriteString(c, strings.Repeat("more\n", 2*consoleLines)+"panic")
+	if got := strings.Count(c.tail(), "more"); got != consoleLines {
+		t.Errorf("%d lines are kept", got)
+	}
+	if !strings.HasSuffix(c.tail(), "panic") || !strings.Contains(seen.String(), "] first line\n") {
+		t.Errorf("%q, %q", c.tail(), &seen)
+	}
+	io.WriteString(c, strings.Repeat("x", 1<<20)) // a machine that never ends its line
+	if n := len(c.tail()); n > consoleLines*5000 {
+		t.Errorf("%d bytes are kept", n)
+	}
+}
+
+func TestAptAnswers(t *testing.T) {
+	if got := kernelDependency("linux-image-amd64\n  Depends: linux-image-6.1.0-56-amd64\n  Conflicts: x\n"); got != "6.1.0-56-amd64" {
+		t.Errorf("%q", got)
+	}
+	got := headerDependencies("h\n  Depends: linux-headers-6.1.0-56-common\n  Depends: linux-kbuild-6.1\n  Depends: linux-compiler-gcc-12-x86\n")
+	if want := []string{"linux-headers-6.1.0-56-common", "linux-kbuild-6.1"}; !slices.Equal(got, want) {
+		t.Errorf("%q", got)
+	}
+	debs := parseURIs("Reading lists...\n'http://d/p/x_1%3a2-3_amd64.deb' x_1%3a2-3_amd64.deb 123 SHA256:00\n'http://d/p/y_1_all.deb' y_1_all.deb 5 MD5Sum:0\n")
+	if want := []deb{{"x_1%3a2-3_amd64.deb"}, {"y_1_all.deb"}}; !slices.Equal(debs, want) || debs[0].name() != "x" || debs[0].argument() != "x=1:2-3" {
+		t.Errorf("%q, %q", debs, debs[0].argument())
+	}
+}
+
+func TestMissingPrograms(t *testing.T) {
+	names, packages := missingPrograms([]hostProgram{{"sh", "dash"}, {"no-such-a", "pkg"}, {"no-such-b", "pkg"}})
+	if !slices.Equal(names, []string{"no-such-a", "no-such-b"}) || !slices.Equal(packages, []string{"pkg"}) {
+		t.Errorf("%q, %q", names, packages)
+	}
+}
+
+func TestToolsAreChosen(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{
+		"bin/ip", "usr/bin/rdma", "lib/x86_64-linux-gnu/libx.so.1.0", "usr/lib/x86_64-linux-gnu/libx.a", "usr/share/doc/x",
+		"etc/libibverbs.d/rxe.driver", "etc/libibverbs.d/mlx5.driver",
+	} {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink("libx.so.1.0", filepath.Join(dir, "lib/x86_64-linux-gnu/libx.so.1")); err != nil {
+		t.Fatal(err)
+	}
+	tr := tree{}
+	if err := addTools(tr, dir); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{
+		"tools/etc/libibverbs.d/rxe.driver", "tools/usr/bin/ip", "tools/usr/bin/rdma",
+		"tools/usr/lib/x86_64-linux-gnu/libx.so.1", "tools/usr/lib/x86_64-linux-gnu/libx.so.1.0",
+	}
+	var got []string
+	for name := range tr {
+		got = append(got, name)
+	}
+	slices.Sort(got)
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// An image that another recipe made, or that is not complete, is not used.
+func TestCurrentImage(t *testing.T) {
+	c := &cache{dir: t.TempDir(), log: t.Logf}
+	img := &image{dir: filepath.Join(c.dir, "6.1.0-1-amd64", "image-x")}
+	if err := os.MkdirAll(img.dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	manifest := func(text string) {
+		if err := os.WriteFile(filepath.Join(img.dir, manifestName), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := c.current("6.1"); err == nil {
+		t.Error("there is no link")
+	}
+	for range 2 { // it may be there already
+		if err := c.link("6.1", img); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := c.current("6.1"); err == nil {
+		t.Error("there is no manifest")
+	}
+	manifest(`{"Recipe":"another"}`)
+	if _, err := c.current("6.1"); err == nil {
+		t.Error("it is made by another recipe")
+	}
+	manifest(`{"Recipe":"` + recipe() + `","Release":"6.1.0-1-amd64"}`)
+	got, err := c.image(context.Background(), "6.1", false)
+	if err != nil || got.dir != img.dir || got.manifest.Release != "6.1.0-1-amd64" {
+		t.Errorf("%+v, %v", got, err)
+	}
+}

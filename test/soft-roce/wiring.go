@@ -1,0 +1,173 @@
+//go:build linux
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// An end is one of the two network devices of a veth pair.
+type end struct {
+	netdev string
+	mac    [6]byte
+	addr   netip.Addr
+	table  uint8 // the routing table with the way from this end to the other
+}
+
+// A wiring is a veth pair with both drivers' devices on each end: rxe0 and siw0 on the first, rxe1 and siw1 on the second.
+//
+// Both addresses belong to the same host, so its routing would keep what one sends to the other within itself, and rxe then
+// refuses the address. Rules that precede the one for local addresses send it over the pair. rxe uses the routes and sockets
+// of the initial network namespace only (Linux 6.1), so a namespace for each end is no way out.
+type wiring struct{ ends [2]end }
+
+const (
+	wiringMTU   = 9000
+	wiringBits  = 24
+	localBefore = 0   // the priority of the rule for local addresses as the kernel sets it
+	localAfter  = 100 // and while the wiring is up
+)
+
+// newWiring names the pair's devices; they differ between machine and host so as not to meet another's veth0.
+func newWiring(first, second string) wiring {
+	return wiring{[2]end{
+		{first, [6]byte{2, 0, 0, 0, 0, 1}, netip.AddrFrom4([4]byte{10, 77, 0, 1}), 101},
+		{second, [6]byte{2, 0, 0, 0, 0, 2}, netip.AddrFrom4([4]byte{10, 77, 0, 2}), 102},
+	}}
+}
+
+func (w wiring) links() []rdmaLink {
+	var links []rdmaLink
+	for _, driver := range []string{"rxe", "siw"} {
+		for i, e := range w.ends {
+			links = append(links, rdmaLink{fmt.Sprintf("%s%d", driver, i), driver, e.netdev})
+		}
+	}
+	return links
+}
+
+func (w wiring) rules() []rule {
+	a, b := w.ends[0], w.ends[1]
+	return []rule{
+		{priority: 10, from: a.addr, to: b.addr, table: a.table},
+		{priority: 11, from: b.addr, to: a.addr, table: b.table},
+	}
+}
+
+func localRule(priority uint32) rule { return rule{priority: priority, table: unix.RT_TABLE_LOCAL} }
+
+// up makes the pair, its addresses, its routes and the RDMA devices. What an error leaves, down removes.
+func (w wiring) up() error {
+	c, err := dialNetlink(unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	// The stricter of this and the device's own setting counts, and strict means that nothing of ours may come in.
+	if all, _ := os.ReadFile("/proc/sys/net/ipv4/conf/all/rp_filter"); strings.TrimSpace(string(all)) == "1" {
+		return errors.New("the host drops packets from its own addresses: `sysctl net.ipv4.conf.all.rp_filter=2` lets them pass")
+	}
+	if err := c.do(addVeth(w.ends[0], w.ends[1])); err != nil {
+		return fmt.Errorf("add the network devices %s and %s: %w", w.ends[0].netdev, w.ends[1].netdev, err)
+	}
+	for i, e := range w.ends {
+		if err := w.endUp(c, e, w.ends[1-i]); err != nil {
+			return fmt.Errorf("set up the network device %s: %w", e.netdev, err)
+		}
+	}
+	// The rule for local addresses is moved only once it has a second: traffic of the host never misses it.
+	for _, m := range []message{
+		localRule(localAfter).add(), w.rules()[0].add(), w.rules()[1].add(), localRule(localBefore).remove(),
+	} {
+		if err := c.do(m); err != nil {
+			return fmt.Errorf("set up routing rules: %w", err)
+		}
+	}
+	rdma, err := dialNetlink(unix.NETLINK_RDMA)
+	if err != nil {
+		return fmt.Errorf("%w: the kernel has no RDMA, or the module ib_core is not loaded", err)
+	}
+	defer rdma.Close()
+	for _, l := range w.links() {
+		if err := l.add(rdma); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w wiring) endUp(c *netlinkConn, e, other end) error {
+	index, err := netdevIndex(e.netdev)
+	if err != nil {
+		return err
+	}
+	for name, value := range map[string]string{
+		"ipv4/conf/" + e.netdev + "/rp_filter":    "0", // what comes in here comes from an address of our own
+		"ipv4/conf/" + e.netdev + "/accept_local": "1",
+		"ipv6/conf/" + e.netdev + "/disable_ipv6": "1", // no autoconfiguration traffic, and the same GIDs every time
+	} {
+		if err := os.WriteFile("/proc/sys/net/"+name, []byte(value), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	for _, m := range []message{
+		setUp(index, wiringMTU),
+		addAddress(index, netip.PrefixFrom(e.addr, wiringBits)),
+		setNeighbour(index, other.addr, other.mac),
+		addRoute(index, e.addr, other.addr, e.table),
+	} {
+		if err := c.do(m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// down removes what up has made, as far as it is there: also what a run that was killed has left.
+func (w wiring) down() error {
+	c, err := dialNetlink(unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	var errs []error
+	if rdma, err := dialNetlink(unix.NETLINK_RDMA); err == nil { // else there are no devices either
+		defer rdma.Close()
+		for _, l := range slices.Backward(w.links()) {
+			if ours(l) {
+				errs = append(errs, l.remove(rdma))
+			}
+		}
+	}
+	if index, err := netdevIndex(w.ends[0].netdev); err == nil {
+		errs = append(errs, c.do(delNetdev(index))) // takes the other end, addresses, neighbours and routes along
+	}
+	absent := func(err error) error {
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EAFNOSUPPORT) {
+			return nil
+		}
+		return err
+	}
+	errs = append(errs,
+		absent(c.do(localRule(localBefore).add())),
+		absent(c.do(w.rules()[0].remove())),
+		absent(c.do(w.rules()[1].remove())),
+		absent(c.do(localRule(localAfter).remove())))
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("remove the RDMA links and their network devices: %w", err)
+	}
+	return nil
+}
+
+// ours is whether a device of the link's name stands on the link's network device, and not on another.
+func ours(l rdmaLink) bool {
+	netdevs, _ := os.ReadFile("/sys/class/infiniband/" + l.name + "/ports/1/gid_attrs/ndevs/0") // no device, no file
+	return strings.TrimSpace(string(netdevs)) == l.netdev
+}
