@@ -1,6 +1,4 @@
-//go:build linux
-
-package main
+package netlink
 
 import (
 	"bytes"
@@ -11,45 +9,48 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A message is a netlink request under construction: header, body, attributes.
-type message []byte
+// A Message is a netlink request under construction: header, body, attributes.
+type Message []byte
 
-// newMessage starts a request that the kernel acknowledges. body is the fixed structure that the type begins with.
-func newMessage(typ uint16, flags uint16, body []byte) message {
-	m := message(make([]byte, unix.SizeofNlMsghdr, 256))
+// NewMessage starts a request that the kernel acknowledges. body is the fixed structure that the type begins with.
+func NewMessage(typ uint16, flags uint16, body []byte) Message {
+	m := Message(make([]byte, unix.SizeofNlMsghdr, 256))
 	binary.NativeEndian.PutUint16(m[4:], typ)
 	binary.NativeEndian.PutUint16(m[6:], unix.NLM_F_REQUEST|flags)
 	return append(m, body...).aligned()
 }
 
-func (m message) aligned() message { return append(m, make([]byte, -len(m)&3)...) }
+func (m Message) aligned() Message { return append(m, make([]byte, -len(m)&3)...) }
 
-func (m message) attr(typ uint16, value []byte) message {
+// Attr adds an attribute.
+func (m Message) Attr(typ uint16, value []byte) Message {
 	m = binary.NativeEndian.AppendUint16(m, uint16(unix.SizeofNlAttr+len(value)))
 	m = binary.NativeEndian.AppendUint16(m, typ)
 	return append(m, value...).aligned()
 }
 
-func (m message) text(typ uint16, s string) message { return m.attr(typ, append([]byte(s), 0)) }
+// Text adds a string, which the kernel wants to end in a zero.
+func (m Message) Text(typ uint16, s string) Message { return m.Attr(typ, append([]byte(s), 0)) }
 
-func (m message) u32(typ uint16, v uint32) message {
-	return m.attr(typ, binary.NativeEndian.AppendUint32(nil, v))
+// U32 adds a number.
+func (m Message) U32(typ uint16, v uint32) Message {
+	return m.Attr(typ, binary.NativeEndian.AppendUint32(nil, v))
 }
 
-// nested adds an attribute that holds what inner adds to an empty message.
-func (m message) nested(typ uint16, inner func(message) message) message {
-	return m.attr(typ, inner(nil))
+// Nested adds an attribute that holds what inner adds to an empty message.
+func (m Message) Nested(typ uint16, inner func(Message) Message) Message {
+	return m.Attr(typ, inner(nil))
 }
 
-// finish fills in what is known last.
-func (m message) finish(seq uint32) message {
+// Finish fills in what is known last.
+func (m Message) Finish(seq uint32) Message {
 	binary.NativeEndian.PutUint32(m, uint32(len(m)))
 	binary.NativeEndian.PutUint32(m[8:], seq)
 	return m
 }
 
-// attributes calls fn for each attribute in b.
-func attributes(b []byte, fn func(typ uint16, value []byte)) error {
+// Attributes calls fn for each attribute in b.
+func Attributes(b []byte, fn func(typ uint16, value []byte)) error {
 	for len(b) >= unix.SizeofNlAttr {
 		n := int(binary.NativeEndian.Uint16(b))
 		if n < unix.SizeofNlAttr || n > len(b) {
@@ -61,39 +62,41 @@ func attributes(b []byte, fn func(typ uint16, value []byte)) error {
 	return nil
 }
 
-// A netlinkConn is a netlink socket. It is not safe for concurrent use.
-type netlinkConn struct {
+// A Conn is a netlink socket. It is not safe for concurrent use.
+type Conn struct {
 	fd  int
 	seq uint32
 }
 
-func dialNetlink(protocol int) (*netlinkConn, error) {
+// Dial opens a socket of a netlink protocol, such as unix.NETLINK_RDMA.
+func Dial(protocol int) (*Conn, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, protocol)
 	if err != nil {
 		return nil, fmt.Errorf("netlink: no socket of protocol %d: %w", protocol, err)
 	}
 	// The kernel's own words for an error, where it has any. Without them there is still the errno.
 	_ = unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_EXT_ACK, 1)
-	return &netlinkConn{fd: fd}, nil
+	return &Conn{fd: fd}, nil
 }
 
-func (c *netlinkConn) Close() error { return unix.Close(c.fd) }
+// Close closes the socket.
+func (c *Conn) Close() error { return unix.Close(c.fd) }
 
-// do sends a request and waits for its acknowledgement.
-func (c *netlinkConn) do(m message) error {
+// Do sends a request and waits for its acknowledgement.
+func (c *Conn) Do(m Message) error {
 	binary.NativeEndian.PutUint16(m[6:], binary.NativeEndian.Uint16(m[6:])|unix.NLM_F_ACK)
 	return c.exchange(m, nil)
 }
 
-// dump asks for all objects of a kind and calls fn with what follows the header of each answer.
-func (c *netlinkConn) dump(m message, fn func(body []byte)) error {
+// Dump asks for all objects of a kind and calls fn with what follows the header of each answer.
+func (c *Conn) Dump(m Message, fn func(body []byte)) error {
 	binary.NativeEndian.PutUint16(m[6:], binary.NativeEndian.Uint16(m[6:])|unix.NLM_F_DUMP)
 	return c.exchange(m, fn)
 }
 
-func (c *netlinkConn) exchange(m message, fn func(body []byte)) error {
+func (c *Conn) exchange(m Message, fn func(body []byte)) error {
 	c.seq++
-	if err := unix.Sendto(c.fd, m.finish(c.seq), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	if err := unix.Sendto(c.fd, m.Finish(c.seq), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return fmt.Errorf("netlink: send: %w", err)
 	}
 	buf := make([]byte, 64<<10)
@@ -153,7 +156,7 @@ func ackError(flags uint16, body []byte) error {
 	}
 	why := ""
 	if flags&unix.NLM_F_ACK_TLVS != 0 {
-		_ = attributes(rest, func(typ uint16, value []byte) {
+		_ = Attributes(rest, func(typ uint16, value []byte) {
 			if typ == unix.NLMSGERR_ATTR_MSG {
 				why = string(bytes.TrimRight(value, "\x00"))
 			}

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/ringside-rdma/ringside/internal/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -116,7 +117,7 @@ func uptime() float64 {
 }
 
 func setUpNetwork(bare bool) error {
-	c, err := dialNetlink(unix.NETLINK_ROUTE)
+	c, err := netlink.Dial(unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
 	}
@@ -125,7 +126,7 @@ func setUpNetwork(bare bool) error {
 	if err != nil {
 		return err
 	}
-	if err := c.do(setUp(lo, 0)); err != nil {
+	if err := c.Do(setUp(lo, 0)); err != nil {
 		return fmt.Errorf("set up the network device lo: %w", err)
 	}
 	if bare {

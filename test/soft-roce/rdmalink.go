@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 
+	"github.com/ringside-rdma/ringside/internal/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -28,13 +29,13 @@ const (
 
 func nldev(op uint16) uint16 { return rdmaNLDEV<<10 | op }
 
-func newLinkMessage(l rdmaLink) message {
-	return newMessage(nldev(nldevNewLink), 0, nil).
-		text(nldevDevName, l.name).text(nldevLinkType, l.driver).text(nldevNDevName, l.netdev)
+func newLinkMessage(l rdmaLink) netlink.Message {
+	return netlink.NewMessage(nldev(nldevNewLink), 0, nil).
+		Text(nldevDevName, l.name).Text(nldevLinkType, l.driver).Text(nldevNDevName, l.netdev)
 }
 
-func delLinkMessage(index uint32) message {
-	return newMessage(nldev(nldevDelLink), 0, nil).u32(nldevDevIndex, index)
+func delLinkMessage(index uint32) netlink.Message {
+	return netlink.NewMessage(nldev(nldevDelLink), 0, nil).U32(nldevDevIndex, index)
 }
 
 // An rdmaLink is a software RDMA device on a network device.
@@ -45,8 +46,8 @@ type rdmaLink struct {
 }
 
 // add makes the device, as `rdma link add` does.
-func (l rdmaLink) add(c *netlinkConn) error {
-	err := c.do(newLinkMessage(l))
+func (l rdmaLink) add(c *netlink.Conn) error {
+	err := c.Do(newLinkMessage(l))
 	switch {
 	case errors.Is(err, unix.EINVAL):
 		err = fmt.Errorf("%w: is the module of %s loaded?", err, l.driver)
@@ -60,7 +61,7 @@ func (l rdmaLink) add(c *netlinkConn) error {
 }
 
 // remove removes the device. That it is not there is no error.
-func (l rdmaLink) remove(c *netlinkConn) error {
+func (l rdmaLink) remove(c *netlink.Conn) error {
 	indices, err := rdmaDevices(c)
 	if err != nil {
 		return err
@@ -69,20 +70,20 @@ func (l rdmaLink) remove(c *netlinkConn) error {
 	if !ok {
 		return nil
 	}
-	if err := c.do(delLinkMessage(index)); err != nil {
+	if err := c.Do(delLinkMessage(index)); err != nil {
 		return fmt.Errorf("remove RDMA link %s: %w", l.name, err)
 	}
 	return nil
 }
 
 // rdmaDevices returns the index of each RDMA device.
-func rdmaDevices(c *netlinkConn) (map[string]uint32, error) {
+func rdmaDevices(c *netlink.Conn) (map[string]uint32, error) {
 	devices := map[string]uint32{}
 	var bad error
-	err := c.dump(newMessage(nldev(nldevGet), 0, nil), func(body []byte) {
+	err := c.Dump(netlink.NewMessage(nldev(nldevGet), 0, nil), func(body []byte) {
 		var name string
 		var index uint32
-		err := attributes(body, func(typ uint16, value []byte) {
+		err := netlink.Attributes(body, func(typ uint16, value []byte) {
 			switch {
 			case typ == nldevDevName:
 				name = strings.TrimRight(string(value), "\x00")

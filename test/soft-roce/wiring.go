@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/ringside-rdma/ringside/internal/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -65,7 +66,7 @@ func localRule(priority uint32) rule { return rule{priority: priority, table: un
 
 // up makes the pair, its addresses, its routes and the RDMA devices. What an error leaves, down removes.
 func (w wiring) up() error {
-	c, err := dialNetlink(unix.NETLINK_ROUTE)
+	c, err := netlink.Dial(unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
 	}
@@ -74,7 +75,7 @@ func (w wiring) up() error {
 	if all, _ := os.ReadFile("/proc/sys/net/ipv4/conf/all/rp_filter"); strings.TrimSpace(string(all)) == "1" {
 		return errors.New("the host drops packets from its own addresses: `sysctl net.ipv4.conf.all.rp_filter=2` lets them pass")
 	}
-	if err := c.do(addVeth(w.ends[0], w.ends[1])); err != nil {
+	if err := c.Do(addVeth(w.ends[0], w.ends[1])); err != nil {
 		return fmt.Errorf("add the network devices %s and %s: %w", w.ends[0].netdev, w.ends[1].netdev, err)
 	}
 	for i, e := range w.ends {
@@ -83,14 +84,14 @@ func (w wiring) up() error {
 		}
 	}
 	// The rule for local addresses is moved only once it has a second: traffic of the host never misses it.
-	for _, m := range []message{
+	for _, m := range []netlink.Message{
 		localRule(localAfter).add(), w.rules()[0].add(), w.rules()[1].add(), localRule(localBefore).remove(),
 	} {
-		if err := c.do(m); err != nil {
+		if err := c.Do(m); err != nil {
 			return fmt.Errorf("set up routing rules: %w", err)
 		}
 	}
-	rdma, err := dialNetlink(unix.NETLINK_RDMA)
+	rdma, err := netlink.Dial(unix.NETLINK_RDMA)
 	if err != nil {
 		return fmt.Errorf("%w: the kernel has no RDMA, or the module ib_core is not loaded", err)
 	}
@@ -103,7 +104,7 @@ func (w wiring) up() error {
 	return nil
 }
 
-func (w wiring) endUp(c *netlinkConn, e, other end) error {
+func (w wiring) endUp(c *netlink.Conn, e, other end) error {
 	index, err := netdevIndex(e.netdev)
 	if err != nil {
 		return err
@@ -117,13 +118,13 @@ func (w wiring) endUp(c *netlinkConn, e, other end) error {
 			return err
 		}
 	}
-	for _, m := range []message{
+	for _, m := range []netlink.Message{
 		setUp(index, wiringMTU),
 		addAddress(index, netip.PrefixFrom(e.addr, wiringBits)),
 		setNeighbour(index, other.addr, other.mac),
 		addRoute(index, e.addr, other.addr, e.table),
 	} {
-		if err := c.do(m); err != nil {
+		if err := c.Do(m); err != nil {
 			return err
 		}
 	}
@@ -132,13 +133,13 @@ func (w wiring) endUp(c *netlinkConn, e, other end) error {
 
 // down removes what up has made, as far as it is there: also what a run that was killed has left.
 func (w wiring) down() error {
-	c, err := dialNetlink(unix.NETLINK_ROUTE)
+	c, err := netlink.Dial(unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
 	var errs []error
-	if rdma, err := dialNetlink(unix.NETLINK_RDMA); err == nil { // else there are no devices either
+	if rdma, err := netlink.Dial(unix.NETLINK_RDMA); err == nil { // else there are no devices either
 		defer rdma.Close()
 		for _, l := range slices.Backward(w.links()) {
 			if ours(l) {
@@ -147,7 +148,7 @@ func (w wiring) down() error {
 		}
 	}
 	if index, err := netdevIndex(w.ends[0].netdev); err == nil {
-		errs = append(errs, c.do(delNetdev(index))) // takes the other end, addresses, neighbours and routes along
+		errs = append(errs, c.Do(delNetdev(index))) // takes the other end, addresses, neighbours and routes along
 	}
 	absent := func(err error) error {
 		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EAFNOSUPPORT) {
@@ -156,10 +157,10 @@ func (w wiring) down() error {
 		return err
 	}
 	errs = append(errs,
-		absent(c.do(localRule(localBefore).add())),
-		absent(c.do(w.rules()[0].remove())),
-		absent(c.do(w.rules()[1].remove())),
-		absent(c.do(localRule(localAfter).remove())))
+		absent(c.Do(localRule(localBefore).add())),
+		absent(c.Do(w.rules()[0].remove())),
+		absent(c.Do(w.rules()[1].remove())),
+		absent(c.Do(localRule(localAfter).remove())))
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("remove the RDMA links and their network devices: %w", err)
 	}

@@ -18,7 +18,8 @@ var arrows = map[string][]string{
 	"internal/mem":           {"internal/abi"},
 	"internal/roce":          {},
 	"internal/driver":        {},
-	"internal/uverbs":        {"internal/abi", "internal/mem"},
+	"internal/netlink":       {},
+	"internal/uverbs":        {"internal/abi", "internal/mem", "internal/netlink"},
 	"internal/softnic":       {"internal/softnic", "internal/driver", "internal/ring", "internal/roce", "internal/mem", "internal/abi"},
 	"internal/provider":      {"internal/provider/soft", "internal/provider/rxe", "internal/provider/siw", "internal/provider/mlx5", "internal/driver"},
 	"internal/provider/soft": {"internal/softnic", "internal/driver", "internal/ring", "internal/mem"},
@@ -41,7 +42,7 @@ var arrows = map[string][]string{
 	"internal/conformance": {"internal/testutil", "qp", "mr", "verbs"},
 	"internal/cmd":         {},
 	"bench":                {"bench", "internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
-	"test":                 {"test", "internal/testutil", "rpc", "transport", "qp", "mr", "verbs"},
+	"test":                 {"test", "internal/testutil", "internal/netlink", "rpc", "transport", "qp", "mr", "verbs"},
 }
 
 // entryOf returns the folder whose entry of arrows covers folder.
