@@ -2,6 +2,7 @@ package softnic
 
 import (
 	"fmt"
+	"runtime"
 	"sync/atomic"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
@@ -69,6 +70,7 @@ func (q *QP) openInbound(l *link, dst uint32) (*inbound, error) {
 	if g.srq {
 		in.connect.srq = l.tellSRQ(q.srq)
 	}
+	l.watchInbound(in)
 	in.setRights(q)
 	q.rq.Lock()
 	if !g.srq {
@@ -114,6 +116,7 @@ func (in *inbound) setRights(q *QP) {
 // waitIdle waits until the peer is not in the middle of an operation; heavyBarrier comes before it. A peer that keeps its
 // busy word raised is cut off.
 func (in *inbound) waitIdle() {
+	defer runtime.KeepAlive(in) // whoever takes things away holds no lock that would keep the block: see link.watchInbound
 	if atomic.LoadUint32(in.busy) == 0 {
 		return
 	}
@@ -285,7 +288,9 @@ func (q *QP) quiet() bool {
 		return true
 	}
 	h := atomic.LoadUint32(&q.head) // the same as in.head: both count from RESET
-	return in.at(h) != h+1
+	next := in.at(h)
+	runtime.KeepAlive(in) // no lock keeps the block: see link.watchInbound
+	return next != h+1
 }
 
 func (q *QP) pollSend(wcs []ib.WC) int {

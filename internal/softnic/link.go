@@ -40,6 +40,8 @@ type link struct {
 	nextID   uint32
 	views    map[*QP]bool    // QPs whose peer view is on this link
 	ownedBlk int             // blocks handed out and not freed
+	inbounds int             // inbounds that somebody may still look at; see watchInbound
+	last     bool            // the NIC is closed: nobody looks at anything any more
 	pds      map[*PD]bool    // protection domains with QPs on this link
 	told     map[uint32]bool // handles of receive buffers' regions that the peer was told of unasked
 	pushed   int             // regions that the peer was told of unasked
@@ -105,6 +107,7 @@ func (l *link) close(reason error) {
 	ports := maps.Clone(l.ports) // CQs that are closed meanwhile leave the original
 	l.mu.Unlock()
 
+	l.nic.keepMapped(l)
 	l.nic.dropLink(l)
 	l.out.close(reason)
 	for _, v := range uds {
@@ -161,9 +164,10 @@ func (l *link) close(reason error) {
 	}
 }
 
-// maybeUnmapLocked frees the link's own chunks once the link is down and no QP or port uses them.
+// maybeUnmapLocked frees the link's own chunks once the link is down, no QP or port uses them, and nobody may still look at
+// them.
 func (l *link) maybeUnmapLocked() {
-	if l.down == nil || l.ownedBlk > 0 {
+	if l.down == nil || l.ownedBlk > 0 || l.inbounds > 0 && !l.last {
 		return
 	}
 	for _, c := range l.chunks {
@@ -172,6 +176,15 @@ func (l *link) maybeUnmapLocked() {
 		}
 	}
 	l.chunks = nil
+	l.nic.forgetMapped(l)
+}
+
+// unmapLast unmaps what a link that is down has kept mapped for late readers.
+func (l *link) unmapLast() {
+	l.mu.Lock()
+	l.last = true
+	l.maybeUnmapLocked()
+	l.mu.Unlock()
 }
 
 // reason is why the link is down, or nil.

@@ -2,6 +2,7 @@ package softnic
 
 import (
 	"fmt"
+	"runtime"
 
 	"github.com/ringside-rdma/ringside/internal/mem"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -32,6 +33,27 @@ const (
 	largeChunk = 4 << 20
 	maxChunks  = 4096
 )
+
+// watchInbound has the link's memory stay mapped for as long as in is in use. A poll that looks at a QP without its locks,
+// and whoever waits for the end of the peer's operations, may have found in just before its QP was closed; what they read
+// then means nothing any more, but it must be there. So the memory of a link that is down goes when the garbage collector
+// has found that nobody has in any more, or with the NIC, which is closed after everything that polls.
+func (l *link) watchInbound(in *inbound) {
+	if l.path == pathInproc {
+		return // the memory is the Go heap's
+	}
+	l.mu.Lock()
+	l.inbounds++
+	l.mu.Unlock()
+	runtime.AddCleanup(in, (*link).inboundGone, l)
+}
+
+func (l *link) inboundGone() {
+	l.mu.Lock()
+	l.inbounds--
+	l.maybeUnmapLocked()
+	l.mu.Unlock()
+}
 
 // alloc takes a zeroed block of n bytes out of the link's chunks.
 func (l *link) alloc(n uint32) (block, error) {

@@ -5,6 +5,8 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -36,6 +38,9 @@ type NIC struct {
 	nextQPN  ib.QPN
 	cqs      map[*CQ]bool
 	channels map[*CompChannel]bool
+
+	mappedMu sync.Mutex     // a leaf
+	mapped   map[*link]bool // links that are down, whose memory is mapped for late readers
 	srqs     map[*SRQ]bool
 	mws      map[uint32]*MW
 	links    map[ib.GID]*link
@@ -415,6 +420,22 @@ func (n *NIC) dropLink(l *link) {
 	n.mu.Unlock()
 }
 
+// keepMapped notes a link that is down and may have memory mapped; forgetMapped, that it has not.
+func (n *NIC) keepMapped(l *link) {
+	n.mappedMu.Lock()
+	if n.mapped == nil {
+		n.mapped = map[*link]bool{}
+	}
+	n.mapped[l] = true
+	n.mappedMu.Unlock()
+}
+
+func (n *NIC) forgetMapped(l *link) {
+	n.mappedMu.Lock()
+	delete(n.mapped, l)
+	n.mappedMu.Unlock()
+}
+
 // dial is an attempt to reach a NIC of another process; others who want the same NIC wait for it.
 type dial struct {
 	done chan struct{}
@@ -680,6 +701,12 @@ func (n *NIC) Close() error {
 	<-n.done
 	close(n.kick)
 	<-n.retryDone
+	n.mappedMu.Lock()
+	mapped := slices.Collect(maps.Keys(n.mapped))
+	n.mappedMu.Unlock()
+	for _, l := range mapped {
+		l.unmapLast()
+	}
 	n.stages.close()
 	if n.liveReg != nil {
 		n.liveReg.Close()

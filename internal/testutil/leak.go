@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -36,6 +37,7 @@ func wakeNetpoller() {
 // seconds to end; the rest is compared once.
 func (s *Snapshot) Diff() string {
 	var b strings.Builder
+	runtime.GC() // see SharedMappings
 	now := holdings()
 	var names []string
 	for name, n := range now {
@@ -78,10 +80,17 @@ func CheckLeaks(t testing.TB) {
 }
 
 // OpenFDs returns how many file descriptors the process has open, or -1 where that cannot be known.
-func OpenFDs() int { return count("fd ") }
+func OpenFDs() int {
+	runtime.GC()
+	return count("fd ")
+}
 
 // SharedMappings returns how many mappings of files (memfds included) the process has, or -1 where that cannot be known.
-func SharedMappings() int { return count("mapping ") }
+// It collects garbage first: some memory is unmapped when the collector has found that nobody can look at it any more.
+func SharedMappings() int {
+	runtime.GC()
+	return count("mapping ")
+}
 
 func count(prefix string) int {
 	if _, err := os.Stat("/proc/self/maps"); err != nil {
