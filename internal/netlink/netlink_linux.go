@@ -88,6 +88,12 @@ func (c *Conn) Do(m Message) error {
 	return c.exchange(m, nil)
 }
 
+// Get sends a request, calls fn with what follows the header of each answer, and waits for the acknowledgement.
+func (c *Conn) Get(m Message, fn func(body []byte)) error {
+	binary.NativeEndian.PutUint16(m[6:], binary.NativeEndian.Uint16(m[6:])|unix.NLM_F_ACK)
+	return c.exchange(m, fn)
+}
+
 // Dump asks for all objects of a kind and calls fn with what follows the header of each answer.
 func (c *Conn) Dump(m Message, fn func(body []byte)) error {
 	binary.NativeEndian.PutUint16(m[6:], binary.NativeEndian.Uint16(m[6:])|unix.NLM_F_DUMP)
