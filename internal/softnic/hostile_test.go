@@ -99,6 +99,9 @@ func (r *reach) add(n, peer *NIC) {
 		if in.link != l {
 			return
 		}
+		if chunks[in.blk.chunk] == nil || chunks[in.port.mem.chunk] == nil {
+			return // opened this moment, in a chunk of its own
+		}
 		b := chunks[in.blk.chunk][in.blk.off/8:][:len(in.blk.mem)/8]
 		hunt(b, 2)
 		hunt(b[blkTail/8:], 1)
