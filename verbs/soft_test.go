@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log"
+	"net"
 	"slices"
 	"testing"
 	"time"
@@ -210,4 +211,54 @@ func ExampleOpen() {
 	// Output:
 	// soft0 (software NIC): named by the caller
 	// port 1 is ACTIVE
+}
+
+// The thread that waits is woken by a completion, by Interrupt, which is remembered, and by Close.
+func TestSoftWaitThread(t *testing.T) {
+	c := openSoft(t)
+	ch := must(c.NewCompChannel())
+	t.Cleanup(func() { ch.Close() })
+	if !ch.HasWaitThread() {
+		t.Fatal("the software NIC has no WaitThread")
+	}
+	cq := must(c.NewCQ(verbs.CQConfig{Channel: ch}))
+	t.Cleanup(func() { cq.Close() })
+	a, b := loopback(t, c, cq)
+	wcs := make([]ib.WC, 4)
+	for i := range 50 {
+		ch.Interrupt()
+		if got, err := ch.WaitThread(); got != nil || err != nil {
+			t.Fatal(i, got, err)
+		}
+		if err := cq.Arm(false); err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			b.PostRecv([]ib.RecvWR{{}})
+			a.PostSend([]ib.SendWR{{Opcode: ib.OpSend}})
+		}()
+		var got *verbs.CQ
+		for got == nil { // an interrupt of before may come late
+			var err error
+			if got, err = ch.WaitThread(); err != nil {
+				t.Fatal(i, err)
+			}
+		}
+		if got != cq {
+			t.Fatal("another queue")
+		}
+		testutil.Eventually(t, "received", func() bool { return must(cq.Poll(wcs)) == 1 })
+	}
+	idle := must(c.NewCompChannel())
+	ended := make(chan error, 1)
+	go func() {
+		_, err := idle.WaitThread()
+		ended <- err
+	}()
+	if err := idle.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := <-ended; !errors.Is(err, net.ErrClosed) {
+		t.Error(err)
+	}
 }

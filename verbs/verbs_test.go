@@ -358,6 +358,9 @@ func TestCompChannel(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
+	if _, err := ch.WaitThread(); ch.HasWaitThread() || !errors.Is(err, errors.ErrUnsupported) {
+		t.Error("WaitThread on a device without it:", err)
+	}
 	if _, err := ch.Wait(ctx); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
