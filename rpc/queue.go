@@ -33,7 +33,8 @@ type Queue struct {
 	// keeps to it; Wait ends with its own context.
 	Timeout time.Duration
 	// Batch is how many requests may go out together: Start keeps them back until there are so many, or until Wait, TryWait
-	// or Flush is called, which makes a call cheaper and its answer later. 0 and 1: each goes out at once.
+	// or Flush is called, and Wait, once it has a result, polls for a moment until it has half as many. That makes a call
+	// cheaper and its answer later. 0 and 1: each goes out at once. The transport posts at most 16 together.
 	Batch int
 
 	c        *Client

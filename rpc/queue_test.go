@@ -236,6 +236,29 @@ func TestQueueBatch(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		// Each by itself, with fewer requests than a batch.
+		for _, send := range []func(){
+			func() {}, // Wait
+			func() { q.TryWait(collect) },
+			func() {
+				if err := q.Flush(); err != nil {
+					t.Error(err)
+				}
+			},
+		} {
+			for range 3 {
+				if err := q.Start(ctx, mEcho, pattern(int(started)%200), started); err != nil {
+					t.Fatal(err)
+				}
+				started++
+			}
+			send()
+			for q.Len() > 0 {
+				if _, err := q.Wait(ctx, collect); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
 		if done != started {
 			t.Errorf("%d results of %d calls", done, started)
 		}
