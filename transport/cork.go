@@ -93,11 +93,12 @@ func (k *cork) dropLocked(c *Conn) {
 }
 
 // PostMore is Post for a message that others are about to follow. It may be kept back, to be posted together with them:
-// until the next Post or Flush, or anything else that the connection sends or waits for; at most 15 are. Handlers may call
-// it, but need not: what a handler posts while more messages of its connection wait to be handled goes out together anyway.
+// until the next Post or Flush, or anything else that the connection sends or waits for; at most 15 are, and none that is
+// longer than EagerSize. A failure to post what was kept back ends the connection. Handlers may call it, but need not: what a handler posts while more messages of its connection wait to be handled goes out together anyway.
 func (c *Conn) PostMore(b *SendBuf, n int) error { return c.post(b, n, true) }
 
-// Flush posts what PostMore has kept back. It never blocks. Handlers may call it.
+// Flush posts what PostMore has kept back. It never blocks. The error is why nothing can be sent any more: see Err.
+// Handlers may call it.
 func (c *Conn) Flush() error {
 	s := &c.snd
 	s.mu.Lock()

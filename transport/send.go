@@ -20,7 +20,7 @@ const minInline = headerLen + remoteLen
 
 // sendSide is the sending half of a Conn. mu is a leaf but for the queue pair's own locks and Waiter.Done.
 type sendSide struct {
-	mu        ring.SpinLock // held across PostSend: its release must not wait for the lines of the peer that that has written
+	mu        ring.SpinLock // held across PostSend, whose stores to the peer its release does not wait for
 	err       error         // why nothing can be sent any more
 	closing   bool          // CloseWrite was called
 	eosDue    bool          // and the EOS is still to be sent
