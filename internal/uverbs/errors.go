@@ -1,15 +1,13 @@
 package uverbs
 
 import (
-	"errors"
 	"fmt"
 	"syscall"
+
+	"github.com/ringside-rdma/ringside/internal/driver"
 )
 
-// ErrRemoved is matched by the error of every command to a device that is gone.
-var ErrRemoved = errors.New("device was removed")
-
-// A CmdError is a command that the kernel refused. It matches its errno with errors.Is, and ErrRemoved if the device is
+// A CmdError is a command that the kernel refused. It matches its errno with errors.Is, and driver.ErrDeviceRemoved if the device is
 // gone.
 type CmdError struct {
 	Device string // "rxe0"
@@ -28,7 +26,7 @@ func (e *CmdError) Error() string {
 
 func (e *CmdError) Unwrap() []error {
 	if e.Errno == syscall.EIO {
-		return []error{e.Errno, ErrRemoved}
+		return []error{e.Errno, driver.ErrDeviceRemoved}
 	}
 	return []error{e.Errno}
 }

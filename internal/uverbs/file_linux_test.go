@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ringside-rdma/ringside/internal/abi"
+	"github.com/ringside-rdma/ringside/internal/driver"
 )
 
 // Errors of the door itself name the device, and say what to do.
@@ -70,10 +71,10 @@ func TestFallback(t *testing.T) {
 
 func TestRemoved(t *testing.T) {
 	err := error(&CmdError{Device: "rxe0", Op: "reg_mr", Errno: unix.EIO})
-	if !errors.Is(err, ErrRemoved) || !errors.Is(err, unix.EIO) {
+	if !errors.Is(err, driver.ErrDeviceRemoved) || !errors.Is(err, unix.EIO) {
 		t.Error(err)
 	}
-	if errors.Is(&CmdError{Errno: unix.EINVAL}, ErrRemoved) {
+	if errors.Is(&CmdError{Errno: unix.EINVAL}, driver.ErrDeviceRemoved) {
 		t.Error("any error is a removed device")
 	}
 }

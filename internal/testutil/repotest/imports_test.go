@@ -19,7 +19,7 @@ var arrows = map[string][]string{
 	"internal/roce":          {},
 	"internal/driver":        {},
 	"internal/netlink":       {},
-	"internal/uverbs":        {"internal/abi", "internal/mem", "internal/netlink"},
+	"internal/uverbs":        {"internal/abi", "internal/driver", "internal/mem", "internal/netlink"},
 	"internal/softnic":       {"internal/softnic", "internal/driver", "internal/ring", "internal/roce", "internal/mem", "internal/abi"},
 	"internal/provider":      {"internal/provider/soft", "internal/provider/rxe", "internal/provider/siw", "internal/provider/mlx5", "internal/driver"},
 	"internal/provider/soft": {"internal/softnic", "internal/driver", "internal/ring", "internal/mem"},
