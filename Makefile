@@ -16,7 +16,7 @@ BENCHARGS ?=
 export CGO_ENABLED := 0
 # Programs that are measured are built along a profile (see pgo); for all else that would only be a second build.
 export GOFLAGS := -pgo=off $(GOFLAGS)
-PROFILED := $(GO) build -pgo=auto -trimpath
+PROFILED := build -pgo=auto -trimpath
 
 stage = @printf '\n=== %s\n' "$(1)"
 
@@ -46,14 +46,14 @@ build:
 	mkdir -p bin
 	$(GO) build ./...
 	for d in $(sort $(patsubst %/,%,$(dir $(wildcard cmd/*/main.go examples/*/main.go)))); do
-		$(PROFILED) -o bin/ ./$$d
+		$(GO) $(PROFILED) -o bin/ ./$$d
 	done
-	cd bench; $(PROFILED) -o ../bin/ringside-bench .; cd ..
+	$(GO) -C bench $(PROFILED) -o ../bin/ringside-bench .
 
 demo:
 	@.ci/setup go
 	mkdir -p bin
-	$(PROFILED) -o bin/ ./examples/paramserver
+	$(GO) $(PROFILED) -o bin/ ./examples/paramserver
 	./bin/paramserver -demo -workers 3
 
 # The demo's last line is its result: check it as a reader would.
@@ -128,8 +128,8 @@ bench:
 	@.ci/setup go
 	.ci/setup -optional ucx_perftest
 	mkdir -p bin
-	$(PROFILED) -o bin/ ./cmd/ringside
-	cd bench; $(PROFILED) -o ../bin/ringside-bench .; cd ..
+	$(GO) $(PROFILED) -o bin/ ./cmd/ringside
+	$(GO) -C bench $(PROFILED) -o ../bin/ringside-bench .
 	./bin/ringside-bench -ringside bin/ringside -results bench/RESULTS.md $(BENCHARGS)
 
 # The compiler inlines along the calls that these profiles show: go build takes a default.pgo by itself. What is compared
@@ -138,7 +138,7 @@ pgo:
 	@.ci/setup go
 	dir=$$(mktemp -d)
 	mkdir -p bin
-	cd bench; $(GO) build -trimpath -o ../bin/ringside-bench .; cd ..
+	$(GO) -C bench build -trimpath -o ../bin/ringside-bench .
 	./bin/ringside-bench -rounds 1 -profile $$dir -only '^(grpc|rpc)' > /dev/null
 	$(GO) tool pprof -proto $$dir/*.pprof > cmd/ringside/default.pgo
 	cp cmd/ringside/default.pgo bench/default.pgo
@@ -147,8 +147,8 @@ pgo:
 bench-quick:
 	$(call stage,bench-quick: every comparison once$(comma) small; its numbers mean nothing)
 	mkdir -p bin
-	$(PROFILED) -o bin/ ./cmd/ringside
-	cd bench; $(PROFILED) -o ../bin/ringside-bench .; cd ..
+	$(GO) $(PROFILED) -o bin/ ./cmd/ringside
+	$(GO) -C bench $(PROFILED) -o ../bin/ringside-bench .
 	./bin/ringside-bench -quick -ringside bin/ringside -results bin/RESULTS-quick.md $(BENCHARGS)
 
 clean:

@@ -71,7 +71,7 @@ var echoes = []struct {
 	{"rpc proto x1", "ringside, Adaptive, protobuf on a worker", echoArgs{API: "proto", Poll: "adaptive"}, 100_000},
 	{"grpc tcp x64", "grpc-go, loopback TCP", echoArgs{Network: "tcp", InFlight: 64}, 100_000},
 	{"grpc unix x64", "grpc-go, Unix socket", echoArgs{Network: "unix", InFlight: 64}, 100_000},
-	{"rpc async x64", "ringside, Adaptive, one goroutine with a Queue", echoArgs{API: "async", Poll: "adaptive", InFlight: 64}, 3_000_000},
+	{"rpc async x64", "ringside, Adaptive, one goroutine with a Queue, Batch 16", echoArgs{API: "async", Poll: "adaptive", InFlight: 64}, 3_000_000},
 	{"rpc blocking x64", "ringside, Adaptive, 64 goroutines", echoArgs{API: "blocking", Poll: "adaptive", InFlight: 64}, 1_000_000},
 	{"rpc proto x64", "ringside, Adaptive, protobuf, 64 goroutines and workers", echoArgs{API: "proto", Poll: "adaptive", InFlight: 64}, 300_000},
 	{"rpc light", "ringside, Adaptive, 1,000 calls/s", echoArgs{API: "blocking", Poll: "adaptive", Rate: 1000}, 5_000},

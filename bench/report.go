@@ -148,7 +148,7 @@ func report(c *config, host *conditions, r *results) string {
 	}
 
 	p("\n## Light load\n")
-	p("One call at a time, 1,000 a second, Adaptive. CPU in percent of one core.\n")
+	p("One call at a time, 1,000 a second, paced by nanosleep(2), Adaptive. CPU in percent of one core.\n")
 	p("| p50 us | p99 | p99.9 | CPU %% |\n|---|---|---|---|")
 	light := func(metric string) series { return r.series("rpc light", metric, 1) }
 	p("| %s | %s | %s | %s |", light("p50"), light("p99"), light("p999"), light("cpu_percent"))
