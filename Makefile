@@ -11,7 +11,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 GO       ?= go
-FUZZTIME ?= 5s
+FUZZTIME ?=
 BENCHARGS ?=
 export CGO_ENABLED := 0
 # Programs that are measured are built along a profile (see pgo); for all else that would only be a second build.
@@ -99,12 +99,15 @@ race:
 	CGO_ENABLED=1 $(GO) test -race -count=1 -timeout 25m ./...
 
 # Seeds are part of unit; this looks beyond them for a moment. Longer: make fuzz FUZZTIME=10m
+# The default is a count of inputs (fewer where each one makes a whole NIC): a run that ends by the clock fails now and
+# then with "context deadline exceeded" and nothing found, in Go before 1.27 (golang.org/issue/75804).
 fuzz:
-	$(call stage,fuzz: each target for $(FUZZTIME))
+	$(call stage,fuzz: each target for a moment)
 	.ci/setup go
 	for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -r -n1 dirname | sort -u); do
+		case $$pkg in */softnic) count=1200x ;; *) count=40000x ;; esac
 		for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do
-			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$pkg
+			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(or $(FUZZTIME),$$count) $$pkg
 		done
 	done
 
