@@ -170,7 +170,7 @@ func (in *inbound) write(i uint32) {
 func (q *QP) PostRecv(wrs []ib.RecvWR) (int, error) {
 	if q.srq != nil {
 		if !q.ownSRQ {
-			return 0, fmt.Errorf("%w: the QP takes receives from its SRQ: post there", driver.ErrInvalidWR)
+			return 0, driver.ErrHasSRQ
 		}
 		return q.postOwnSRQ(wrs)
 	}
@@ -193,7 +193,7 @@ func (q *QP) PostRecv(wrs []ib.RecvWR) (int, error) {
 		}
 		wr := &wrs[i]
 		if len(wr.SGEs) > q.cap.MaxRecvSGE {
-			err = errTooManySGEs
+			err = driver.ErrTooManySGEs
 			break
 		}
 		k := posted & q.recMask
@@ -238,8 +238,7 @@ func (q *QP) PostRecv(wrs []ib.RecvWR) (int, error) {
 }
 
 var (
-	errTooManySGEs = fmt.Errorf("%w: more SGEs than the QP was created with", driver.ErrInvalidWR)
-	errTooLong     = fmt.Errorf("%w: longer than 2 GiB", driver.ErrInvalidWR)
+	errTooLong = fmt.Errorf("%w: longer than 2 GiB", driver.ErrInvalidWR)
 )
 
 // recvDesc translates an SGE of a receive. One that is not covered by a writable region of the PD gets handle 0: the error is

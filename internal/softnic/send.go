@@ -1,7 +1,6 @@
 package softnic
 
 import (
-	"fmt"
 	"sync/atomic"
 	"time"
 
@@ -17,72 +16,26 @@ type pendingWR struct {
 	inline []byte
 }
 
-var errNoInline = fmt.Errorf("%w: inline payload with SGEs, longer than MaxInline, or with an opcode that has none", driver.ErrInvalidWR)
-var errOpcode = fmt.Errorf("%w: this QP type has no such operation", driver.ErrInvalidWR)
-var errAtomicLen = fmt.Errorf("%w: an atomic needs one 8-byte buffer for the old value", driver.ErrInvalidWR)
-var errNoBind = fmt.Errorf("%w: a bind request needs its Bind field", driver.ErrInvalidWR)
-var errNoAH = fmt.Errorf("%w: a datagram needs an address handle of this context", driver.ErrInvalidWR)
-
-var stateErrs = func() (e [ib.Err + 1]error) {
-	for s := range e {
-		e[s] = fmt.Errorf("%w: it is %v", driver.ErrState, ib.QPState(s))
-	}
-	return e
-}()
-
 func (q *QP) stateErr() error {
 	if q.closed.Load() {
 		return driver.ErrClosed
 	}
-	return stateErrs[q.state.Load()]
+	return driver.StateErr(ib.QPState(q.state.Load()))
 }
-
-const (
-	opsRC = 1<<ib.OpRDMAWrite | 1<<ib.OpRDMAWriteWithImm | 1<<ib.OpSend | 1<<ib.OpSendWithImm | 1<<ib.OpRDMARead |
-		1<<ib.OpAtomicCmpSwap | 1<<ib.OpAtomicFetchAdd | 1<<ib.OpLocalInv | 1<<ib.OpBindMW | 1<<ib.OpSendWithInv
-	opsUC = 1<<ib.OpRDMAWrite | 1<<ib.OpRDMAWriteWithImm | 1<<ib.OpSend | 1<<ib.OpSendWithImm | 1<<ib.OpLocalInv |
-		1<<ib.OpBindMW
-	opsUD     = 1<<ib.OpSend | 1<<ib.OpSendWithImm
-	opsInline = 1<<ib.OpRDMAWrite | 1<<ib.OpRDMAWriteWithImm | 1<<ib.OpSend | 1<<ib.OpSendWithImm | 1<<ib.OpSendWithInv
-	opsPlain  = opsInline | 1<<ib.OpRDMARead
-	opsAtomic = 1<<ib.OpAtomicCmpSwap | 1<<ib.OpAtomicFetchAdd
-)
 
 // plain reports that nothing is wrong with a request of the common kinds; checkWR looks closely at the others.
 func (q *QP) plain(wr *ib.SendWR) bool {
-	return q.typ == ib.RC && opsPlain>>wr.Opcode&1 != 0 && len(wr.SGEs) <= q.cap.MaxSendSGE && len(wr.Inline) == 0 ||
-		q.typ == ib.RC && opsInline>>wr.Opcode&1 != 0 && len(wr.SGEs) == 0 && len(wr.Inline) <= q.cap.MaxInline
+	return q.typ == ib.RC && driver.OpsPlain>>wr.Opcode&1 != 0 && len(wr.SGEs) <= q.cap.MaxSendSGE && len(wr.Inline) == 0 ||
+		q.typ == ib.RC && driver.OpsInline>>wr.Opcode&1 != 0 && len(wr.SGEs) == 0 && len(wr.Inline) <= q.cap.MaxInline
 }
 
 // checkWR finds what can be wrong with a request by itself.
 func (q *QP) checkWR(wr *ib.SendWR) error {
-	ops := uint32(opsRC)
-	if q.typ != ib.RC {
-		ops = opsUC
-		if q.typ == ib.UD {
-			ops = opsUD
-		}
-	}
-	bit := uint32(1) << (wr.Opcode & 31)
-	if ops&bit == 0 || wr.Opcode > ib.OpSendWithInv {
-		return errOpcode
-	}
-	if len(wr.SGEs) > q.cap.MaxSendSGE {
-		return errTooManySGEs
-	}
-	if len(wr.Inline) > 0 && (len(wr.SGEs) > 0 || len(wr.Inline) > q.cap.MaxInline || opsInline&bit == 0) {
-		return errNoInline
-	}
-	if bit&(opsAtomic|1<<ib.OpBindMW) != 0 {
-		if bit&opsAtomic != 0 && (len(wr.SGEs) != 1 || wr.SGEs[0].Length != 8) {
-			return errAtomicLen
-		}
-		if wr.Opcode == ib.OpBindMW && wr.Bind == nil {
-			return errNoBind
-		}
+	if err := driver.CheckSendWR(q.typ, &q.cap, wr); err != nil {
+		return err
 	}
 	if q.typ == ib.UD && q.nic.ah(wr.AH) == nil {
-		return errNoAH
+		return driver.ErrNoAH
 	}
 	return nil
 }

@@ -174,7 +174,7 @@ func (s *SRQ) PostRecv(wrs []ib.RecvWR) (int, error) {
 			return i, driver.ErrQueueFull
 		}
 		if len(wr.SGEs) > int(s.sges) {
-			return i, errTooManySGEs
+			return i, driver.ErrTooManySGEs
 		}
 		sum := ib.SGELen(wr.SGEs)
 		if sum > ib.MaxMessage {
