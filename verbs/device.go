@@ -53,15 +53,18 @@ type DeviceInfo struct {
 	Tier     Tier     `json:"tier"`
 	GUID     ib.GUID  `json:"guid"`
 	NetDevs  []string `json:"netdevs,omitempty"` // net devices that its ports stand on
+	// CharDevs are what a container needs to be given to use the device: the paths of its character devices, among them
+	// those for subnet management (umadN, issmN), which only programs that do that need. Empty: it needs none.
+	CharDevs []string `json:"chardevs,omitempty"`
 }
 
 func infoOf(d driver.Device) DeviceInfo {
 	i := d.Info()
-	return DeviceInfo{Name: i.Name, Provider: i.Provider, Tier: Tier(i.Tier), GUID: i.GUID, NetDevs: i.NetDevs}
+	return DeviceInfo{Name: i.Name, Provider: i.Provider, Tier: Tier(i.Tier), GUID: i.GUID, NetDevs: i.NetDevs, CharDevs: i.CharDevs}
 }
 
 // Devices lists the devices of all tiers, best first. It returns what was found even if the search of a provider
-// failed; the error then names each that did.
+// failed; the error then names each that did. That there are no devices of a kind is no failure.
 func Devices() ([]DeviceInfo, error) { return devices(provider.Table()) }
 
 func devices(table []provider.Entry) ([]DeviceInfo, error) {
@@ -69,7 +72,7 @@ func devices(table []provider.Entry) ([]DeviceInfo, error) {
 	var errs []error
 	for _, p := range table {
 		devs, err := p.Devices()
-		if err != nil {
+		if err != nil && !errors.Is(err, driver.ErrAbsent) {
 			errs = append(errs, fmt.Errorf("provider %s: %w", p.Name(), err))
 		}
 		for _, d := range devs {
@@ -184,7 +187,7 @@ func openBest(table []provider.Entry) (*Context, error) {
 			if err != nil {
 				passed = append(passed, Passed{Tier: tier, Provider: p.Name(), Reason: err.Error()})
 			} else if len(devs) == 0 {
-				passed = append(passed, Passed{Tier: tier, Provider: p.Name(), Reason: "no device is present"})
+				passed = append(passed, Passed{Tier: tier, Provider: p.Name(), Reason: driver.ErrAbsent.Error()})
 			}
 			for _, d := range devs {
 				c, err := openDevice(d, Choice{Reason: "the best device that works"})

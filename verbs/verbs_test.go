@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net"
 	"runtime"
 	"strings"
@@ -41,6 +42,7 @@ func TestOpenChoosesBestThatWorks(t *testing.T) {
 	table := []provider.Entry{
 		entry(TierHardware, "mlx5", nil, down, broken),
 		entry(TierHardware, "irdma", nil),
+		entry(TierHardware, "efa", fmt.Errorf("%w: its module is not loaded", driver.ErrAbsent)),
 		entry(TierKernelSoft, "rxe", errors.New("netlink is not allowed")),
 		entry(TierSoft, "soft", nil, device("soft0", "soft", TierSoft), device("soft1", "soft", TierSoft)),
 	}
@@ -56,6 +58,7 @@ func TestOpenChoosesBestThatWorks(t *testing.T) {
 			{Tier: TierHardware, Provider: "mlx5", Device: "mlx5_0", Reason: "no port is active: port 1 is DOWN"},
 			{Tier: TierHardware, Provider: "mlx5", Device: "mlx5_1", Reason: "verbs: open_device on mlx5_1: permission denied"},
 			{Tier: TierHardware, Provider: "irdma", Reason: "no device is present"},
+			{Tier: TierHardware, Provider: "efa", Reason: "no device is present: its module is not loaded"},
 			{Tier: TierKernelSoft, Provider: "rxe", Reason: "netlink is not allowed"},
 		},
 	}
@@ -67,7 +70,7 @@ func TestOpenChoosesBestThatWorks(t *testing.T) {
 	}
 	wantText := "soft0 (software NIC): the best device that works; not mlx5_0 (hardware): no port is active: port 1 is DOWN; " +
 		"not mlx5_1 (hardware): verbs: open_device on mlx5_1: permission denied; not provider irdma (hardware): no device is present; " +
-		"not provider rxe (kernel software): netlink is not allowed"
+		"not provider efa (hardware): no device is present: its module is not loaded; not provider rxe (kernel software): netlink is not allowed"
 	if got := c.Choice().String(); got != wantText {
 		t.Errorf("got %s", got)
 	}
@@ -139,9 +142,17 @@ func TestOpenByName(t *testing.T) {
 	if _, err := open(nil, "", ""); !errors.Is(err, ErrNoDevice) {
 		t.Error(err)
 	}
-	devs, err := devices(table)
-	if len(devs) != 3 || err == nil || !strings.Contains(err.Error(), "provider mlx5: sysfs is not mounted") {
+	rxe := device("rxe0", "rxe", TierKernelSoft)
+	rxe.DeviceInfo.NetDevs, rxe.DeviceInfo.CharDevs = []string{"eth0"}, []string{"/dev/infiniband/uverbs0"}
+	devs, err := devices(append(table, entry(TierKernelSoft, "rxe", nil, rxe), entry(TierKernelSoft, "siw", driver.ErrAbsent)))
+	if len(devs) != 4 || err == nil || !strings.Contains(err.Error(), "provider mlx5: sysfs is not mounted") ||
+		strings.Contains(err.Error(), "siw") {
 		t.Error(devs, err)
+	}
+	want := DeviceInfo{Name: "rxe0", Provider: "rxe", Tier: TierKernelSoft, GUID: 0x42, NetDevs: []string{"eth0"},
+		CharDevs: []string{"/dev/infiniband/uverbs0"}}
+	if d := cmp.Diff(want, devs[1]); d != "" {
+		t.Error(d)
 	}
 }
 

@@ -37,6 +37,7 @@ type deviceJSON struct {
 	Tier     string   `json:"tier"`
 	GUID     string   `json:"guid"`
 	NetDevs  []string `json:"netdevs"`
+	CharDevs []string `json:"chardevs"` // what a container needs to be given to use the device
 	Chosen   bool     `json:"chosen"`
 
 	// Error says why the device cannot be opened or queried; what follows is then missing.
@@ -108,7 +109,8 @@ devices (Soft-RoCE, soft iWARP), and the software NIC of this program. It says
 which of them a program gets that names none, and why no better one; the
 environment variable ` + verbs.EnvDevice + ` decides otherwise.
 
-With -v, limits, capabilities and GID tables too, as ibv_devinfo -v does.`,
+With -v, limits, capabilities and GID tables too, as ibv_devinfo -v does, and
+the character devices that a container needs to be given to use the device.`,
 		Example: "  ringside devices\n  ringside devices -v soft0\n  ringside devices -o json | jq .choice",
 		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 			var names []string
@@ -120,7 +122,7 @@ With -v, limits, capabilities and GID tables too, as ibv_devinfo -v does.`,
 		},
 	}
 	output := outputFlag(cmd)
-	verbose := cmd.Flags().BoolP("verbose", "v", false, "limits, capabilities and GID tables too")
+	verbose := cmd.Flags().BoolP("verbose", "v", false, "limits, capabilities, GID tables and character devices too")
 	cmd.RunE = func(cmd *cobra.Command, names []string) error {
 		r, err := inspect(names)
 		if err != nil {
@@ -199,9 +201,12 @@ func automatic() (verbs.Choice, error) {
 }
 
 func inspectDevice(d verbs.DeviceInfo) deviceJSON {
-	j := deviceJSON{Name: d.Name, Provider: d.Provider, Tier: d.Tier.String(), GUID: d.GUID.String(), NetDevs: d.NetDevs}
+	j := deviceJSON{Name: d.Name, Provider: d.Provider, Tier: d.Tier.String(), GUID: d.GUID.String(), NetDevs: d.NetDevs, CharDevs: d.CharDevs}
 	if j.NetDevs == nil {
 		j.NetDevs = []string{}
+	}
+	if j.CharDevs == nil {
+		j.CharDevs = []string{}
 	}
 	c, err := verbs.Open(d.Name)
 	if err != nil {
@@ -335,6 +340,9 @@ func (d *deviceJSON) writeText(w io.Writer, verbose bool) {
 	}
 	if len(d.NetDevs) > 0 {
 		row("net devices", "%s", strings.Join(d.NetDevs, " "))
+	}
+	if verbose && len(d.CharDevs) > 0 {
+		row("character devices", "%s", strings.Join(d.CharDevs, " "))
 	}
 	if a := d.Attr; a != nil {
 		if a.Firmware != "" {

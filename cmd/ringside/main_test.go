@@ -166,13 +166,13 @@ func sampleDevices() *deviceReport {
 	return &deviceReport{
 		Schema: devicesSchema,
 		Devices: []deviceJSON{
-			{Name: "mlx5_0", Provider: "mlx5", Tier: "hardware", GUID: ib.GUID(0x0002c90300abcdef).String(), NetDevs: []string{"eth0"}, Error: "open /dev/infiniband/uverbs0: permission denied"},
-			{Name: "rxe0", Provider: "rxe", Tier: "kernel software", GUID: ib.GUID(1).String(), NetDevs: []string{"eth1"}, Chosen: true, Attr: attrOf(&a), Ports: []portJSON{{
+			{Name: "mlx5_0", Provider: "mlx5", Tier: "hardware", GUID: ib.GUID(0x0002c90300abcdef).String(), NetDevs: []string{"eth0"}, CharDevs: []string{"/dev/infiniband/rdma_cm", "/dev/infiniband/uverbs0"}, Error: "open /dev/infiniband/uverbs0: permission denied"},
+			{Name: "rxe0", Provider: "rxe", Tier: "kernel software", GUID: ib.GUID(1).String(), NetDevs: []string{"eth1"}, CharDevs: []string{}, Chosen: true, Attr: attrOf(&a), Ports: []portJSON{{
 				Port: 1, State: "ACTIVE", LinkLayer: "Ethernet", MaxMTU: 4096, ActiveMTU: 1024, MaxMessage: 1 << 31, GIDTable: 1024, PKeyTable: 1, GIDs: []gidJSON{
 					{Index: 0, GID: ib.GID{0: 0xfe, 1: 0x80, 15: 1}.String(), Type: "RoCE v2", Addr: "fe80::1", NetDev: "eth1"},
 					{Index: 1, GID: v4.String(), Type: "RoCE v2", Addr: v4.Addr().String(), NetDev: "eth1"},
 				}}}},
-			{Name: "ib0", Provider: "mlx5", Tier: "hardware", GUID: ib.GUID(2).String(), NetDevs: []string{}, Attr: attrOf(&ib.DeviceAttr{}), Ports: []portJSON{{
+			{Name: "ib0", Provider: "mlx5", Tier: "hardware", GUID: ib.GUID(2).String(), NetDevs: []string{}, CharDevs: []string{}, Attr: attrOf(&ib.DeviceAttr{}), Ports: []portJSON{{
 				Port: 1, State: "DOWN", LinkLayer: "InfiniBand", LID: 4, SMLID: 1, GIDs: []gidJSON{}}}},
 		},
 		Choice: &choiceJSON{Device: "rxe0", Reason: "the best device that works", Passed: []verbs.Passed{

@@ -37,13 +37,16 @@ var (
 	ErrClosed = net.ErrClosed
 	// ErrUnreachable: the address names no device that can be reached.
 	ErrUnreachable = errors.New("peer cannot be reached")
+	// ErrAbsent: there is no device of the provider's kind, and nothing is broken. What wraps it says why.
+	ErrAbsent = errors.New("no device is present")
 )
 
 // A Provider finds the devices of one kind.
 type Provider interface {
 	// Name is the provider's short name: "soft", "rxe", "mlx5".
 	Name() string
-	// Devices lists the devices that are present. An error means that the search itself failed, with the remedy in it.
+	// Devices lists the devices that are present. An error means that the search itself failed, with the remedy in it, or,
+	// if it matches ErrAbsent, why it was in vain.
 	Devices() ([]Device, error)
 }
 
@@ -65,6 +68,8 @@ type DeviceInfo struct {
 	Tier     Tier
 	GUID     ib.GUID
 	NetDevs  []string // net devices that its ports stand on
+	// CharDevs are the paths of the character devices that a container needs to be given to use the device. Empty: none.
+	CharDevs []string
 }
 
 // A Device can be opened.

@@ -20,19 +20,22 @@ func newBuffer(n int) (buffer, error) {
 
 // bufferOf makes mem, which the garbage collector neither moves nor frees, a buffer.
 func bufferOf(mem []byte) buffer {
-	// Safe: only the number is kept beside the slice; memory is reached through the slice, or by the kernel.
-	return buffer{mem: mem, addr: uint64(uintptr(unsafe.Pointer(unsafe.SliceData(mem))))}
+	return buffer{mem: mem, addr: AddrOf(mem)}
 }
 
-func (b *buffer) free() {
+// part is n bytes of b at off.
+func (b buffer) part(off, n int) buffer {
+	return buffer{mem: b.mem[off : off+n : off+n], addr: b.addr + uint64(off)}
+}
+
+func (b buffer) free() {
 	unix.Munmap(b.mem)
-	*b = buffer{}
 }
 
-// ioctl runs the command in b.
-func ioctl(fd int, b buffer) syscall.Errno {
+// ioctl runs the command at addr.
+func ioctl(fd int, addr uint64) syscall.Errno {
 	// Safe: the address is that of mapped memory, which outlives the call; the kernel checks the lengths in it.
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), abi.RDMA_VERBS_IOCTL, uintptr(b.addr))
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), abi.RDMA_VERBS_IOCTL, uintptr(addr))
 	return errno
 }
 
@@ -42,6 +45,9 @@ func Bytes[T any](v *T) []byte {
 	return unsafe.Slice((*byte)(unsafe.Pointer(v)), unsafe.Sizeof(*v))
 }
 
-func putPostSend(b []byte, qp, wqeSize uint32) {
-	copy(b, Bytes(&abi.PostSend{QPHandle: qp, WQESize: wqeSize}))
+// AddrOf is the address of mem, by which the kernel and a device know it. mem must be pinned or outside of the Go heap
+// for as long as either uses it.
+func AddrOf(mem []byte) uint64 {
+	// Safe: only a number; nobody makes a pointer of it again.
+	return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(mem))))
 }

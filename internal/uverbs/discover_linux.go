@@ -12,105 +12,129 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/ringside-rdma/ringside/internal/abi"
-	"github.com/ringside-rdma/ringside/internal/netlink"
+	"github.com/ringside-rdma/ringside/internal/nldev"
 )
 
 // Devices lists the RDMA devices that this process's network namespace shows, sorted by name: by netlink, and by sysfs
-// where netlink does not tell. A kernel without the RDMA subsystem is ErrNoSubsystem.
+// where netlink does not tell. A kernel without the RDMA subsystem is ErrNoSubsystem. An empty list is no error; DevicesOf
+// says why there is nothing.
 func Devices() ([]Device, error) {
-	c, err := netlink.Dial(unix.NETLINK_RDMA)
-	if errors.Is(err, unix.EPROTONOSUPPORT) {
-		return nil, ErrNoSubsystem
-	}
+	c, err := dial()
 	if err != nil {
 		return nil, err
 	}
 	defer c.Close()
-	var list []Device
-	var bad error
-	err = c.Dump(nldevRequest(abi.RDMA_NLDEV_CMD_GET), func(body []byte) {
-		d, err := parseDevice(body)
-		list, bad = append(list, d), errors.Join(bad, err)
-	})
-	if err := errors.Join(err, bad); err != nil {
-		return nil, fmt.Errorf("list of RDMA devices: %w", err)
+	list, err := c.Devices()
+	if err != nil {
+		return nil, err
 	}
 	for i := range list {
 		d := &list[i]
-		m := nldevRequest(abi.RDMA_NLDEV_CMD_GET_CHARDEV).U32(abi.RDMA_NLDEV_ATTR_DEV_INDEX, d.Index).
-			Text(abi.RDMA_NLDEV_ATTR_CHARDEV_TYPE, "uverbs")
-		if err := c.Get(m, func(body []byte) { bad = errors.Join(bad, parseChardev(d, body)) }); err != nil || d.Chardev == "" {
-			chardevFromSysfs(d) // a device without a user interface has none there either
+		if err := c.Chardev(d); err != nil || d.Chardev == "" {
+			theHost.chardev(d) // a device without a user interface has none there either
+		}
+		// Kernels that tell the driver tell the net devices, too: then none means none, in this namespace. What sysfs says
+		// may be the name of a net device in another.
+		if err := c.NetDevs(d); err != nil || len(d.NetDevs) == 0 && !d.HasDriverID {
+			theHost.netDevs(d)
 		}
 	}
-	if bad != nil {
-		return nil, fmt.Errorf("character devices of RDMA devices: %w", bad)
-	}
-	slices.SortFunc(list, func(a, b Device) int { return strings.Compare(a.Name, b.Name) })
 	return list, nil
 }
 
-func nldevRequest(op uint16) netlink.Message {
-	return netlink.NewMessage(abi.RDMA_NL_NLDEV<<10|op, 0, nil)
+// ForkSafe reports whether a child process may be forked while memory is registered: the kernel then copies such pages for
+// the child at once, where it otherwise leaves them to whoever writes first, and the device works on with the other's. If
+// not (Linux before 5.12), registered memory needs madvise(MADV_DONTFORK). Programs that os/exec starts are no danger.
+// A kernel without the RDMA subsystem is ErrNoSubsystem.
+func ForkSafe() (bool, error) {
+	s, err := system()
+	return s.CopyOnFork, err
 }
 
-// parseDevice reads an answer to RDMA_NLDEV_CMD_GET. Attributes that it does not know are left out, as in every later
-// kernel there are more.
-func parseDevice(body []byte) (Device, error) {
-	var d Device
-	err := netlink.Attributes(body, func(typ uint16, v []byte) {
-		switch typ {
-		case abi.RDMA_NLDEV_ATTR_DEV_INDEX:
-			d.Index = u32(v)
-		case abi.RDMA_NLDEV_ATTR_DEV_NAME:
-			d.Name = text(v)
-		case abi.RDMA_NLDEV_ATTR_PORT_INDEX:
-			d.Ports = u32(v)
-		case abi.RDMA_NLDEV_ATTR_FW_VERSION:
-			d.Firmware = text(v)
-		case abi.RDMA_NLDEV_ATTR_NODE_GUID:
-			d.NodeGUID = u64(v)
-		case abi.RDMA_NLDEV_ATTR_DEV_NODE_TYPE:
-			d.NodeType = u8(v)
-		case abi.RDMA_NLDEV_ATTR_DEV_PROTOCOL:
-			d.Protocol = text(v)
-		}
-	})
-	if err == nil && d.Name == "" {
-		err = errors.New("netlink: an RDMA device without a name")
+func system() (nldev.System, error) {
+	c, err := dial()
+	if err != nil {
+		return nldev.System{}, err
 	}
-	return d, err
+	defer c.Close()
+	return c.System()
 }
 
-// parseChardev reads an answer to RDMA_NLDEV_CMD_GET_CHARDEV.
-func parseChardev(d *Device, body []byte) error {
-	return netlink.Attributes(body, func(typ uint16, v []byte) {
-		switch typ {
-		case abi.RDMA_NLDEV_ATTR_CHARDEV_NAME:
-			d.Chardev = text(v)
-		case abi.RDMA_NLDEV_ATTR_CHARDEV_ABI:
-			d.ABI = u64(v)
-		case abi.RDMA_NLDEV_ATTR_UVERBS_DRIVER_ID: // u32 on the wire, whatever the header's comment says
-			d.DriverID, d.HasDriverID = u32(v), len(v) == 4
-		}
-	})
+func dial() (*nldev.Conn, error) {
+	c, err := nldev.Dial()
+	if errors.Is(err, unix.EPROTONOSUPPORT) {
+		return nil, ErrNoSubsystem
+	}
+	return c, err
 }
 
-// sysfs is where the kernel shows its devices; tests have their own.
-var sysfs = "/sys"
+// A host is where this package looks beside netlink. Tests have their own.
+type host struct {
+	sysfs string // where the kernel shows its devices: /sys
+	dev   string // where the nodes of RDMA devices are: /dev/infiniband
+}
 
-// chardevFromSysfs looks for the character device of d.
-func chardevFromSysfs(d *Device) {
-	dir := filepath.Join(sysfs, "class/infiniband_verbs")
-	entries, _ := os.ReadDir(dir)
+var theHost = host{sysfs: "/sys", dev: "/dev/infiniband"}
+
+// class is the folder of a class of devices, joined with the rest of a path.
+func (h *host) class(path ...string) string {
+	return filepath.Join(append([]string{h.sysfs, "class"}, path...)...)
+}
+
+// chardevsOf returns the names of an RDMA device's entries in a class of character devices.
+func (h *host) chardevsOf(class, device string) (names []string) {
+	entries, _ := os.ReadDir(h.class(class)) // no folder: the class's module is not loaded
 	for _, e := range entries {
-		if read(filepath.Join(dir, e.Name(), "ibdev")) != d.Name {
+		if read(h.class(class, e.Name(), "ibdev")) == device {
+			names = append(names, e.Name())
+		}
+	}
+	return names
+}
+
+// chardev looks for the character device of d.
+func (h *host) chardev(d *Device) {
+	names := h.chardevsOf(classVerbs, d.Name)
+	if len(names) == 0 {
+		return
+	}
+	d.Chardev = names[0]
+	d.ABI, _ = strconv.ParseUint(read(h.class(classVerbs, d.Chardev, "abi_version")), 10, 64)
+	d.Major, d.Minor = h.numbers(d.Chardev)
+}
+
+// The classes of character devices of RDMA devices.
+const (
+	classVerbs = "infiniband_verbs" // uverbs0
+	classMAD   = "infiniband_mad"   // umad0, issm0: for subnet management
+	classCM    = "infiniband_cm"    // ucm0: before Linux 5.9, and without use
+)
+
+// numbers returns those of a character device, or 0, 0 if there is none.
+func (h *host) numbers(chardev string) (major, minor uint32) {
+	if n, _ := fmt.Sscanf(read(h.class(classVerbs, chardev, "dev")), "%d:%d", &major, &minor); n != 2 {
+		return 0, 0
+	}
+	return major, minor
+}
+
+// netDevs looks for the net devices of d: those of its ports' GIDs, and what rxe says.
+func (h *host) netDevs(d *Device) {
+	names := []string{read(h.class("infiniband", d.Name, "parent"))}
+	for port := uint32(1); port <= d.Ports; port++ {
+		dir := h.class("infiniband", d.Name, "ports", strconv.Itoa(int(port)), "gid_attrs/ndevs")
+		entries, _ := os.ReadDir(dir)
+		for _, e := range entries {
+			names = append(names, read(filepath.Join(dir, e.Name()))) // an empty slot cannot be read
+		}
+	}
+	for _, name := range names {
+		if name == "" || slices.Contains(d.NetDevs, name) {
 			continue
 		}
-		d.Chardev = e.Name()
-		d.ABI, _ = strconv.ParseUint(read(filepath.Join(dir, e.Name(), "abi_version")), 10, 64)
-		return
+		if _, err := os.Stat(h.class("net", name)); err == nil { // else it is in another network namespace
+			d.NetDevs = append(d.NetDevs, name)
+		}
 	}
 }
 
@@ -119,16 +143,7 @@ func read(path string) string {
 	return strings.TrimSpace(string(b))
 }
 
-func text(v []byte) string { return strings.TrimRight(string(v), "\x00") }
-
 // Numbers of the wrong length are zero: the kernel does not send them.
-func u8(v []byte) uint8 {
-	if len(v) != 1 {
-		return 0
-	}
-	return v[0]
-}
-
 func u32(v []byte) uint32 {
 	if len(v) != 4 {
 		return 0

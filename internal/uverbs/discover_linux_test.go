@@ -4,70 +4,71 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ringside-rdma/ringside/internal/abi"
-	"github.com/ringside-rdma/ringside/internal/netlink"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 )
 
-// What rxe0 looks like over netlink.
-func TestParseDevice(t *testing.T) {
-	body := netlink.Message(nil).U32(abi.RDMA_NLDEV_ATTR_DEV_INDEX, 3).Text(abi.RDMA_NLDEV_ATTR_DEV_NAME, "rxe0").
-		U32(abi.RDMA_NLDEV_ATTR_PORT_INDEX, 1).Attr(abi.RDMA_NLDEV_ATTR_DEV_NODE_TYPE, []byte{1}).
-		Attr(abi.RDMA_NLDEV_ATTR_NODE_GUID, []byte{1, 0, 0, 0, 0, 0, 0, 1}).Text(abi.RDMA_NLDEV_ATTR_DEV_PROTOCOL, "roce").
-		U32(9999, 1)
-	d, err := parseDevice(body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if d.Name != "rxe0" || d.Index != 3 || d.Ports != 1 || d.NodeType != 1 || d.NodeGUID != 0x0100000000000001 || d.Protocol != "roce" {
-		t.Errorf("%+v", d)
-	}
-	body = netlink.Message(nil).Text(abi.RDMA_NLDEV_ATTR_CHARDEV_NAME, "uverbs2").
-		Attr(abi.RDMA_NLDEV_ATTR_CHARDEV_ABI, []byte{2, 0, 0, 0, 0, 0, 0, 0}).U32(abi.RDMA_NLDEV_ATTR_UVERBS_DRIVER_ID, 14)
-	if err := parseChardev(&d, body); err != nil {
-		t.Fatal(err)
-	}
-	if d.Path() != "/dev/infiniband/uverbs2" || !d.HasDriverID || d.DriverID != 14 || littleEndian() && d.ABI != 2 {
-		t.Errorf("%+v", d)
-	}
-	if _, err := parseDevice(netlink.Message(nil).U32(abi.RDMA_NLDEV_ATTR_DEV_INDEX, 3)); err == nil {
-		t.Error("a device without a name")
-	}
-	if _, err := parseDevice([]byte{3, 0, 1, 0}); err == nil {
-		t.Error("an attribute shorter than its header")
-	}
-}
-
-func FuzzParseDevice(f *testing.F) {
-	f.Add([]byte(netlink.Message(nil).U32(1, 3).Text(2, "rxe0")))
-	f.Add([]byte{255, 255, 2, 0, 1})
-	f.Fuzz(func(t *testing.T, b []byte) {
-		d, _ := parseDevice(b)
-		parseChardev(&d, b)
-	})
-}
-
-func TestChardevFromSysfs(t *testing.T) {
-	sysfs = t.TempDir()
-	defer func() { sysfs = "/sys" }()
-	for name, ibdev := range map[string]string{"uverbs0": "mlx5_0", "uverbs1": "rxe0"} {
-		dir := filepath.Join(sysfs, "class/infiniband_verbs", name)
-		if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, "ibdev"), []byte(ibdev+"\n"), 0o644),
-			os.WriteFile(filepath.Join(dir, "abi_version"), []byte("2\n"), 0o644)); err != nil {
+// newHost has its own sysfs and /dev, with the files in the list: name and content, "" for a folder.
+func newHost(t *testing.T, files map[string]string) *host {
+	t.Helper()
+	top := t.TempDir()
+	for name, content := range files {
+		name = filepath.Join(top, name)
+		err := os.MkdirAll(filepath.Dir(name), 0o755)
+		if content == "" {
+			err = os.MkdirAll(name, 0o755)
+		} else if err == nil {
+			err = os.WriteFile(name, []byte(content+"\n"), 0o644)
+		}
+		if err != nil {
 			t.Fatal(err)
 		}
 	}
+	return &host{sysfs: filepath.Join(top, "sys"), dev: filepath.Join(top, "dev/infiniband")}
+}
+
+func TestChardevFromSysfs(t *testing.T) {
+	h := newHost(t, map[string]string{
+		"sys/class/infiniband_verbs/abi_version":         "6",
+		"sys/class/infiniband_verbs/uverbs0/ibdev":       "mlx5_0",
+		"sys/class/infiniband_verbs/uverbs1/ibdev":       "rxe0",
+		"sys/class/infiniband_verbs/uverbs1/abi_version": "2",
+		"sys/class/infiniband_verbs/uverbs1/dev":         "231:193",
+	})
 	d := Device{Name: "rxe0"}
-	if chardevFromSysfs(&d); d.Chardev != "uverbs1" || d.ABI != 2 {
+	if h.chardev(&d); d.Chardev != "uverbs1" || d.ABI != 2 || d.Major != 231 || d.Minor != 193 {
 		t.Errorf("%+v", d)
 	}
 	d = Device{Name: "rxe9"}
-	if chardevFromSysfs(&d); d.Chardev != "" {
+	if h.chardev(&d); d.Chardev != "" {
 		t.Errorf("%+v", d)
+	}
+}
+
+func TestNetDevsFromSysfs(t *testing.T) {
+	const ports = "sys/class/infiniband/mlx5_0/ports/"
+	h := newHost(t, map[string]string{
+		"sys/class/infiniband/rxe0/parent": "eth1",
+		ports + "1/gid_attrs/ndevs/0":      "eth0", ports + "1/gid_attrs/ndevs/1": "eth0.5", ports + "1/gid_attrs/ndevs/2": "eth0",
+		ports + "1/gid_attrs/ndevs/3": " ", ports + "2/gid_attrs/ndevs/0": "elsewhere", ports + "3/gid_attrs/ndevs/0": "eth1",
+		"sys/class/net/eth0": "", "sys/class/net/eth0.5": "", "sys/class/net/eth1": "",
+	})
+	for _, c := range []struct {
+		d    Device
+		want []string
+	}{
+		{Device{Name: "mlx5_0", Ports: 2}, []string{"eth0", "eth0.5"}},
+		{Device{Name: "rxe0", Ports: 1}, []string{"eth1"}},
+		{Device{Name: "siw0", Ports: 1}, nil},
+	} {
+		if h.netDevs(&c.d); !slices.Equal(c.d.NetDevs, c.want) {
+			t.Errorf("%s: %q", c.d.Name, c.d.NetDevs)
+		}
 	}
 }
 
@@ -87,11 +88,11 @@ func TestKernelDevices(t *testing.T) {
 				t.Skip("not for user space")
 			}
 			for _, legacy := range []bool{false, true} {
-				f, err := Open(d.Path(), d.Name, d.DriverID)
+				f, err := OpenDevice(&d)
 				if err != nil {
 					t.Fatal(err)
 				}
-				f.legacy = legacy
+				f.legacy.Store(legacy)
 				if legacy {
 					// The context, by write(): the response of siw's provider is mandatory.
 					in, out, uhw := make([]byte, 8), make([]byte, 8), make([]byte, 8)
@@ -125,7 +126,7 @@ func TestKernelDevices(t *testing.T) {
 				if attr.MaxQP == 0 || attr.MaxCQE == 0 || attr.PhysPortCnt != uint8(d.Ports) {
 					t.Errorf("%+v", attr)
 				}
-				if f.legacy != legacy {
+				if f.legacy.Load() != legacy {
 					t.Error("the ioctl does not know INVOKE_WRITE")
 				}
 				// A protection domain, made and destroyed; a second time is the kernel's error.

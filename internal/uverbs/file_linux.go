@@ -14,35 +14,40 @@ import (
 )
 
 // A File is an open device: one kernel context, which ends with it and takes everything that was made in it along. It is
-// safe for concurrent use; commands take turns, because they share the memory that they are built in. Doorbells do not.
+// safe for concurrent use: a command that blocks, as the change of a QP's state may, does not hold up others.
 type File struct {
 	device string
 	driver uint32
-	fd     int
+	k      Kernel
+	legacy atomic.Bool // this kernel's ioctl has no INVOKE_WRITE
+
+	calls  sync.RWMutex // held for reading by every command, for writing by Close
+	closed bool         // guarded by calls
 
 	mu     sync.Mutex
-	buf    buffer
-	attrs  []Attr // scratch
-	legacy bool   // this kernel's ioctl has no INVOKE_WRITE
-	closed atomic.Bool
+	idle   []buffer // guarded by mu: as many as there were commands at a time
+	cells  []buffer // guarded by mu: memory for prepared commands that none has
+	chunks []buffer // guarded by mu: what the cells are parts of
 }
 
-// bufferSize holds the largest command: a query of a GID table of some thousands of entries is made in parts.
+// bufferSize holds the largest command: a query of a GID table of some thousands of entries is made in parts. Pages that
+// a command does not use are never touched, and cost nothing.
 const bufferSize = 64 << 10
 
 // Open opens the device's character device at path, such as /dev/infiniband/uverbs0. device is the RDMA device's name,
-// for errors, and driverID the number of its kernel driver (enum rdma_driver_id), which every ioctl must name.
+// for errors, and driverID the number of its kernel driver (enum rdma_driver_id), which every ioctl must name. OpenDevice says
+// more when it fails.
 func Open(path, device string, driverID uint32) (*File, error) {
 	fd, err := openRetry(path)
 	if err != nil {
-		return nil, openError(path, device, err)
+		return nil, fmt.Errorf("%s: open %s: %w", device, path, err)
 	}
-	f := &File{device: device, driver: driverID, fd: fd}
-	if f.buf, err = newBuffer(bufferSize); err != nil {
-		unix.Close(fd)
-		return nil, fmt.Errorf("%s: memory for commands: %w", device, err)
-	}
-	return f, nil
+	return NewFile(character{fd}, device, driverID), nil
+}
+
+// NewFile is Open for a kernel that the caller brings. The File owns it.
+func NewFile(k Kernel, device string, driverID uint32) *File {
+	return &File{device: device, driver: driverID, k: k}
 }
 
 func openRetry(path string) (int, error) {
@@ -54,62 +59,87 @@ func openRetry(path string) (int, error) {
 	}
 }
 
-func openError(path, device string, err error) error {
-	hint := ""
-	switch {
-	case errors.Is(err, unix.ENOENT):
-		hint = "there is no such device node: is udev running, or was the node passed to the container?"
-	case errors.Is(err, unix.EACCES):
-		hint = "no permission: the node is usually 0666 or of the group rdma"
-	case errors.Is(err, unix.EPERM):
-		hint = "the device belongs to another network namespace (rdma system show: netns exclusive), or a device cgroup forbids it"
-	case errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
-		hint = "the device was removed"
-	}
-	if hint != "" {
-		hint = " (" + hint + ")"
-	}
-	return fmt.Errorf("%s: open %s: %w%s", device, path, err, hint)
-}
-
 // Device is the RDMA device's name.
 func (f *File) Device() string { return f.device }
 
-// FD is the open descriptor, for mmap. It belongs to the File.
-func (f *File) FD() int { return f.fd }
-
-// Close ends the context: the kernel destroys what is left in it. Mappings of it have to be gone. It may be called again.
+// Close ends the context: the kernel destroys what is left in it. Mappings of it have to be gone. It waits for commands in
+// progress, and may be called again.
 func (f *File) Close() error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.closed.Swap(true) {
+	f.calls.Lock()
+	defer f.calls.Unlock()
+	if f.closed {
 		return nil
 	}
-	err := unix.Close(f.fd)
-	f.buf.free()
+	f.closed = true
+	err := f.k.Close()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, b := range append(f.idle, f.chunks...) {
+		b.free()
+	}
+	f.idle, f.cells, f.chunks = nil, nil, nil
 	return err
+}
+
+// errorf describes a failure that is not the kernel's.
+func (f *File) errorf(op string, err error) error { return fmt.Errorf("%s: %s: %w", f.device, op, err) }
+
+// begin returns memory for a command, or why there can be none. After success, end must be called.
+func (f *File) begin(op string) (buffer, error) {
+	f.calls.RLock()
+	if f.closed {
+		f.calls.RUnlock()
+		return buffer{}, f.errorf(op, net.ErrClosed)
+	}
+	f.mu.Lock()
+	if n := len(f.idle); n > 0 {
+		b := f.idle[n-1]
+		f.idle = f.idle[:n-1]
+		f.mu.Unlock()
+		return b, nil
+	}
+	f.mu.Unlock()
+	b, err := newBuffer(bufferSize)
+	if err != nil {
+		f.calls.RUnlock()
+		return buffer{}, f.errorf(op, fmt.Errorf("memory for the command: %w", err))
+	}
+	return b, nil
+}
+
+func (f *File) end(b buffer) {
+	f.mu.Lock()
+	f.idle = append(f.idle, b)
+	f.mu.Unlock()
+	f.calls.RUnlock()
 }
 
 // Call runs a method of an object. op names it in errors.
 func (f *File) Call(op string, object, method uint16, attrs ...Attr) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.callLocked(op, object, method, attrs)
+	b, err := f.begin(op)
+	if err != nil {
+		return err
+	}
+	defer f.end(b)
+	return f.call(b, op, object, method, attrs)
 }
 
-func (f *File) callLocked(op string, object, method uint16, attrs []Attr) error {
-	if f.closed.Load() {
-		return fmt.Errorf("%s: %s: %w", f.device, op, net.ErrClosed)
-	}
-	if _, err := f.buf.marshal(f.driver, object, method, attrs); err != nil {
-		return fmt.Errorf("%s: %s: %w", f.device, op, err)
+func (f *File) call(b buffer, op string, object, method uint16, attrs []Attr) error {
+	n, err := b.marshal(f.driver, object, method, attrs)
+	if err != nil {
+		return f.errorf(op, err)
 	}
 	for {
-		errno := ioctl(f.fd, f.buf)
-		if errno == 0 {
-			return f.buf.unmarshal(attrs)
-		}
-		if errno != unix.EINTR {
+		switch errno := f.k.Ioctl(b.mem, b.addr); errno {
+		case 0:
+			return b.unmarshal(attrs)
+		case unix.EINTR:
+			// The kernel may have written to the attributes before it gave up.
+			if _, err := b.marshal(f.driver, object, method, attrs); err != nil {
+				return f.errorf(op, err)
+			}
+		default:
+			clear(b.mem[:n])
 			return &CmdError{Device: f.device, Op: op, Errno: errno}
 		}
 	}
@@ -117,112 +147,70 @@ func (f *File) callLocked(op string, object, method uint16, attrs []Attr) error 
 
 // Write runs a command of the write() interface, through the ioctl if this kernel can.
 func (f *File) Write(op string, w *WriteCmd) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if !f.legacy {
-		f.attrs = w.attrs(f.attrs[:0])
-		err := f.callLocked(op, abi.UVERBS_OBJECT_DEVICE, abi.UVERBS_METHOD_INVOKE_WRITE, f.attrs)
-		if !errors.Is(err, unix.ENOTTY) && !errors.Is(err, unix.EPROTONOSUPPORT) {
+	b, err := f.begin(op)
+	if err != nil {
+		return err
+	}
+	defer f.end(b)
+	if !f.legacy.Load() {
+		err := f.call(b, op, abi.UVERBS_OBJECT_DEVICE, abi.UVERBS_METHOD_INVOKE_WRITE, w.attrs(nil))
+		if !noSuchMethod(err) {
 			return err
 		}
-		f.legacy = true
+		f.legacy.Store(true)
 	}
-	return f.writeLocked(op, w)
+	return f.write(b, op, w)
 }
 
-func (f *File) writeLocked(op string, w *WriteCmd) error {
-	if f.closed.Load() {
-		return fmt.Errorf("%s: %s: %w", f.device, op, net.ErrClosed)
-	}
-	n, out, outLen, err := f.buf.legacy(w)
+// noSuchMethod reports whether the kernel does not know the method at all: it has no ioctl, or an older one.
+func noSuchMethod(err error) bool {
+	return errors.Is(err, unix.ENOTTY) || errors.Is(err, unix.EPROTONOSUPPORT)
+}
+
+func (f *File) write(b buffer, op string, w *WriteCmd) error {
+	n, out, outLen, err := b.legacy(w)
 	if err != nil {
-		return fmt.Errorf("%s: %s: %w", f.device, op, err)
+		return f.errorf(op, err)
 	}
 	for {
-		k, err := unix.Write(f.fd, f.buf.mem[:n])
+		k, errno := f.k.Write(b.mem[:n])
 		switch {
-		case err == unix.EINTR:
+		case errno == unix.EINTR:
 			continue
-		case err != nil:
-			ce := &CmdError{Device: f.device, Op: op, Errno: err.(syscall.Errno)}
-			if err == unix.EACCES {
-				ce.Hint = "this process has changed its user, group or capabilities since it opened the device: open it afterwards"
-			}
-			return ce
+		case errno != 0:
+			return writeError(f.device, op, errno)
 		case k != n:
-			return fmt.Errorf("%s: %s: the kernel took %d bytes of a command of %d", f.device, op, k, n)
+			return f.errorf(op, fmt.Errorf("the kernel took %d bytes of a command of %d", k, n))
 		}
-		resp := f.buf.mem[out:][:outLen]
+		resp := b.mem[out:][:outLen]
 		copy(w.Out, resp)
 		copy(w.UHWOut, resp[len(w.Out):])
 		return nil
 	}
 }
 
-// Mmap maps n bytes of the file from offset on, shared with the kernel; each offset can be mapped once.
-func (f *File) Mmap(offset int64, n int) ([]byte, error) {
-	if f.closed.Load() {
-		return nil, fmt.Errorf("%s: mmap: %w", f.device, net.ErrClosed)
+func writeError(device, op string, errno syscall.Errno) error {
+	e := &CmdError{Device: device, Op: op, Errno: errno}
+	if errno == unix.EACCES {
+		e.Hint = "this process has changed its user, group or capabilities since it opened the device: open it afterwards"
 	}
-	b, err := unix.Mmap(f.fd, offset, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	return e
+}
+
+// Mmap maps n bytes of the file from offset on, shared with the kernel; each offset can be mapped once. Munmap gives them
+// back.
+func (f *File) Mmap(offset int64, n int) ([]byte, error) {
+	f.calls.RLock()
+	defer f.calls.RUnlock()
+	if f.closed {
+		return nil, f.errorf("mmap", net.ErrClosed)
+	}
+	b, err := f.k.Mmap(offset, n)
 	if err != nil {
-		return nil, fmt.Errorf("%s: mmap of %d bytes at %#x: %w", f.device, n, offset, err)
+		return nil, f.errorf("mmap", fmt.Errorf("%d bytes at %#x: %w", n, offset, err))
 	}
 	return b, nil
 }
 
-// A Doorbell makes the kernel look at the send queue of one QP, as rxe and siw need it: the command POST_SEND without
-// work requests. It is built once, and ringing it takes no lock and allocates nothing.
-type Doorbell struct {
-	f   *File
-	buf buffer
-	n   int
-}
-
-// minWQESize is what the kernel wants to hear as the size of a work request, though there is none.
-const minWQESize = 56
-
-// NewDoorbell makes the doorbell of a QP. mem, of at least DoorbellSize bytes outside of the Go heap, is used for as long
-// as it rings; it must be aligned to 8 bytes.
-func (f *File) NewDoorbell(qp uint32, mem []byte) (*Doorbell, error) {
-	var in [abi.PostSendSendWROffset]byte
-	putPostSend(in[:], qp, minWQESize)
-	d := &Doorbell{f: f, buf: bufferOf(mem)}
-	w := WriteCmd{Cmd: abi.IB_USER_VERBS_CMD_POST_SEND, In: in[:], Out: make([]byte, 4)}
-	f.mu.Lock()
-	legacy := f.legacy
-	f.mu.Unlock()
-	var err error
-	if legacy {
-		d.n, _, _, err = d.buf.legacy(&w)
-	} else {
-		_, err = d.buf.marshal(f.driver, abi.UVERBS_OBJECT_DEVICE, abi.UVERBS_METHOD_INVOKE_WRITE, w.attrs(nil))
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%s: doorbell: %w", f.device, err)
-	}
-	return d, nil
-}
-
-// DoorbellSize is the memory that a Doorbell needs.
-const DoorbellSize = 128
-
-// Ring makes the kernel look. One goroutine at a time may call it, and none when the QP or the File is being closed. It
-// may block for as long as the kernel works on the queue, with the P given to others.
-func (d *Doorbell) Ring() error {
-	for {
-		var errno syscall.Errno
-		if d.n == 0 {
-			errno = ioctl(d.f.fd, d.buf)
-		} else if _, err := unix.Write(d.f.fd, d.buf.mem[:d.n]); err != nil {
-			errno = err.(syscall.Errno)
-		}
-		switch errno {
-		case 0:
-			return nil
-		case unix.EINTR:
-			continue
-		}
-		return &CmdError{Device: d.f.device, Op: "post_send", Errno: errno}
-	}
-}
+// Munmap ends a mapping. Nobody may touch it any more.
+func (f *File) Munmap(mem []byte) error { return f.k.Munmap(mem) }

@@ -3,9 +3,6 @@ package uverbs
 import (
 	"errors"
 	"net"
-	"os"
-	"path/filepath"
-	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -13,14 +10,6 @@ import (
 	"github.com/ringside-rdma/ringside/internal/abi"
 	"github.com/ringside-rdma/ringside/internal/driver"
 )
-
-// Errors of the door itself name the device, and say what to do.
-func TestOpenErrors(t *testing.T) {
-	_, err := Open(filepath.Join(t.TempDir(), "uverbs0"), "rxe0", 14)
-	if !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "rxe0") || !strings.Contains(err.Error(), "udev") {
-		t.Error(err)
-	}
-}
 
 // A file that is no RDMA device refuses the ioctl, and then the write: here /dev/null takes the write.
 func TestFallback(t *testing.T) {
@@ -36,31 +25,28 @@ func TestFallback(t *testing.T) {
 	if err := f.Write("alloc_pd", &WriteCmd{Cmd: abi.IB_USER_VERBS_CMD_ALLOC_PD, In: Bytes(&in), Out: out}); err != nil {
 		t.Error(err)
 	}
-	if !f.legacy {
+	if !f.legacy.Load() {
 		t.Error("no fallback")
 	}
-	mem, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	d, err := f.PrepareSendDoorbell(7)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Munmap(mem)
-	d, err := f.NewDoorbell(7, mem[:DoorbellSize])
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := d.Ring(); err != nil {
+	if err := d.Run(); err != nil {
 		t.Error(err)
 	}
-	if n := testing.AllocsPerRun(100, func() { d.Ring() }); n != 0 {
-		t.Errorf("ringing allocates %v times", n)
+	if n := testing.AllocsPerRun(100, func() { d.Run() }); n != 0 {
+		t.Errorf("a prepared command allocates %v times", n)
 	}
-	f.legacy = false
-	if d, err = f.NewDoorbell(7, mem[:DoorbellSize]); err != nil {
+	d.Free()
+	f.legacy.Store(false)
+	if d, err = f.PrepareSendDoorbell(7); err != nil {
 		t.Fatal(err)
 	}
-	if err := d.Ring(); !errors.Is(err, unix.ENOTTY) {
+	if err := d.Run(); !errors.Is(err, unix.ENOTTY) {
 		t.Error(err)
 	}
+	d.Free()
 	if err := errors.Join(f.Close(), f.Close()); err != nil {
 		t.Error(err)
 	}

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/ringside-rdma/ringside/internal/netlink"
+	"github.com/ringside-rdma/ringside/internal/nldev"
 	"golang.org/x/sys/unix"
 )
 
@@ -91,7 +92,7 @@ func (w wiring) up() error {
 			return fmt.Errorf("set up routing rules: %w", err)
 		}
 	}
-	rdma, err := netlink.Dial(unix.NETLINK_RDMA)
+	rdma, err := nldev.Dial()
 	if err != nil {
 		return fmt.Errorf("%w: the kernel has no RDMA, or the module ib_core is not loaded", err)
 	}
@@ -139,12 +140,14 @@ func (w wiring) down() error {
 	}
 	defer c.Close()
 	var errs []error
-	if rdma, err := netlink.Dial(unix.NETLINK_RDMA); err == nil { // else there are no devices either
+	if rdma, err := nldev.Dial(); err == nil { // else there are no devices either
 		defer rdma.Close()
 		for _, l := range slices.Backward(w.links()) {
-			if ours(l) {
-				errs = append(errs, l.remove(rdma))
+			here, err := ours(rdma, l)
+			if here && err == nil {
+				err = l.remove(rdma)
 			}
+			errs = append(errs, err)
 		}
 	}
 	if index, err := netdevIndex(w.ends[0].netdev); err == nil {
@@ -168,7 +171,16 @@ func (w wiring) down() error {
 }
 
 // ours is whether a device of the link's name stands on the link's network device, and not on another.
-func ours(l rdmaLink) bool {
-	netdevs, _ := os.ReadFile("/sys/class/infiniband/" + l.name + "/ports/1/gid_attrs/ndevs/0") // no device, no file
-	return strings.TrimSpace(string(netdevs)) == l.netdev
+func ours(c *nldev.Conn, l rdmaLink) (bool, error) {
+	list, err := c.Devices()
+	if err != nil {
+		return false, err
+	}
+	for i := range list {
+		if list[i].Name == l.name {
+			err := c.NetDevs(&list[i])
+			return slices.Contains(list[i].NetDevs, l.netdev), err
+		}
+	}
+	return false, nil
 }

@@ -19,7 +19,9 @@ var arrows = map[string][]string{
 	"internal/roce":          {},
 	"internal/driver":        {},
 	"internal/netlink":       {},
-	"internal/uverbs":        {"internal/abi", "internal/driver", "internal/mem", "internal/netlink"},
+	"internal/nldev":         {"internal/abi", "internal/netlink"},
+	"internal/uverbs":        {"internal/abi", "internal/driver", "internal/mem", "internal/netlink", "internal/nldev"},
+	"internal/rdmacm":        {"internal/abi", "internal/driver", "internal/netlink", "internal/mem"},
 	"internal/softnic":       {"internal/softnic", "internal/driver", "internal/ring", "internal/roce", "internal/mem", "internal/abi"},
 	"internal/provider":      {"internal/provider/soft", "internal/provider/rxe", "internal/provider/siw", "internal/provider/mlx5", "internal/driver"},
 	"internal/provider/soft": {"internal/softnic", "internal/driver", "internal/ring", "internal/mem"},
@@ -42,7 +44,7 @@ var arrows = map[string][]string{
 	"internal/conformance": {"internal/testutil", "qp", "mr", "verbs"},
 	"internal/cmd":         {},
 	"bench":                {"bench", "internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
-	"test":                 {"test", "internal/testutil", "internal/netlink", "rpc", "transport", "qp", "mr", "verbs"},
+	"test":                 {"test", "internal/testutil", "internal/netlink", "internal/nldev", "rpc", "transport", "qp", "mr", "verbs"},
 }
 
 // entryOf returns the folder whose entry of arrows covers folder.

@@ -1,0 +1,155 @@
+package uverbs
+
+import (
+	"context"
+	"errors"
+	"net"
+	"runtime"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ringside-rdma/ringside/internal/driver"
+)
+
+// newPipe is an EventFile whose kernel is the test.
+func newPipe(t *testing.T) (*EventFile, int) {
+	t.Helper()
+	var p [2]int
+	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	e, err := NewEventFile(p[0], "test0", "get_cq_event")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { e.Close(); unix.Close(p[1]) })
+	return e, p[1]
+}
+
+func put(t *testing.T, fd int, b byte) {
+	t.Helper()
+	if _, err := unix.Write(fd, []byte{b, 0, 0, 0, 0, 0, 0, 0}); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestEventWait(t *testing.T) {
+	e, w := newPipe(t)
+	var b [8]byte
+	put(t, w, 1)
+	if n, err := e.Wait(t.Context(), b[:]); n != 8 || err != nil || b[0] != 1 {
+		t.Error(n, err, b)
+	}
+	go func() { time.Sleep(time.Millisecond); put(t, w, 2) }()
+	if n, err := e.Wait(t.Context(), b[:]); n != 8 || err != nil || b[0] != 2 {
+		t.Error(n, err, b)
+	}
+	// A context that ends does so without taking an event along, whenever it does.
+	for i := range 200 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i%50)*time.Microsecond)
+		if n, err := e.Wait(ctx, b[:]); n != 0 || !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatal(n, err)
+		}
+		cancel()
+	}
+	put(t, w, 3)
+	if n, err := e.WaitThread(b[:]); n != 8 || err != nil || b[0] != 3 {
+		t.Error(n, err, b)
+	}
+	go func() { time.Sleep(time.Millisecond); put(t, w, 4) }()
+	if n, err := e.WaitThread(b[:]); n != 8 || err != nil || b[0] != 4 {
+		t.Error(n, err, b)
+	}
+	put(t, w, 5)
+	if n, err := e.Wait(t.Context(), b[:]); n != 8 || err != nil || b[0] != 5 {
+		t.Error(n, err, b)
+	}
+}
+
+func TestEventInterrupt(t *testing.T) {
+	e, w := newPipe(t)
+	var b [8]byte
+	e.Interrupt() // before: the next one ends
+	if n, err := e.WaitThread(b[:]); n != 0 || err != nil {
+		t.Error(n, err)
+	}
+	for range 100 {
+		go e.Interrupt()
+		if n, err := e.WaitThread(b[:]); n != 0 || err != nil {
+			t.Error(n, err)
+		}
+	}
+	put(t, w, 1)
+	if n, err := e.WaitThread(b[:]); n != 8 || err != nil {
+		t.Error(n, err)
+	}
+	event := make([]byte, 8)
+	if n := testing.AllocsPerRun(100, func() { unix.Write(w, event); e.WaitThread(b[:]) }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+// Close and Fail end every wait, whichever kind, wherever it is.
+func TestEventEnd(t *testing.T) {
+	removed := &CmdError{Device: "test0", Op: "x", Errno: unix.EIO}
+	for range 50 {
+		for name, end := range map[string]func(*EventFile) error{
+			"close": func(e *EventFile) error { e.Close(); return net.ErrClosed },
+			"fail":  func(e *EventFile) error { e.Fail(removed); return driver.ErrDeviceRemoved },
+		} {
+			for _, thread := range []bool{false, true} {
+				e, _ := newPipe(t)
+				var wg sync.WaitGroup
+				errs := make([]error, 3)
+				for i := range errs {
+					if thread && i > 0 {
+						break
+					}
+					wg.Go(func() {
+						var b [8]byte
+						if thread {
+							_, errs[i] = e.WaitThread(b[:])
+						} else {
+							_, errs[i] = e.Wait(context.Background(), b[:])
+						}
+					})
+				}
+				runtime.Gosched()
+				want := end(e)
+				wg.Wait()
+				for i, err := range errs {
+					if (!thread || i == 0) && !errors.Is(err, want) {
+						t.Fatalf("%s, thread %t: %v", name, thread, err)
+					}
+				}
+				if _, err := e.Wait(t.Context(), make([]byte, 8)); !errors.Is(err, want) {
+					t.Fatalf("after %s: %v", name, err)
+				}
+				e.Close()
+			}
+		}
+	}
+}
+
+// The kernel's end of file is the device's.
+func TestEventEOF(t *testing.T) {
+	var p [2]int
+	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	e, err := NewEventFile(p[0], "test0", "get_async_event")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	unix.Close(p[1])
+	if _, err := e.Wait(t.Context(), make([]byte, 8)); !errors.Is(err, driver.ErrDeviceRemoved) {
+		t.Error(err)
+	}
+	if _, err := e.WaitThread(make([]byte, 8)); !errors.Is(err, driver.ErrDeviceRemoved) {
+		t.Error(err)
+	}
+}

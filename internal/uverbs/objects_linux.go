@@ -1,0 +1,235 @@
+package uverbs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ringside-rdma/ringside/internal/abi"
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// A PD is what protection domains of all kernel devices have in common.
+type PD struct {
+	C      *Context
+	Handle uint32
+}
+
+// AllocPD makes a protection domain.
+func (c *Context) AllocPD(uhwOut []byte) (PD, error) {
+	h, err := c.File.AllocPD(uhwOut)
+	return PD{c, h}, err
+}
+
+// Close implements driver.PD.
+func (p *PD) Close() error { return Destroyed(p.C.DeallocPD(p.Handle)) }
+
+// Destroyed is the error of an object's destruction.
+func Destroyed(err error) error {
+	if gone(err) {
+		return nil
+	}
+	return busy(err)
+}
+
+// A MR is a memory region.
+type MR struct {
+	MRInfo
+	c      *Context
+	access ib.Access
+}
+
+// RegisterMR registers memory, with what the provider's driver takes and gives.
+func (p *PD) RegisterMR(cfg driver.MRConfig, uhwIn, uhwOut []byte) (*MR, error) {
+	start := AddrOf(cfg.Mem)
+	iova, access := start, cfg.Access
+	if access&ib.AccessZeroBased != 0 {
+		// The kernel's own flag is for windows only; a region counts from whatever address it is given.
+		access &^= ib.AccessZeroBased
+		if iova = 0; start%uint64(unix.Getpagesize()) != 0 {
+			return nil, p.C.errorf("reg_mr", errors.New("zero-based addresses need memory that begins on a page, as mr.Alloc makes it"))
+		}
+	}
+	if !p.C.optional {
+		access &^= ib.AccessRelaxedOrdering
+	}
+	info, err := p.C.RegMR(p.Handle, start, uint64(len(cfg.Mem)), iova, access, uhwIn, uhwOut)
+	if err != nil {
+		return nil, err
+	}
+	return &MR{info, p.C, access}, nil
+}
+
+// LKey implements driver.MR.
+func (m *MR) LKey() ib.LKey { return m.MRInfo.LKey }
+
+// RKey implements driver.MR.
+func (m *MR) RKey() ib.RKey { return m.MRInfo.RKey }
+
+// Close implements driver.MR.
+func (m *MR) Close() error {
+	err := m.c.DeregMR(m.Handle)
+	if errors.Is(err, unix.EINVAL) && m.access&ib.AccessMWBind != 0 {
+		return fmt.Errorf("%w: a memory window is bound to the region: %w", driver.ErrBusy, err) // rxe's word for it
+	}
+	return Destroyed(err)
+}
+
+type ah struct {
+	c      *Context
+	handle uint32
+	num    ib.AHNum
+}
+
+// NewAH makes an address handle. num returns what work requests name it by, once the driver's data is there.
+func (p *PD) NewAH(attr *ib.AHAttr, uhwOut []byte, num func() (ib.AHNum, error)) (driver.AH, error) {
+	h, err := p.C.CreateAH(p.Handle, attr, p.C.Link, uhwOut)
+	if err != nil {
+		return nil, err
+	}
+	n, err := num()
+	if err != nil {
+		return nil, errors.Join(err, p.C.DestroyAH(h))
+	}
+	return &ah{p.C, h, n}, nil
+}
+
+func (a *ah) Num() ib.AHNum { return a.num }
+func (a *ah) Close() error  { return Destroyed(a.c.DestroyAH(a.handle)) }
+
+// A QP is what queue pairs of all kernel devices have in common.
+type QP struct {
+	QPInfo
+	C   *Context
+	PD  uint32
+	typ ib.QPType
+
+	modify sync.Mutex    // one change at a time, and none beside Destroy
+	ended  bool          // guarded by modify
+	state  atomic.Uint32 // as last heard; errors change it without a word
+}
+
+// Init makes the queue pair; cq and srq are handles, srq -1 for none.
+func (q *QP) Init(p *PD, cfg *driver.QPConfig, cookie uint64, sendCQ, recvCQ uint32, srq int, uhwOut []byte) error {
+	cmd := abi.CreateQP{
+		UserHandle: cookie, PDHandle: p.Handle, SendCQHandle: sendCQ, RecvCQHandle: recvCQ,
+		MaxSendWR: uint32(cfg.Cap.MaxSendWR), MaxRecvWR: uint32(cfg.Cap.MaxRecvWR), MaxSendSGE: uint32(cfg.Cap.MaxSendSGE),
+		MaxRecvSGE: uint32(cfg.Cap.MaxRecvSGE), MaxInlineData: uint32(cfg.Cap.MaxInline), QPType: uint8(cfg.Type),
+	}
+	if cfg.SignalAll {
+		cmd.SQSigAll = 1
+	}
+	if srq >= 0 {
+		cmd.IsSRQ, cmd.SRQHandle = 1, uint32(srq)
+	}
+	info, err := p.C.CreateQP(&cmd, nil, uhwOut)
+	if err != nil {
+		return err
+	}
+	q.QPInfo, q.C, q.PD, q.typ = info, p.C, p.Handle, cfg.Type
+	return nil
+}
+
+// QPN implements driver.QP.
+func (q *QP) QPN() ib.QPN { return q.QPInfo.QPN }
+
+// Cap implements driver.QP.
+func (q *QP) Cap() ib.QPCap { return q.QPInfo.Cap }
+
+// Type is the transport service.
+func (q *QP) Type() ib.QPType { return q.typ }
+
+// State is the state as last heard. It costs one load.
+func (q *QP) State() ib.QPState { return ib.QPState(q.state.Load()) }
+
+// SetState is for providers that learn of an error otherwise than by asking.
+func (q *QP) SetState(s ib.QPState) { q.state.Store(uint32(s)) }
+
+// Change modifies the queue pair and then, with no other change in between, calls then; that is also done if ctx ends
+// before the kernel has answered, which cannot be stopped.
+func (q *QP) Change(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask, then func()) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := q.check(attr, mask); err != nil {
+		return err
+	}
+	a := *attr
+	change := func() error {
+		q.modify.Lock()
+		defer q.modify.Unlock()
+		if q.ended {
+			return driver.ErrClosed
+		}
+		if err := q.C.ModifyQP(q.Handle, &a, mask, q.C.Link); err != nil {
+			return err
+		}
+		if mask&ib.AttrState != 0 {
+			q.SetState(a.State)
+		}
+		then()
+		return nil
+	}
+	if mask&ib.AttrAV == 0 || ctx.Done() == nil {
+		return change()
+	}
+	done := make(chan error, 1)
+	go func() { done <- change() }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// check finds values that a port does not have: the kernel's structures would cut them short, and some drivers do not look.
+func (q *QP) check(a *ib.QPAttr, mask ib.QPAttrMask) error {
+	if mask&ib.AttrPathMTU != 0 && a.PathMTU.Bytes() == 0 {
+		return q.C.errorf("modify_qp", fmt.Errorf("%d is no path MTU", uint8(a.PathMTU)))
+	}
+	if mask&(ib.AttrAV|ib.AttrPKeyIndex) == 0 {
+		return nil
+	}
+	port := a.Port
+	if mask&ib.AttrAV != 0 {
+		port = a.AH.Port
+	}
+	p, err := q.C.QueryPort(port)
+	if err != nil {
+		return err
+	}
+	if mask&ib.AttrPKeyIndex != 0 && int(a.PKeyIndex) >= p.PKeyTable {
+		return q.C.errorf("modify_qp", fmt.Errorf("P_Key index %d: port %d has %d P_Keys", a.PKeyIndex, port, p.PKeyTable))
+	}
+	if mask&ib.AttrAV != 0 && (a.AH.SGIDIndex < 0 || a.AH.SGIDIndex >= min(p.GIDTable, 256)) {
+		return q.C.errorf("modify_qp", fmt.Errorf("GID index %d: port %d has %d slots", a.AH.SGIDIndex, port, p.GIDTable))
+	}
+	return nil
+}
+
+// Ask asks for the attributes as they are now.
+func (q *QP) Ask() (ib.QPAttr, error) {
+	a, err := q.C.QueryQP(q.Handle)
+	if err == nil {
+		q.SetState(a.State)
+	}
+	return a, err
+}
+
+// Destroy ends the queue pair; a change that is in progress ends first.
+func (q *QP) Destroy() error {
+	q.modify.Lock()
+	defer q.modify.Unlock()
+	if q.ended {
+		return nil
+	}
+	err := Destroyed(q.C.DestroyQP(q.Handle))
+	q.ended = err == nil
+	return err
+}
