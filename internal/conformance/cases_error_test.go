@@ -350,7 +350,8 @@ func peerInErr(c *C) {
 	}
 }
 
-// The destination exists, but is connected to another QP: it does not take messages from us (IBA 9.6.1.1).
+// The destination exists, but is connected to another QP: it does not take messages from us. A packet does not say which QP
+// sent it, so what keeps strangers out is that they do not know the PSN (IBA 9.7.1): this one is a long way behind.
 func peerNotConnected(c *C) {
 	o := c.opts(ib.RC)
 	o.retry = 1
@@ -360,7 +361,9 @@ func peerNotConnected(c *C) {
 	l.b.mem.canary()
 	stranger.toInit(o, 0)
 	stranger.toRTR(o, l.b)
-	stranger.toRTS(o)
+	attr, mask := stranger.rtsAttr(o)
+	attr.SQPSN = l.a.psn().Add(-1 << 20)
+	stranger.modify(attr, mask)
 	stranger.mem.set(0, 64, 1)
 	stranger.post(wrSend(5, stranger.mem.sge(0, 8)), wrWrite(6, stranger.mem.sges(0, 8), l.b.mem, 0))
 	stranger.sentOneOf(5, ib.WCRetryExceeded, ib.WCFlushErr)

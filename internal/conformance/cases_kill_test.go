@@ -52,7 +52,12 @@ func (c *C) diedWell(wcs []ib.WC) {
 	if i == len(wcs) {
 		return
 	}
-	if s := wcs[i].Status; s != ib.WCRetryExceeded && s != ib.WCFlushErr {
+	switch s := wcs[i].Status; {
+	case s == ib.WCRetryExceeded, s == ib.WCFlushErr:
+	case s == ib.WCRemoteAccessErr && c.A.dev.Provider != "soft":
+		// A kernel that clears up behind a dead process takes its objects one by one: its regions may go before its QPs.
+		c.note("the first request after the peer's death ends with %q", s)
+	default:
 		c.Errorf("the first request after the peer's death ends with %q, want %q", s, ib.WCRetryExceeded)
 	}
 	if wcs[i].Status == ib.WCFlushErr && c.A.dev.Provider != "soft" {
@@ -255,8 +260,10 @@ func killSRQ(c *C) {
 	c.B.kill()
 	l.a.failsSoon(wrSend(1))
 	l.a.inState(ib.Err)
-	if ev := c.A.event(ib.EventLastWQEReached); ev.QPN != l.a.QPN {
-		c.Errorf("event of QP %#x, want %#x", ev.QPN, l.a.QPN)
+	if c.A.saysLastWQE() {
+		if ev := c.A.event(ib.EventLastWQEReached); ev.QPN != l.a.QPN {
+			c.Errorf("event of QP %#x, want %#x", ev.QPN, l.a.QPN)
+		}
 	}
 	rcq.empty("receives of an SRQ are not flushed")
 	other.b.post(wrSend(2))

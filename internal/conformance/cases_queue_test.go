@@ -209,22 +209,24 @@ func oneCQ(c *C) {
 	for range 3 {
 		links = append(links, c.pair(ib.RC, func(o *linkOpts) { o.scqA, o.rcqA, o.scqB, o.rcqB = qa, qa, qb, qb }))
 	}
-	seen := map[ib.QPN]int{}
+	seenA, seenB := map[ib.QPN]int{}, map[ib.QPN]int{} // each device numbers its own
 	for i, l := range links {
 		l.a.recv(uint64(i), l.a.mem.sge(0, 64))
 		l.b.recv(uint64(i), l.b.mem.sge(0, 64))
 		l.a.post(wrSend(uint64(i), l.a.mem.sge(0, 10)))
 		l.b.post(wrSend(uint64(i), l.b.mem.sge(0, 10)))
 	}
-	for _, wc := range append(qa.wait(6), qb.wait(6)...) {
-		if wc.Status != ib.WCSuccess || wc.Opcode != ib.WCSend && wc.Opcode != ib.WCRecv {
-			c.Fatalf("completion %s", showWC(wc))
+	for cq, seen := range map[*CQ]map[ib.QPN]int{qa: seenA, qb: seenB} {
+		for _, wc := range cq.wait(6) {
+			if wc.Status != ib.WCSuccess || wc.Opcode != ib.WCSend && wc.Opcode != ib.WCRecv {
+				c.Fatalf("completion %s", showWC(wc))
+			}
+			seen[wc.QPN]++
 		}
-		seen[wc.QPN]++
 	}
 	for _, l := range links {
-		if seen[l.a.QPN] != 2 || seen[l.b.QPN] != 2 {
-			c.Fatalf("completions by QPN: %v", seen)
+		if seenA[l.a.QPN] != 2 || seenB[l.b.QPN] != 2 {
+			c.Fatalf("completions by QPN: %v, %v", seenA, seenB)
 		}
 	}
 }

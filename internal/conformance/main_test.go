@@ -196,6 +196,12 @@ func (r *runner) run(t *testing.T, tc testCase) {
 		testutil.Skip(t, res.Reason)
 	}
 	for _, s := range sides {
+		if reason := gapOf(s.dev.Provider, tc.name); reason != "" {
+			res.Reason = reason
+			testutil.Skip(t, reason)
+		}
+	}
+	for _, s := range sides {
 		s.pd = do(s, opPD, none{})
 	}
 	tc.run(c)

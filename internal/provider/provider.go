@@ -3,6 +3,7 @@ package provider
 
 import (
 	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/provider/rxe"
 	"github.com/ringside-rdma/ringside/internal/provider/soft"
 )
 
@@ -14,5 +15,5 @@ type Entry struct {
 
 // Table returns the providers, best tier first.
 func Table() []Entry {
-	return []Entry{{driver.TierSoft, soft.Provider()}}
+	return []Entry{{driver.TierKernelSoft, rxe.Provider()}, {driver.TierSoft, soft.Provider()}}
 }

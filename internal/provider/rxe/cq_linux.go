@@ -1,0 +1,231 @@
+package rxe
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/ringside-rdma/ringside/internal/abi"
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/uverbs"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+var (
+	errOldAH   = errors.New("this kernel's rxe does not number address handles (Linux before 5.15): UD needs a newer one")
+	errOverrun = errors.New("the completion queue has overrun, and completions are lost: it must hold every completion that may be outstanding")
+)
+
+type cq struct {
+	c      *rxeContext
+	handle uint32
+	cookie uint64
+
+	failed atomic.Bool // it has overrun
+
+	mu      sync.Mutex
+	q       queue // guarded by mu; no memory once closed
+	entries int   // guarded by mu
+
+	armMu sync.Mutex
+	arm   [2]*uverbs.Prepared // guarded by armMu: for any completion, for solicited ones; nil once closed
+}
+
+// CreateCQ implements driver.Context.
+func (c *rxeContext) CreateCQ(cfg driver.CQConfig) (driver.CQ, error) {
+	if err := c.Removed(); err != nil {
+		return nil, err
+	}
+	fd, err := c.ChannelFD(cfg.Channel)
+	if err != nil {
+		return nil, err
+	}
+	q := &cq{c: c}
+	q.cookie = c.Track(q)
+	if err := q.create(cfg.Entries, fd); err != nil {
+		c.Forget(q.cookie)
+		return nil, err
+	}
+	return q, nil
+}
+
+func (q *cq) create(entries, channel int) error {
+	var resp abi.RxeCreateCQResp
+	handle, _, err := q.c.Context.CreateCQ(entries, channel, q.cookie, nil, uverbs.Bytes(&resp))
+	if err != nil {
+		return err
+	}
+	q.handle = handle
+	if q.q, err = q.c.mapQueue(&resp.Mi, int(wcBytes), fromKernel); err == nil {
+		q.entries = int(q.q.mask)
+		for i := range q.arm {
+			if q.arm[i], err = q.c.PrepareArm(handle, i == 1); err != nil {
+				break
+			}
+		}
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("create_cq: %w", err), q.destroy())
+	}
+	return nil
+}
+
+// destroy ends the queue in the kernel, then here. If the kernel refuses, nothing has changed.
+func (q *cq) destroy() error {
+	if err := uverbs.Destroyed(q.c.DestroyCQ(q.handle)); err != nil {
+		return err
+	}
+	q.c.unmapQueue(&q.q)
+	for i := range q.arm {
+		q.arm[i].Free()
+		q.arm[i] = nil
+	}
+	q.c.Forget(q.cookie)
+	return nil
+}
+
+// Entries implements driver.CQ.
+func (q *cq) Entries() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.entries
+}
+
+// Event hears of the queue's overrun.
+func (q *cq) Event(ib.EventType) { q.failed.Store(true) }
+
+// Err implements driver.CQ.
+func (q *cq) Err() error {
+	if err := q.c.Removed(); err != nil {
+		return err
+	}
+	if q.failed.Load() {
+		return errOverrun
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.q.mem == nil {
+		return driver.ErrClosed
+	}
+	return nil
+}
+
+// Poll implements driver.CQ.
+func (q *cq) Poll(wcs []ib.WC) int {
+	q.mu.Lock()
+	if q.q.mem == nil || q.failed.Load() {
+		q.mu.Unlock()
+		return -1
+	}
+	n := min(q.q.filled(), uint32(len(wcs)))
+	if n == 0 {
+		q.mu.Unlock()
+		if q.c.Removed() != nil {
+			return -1
+		}
+		return 0
+	}
+	special := false
+	for i := range n {
+		special = takeWC(&wcs[i], wc(q.q.slot(q.q.at+i))) || special
+	}
+	q.q.publish(n)
+	q.mu.Unlock()
+	if special {
+		q.note(wcs[:n])
+	}
+	return int(n)
+}
+
+// takeWC copies a completion, and reports whether it is one to be noted.
+func takeWC(to *ib.WC, from *abi.WC) (special bool) {
+	to.ID = from.WRID
+	to.QPN = ib.QPN(from.QPNum) & ib.MaxQPN
+	to.VendorErr = from.VendorErr
+	to.Status = ib.WCStatus(min(from.Status, uint32(ib.WCGeneralErr)))
+	to.Opcode = ib.WCOpcode(from.Opcode)
+	to.ByteLen = from.ByteLen
+	to.SrcQPN = ib.QPN(from.SrcQP) & ib.MaxQPN
+	to.PKeyIndex, to.SLID, to.SL = from.PKeyIndex, ib.LID(from.SLID), from.SL
+	to.Imm, to.InvalidatedRKey = 0, 0
+	to.Flags = 0
+	if !to.Opcode.IsRecv() {
+		return to.Status != ib.WCSuccess // the flags that rxe sets are those of what was sent
+	}
+	const grh, withImm, withInv = 1, 2, 4 // enum ib_wc_flags: not what libibverbs, and so package ib, numbers them
+	to.Flags = ib.WCFlags(from.WCFlags & (grh | withImm))
+	if from.WCFlags&withImm != 0 {
+		to.Imm = abi.FromBE32(abi.BE32(from.Ex))
+	}
+	if from.WCFlags&withInv != 0 {
+		to.Flags |= ib.WCWithInv
+		to.InvalidatedRKey = ib.RKey(from.Ex)
+	}
+	return to.Status != ib.WCSuccess || to.Flags&ib.WCWithInv != 0
+}
+
+// note tells queue pairs that they are in error, and windows that they were invalidated: nothing else does.
+func (q *cq) note(wcs []ib.WC) {
+	for i := range wcs {
+		switch wc := &wcs[i]; {
+		case wc.Status != ib.WCSuccess:
+			if p := q.c.qp(wc.QPN); p != nil {
+				p.failed()
+			}
+		case wc.Flags&ib.WCWithInv != 0:
+			q.c.invalidated(wc.InvalidatedRKey)
+		}
+	}
+}
+
+// Arm implements driver.CQ.
+func (q *cq) Arm(solicitedOnly bool) error {
+	if err := q.c.Removed(); err != nil {
+		return err
+	}
+	i := 0
+	if solicitedOnly {
+		i = 1
+	}
+	q.armMu.Lock()
+	defer q.armMu.Unlock()
+	if q.arm[i] == nil {
+		return driver.ErrClosed
+	}
+	return q.arm[i].Run()
+}
+
+// Resize implements driver.CQResizer.
+func (q *cq) Resize(entries int) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.q.mem == nil {
+		return driver.ErrClosed
+	}
+	if n := int(q.q.filled()); entries < n {
+		return fmt.Errorf("%d completions are queued: poll them first, or ask for more than %d entries", n, entries)
+	}
+	var resp abi.RxeResizeCQResp
+	if _, err := q.c.ResizeCQ(q.handle, entries, nil, uverbs.Bytes(&resp)); err != nil {
+		return err
+	}
+	// The kernel has moved what was queued, and writes to the new memory only.
+	fresh, err := q.c.mapQueue(&resp.Mi, int(wcBytes), fromKernel)
+	if err != nil {
+		q.failed.Store(true) // its completions cannot be reached
+		return fmt.Errorf("resize_cq: %w", err)
+	}
+	q.c.unmapQueue(&q.q)
+	q.q, q.entries = fresh, int(fresh.mask)
+	return nil
+}
+
+// Close implements driver.CQ.
+func (q *cq) Close() error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.armMu.Lock()
+	defer q.armMu.Unlock()
+	return q.destroy()
+}

@@ -1,0 +1,303 @@
+package rxe
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/ringside-rdma/ringside/internal/abi"
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/uverbs"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+type qp struct {
+	uverbs.QP
+	c      *rxeContext
+	cookie uint64
+	srq    *srq
+	qkey   atomic.Uint32
+
+	sendMu   sync.Mutex
+	sq       queue            // guarded by sendMu; no memory once closed
+	sendBell *uverbs.Prepared // guarded by sendMu
+
+	recvMu sync.Mutex
+	rq     queue // guarded by recvMu; no memory with an SRQ, or once closed
+}
+
+// CreateQP implements driver.PD.
+func (p *pd) CreateQP(cfg driver.QPConfig) (driver.QP, error) {
+	if err := p.c.Removed(); err != nil {
+		return nil, err
+	}
+	scq, ok1 := cfg.SendCQ.(*cq)
+	rcq, ok2 := cfg.RecvCQ.(*cq)
+	s, ok3 := cfg.SRQ.(*srq)
+	if !ok1 || !ok2 || !ok3 && cfg.SRQ != nil {
+		return nil, errors.New("the QP's CQs or SRQ belong to another device")
+	}
+	q := &qp{c: p.c, srq: s}
+	q.cookie = p.c.Track(q)
+	srqHandle := -1
+	if s != nil {
+		srqHandle = int(s.handle)
+	}
+	var resp abi.RxeCreateQPResp
+	if err := q.Init(&p.PD, &cfg, q.cookie, scq.handle, rcq.handle, srqHandle, uverbs.Bytes(&resp)); err != nil {
+		p.c.Forget(q.cookie)
+		return nil, err
+	}
+	if err := q.open(&resp); err != nil {
+		return nil, errors.Join(fmt.Errorf("create_qp: %w", err), q.destroy())
+	}
+	p.c.mu.Lock()
+	p.c.qps[q.QPN()] = q
+	p.c.mu.Unlock()
+	return q, nil
+}
+
+// open maps the queues.
+func (q *qp) open(resp *abi.RxeCreateQPResp) (err error) {
+	c := q.Cap()
+	if q.sq, err = q.c.mapQueue(&resp.SQMi, sendSize(c.MaxSendSGE, c.MaxInline), toKernel); err != nil {
+		return err
+	}
+	q.QPInfo.Cap.MaxSendWR = int(q.sq.mask) // the kernel answers with what was asked for, and makes more
+	if q.sendBell, err = q.c.PrepareSendDoorbell(q.Handle); err != nil || q.srq != nil {
+		return err
+	}
+	q.rq, err = q.c.mapQueue(&resp.RQMi, recvSize(c.MaxRecvSGE), toKernel)
+	q.QPInfo.Cap.MaxRecvWR = int(q.rq.mask)
+	return err
+}
+
+// destroy ends the queue pair in the kernel, then here. If the kernel refuses, nothing has changed.
+func (q *qp) destroy() error {
+	if err := q.Destroy(); err != nil {
+		return err
+	}
+	q.c.unmapQueue(&q.sq)
+	q.c.unmapQueue(&q.rq)
+	q.sendBell.Free()
+	q.sendBell = nil
+	q.c.Forget(q.cookie)
+	return nil
+}
+
+// Close implements driver.QP.
+func (q *qp) Close() error {
+	q.c.mu.Lock()
+	if q.c.qps[q.QPN()] == q {
+		delete(q.c.qps, q.QPN()) // before the kernel may give the number to another
+	}
+	q.c.mu.Unlock()
+	q.sendMu.Lock()
+	defer q.sendMu.Unlock()
+	q.recvMu.Lock()
+	defer q.recvMu.Unlock()
+	return q.destroy()
+}
+
+// Path implements driver.PathReporter.
+func (q *qp) Path() string {
+	if q.State() < ib.RTR {
+		return ""
+	}
+	return "roce"
+}
+
+// Modify implements driver.QP.
+func (q *qp) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) error {
+	if err := q.c.Removed(); err != nil {
+		return err
+	}
+	return q.Change(ctx, attr, mask, func() {
+		if mask&ib.AttrQKey != 0 {
+			q.qkey.Store(uint32(attr.QKey))
+		}
+		switch {
+		case mask&ib.AttrState == 0:
+		case attr.State == ib.Reset:
+			q.forget()
+		case attr.State == ib.RTS:
+			q.ring() // in SQD requests could be posted, and the kernel does not look for them by itself
+		}
+	})
+}
+
+func (q *qp) ring() {
+	q.sendMu.Lock()
+	if q.sendBell != nil {
+		q.sendBell.Run() // if it fails, so will the next PostSend
+	}
+	q.sendMu.Unlock()
+}
+
+// forget empties the queues. The kernel clears their memory when it resets a queue pair, but takes no receive off its
+// queue: what was posted would come back as receives of no buffers.
+func (q *qp) forget() {
+	q.sendMu.Lock()
+	if q.sq.mem != nil {
+		q.sq.forget()
+	}
+	q.sendMu.Unlock()
+	q.recvMu.Lock()
+	if q.rq.mem != nil {
+		q.rq.forget()
+	}
+	q.recvMu.Unlock()
+}
+
+// Query implements driver.QP.
+func (q *qp) Query() (ib.QPAttr, error) {
+	was := q.State()
+	a, err := q.Ask()
+	if err == nil && a.State == ib.Err && was != ib.Err {
+		q.flushRecvs()
+	}
+	return a, err
+}
+
+// failed notes that a request of the queue pair has failed.
+func (q *qp) failed() {
+	switch {
+	case q.State() == ib.Err:
+	case q.Type() == ib.RC: // there is no doubt, and the kernel may take a moment to say so
+		q.SetState(ib.Err)
+		q.flushRecvs()
+	default:
+		q.Query()
+	}
+}
+
+// flushRecvs makes the kernel flush what was posted to the receive queue of a queue pair in error: it looks there by
+// itself only when the queue pair gets into that state. (The command POST_RECV, which makes it look as well, is not open to
+// user space.) If it fails, the device has gone.
+func (q *qp) flushRecvs() {
+	if q.srq == nil {
+		q.c.ModifyQP(q.Handle, &ib.QPAttr{State: ib.Err}, ib.AttrState, q.c.Link)
+	}
+}
+
+// PostSend implements driver.QP.
+func (q *qp) PostSend(wrs []ib.SendWR) (n int, err error) {
+	q.sendMu.Lock()
+	defer q.sendMu.Unlock()
+	if q.sq.mem == nil {
+		return 0, driver.ErrClosed
+	}
+	if s := q.State(); s < ib.RTS {
+		return 0, driver.StateErr(s)
+	}
+	if err := q.c.Removed(); err != nil {
+		return 0, err
+	}
+	room := q.sq.room()
+	for n < len(wrs) {
+		wr := &wrs[n]
+		if uint32(n) == room {
+			err = driver.ErrQueueFull
+			break
+		}
+		if err = q.put(wr, q.sq.at+uint32(n)); err != nil {
+			break
+		}
+		n++
+	}
+	if n > 0 {
+		q.sq.publish(uint32(n))
+		if bellErr := q.sendBell.Run(); bellErr != nil {
+			return n, bellErr
+		}
+	}
+	return n, err
+}
+
+// sendFlags are what the kernel has in common with package ib (enum ib_send_flags).
+const (
+	sendFlags  = ib.SendFence | ib.SendSignaled | ib.SendSolicited
+	sendInline = 8
+)
+
+func (q *qp) put(wr *ib.SendWR, at uint32) error {
+	if err := driver.CheckSendWR(q.Type(), &q.QPInfo.Cap, wr); err != nil {
+		return err
+	}
+	flags := uint32(wr.Flags & sendFlags)
+	if len(wr.Inline) > 0 {
+		flags |= sendInline
+	}
+	ud := q.Type() == ib.UD
+	if ud && wr.AH == 0 {
+		return driver.ErrNoAH
+	}
+	e := extra{flags: flags, ud: ud, qkey: wr.RemoteQKey}
+	switch {
+	case ud && wr.RemoteQKey&ownQKey != 0:
+		e.qkey = ib.QKey(q.qkey.Load())
+	case wr.Opcode == ib.OpBindMW:
+		key, err := q.bind(wr.Bind)
+		if err != nil {
+			return err
+		}
+		e.window = key
+	case wr.Opcode == ib.OpLocalInv:
+		if err := q.invalidate(wr.InvalidateRKey); err != nil {
+			return err
+		}
+	}
+	putSend(q.sq.slot(at), wr, e)
+	return nil
+}
+
+// ownQKey in a request's Q_Key stands for the queue pair's own (IBA 10.2.5); rxe would send the bit.
+const ownQKey ib.QKey = 1 << 31
+
+// PostRecv implements driver.QP.
+func (q *qp) PostRecv(wrs []ib.RecvWR) (int, error) {
+	if q.srq != nil {
+		return 0, driver.ErrHasSRQ
+	}
+	q.recvMu.Lock()
+	defer q.recvMu.Unlock()
+	if q.rq.mem == nil {
+		return 0, driver.ErrClosed
+	}
+	s := q.State()
+	if s == ib.Reset {
+		return 0, driver.StateErr(s)
+	}
+	if err := q.c.Removed(); err != nil {
+		return 0, err
+	}
+	n, err := postRecv(&q.rq, q.QPInfo.Cap.MaxRecvSGE, wrs)
+	if n > 0 && s == ib.Err {
+		q.flushRecvs()
+	}
+	return n, err
+}
+
+// postRecv writes receives into a queue, and publishes them.
+func postRecv(q *queue, maxSGE int, wrs []ib.RecvWR) (n int, err error) {
+	room := q.room()
+	for n < len(wrs) {
+		wr := &wrs[n]
+		if uint32(n) == room {
+			err = driver.ErrQueueFull
+			break
+		}
+		if len(wr.SGEs) > maxSGE {
+			err = driver.ErrTooManySGEs
+			break
+		}
+		putRecv(q.slot(q.at+uint32(n)), wr)
+		n++
+	}
+	if n > 0 {
+		q.publish(uint32(n))
+	}
+	return n, err
+}
