@@ -13,10 +13,11 @@ import (
 	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/rpc"
 	"github.com/ringside-rdma/ringside/transport"
+	"github.com/ringside-rdma/ringside/transport/transporttest"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-var device = &transport.Config{Device: "soft0"}
+var device = &transport.Config{Device: transporttest.Device}
 
 // serve starts a server on a free port and returns its address.
 func serve(srv *rpc.Server) string {

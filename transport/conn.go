@@ -39,6 +39,7 @@ type Conn struct {
 	q    *qp.QP
 	qpn  ib.QPN
 	tcp  net.Conn
+	sgid int // index of the own GID
 	peer PeerInfo
 	path PathInfo
 

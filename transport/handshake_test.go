@@ -214,7 +214,7 @@ func TestListenerClose(t *testing.T) {
 
 // TestNobodyAccepts: a connection that no Accept takes is told so, and does not stay for ever.
 func TestNobodyAccepts(t *testing.T) {
-	l := listen(t, &transport.Config{HandshakeTimeout: 100 * time.Millisecond})
+	l := listen(t, &transport.Config{HandshakeTimeout: time.Second})
 	c, err := transport.Dial(t.Context(), l.Addr().String(), &transport.Config{Device: transporttest.Device})
 	if err != nil {
 		t.Fatal(err)

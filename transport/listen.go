@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -259,7 +260,7 @@ func (l *Listener) accept(t net.Conn, body []byte) (*Conn, error) {
 	if err := l.p.retain(); err != nil {
 		return nil, refuse(RefusedClosed, err, "%v", err)
 	}
-	c, mine, err := prepare(ctx, l.p, l.cfg, t)
+	c, mine, err := prepare(ctx, l.p, l.cfg, t, nearPeer(addrOf(t.LocalAddr()), theirs.GID.Addr()))
 	if err != nil {
 		l.p.unref()
 		return nil, err
@@ -325,7 +326,7 @@ func dial(ctx context.Context, p *Poller, cfg *Config, t net.Conn) (*Conn, error
 	}
 	stop := context.AfterFunc(ctx, func() { t.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	c, mine, err := prepare(ctx, p, cfg, t)
+	c, mine, err := prepare(ctx, p, cfg, t, addrOf(t.LocalAddr()))
 	if err != nil {
 		return nil, err
 	}
@@ -358,9 +359,25 @@ func dial(ctx context.Context, p *Poller, cfg *Config, t net.Conn) (*Conn, error
 	return c, nil
 }
 
-// prepare makes a connection and the hello that describes it.
-func prepare(ctx context.Context, p *Poller, cfg *Config, t net.Conn) (*Conn, *hello, error) {
-	gid, err := p.vctx.GID(1, 0)
+// addrOf is the IP address of one end of a TCP connection.
+func addrOf(a net.Addr) netip.Addr {
+	if t, ok := a.(*net.TCPAddr); ok {
+		return t.AddrPort().Addr()
+	}
+	return netip.Addr{}
+}
+
+// nearPeer is the own address that the peer has reached, unless its GID is of the other IP version.
+func nearPeer(local, theirs netip.Addr) netip.Addr {
+	if local.Unmap().Is4() == theirs.Unmap().Is4() {
+		return local
+	}
+	return theirs
+}
+
+// prepare makes a connection and the hello that describes it. near is where the peer is, or from where it is reached.
+func prepare(ctx context.Context, p *Poller, cfg *Config, t net.Conn, near netip.Addr) (*Conn, *hello, error) {
+	gid, err := p.vctx.SourceGID(1, near)
 	if err != nil {
 		return nil, nil, refuse(RefusedResources, err, "no GID: %v", err)
 	}
@@ -376,14 +393,14 @@ func prepare(ctx context.Context, p *Poller, cfg *Config, t net.Conn) (*Conn, *h
 		}
 		return nil, nil, refuse(code, err, "%v", err)
 	}
-	c.tcp = t
+	c.tcp, c.sgid = t, gid.Index
 	host := thisHost()
 	h := &hello{
 		Features: featureBits, HostID: host.ID, PIDNS: host.PIDNS, MountNS: host.MountNS, UID: host.UID, PID: host.PID,
-		GID: gid, QPN: c.qpn, PSN: qp.RandomPSN(), MaxMessage: uint32(cfg.MaxMessage), Slot: uint32(cfg.EagerSize),
+		GID: gid.GID, QPN: c.qpn, PSN: qp.RandomPSN(), MaxMessage: uint32(cfg.MaxMessage), Slot: uint32(cfg.EagerSize),
 		Window: uint32(cfg.RecvDepth), Rendezvous: uint16(cfg.RendezvousDepth), MTU: port.ActiveMTU,
 		ReadsOut: uint8(min(16, p.attr.MaxQPInitRdAtom)), ReadsIn: uint8(min(16, p.attr.MaxQPRdAtomic)), Port: 1, LID: port.LID,
-		Devices: []PeerDevice{{Provider: p.vctx.Provider(), Name: p.vctx.Name(), GID: gid}},
+		Devices: []PeerDevice{{Provider: p.vctx.Provider(), Name: p.vctx.Name(), GID: gid.GID}},
 		Name:    cfg.Name, PrivateData: cfg.PrivateData,
 	}
 	if h.MTU.Bytes() == 0 {
@@ -414,7 +431,7 @@ func (c *Conn) connect(ctx context.Context, mine, theirs *hello) error {
 	readsIn := clampReads(min(mine.ReadsIn, theirs.ReadsOut))
 	err = c.q.Connect(ctx, qp.ConnectParams{
 		Remote:   qp.Endpoint{GID: theirs.GID, LID: theirs.LID, QPN: theirs.QPN, PSN: theirs.PSN},
-		LocalPSN: mine.PSN, MTU: min(mine.MTU, theirs.MTU), MaxRdAtomic: reads, MaxDestRdAtomic: readsIn,
+		LocalPSN: mine.PSN, SGIDIndex: c.sgid, MTU: min(mine.MTU, theirs.MTU), MaxRdAtomic: reads, MaxDestRdAtomic: readsIn,
 	})
 	if err != nil {
 		code := RefusedResources

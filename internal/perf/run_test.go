@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/testutil"
-	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
 // A running server of this process. Both sides of a measurement poll: the tests run few iterations, and assert nothing
@@ -434,21 +433,6 @@ func sidePair(t testing.TB, spec Spec) (client, server *side) {
 		}
 	}
 	return sides[0], sides[1]
-}
-
-func TestChooseGID(t *testing.T) {
-	v4, v6 := ib.GID{10: 0xff, 11: 0xff, 12: 10, 15: 1}, ib.GID{0: 0xfe, 1: 0x80, 15: 1}
-	table := []ib.GIDEntry{{Index: 0, GID: v6, Type: ib.GIDRoCEv1}, {Index: 1, GID: v6, Type: ib.GIDRoCEv2}, {Index: 2}, {Index: 3, GID: v4, Type: ib.GIDRoCEv2}}
-	for _, tt := range []struct {
-		gids    []ib.GIDEntry
-		want, i int
-	}{
-		{table, -1, 3}, {table[:3], -1, 1}, {table[:1], -1, 0}, {table, 1, 1}, {table, 3, 3}, {table, 2, -1}, {table, 9, -1}, {nil, -1, -1}, {nil, 0, -1},
-	} {
-		if i, err := chooseGID(tt.gids, tt.want); i != tt.i || (err == nil) != (tt.i >= 0) {
-			t.Errorf("of %d entries, wanting %d: %d, %v", len(tt.gids), tt.want, i, err)
-		}
-	}
 }
 
 func TestServerAddr(t *testing.T) {

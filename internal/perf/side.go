@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"sync/atomic"
 	"time"
 
@@ -49,15 +50,11 @@ func choosePort(vctx *verbs.Context, opt portOptions) (port, error) {
 			down = fmt.Errorf("port %d of %s is %v, not ACTIVE: bring its link up, or choose another with --port or --device", n, vctx.Name(), p.attr.State)
 			continue
 		}
-		gids, err := vctx.GIDs(p.num)
-		if err != nil {
-			return port{}, err
-		}
-		i, err := chooseGID(gids, opt.gidIndex)
+		g, err := chooseGID(vctx, p.num, opt.gidIndex)
 		if err != nil {
 			return port{}, fmt.Errorf("port %d of %s: %w", n, vctx.Name(), err)
 		}
-		p.index, p.gid = gids[i].Index, gids[i].GID
+		p.index, p.gid = g.Index, g.GID
 		return p, nil
 	}
 	if down == nil {
@@ -66,39 +63,16 @@ func choosePort(vctx *verbs.Context, opt portOptions) (port, error) {
 	return port{}, down
 }
 
-// chooseGID returns the place in gids of the entry with the wanted index; with want < 0, of the best one: RoCE v2 with
-// an IPv4 address, then any RoCE v2, then the first.
-func chooseGID(gids []ib.GIDEntry, want int) (int, error) {
-	best, score := -1, -1
-	for i := range gids {
-		g := &gids[i]
-		if g.GID.IsZero() {
-			continue
-		}
-		if want >= 0 {
-			if g.Index == want {
-				return i, nil
-			}
-			continue
-		}
-		n := 0
-		if g.Type == ib.GIDRoCEv2 {
-			n = 1
-			if g.GID.Addr().Is4() {
-				n = 2
-			}
-		}
-		if n > score {
-			best, score = i, n
-		}
+// chooseGID returns the entry with the wanted index; with want < 0, the best one.
+func chooseGID(vctx *verbs.Context, port uint8, want int) (ib.GIDEntry, error) {
+	if want < 0 {
+		return vctx.SourceGID(port, netip.Addr{})
 	}
-	if best < 0 {
-		if want >= 0 {
-			return -1, fmt.Errorf("no GID at index %d: ringside devices -v lists them", want)
-		}
-		return -1, errors.New("the GID table is empty: does its net device have an address?")
+	g, err := vctx.GID(port, want)
+	if err != nil {
+		err = fmt.Errorf("%w: ringside devices -v lists them", err)
 	}
-	return best, nil
+	return ib.GIDEntry{Index: want, GID: g}, err
 }
 
 // A lane is one queue pair of a bandwidth or rate test with its prepared work requests.

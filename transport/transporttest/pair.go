@@ -1,9 +1,12 @@
 // Package transporttest connects two transport.Conns within the test's process, for the tests of rpc and of programs
-// that use package transport. They go over the software NIC, which needs no hardware and no privileges.
+// that use package transport. They go over the software NIC, which needs no hardware and no privileges, or over the device
+// that RINGSIDE_DEVICE names.
 package transporttest
 
 import (
+	"cmp"
 	"context"
+	"os"
 	"testing"
 	"time"
 
@@ -11,8 +14,8 @@ import (
 	"github.com/ringside-rdma/ringside/verbs"
 )
 
-// Device is the device that pairs are made on.
-const Device = "soft0"
+// Device is the device that pairs are made on: what RINGSIDE_DEVICE says, or soft0.
+var Device = cmp.Or(os.Getenv(verbs.EnvDevice), "soft0")
 
 // Context opens Device for the length of the test.
 func Context(tb testing.TB) *verbs.Context {
