@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"fmt"
 	"io"
 	"os"
@@ -77,9 +78,7 @@ func (c *client) run(socket string) (exitStatus, error) {
 	}
 	defer conn.Close()
 	out := &frameWriter{w: conn}
-	if err := out.send(kindExec, 0, c.encode()); err != nil {
-		return exitStatus{}, err
-	}
+	sendErr := out.send(kindExec, 0, c.encode()) // who does not listen may have said why
 	taken, done := make(chan struct{}, 1), make(chan struct{})
 	defer close(done)
 	go sendInput(out, c.stdin, taken, done)
@@ -88,7 +87,7 @@ func (c *client) run(socket string) (exitStatus, error) {
 	for {
 		f, err := readFrame(in)
 		if err != nil {
-			return exitStatus{}, fmt.Errorf("the machine is gone: %w", err)
+			return exitStatus{}, fmt.Errorf("the machine is gone: %w", cmp.Or(sendErr, err))
 		}
 		switch f.kind {
 		case kindStdout:

@@ -132,7 +132,8 @@ func setUpNetwork(bare bool) error {
 	if bare {
 		return nil
 	}
-	return newWiring("veth0", "veth1").up()
+	w := newWiring("veth")
+	return w.up()
 }
 
 // loadModules loads modules and what they need.

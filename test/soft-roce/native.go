@@ -23,8 +23,8 @@ func runNative(ctx context.Context, in *interrupt, o *options) (code int, err er
 	if err := loadNativeModules(ctx); err != nil {
 		return 0, err
 	}
-	w := newWiring("ringside0", "ringside1")
-	if _, err := netdevIndex(w.ends[0].netdev); err == nil {
+	w := newWiring("ringside")
+	if w.left() {
 		if err := w.down(); err != nil {
 			return 0, fmt.Errorf("an earlier run was killed: %w", err)
 		}

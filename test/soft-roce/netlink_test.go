@@ -4,6 +4,7 @@ package main
 
 import (
 	"encoding/hex"
+	"slices"
 	"strings"
 	"testing"
 
@@ -13,8 +14,8 @@ import (
 // Golden bytes, little-endian: what ip of iproute2 sends, but for the order of attributes, which the kernel does not
 // mind. The words in hexadecimal are length and type of the header, then each attribute.
 func TestMessages(t *testing.T) {
-	w := newWiring("veth0", "veth1")
-	a, b := w.ends[0], w.ends[1]
+	w := newWiring("veth")
+	a, b := w[0].ends[0], w[0].ends[1]
 	for _, c := range []struct {
 		name string
 		m    netlink.Message
@@ -39,5 +40,32 @@ func TestMessages(t *testing.T) {
 		if got != want {
 			t.Errorf("%s:\n got %s\nwant %s", c.name, got, want)
 		}
+	}
+}
+
+// Each driver's devices have a pair of network devices, addresses and rules of their own.
+func TestWiring(t *testing.T) {
+	w := newWiring("ringside")
+	want := []rdmaLink{{"rxe0", "rxe", "ringside0"}, {"rxe1", "rxe", "ringside1"}, {"siw0", "siw", "ringside2"}, {"siw1", "siw", "ringside3"}}
+	if got := w.links(); !slices.Equal(got, want) {
+		t.Errorf("links %v", got)
+	}
+	seen := map[any]bool{}
+	for _, p := range w {
+		for _, e := range p.ends {
+			seen[e.netdev], seen[e.mac], seen[e.addr], seen[e.table] = true, true, true, true
+		}
+	}
+	for _, r := range w.rules() {
+		seen[r.priority] = true
+		if r.priority >= localAfter {
+			t.Errorf("rule %v comes after the one for local addresses", r)
+		}
+	}
+	if len(seen) != 5*4 {
+		t.Errorf("something is there twice: %v", seen)
+	}
+	if a := w[1].ends; a[0].addr.String() != "10.78.0.1" || a[1].addr.String() != "10.78.0.2" {
+		t.Errorf("siw's addresses are %v and %v", a[0].addr, a[1].addr)
 	}
 }

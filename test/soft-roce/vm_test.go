@@ -100,8 +100,10 @@ func TestMachine(t *testing.T) {
 			echo "$RINGSIDE_SOFT_ROCE$RINGSIDE_VM" in $PWD; cat; echo complaint >&2
 			ibv_devices
 			ulimit -l
-			ip -br addr show veth0
+			ip -br addr show veth0; ip -br addr show veth3
 			echo written > /out/file; echo gone > ./written-in-the-machine
+			rping -s -a 10.78.0.2 -C 3 > /dev/null 2>&1 & sleep 1
+			rping -c -a 10.78.0.2 -C 3 > /dev/null 2>&1 && echo iWARP works
 			which rping ib_send_lat tcpdump strace busybox > /dev/null || exit 8
 			`+pingpong+`
 			exit 7`)
@@ -111,7 +113,7 @@ func TestMachine(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		contains(t, "stdout", stdout, "vm in "+here+"\nsome input\n", "rxe0", "rxe1", "siw0", "siw1", "unlimited", "10.77.0.1/24")
+		contains(t, "stdout", stdout, "vm in "+here+"\nsome input\n", "rxe0", "rxe1", "siw0", "siw1", "unlimited", "10.77.0.1/24", "10.78.0.2/24", "iWARP works")
 		if n := strings.Count(stdout, "100 iters in"); n != 2 {
 			t.Errorf("%d pairs of ping-pong have finished:\n%s", n, stdout)
 		}
@@ -168,7 +170,7 @@ func TestMachine(t *testing.T) {
 			echo status $?
 			ls /sys/class/infiniband /sys/class/net; ip rule | diff /tmp/before - && echo rules are back`))
 		before, after, _ := strings.Cut(stdout, "status 5")
-		contains(t, "with the links", before, "rxe0", "rxe1", "siw0", "siw1", "native\n", "ringside1", "100 iters in")
+		contains(t, "with the links", before, "rxe0", "rxe1", "siw0", "siw1", "native\n", "ringside1", "ringside3", "100 iters in")
 		contains(t, "later", after, "rules are back", "lo\n")
 		if strings.Contains(after, "rxe") || strings.Contains(after, "ringside") || code != 0 {
 			t.Errorf("status %d, left:\n%s\n%s", code, after, stderr)

@@ -23,12 +23,19 @@ type end struct {
 	table  uint8 // the routing table with the way from this end to the other
 }
 
-// A wiring is a veth pair with both drivers' devices on each end: rxe0 and siw0 on the first, rxe1 and siw1 on the second.
+// A pair is a veth pair with a device of one driver on each end.
+type pair struct {
+	driver string // rxe or siw
+	ends   [2]end
+}
+
+// A wiring is a pair for each driver: rxe0 and rxe1 on the ends of the first, siw0 and siw1 on those of the second. They do not
+// share one, because the connection manager takes the device of a network device that was made first, and no other.
 //
-// Both addresses belong to the same host, so its routing would keep what one sends to the other within itself, and rxe then
-// refuses the address. Rules that precede the one for local addresses send it over the pair. rxe uses the routes and sockets
+// Both addresses of a pair belong to the same host, so its routing would keep what one sends to the other within itself, and rxe
+// then refuses the address. Rules that precede the one for local addresses send it over the pair. rxe uses the routes and sockets
 // of the initial network namespace only (Linux 6.1), so a namespace for each end is no way out.
-type wiring struct{ ends [2]end }
+type wiring [2]pair
 
 const (
 	wiringMTU   = 9000
@@ -37,36 +44,60 @@ const (
 	localAfter  = 100 // and while the wiring is up
 )
 
-// newWiring names the pair's devices; they differ between machine and host so as not to meet another's veth0.
-func newWiring(first, second string) wiring {
-	return wiring{[2]end{
-		{first, [6]byte{2, 0, 0, 0, 0, 1}, netip.AddrFrom4([4]byte{10, 77, 0, 1}), 101},
-		{second, [6]byte{2, 0, 0, 0, 0, 2}, netip.AddrFrom4([4]byte{10, 77, 0, 2}), 102},
-	}}
+// newWiring numbers the network devices, from 0 on, after prefix; it differs between machine and host so as not to meet
+// another's veth0.
+func newWiring(prefix string) wiring {
+	var w wiring
+	for i, driver := range []string{"rxe", "siw"} {
+		w[i].driver = driver
+		for j := range w[i].ends {
+			n := byte(2*i + j)
+			w[i].ends[j] = end{
+				netdev: fmt.Sprintf("%s%d", prefix, n),
+				mac:    [6]byte{2, 0, 0, 0, 0, n + 1},
+				addr:   netip.AddrFrom4([4]byte{10, byte(77 + i), 0, byte(j + 1)}),
+				table:  101 + n,
+			}
+		}
+	}
+	return w
 }
 
-func (w wiring) links() []rdmaLink {
+func (w *wiring) links() []rdmaLink {
 	var links []rdmaLink
-	for _, driver := range []string{"rxe", "siw"} {
-		for i, e := range w.ends {
-			links = append(links, rdmaLink{fmt.Sprintf("%s%d", driver, i), driver, e.netdev})
+	for _, p := range w {
+		for i, e := range p.ends {
+			links = append(links, rdmaLink{fmt.Sprintf("%s%d", p.driver, i), p.driver, e.netdev})
 		}
 	}
 	return links
 }
 
-func (w wiring) rules() []rule {
-	a, b := w.ends[0], w.ends[1]
-	return []rule{
-		{priority: 10, from: a.addr, to: b.addr, table: a.table},
-		{priority: 11, from: b.addr, to: a.addr, table: b.table},
+func (w *wiring) rules() []rule {
+	var rules []rule
+	for i, p := range w {
+		a, b := p.ends[0], p.ends[1]
+		rules = append(rules,
+			rule{priority: uint32(10 + 2*i), from: a.addr, to: b.addr, table: a.table},
+			rule{priority: uint32(11 + 2*i), from: b.addr, to: a.addr, table: b.table})
 	}
+	return rules
+}
+
+// left reports whether a network device of the wiring is there.
+func (w *wiring) left() bool {
+	for _, p := range w {
+		if _, err := netdevIndex(p.ends[0].netdev); err == nil {
+			return true
+		}
+	}
+	return false
 }
 
 func localRule(priority uint32) rule { return rule{priority: priority, table: unix.RT_TABLE_LOCAL} }
 
-// up makes the pair, its addresses, its routes and the RDMA devices. What an error leaves, down removes.
-func (w wiring) up() error {
+// up makes the pairs, their addresses, their routes and the RDMA devices. What an error leaves, down removes.
+func (w *wiring) up() error {
 	c, err := netlink.Dial(unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
@@ -76,18 +107,22 @@ func (w wiring) up() error {
 	if all, _ := os.ReadFile("/proc/sys/net/ipv4/conf/all/rp_filter"); strings.TrimSpace(string(all)) == "1" {
 		return errors.New("the host drops packets from its own addresses: `sysctl net.ipv4.conf.all.rp_filter=2` lets them pass")
 	}
-	if err := c.Do(addVeth(w.ends[0], w.ends[1])); err != nil {
-		return fmt.Errorf("add the network devices %s and %s: %w", w.ends[0].netdev, w.ends[1].netdev, err)
-	}
-	for i, e := range w.ends {
-		if err := w.endUp(c, e, w.ends[1-i]); err != nil {
-			return fmt.Errorf("set up the network device %s: %w", e.netdev, err)
+	for _, p := range w {
+		if err := c.Do(addVeth(p.ends[0], p.ends[1])); err != nil {
+			return fmt.Errorf("add the network devices %s and %s: %w", p.ends[0].netdev, p.ends[1].netdev, err)
+		}
+		for i, e := range p.ends {
+			if err := e.up(c, p.ends[1-i]); err != nil {
+				return fmt.Errorf("set up the network device %s: %w", e.netdev, err)
+			}
 		}
 	}
 	// The rule for local addresses is moved only once it has a second: traffic of the host never misses it.
-	for _, m := range []netlink.Message{
-		localRule(localAfter).add(), w.rules()[0].add(), w.rules()[1].add(), localRule(localBefore).remove(),
-	} {
+	messages := []netlink.Message{localRule(localAfter).add()}
+	for _, r := range w.rules() {
+		messages = append(messages, r.add())
+	}
+	for _, m := range append(messages, localRule(localBefore).remove()) {
 		if err := c.Do(m); err != nil {
 			return fmt.Errorf("set up routing rules: %w", err)
 		}
@@ -105,7 +140,7 @@ func (w wiring) up() error {
 	return nil
 }
 
-func (w wiring) endUp(c *netlink.Conn, e, other end) error {
+func (e *end) up(c *netlink.Conn, other end) error {
 	index, err := netdevIndex(e.netdev)
 	if err != nil {
 		return err
@@ -133,7 +168,7 @@ func (w wiring) endUp(c *netlink.Conn, e, other end) error {
 }
 
 // down removes what up has made, as far as it is there: also what a run that was killed has left.
-func (w wiring) down() error {
+func (w *wiring) down() error {
 	c, err := netlink.Dial(unix.NETLINK_ROUTE)
 	if err != nil {
 		return err
@@ -150,8 +185,10 @@ func (w wiring) down() error {
 			errs = append(errs, err)
 		}
 	}
-	if index, err := netdevIndex(w.ends[0].netdev); err == nil {
-		errs = append(errs, c.Do(delNetdev(index))) // takes the other end, addresses, neighbours and routes along
+	for _, p := range w {
+		if index, err := netdevIndex(p.ends[0].netdev); err == nil {
+			errs = append(errs, c.Do(delNetdev(index))) // takes the other end, addresses, neighbours and routes along
+		}
 	}
 	absent := func(err error) error {
 		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EAFNOSUPPORT) {
@@ -159,11 +196,11 @@ func (w wiring) down() error {
 		}
 		return err
 	}
-	errs = append(errs,
-		absent(c.Do(localRule(localBefore).add())),
-		absent(c.Do(w.rules()[0].remove())),
-		absent(c.Do(w.rules()[1].remove())),
-		absent(c.Do(localRule(localAfter).remove())))
+	errs = append(errs, absent(c.Do(localRule(localBefore).add())))
+	for _, r := range w.rules() {
+		errs = append(errs, absent(c.Do(r.remove())))
+	}
+	errs = append(errs, absent(c.Do(localRule(localAfter).remove())))
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("remove the RDMA links and their network devices: %w", err)
 	}
