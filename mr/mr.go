@@ -25,13 +25,15 @@ type MR struct {
 	life   life.Node
 	pd     *verbs.PD
 	drv    driver.MR
-	buf    []byte // never changes, so that SGE needs no lock; not to be touched after Close
-	base   uint64 // the device's address of buf[0]
+	buf    []byte // never changes, so that SGE needs no lock; not to be touched after Close. Nil: the memory is a dma-buf's
+	n      int    // length in bytes
+	base   uint64 // the device's address of the first byte
 	lkey   ib.LKey
 	rkey   ib.RKey
 	access ib.Access
-	region *mem.Region // nil: registered memory
-	pin    *pin        // nil: allocated memory
+	region *mem.Region // of allocated memory, else nil
+	pin    *pin        // of registered Go memory, else nil
+	parent *MR         // of a part of another region, else nil
 
 	withdrawn bool // from the device; guarded by life.Close
 }
@@ -70,8 +72,8 @@ func AllocOptions(pd *verbs.PD, size int, access ib.Access, opt Options) (*MR, e
 	if err != nil {
 		return nil, opErr("reg_mr", dev, err)
 	}
-	m := &MR{pd: pd, buf: r.Bytes()[:size:size], access: access, region: r}
-	if err := m.register(r.FD()); err != nil {
+	m := &MR{pd: pd, buf: r.Bytes()[:size:size], n: size, access: access, region: r}
+	if err := m.registerBytes(r.FD()); err != nil {
 		r.Close()
 		return nil, err
 	}
@@ -88,28 +90,71 @@ func Register(pd *verbs.PD, b []byte, access ib.Access) (*MR, error) {
 	if len(b) == 0 {
 		return nil, opErr("reg_mr", dev, errors.New("an empty slice cannot be registered"))
 	}
-	m := &MR{pd: pd, buf: b[:len(b):len(b)], access: access, pin: newPin(b)}
-	if err := m.register(-1); err != nil {
+	m := &MR{pd: pd, buf: b[:len(b):len(b)], n: len(b), access: access, pin: newPin(b)}
+	if err := m.registerBytes(-1); err != nil {
 		m.pin.unpin()
 		return nil, err
 	}
 	return m, nil
 }
 
-func (m *MR) register(fd int) error {
-	dev := m.pd.Context().Name()
-	if err := m.life.Attach(m.pd.Life()); err != nil {
-		return opErr("reg_mr", dev, err)
+// RegisterDMABuf registers length bytes from offset on of a dma-buf, which is memory of another device, such as a GPU: peers
+// and the device reach it without the CPU. fd is read during the call only, and stays the caller's; the region holds the memory
+// itself until Close. iova is the region's address in scatter/gather elements and for peers: any number that equals offset
+// modulo the page size, such as offset, or the address where the memory is mapped.
+//
+// Bytes of such a region is nil: where the memory can be seen by the CPU, if at all, is between the caller and the other
+// device, and so is when each of the two has to look. It fails with errors.ErrUnsupported on devices that cannot reach the
+// memory of others: the software ones.
+func RegisterDMABuf(pd *verbs.PD, fd int, offset, length int64, iova uint64, access ib.Access) (*MR, error) {
+	dev := pd.Context().Name()
+	if err := access.Check(); err != nil {
+		return nil, opErr("reg_mr", dev, err)
 	}
-	drv, err := m.pd.Driver().RegisterMR(driver.MRConfig{Mem: m.buf, Access: m.access, FD: fd})
+	r, ok := pd.Driver().(driver.DMABufRegistrar)
+	switch {
+	case !ok:
+		return nil, opErr("reg_mr", dev, fmt.Errorf("dma-buf: %w", errors.ErrUnsupported))
+	case fd < 0 || offset < 0 || length <= 0 || length > math.MaxInt || offset > math.MaxInt64-length || iova > math.MaxUint64-uint64(length):
+		return nil, opErr("reg_mr", dev, fmt.Errorf("dma-buf: no region of %d bytes at offset %d of descriptor %d, and address %#x", length, offset, fd, iova))
+	case access&(ib.AccessZeroBased|ib.AccessOnDemand) != 0:
+		return nil, opErr("reg_mr", dev, errors.New("dma-buf: AccessZeroBased and AccessOnDemand are for memory of this process; iova is the address"))
+	}
+	m := &MR{pd: pd, n: int(length), base: iova, access: access}
+	err := m.register(func() (driver.MR, error) {
+		return r.RegisterDMABuf(driver.DMABufConfig{FD: fd, Offset: uint64(offset), Length: uint64(length), IOVA: iova, Access: access})
+	})
 	if err != nil {
-		m.life.Abandon()
-		return opErr("reg_mr", dev, fmt.Errorf("%d bytes, %s: %w", len(m.buf), m.access, err))
+		return nil, err
 	}
-	m.drv, m.lkey, m.rkey = drv, drv.LKey(), drv.RKey()
+	return m, nil
+}
+
+// registerBytes registers m.buf, which fd is the file of, or -1.
+func (m *MR) registerBytes(fd int) error {
 	if m.access&ib.AccessZeroBased == 0 {
 		m.base = addrOf(m.buf)
 	}
+	return m.register(func() (driver.MR, error) {
+		return m.pd.Driver().RegisterMR(driver.MRConfig{Mem: m.buf, Access: m.access, FD: fd})
+	})
+}
+
+func (m *MR) register(do func() (driver.MR, error)) error {
+	dev := m.pd.Context().Name()
+	parents := []*life.Node{m.pd.Life()}
+	if m.parent != nil {
+		parents = append(parents, &m.parent.life)
+	}
+	if err := m.life.Attach(parents...); err != nil {
+		return opErr("reg_mr", dev, err)
+	}
+	drv, err := do()
+	if err != nil {
+		m.life.Abandon()
+		return opErr("reg_mr", dev, fmt.Errorf("%d bytes, %s: %w", m.n, m.access, err))
+	}
+	m.drv, m.lkey, m.rkey = drv, drv.LKey(), drv.RKey()
 	life.Watch(m, &m.life, "mr.MR", dev)
 	return nil
 }
@@ -136,7 +181,7 @@ func (p *pin) unpin() {
 	pins.Delete(p)
 }
 
-// Bytes is the memory. For allocated regions it is nil after Close, and slices of it must not be touched any more: the
+// Bytes is the memory; nil for that of a dma-buf. For allocated regions it is nil after Close, and slices of it must not be touched any more: the
 // memory is unmapped, and touching it kills the process.
 func (m *MR) Bytes() []byte {
 	if m.life.Closed() {
@@ -146,7 +191,7 @@ func (m *MR) Bytes() []byte {
 }
 
 // Len is the region's length in bytes.
-func (m *MR) Len() int { return len(m.buf) }
+func (m *MR) Len() int { return m.n }
 
 // LKey is the key for local access, for scatter/gather elements.
 func (m *MR) LKey() ib.LKey { return m.lkey }
@@ -154,8 +199,8 @@ func (m *MR) LKey() ib.LKey { return m.lkey }
 // RKey is the key for access by peers.
 func (m *MR) RKey() ib.RKey { return m.rkey }
 
-// Addr is the region's address in scatter/gather elements and for peers: 0 with ib.AccessZeroBased, else the virtual
-// address of its first byte.
+// Addr is the region's address in scatter/gather elements and for peers: 0 with ib.AccessZeroBased, the iova of a dma-buf's
+// region, else the virtual address of its first byte.
 func (m *MR) Addr() uint64 { return m.base }
 
 // Access is what may be done to the region.
@@ -167,18 +212,18 @@ func (m *MR) PD() *verbs.PD { return m.pd }
 // SGE returns the scatter/gather element of n bytes at off. It panics, as a slice expression does, if they are not
 // within the region.
 func (m *MR) SGE(off, n int) ib.SGE {
-	checkRange(off, n, len(m.buf))
+	checkRange(off, n, m.n)
 	return ib.SGE{Addr: m.base + uint64(off), Length: uint32(n), LKey: m.lkey}
 }
 
 // Remote returns what a peer needs to reach the whole region.
-func (m *MR) Remote() RemoteKey { return m.RemoteRange(0, len(m.buf)) }
+func (m *MR) Remote() RemoteKey { return m.RemoteRange(0, m.n) }
 
 // RemoteRange returns what a peer needs to reach n bytes at off. It panics, as a slice expression does, if they are not
-// within the region. The key opens the whole region all the same: to grant less, bind a Window.
+// within the region. The key opens the whole region all the same: to grant less, use Sub or bind a Window.
 func (m *MR) RemoteRange(off, n int) RemoteKey {
-	if off < 0 || n < 0 || off > len(m.buf)-n {
-		panic(rangeError{off, n, len(m.buf)})
+	if off < 0 || n < 0 || off > m.n-n {
+		panic(rangeError{off, n, m.n})
 	}
 	return RemoteKey{Addr: m.base + uint64(off), Len: uint64(n), RKey: m.rkey, Access: m.access & ib.AccessRemote}
 }
@@ -195,9 +240,11 @@ func (m *MR) Close() error {
 		}
 		if m.pin != nil {
 			m.pin.unpin()
-			return nil
 		}
-		return m.region.Close()
+		if m.region != nil {
+			return m.region.Close()
+		}
+		return nil
 	}))
 }
 

@@ -60,8 +60,8 @@ func NewWindow(pd *verbs.PD) (*Window, error) {
 // Each bind takes a new key, so that a peer's old one does not open the new range. The window must not be bound: a
 // bound one is invalidated first.
 func (w *Window) BindWR(m *MR, off, n int, access ib.Access) ib.SendWR {
-	if off < 0 || n < 0 || off > len(m.buf)-n {
-		panic(rangeError{off, n, len(m.buf)})
+	if off < 0 || n < 0 || off > m.n-n {
+		panic(rangeError{off, n, m.n})
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()

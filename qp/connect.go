@@ -112,7 +112,7 @@ func (q *QP) reliability(p ConnectParams, rtr, rts *ib.QPAttr) error {
 		p.AckTimeout = 67 * time.Millisecond
 	}
 	if p.MinRNRTimer == 0 {
-		p.MinRNRTimer = 120 * time.Microsecond
+		p.MinRNRTimer = DefaultMinRNRTimer
 	}
 	rtr.MinRNRTimer = ib.RNRTimerFor(p.MinRNRTimer)
 	rtr.MaxDestRdAtomic = clamp(p.MaxDestRdAtomic, min(16, a.MaxQPRdAtomic), a.MaxQPRdAtomic)

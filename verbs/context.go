@@ -137,6 +137,9 @@ func (c *Context) Close() error { return c.err("close_device", c.life.Close(c.dr
 // Driver is for the other packages of this module.
 func (c *Context) Driver() driver.Context { return c.drv }
 
+// Life is for the other packages of this module: what they make from the context becomes its child.
+func (c *Context) Life() *life.Node { return &c.life }
+
 // track remembers that obj stands for what the provider made as drv, without keeping obj reachable.
 func track[T any](c *Context, drv any, obj *T) {
 	w := weak.Make(obj)

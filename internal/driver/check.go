@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -15,6 +16,9 @@ var (
 	ErrAtomicLen   = fmt.Errorf("%w: an atomic needs one 8-byte buffer for the old value", ErrInvalidWR)
 	ErrNoBind      = fmt.Errorf("%w: a bind request needs its Bind field", ErrInvalidWR)
 	ErrNoAH        = fmt.Errorf("%w: a datagram needs an address handle of this context", ErrInvalidWR)
+	ErrFlush       = fmt.Errorf("%w: a flush needs a placement, a known level, and no buffers", ErrInvalidWR)
+	ErrAtomicWrite = fmt.Errorf("%w: an atomic write has 8 bytes, inline or in one SGE", ErrInvalidWR)
+	ErrNoPlacement = fmt.Errorf("%w: FLUSH and ATOMIC_WRITE: %w by this device", ErrInvalidWR, errors.ErrUnsupported)
 	ErrHasSRQ      = fmt.Errorf("%w: the QP has a shared receive queue: post to that", ErrInvalidWR)
 )
 
@@ -30,7 +34,8 @@ const (
 	OpsAtomic = 1<<ib.OpAtomicCmpSwap | 1<<ib.OpAtomicFetchAdd
 )
 
-// CheckSendWR finds what can be wrong with a send work request by itself, on a QP of that type and size.
+// CheckSendWR finds what can be wrong with a send work request by itself, on a QP of that type and size. It knows no FLUSH and
+// no ATOMIC_WRITE, which are ErrOpcode: devices that have them give these to CheckPlacementWR instead.
 func CheckSendWR(t ib.QPType, c *ib.QPCap, wr *ib.SendWR) error {
 	ops := uint32(OpsRC)
 	if t != ib.RC {
@@ -56,6 +61,28 @@ func CheckSendWR(t ib.QPType, c *ib.QPCap, wr *ib.SendWR) error {
 		if wr.Opcode == ib.OpBindMW && wr.Bind == nil {
 			return ErrNoBind
 		}
+	}
+	return nil
+}
+
+// CheckPlacementWR is CheckSendWR for requests whose opcode is OpFlush or above.
+func CheckPlacementWR(t ib.QPType, c *ib.QPCap, wr *ib.SendWR) error {
+	switch {
+	case t != ib.RC:
+		return ErrOpcode
+	case wr.Opcode == ib.OpFlush:
+		f := wr.Flush
+		if f.Placement == 0 || f.Placement > ib.FlushGlobal|ib.FlushPersistent || f.Level > ib.FlushRegion || len(wr.SGEs)+len(wr.Inline) > 0 {
+			return ErrFlush
+		}
+	case wr.Opcode == ib.OpAtomicWrite:
+		inline := len(wr.Inline) == 8 && c.MaxInline >= 8 && len(wr.SGEs) == 0
+		gather := len(wr.SGEs) == 1 && wr.SGEs[0].Length == 8 && len(wr.Inline) == 0
+		if !inline && !gather {
+			return ErrAtomicWrite
+		}
+	default:
+		return ErrOpcode
 	}
 	return nil
 }

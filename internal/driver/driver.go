@@ -127,6 +127,20 @@ type MRConfig struct {
 	FDOffset int64
 }
 
+// DMABufRegistrar is an optional part of PD: regions of memory that belongs to another device, such as a GPU.
+type DMABufRegistrar interface {
+	// RegisterDMABuf fails with errors.ErrUnsupported if the device or its driver cannot after all.
+	RegisterDMABuf(DMABufConfig) (MR, error)
+}
+
+// DMABufConfig describes a region of a dma-buf.
+type DMABufConfig struct {
+	FD             int // the dma-buf; read during the call only
+	Offset, Length uint64
+	IOVA           uint64 // the region's address for the device and peers; equal to Offset modulo the page size
+	Access         ib.Access
+}
+
 // MR is a registered memory region.
 type MR interface {
 	LKey() ib.LKey

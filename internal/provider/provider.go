@@ -4,6 +4,7 @@ package provider
 import (
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/provider/rxe"
+	"github.com/ringside-rdma/ringside/internal/provider/siw"
 	"github.com/ringside-rdma/ringside/internal/provider/soft"
 )
 
@@ -15,5 +16,6 @@ type Entry struct {
 
 // Table returns the providers, best tier first.
 func Table() []Entry {
-	return []Entry{{driver.TierKernelSoft, rxe.Provider()}, {driver.TierSoft, soft.Provider()}}
+	return []Entry{{driver.TierKernelSoft, rxe.Provider()}, {driver.TierKernelSoft, siw.Provider()},
+		{driver.TierSoft, soft.Provider()}}
 }

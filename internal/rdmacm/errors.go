@@ -137,6 +137,9 @@ func (e *RejectedError) ByPeer() bool {
 	return e.Reason == ReasonConsumer || e.SIDR == SIDRRejected || e.Errno == syscall.ECONNRESET
 }
 
+// Data is PrivateData, for driver.CMRejection.
+func (e *RejectedError) Data() []byte { return e.PrivateData }
+
 func (e *RejectedError) Unwrap() []error {
 	if e.Errno != 0 && e.Errno != syscall.ECONNREFUSED {
 		return []error{syscall.ECONNREFUSED, e.Errno}

@@ -3,6 +3,7 @@ package softnic
 import (
 	"crypto/rand"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -175,6 +176,9 @@ type MR struct {
 func (pd *PD) RegisterMR(cfg driver.MRConfig) (driver.MR, error) {
 	if err := cfg.Access.Check(); err != nil {
 		return nil, err
+	}
+	if a := cfg.Access & (ib.AccessFlushGlobal | ib.AccessFlushPersistent); a != 0 {
+		return nil, fmt.Errorf("%v: the software NIC has no FLUSH: %w", a, errors.ErrUnsupported)
 	}
 	r := &region{nic: pd.nic, pd: pd, mem: cfg.Mem, memAt: addrOf(cfg.Mem), length: uint64(len(cfg.Mem)),
 		access: cfg.Access, fd: cfg.FD, fdOff: cfg.FDOffset}

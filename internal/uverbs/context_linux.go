@@ -25,7 +25,11 @@ type Context struct {
 	// CompVectors is how many completion vectors the device has.
 	CompVectors int
 
-	optional bool // see ContextInfo.OptionalFlags
+	optional bool          // see ContextInfo.OptionalFlags
+	caps     atomic.Uint64 // deviceCaps' answer
+
+	index *uint32 // the device's, in the kernel's list; nil if it is not known
+	cm    connManager
 
 	async  *EventFile
 	events chan driver.AsyncEvent // what AsyncEvent has not returned yet; the oldest go when it is full
@@ -66,6 +70,7 @@ func OpenContext(d *Device, uhwIn, uhwOut []byte) (*Context, error) {
 		stop()
 		return nil, ExplainOpen(d, err)
 	}
+	c.index = &d.Index
 	c.stop = stop
 	w.arm(c)
 	return c, nil
@@ -124,6 +129,7 @@ func NewContext(f *File, uhwIn, uhwOut []byte) (*Context, error) {
 // Close ends the context. What was made from it must have been closed.
 func (c *Context) Close() error {
 	c.stop()
+	c.cm.close()
 	close(c.closed)
 	c.async.Close()
 	<-c.pumped
@@ -216,7 +222,9 @@ func (c *Context) event(element uint64, typ uint32) {
 		}
 		switch o := obj.(type) {
 		case driver.QP:
-			e.QP = o
+			if e.QP = o; e.Type == ib.EventCommEst {
+				c.cm.commEst(o)
+			}
 		case driver.CQ:
 			e.CQ = o
 		case driver.SRQ:
@@ -268,6 +276,9 @@ func (c *Context) AsyncEvent(ctx context.Context) (driver.AsyncEvent, error) {
 
 // QueryDevice implements driver.Context, but for what only the provider knows: MaxInline, and CapResizeCQ.
 func (c *Context) QueryDevice() (ib.DeviceAttr, error) {
+	if err := c.Removed(); err != nil {
+		return ib.DeviceAttr{}, err
+	}
 	r, err := c.File.QueryDevice()
 	if err != nil {
 		return ib.DeviceAttr{}, err
@@ -281,13 +292,13 @@ func (c *Context) QueryDevice() (ib.DeviceAttr, error) {
 		MaxCQ: clampInt(b.MaxCQ), MaxCQE: clampInt(b.MaxCQE), MaxMR: clampInt(b.MaxMR), MaxPD: clampInt(b.MaxPD),
 		MaxQPRdAtomic: min(clampInt(b.MaxQPRdAtom), 255), MaxQPInitRdAtom: min(clampInt(b.MaxQPInitRdAtom), 255),
 		MaxMW: clampInt(b.MaxMW), MaxAH: clampInt(b.MaxAH), MaxSRQ: clampInt(b.MaxSRQ), MaxSRQWR: clampInt(b.MaxSRQWR),
-		MaxSRQSGE: clampInt(b.MaxSRQSGE), MaxPKeys: int(b.MaxPKeys),
+		MaxSRQSGE: clampInt(b.MaxSRQSGE), MaxPKeys: int(b.MaxPKeys), Caps: ib.CapImm, // all but iWARP's have that
 	}
 	if b.FWVer != 0 {
 		a.Firmware = fmt.Sprintf("%d.%d.%d", b.FWVer>>32, b.FWVer>>16&0xffff, b.FWVer&0xffff)
 	}
 	if b.DeviceCapFlags&(abi.IB_UVERBS_DEVICE_MEM_WINDOW_TYPE_2A|abi.IB_UVERBS_DEVICE_MEM_WINDOW_TYPE_2B) != 0 {
-		a.Caps |= ib.CapMW2
+		a.Caps |= ib.CapMW2 | ib.CapMWBounds
 	}
 	if b.MaxSRQ > 0 {
 		a.Caps |= ib.CapSRQ
@@ -301,6 +312,15 @@ func (c *Context) QueryDevice() (ib.DeviceAttr, error) {
 	}
 	if r.ODPCaps.GeneralCaps != 0 {
 		a.Caps |= ib.CapODP
+	}
+	for bit, c := range map[uint64]ib.DeviceCaps{
+		abi.IB_UVERBS_DEVICE_FLUSH_GLOBAL:     ib.CapFlush,
+		abi.IB_UVERBS_DEVICE_FLUSH_PERSISTENT: ib.CapFlushPersistent,
+		abi.IB_UVERBS_DEVICE_ATOMIC_WRITE:     ib.CapAtomicWrite,
+	} {
+		if r.DeviceCapFlagsEx&bit != 0 {
+			a.Caps |= c
+		}
 	}
 	return a, nil
 }
@@ -320,6 +340,9 @@ func linkLayer(v uint8) ib.LinkLayer {
 
 // QueryPort implements driver.Context.
 func (c *Context) QueryPort(port uint8) (ib.PortAttr, error) {
+	if err := c.Removed(); err != nil {
+		return ib.PortAttr{}, err
+	}
 	p, err := c.File.QueryPort(port)
 	if errors.Is(err, unix.EINVAL) {
 		err = fmt.Errorf("there is no port %d: %w", port, err)
@@ -367,6 +390,7 @@ type CompChannel struct {
 	fd     int
 	e      *EventFile
 	record [compEventSize]byte // WaitThread's
+	soft   *firing             // nil: the kernel's events are all there are
 }
 
 const compEventSize = 8 // struct ib_uverbs_comp_event_desc
@@ -410,8 +434,19 @@ func (c *Context) ChannelFD(ch driver.CompChannel) (int, error) {
 func (ch *CompChannel) Wait(ctx context.Context) (driver.CQ, error) {
 	var b [compEventSize]byte
 	for {
-		n, err := ch.e.Wait(ctx, b[:])
+		wait, release := ctx, func() {}
+		if ch.soft != nil {
+			if cq := ch.soft.next(); cq != nil {
+				return cq, nil
+			}
+			wait, release = ch.soft.context(ctx)
+		}
+		n, err := ch.e.Wait(wait, b[:])
+		release()
 		if err != nil {
+			if errors.Is(err, context.Canceled) && ctx.Err() == nil {
+				continue // something was fired
+			}
 			return nil, err
 		}
 		if cq := ch.fired(b[:n]); cq != nil {
@@ -432,7 +467,15 @@ func (ch *CompChannel) fired(b []byte) driver.CQ {
 // WaitThread implements driver.ThreadWaiter.
 func (ch *CompChannel) WaitThread() (driver.CQ, error) {
 	for {
+		if ch.soft != nil {
+			if cq := ch.soft.next(); cq != nil {
+				return cq, nil
+			}
+		}
 		n, err := ch.e.WaitThread(ch.record[:])
+		if n == 0 && err == nil && ch.soft != nil {
+			return ch.soft.next(), nil
+		}
 		if n == 0 || err != nil {
 			return nil, err
 		}

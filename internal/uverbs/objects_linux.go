@@ -22,6 +22,9 @@ type PD struct {
 
 // AllocPD makes a protection domain.
 func (c *Context) AllocPD(uhwOut []byte) (PD, error) {
+	if err := c.Removed(); err != nil {
+		return PD{}, err
+	}
 	h, err := c.File.AllocPD(uhwOut)
 	return PD{c, h}, err
 }
@@ -45,7 +48,16 @@ type MR struct {
 }
 
 // RegisterMR registers memory, with what the provider's driver takes and gives.
+//
+// About fork: a child process and its parent share private pages until one of the two writes, and get a copy then; the device
+// works on with the one that was pinned. Linux copies pinned pages at once since 5.12 (see ForkSafe). On older kernels memory of
+// mr.Alloc is not given to children at all. That cannot be done to the Go heap, which a child of the runtime needs, and need
+// not: os/exec's children borrow the parent's memory itself until they execute their program (CLONE_VM), and copy nothing.
+// Only with SysProcAttr.Cloneflags CLONE_NEWUSER the runtime forks: on such a kernel, not while registered Go memory is in use.
 func (p *PD) RegisterMR(cfg driver.MRConfig, uhwIn, uhwOut []byte) (*MR, error) {
+	if err := p.C.Removed(); err != nil {
+		return nil, err
+	}
 	start := AddrOf(cfg.Mem)
 	iova, access := start, cfg.Access
 	if access&ib.AccessZeroBased != 0 {
@@ -55,10 +67,87 @@ func (p *PD) RegisterMR(cfg driver.MRConfig, uhwIn, uhwOut []byte) (*MR, error) 
 			return nil, p.C.errorf("reg_mr", errors.New("zero-based addresses need memory that begins on a page, as mr.Alloc makes it"))
 		}
 	}
-	if !p.C.optional {
-		access &^= ib.AccessRelaxedOrdering
+	access, err := p.C.regionAccess(access)
+	if err != nil {
+		return nil, err
+	}
+	if cfg.FD >= 0 && !forkSafe() { // else it may be the Go heap
+		keepFromChildren(cfg.Mem)
 	}
 	info, err := p.C.RegMR(p.Handle, start, uint64(len(cfg.Mem)), iova, access, uhwIn, uhwOut)
+	if err != nil {
+		return nil, err
+	}
+	return &MR{info, p.C, access}, nil
+}
+
+// regionAccess is what the kernel is to be asked for, or why this device cannot do it.
+func (c *Context) regionAccess(a ib.Access) (ib.Access, error) {
+	const flush = ib.AccessFlushGlobal | ib.AccessFlushPersistent
+	if a&(ib.AccessOnDemand|flush) != 0 {
+		caps, err := c.deviceCaps()
+		switch {
+		case err != nil:
+			return 0, err
+		case a&ib.AccessOnDemand != 0 && !caps.Has(ib.CapODP):
+			return 0, c.errorf("reg_mr", fmt.Errorf("%w: this device has no on-demand paging: without ib.AccessOnDemand the memory is pinned",
+				errors.ErrUnsupported))
+		case a&ib.AccessFlushGlobal != 0 && !caps.Has(ib.CapFlush), a&ib.AccessFlushPersistent != 0 && !caps.Has(ib.CapFlushPersistent):
+			return 0, c.errorf("reg_mr", fmt.Errorf("%w: this device has no FLUSH of that kind (%v)", errors.ErrUnsupported, a&flush))
+		}
+	}
+	if a&ib.AccessOnDemand == 0 {
+		a &^= ib.AccessHugeTLB // a hint for on-demand paging, which some drivers refuse without
+	}
+	if !c.optional {
+		a &^= ib.AccessRelaxedOrdering
+	}
+	return a, nil
+}
+
+// deviceCaps is what the kernel says of the device's features. It is asked once.
+func (c *Context) deviceCaps() (ib.DeviceCaps, error) {
+	if v := c.caps.Load(); v != 0 {
+		return ib.DeviceCaps(v &^ capsKnown), nil
+	}
+	a, err := c.QueryDevice()
+	if err != nil {
+		return 0, err
+	}
+	c.caps.Store(uint64(a.Caps) | capsKnown)
+	return a.Caps, nil
+}
+
+const capsKnown = 1 << 63 // in Context.caps
+
+// forkSafe is ForkSafe, asked once. A kernel that does not answer is old.
+var forkSafe = sync.OnceValue(func() bool {
+	safe, err := ForkSafe()
+	return safe && err == nil
+})
+
+// keepFromChildren keeps mapped memory out of processes that are forked. It is a hint: of huge pages only whole ones can be.
+func keepFromChildren(mem []byte) {
+	page := unix.Getpagesize()
+	whole := (len(mem) + page - 1) &^ (page - 1) // a mapping has whole pages
+	if whole > cap(mem) {
+		whole = len(mem) &^ (page - 1)
+	}
+	if whole > 0 {
+		unix.Madvise(mem[:whole], unix.MADV_DONTFORK)
+	}
+}
+
+// RegisterDMABuf implements driver.DMABufRegistrar.
+func (p *PD) RegisterDMABuf(cfg driver.DMABufConfig) (driver.MR, error) {
+	if err := p.C.Removed(); err != nil {
+		return nil, err
+	}
+	access, err := p.C.regionAccess(cfg.Access)
+	if err != nil {
+		return nil, err
+	}
+	info, err := p.C.RegDMABuf(p.Handle, cfg.FD, cfg.Offset, cfg.Length, cfg.IOVA, access)
 	if err != nil {
 		return nil, err
 	}
@@ -88,6 +177,9 @@ type ah struct {
 
 // NewAH makes an address handle. num returns what work requests name it by, once the driver's data is there.
 func (p *PD) NewAH(attr *ib.AHAttr, uhwOut []byte, num func() (ib.AHNum, error)) (driver.AH, error) {
+	if err := p.C.Removed(); err != nil {
+		return nil, err
+	}
 	h, err := p.C.CreateAH(p.Handle, attr, p.C.Link, uhwOut)
 	if err != nil {
 		return nil, err
@@ -156,6 +248,9 @@ func (q *QP) Change(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask, th
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	if err := q.C.Removed(); err != nil {
+		return err
+	}
 	if err := q.check(attr, mask); err != nil {
 		return err
 	}
@@ -213,8 +308,11 @@ func (q *QP) check(a *ib.QPAttr, mask ib.QPAttrMask) error {
 	return nil
 }
 
-// Ask asks for the attributes as they are now.
+// Ask asks for the attributes as they are now. Of a device that has gone there are none, also if the kernel still answers.
 func (q *QP) Ask() (ib.QPAttr, error) {
+	if err := q.C.Removed(); err != nil {
+		return ib.QPAttr{}, err
+	}
 	a, err := q.C.QueryQP(q.Handle)
 	if err == nil {
 		q.SetState(a.State)

@@ -144,20 +144,22 @@ func lockedHint(need uint64) string {
 		need, lim.Cur)
 }
 
-// RegDMABuf registers length bytes from offset on of the dma-buf fd.
+// RegDMABuf registers length bytes from offset on of the dma-buf fd, which the device and peers will know as iova. offset and
+// iova must be equal modulo the page size. A device that works in memory of this system only is errors.ErrUnsupported.
 func (f *File) RegDMABuf(pd uint32, fd int, offset, length, iova uint64, access ib.Access) (MRInfo, error) {
 	var m MRInfo
 	var lkey, rkey [4]byte
+	fd32 := uint32(fd) // a number to this method, and not of the kind that FD passes
 	err := f.Call("reg_mr", abi.UVERBS_OBJECT_MR, abi.UVERBS_METHOD_REG_DMABUF_MR,
 		NewHandle(abi.UVERBS_ATTR_REG_DMABUF_MR_HANDLE, &m.Handle), Handle(abi.UVERBS_ATTR_REG_DMABUF_MR_PD_HANDLE, pd),
 		In(abi.UVERBS_ATTR_REG_DMABUF_MR_OFFSET, Bytes(&offset)), In(abi.UVERBS_ATTR_REG_DMABUF_MR_LENGTH, Bytes(&length)),
-		In(abi.UVERBS_ATTR_REG_DMABUF_MR_IOVA, Bytes(&iova)), FD(abi.UVERBS_ATTR_REG_DMABUF_MR_FD, fd),
+		In(abi.UVERBS_ATTR_REG_DMABUF_MR_IOVA, Bytes(&iova)), In(abi.UVERBS_ATTR_REG_DMABUF_MR_FD, Bytes(&fd32)),
 		Const(abi.UVERBS_ATTR_REG_DMABUF_MR_ACCESS_FLAGS, uint64(access)),
 		Out(abi.UVERBS_ATTR_REG_DMABUF_MR_RESP_LKEY, lkey[:]), Out(abi.UVERBS_ATTR_REG_DMABUF_MR_RESP_RKEY, rkey[:]))
-	m.LKey, m.RKey = ib.LKey(u32(lkey[:])), ib.RKey(u32(rkey[:]))
 	if errors.Is(err, unix.EOPNOTSUPP) || noSuchMethod(err) {
-		err = f.errorf("reg_mr", fmt.Errorf("dma-buf: %w", errors.ErrUnsupported))
+		return MRInfo{}, f.errorf("reg_mr", fmt.Errorf("dma-buf: %w: this device's driver cannot work in memory of other devices (%w)", errors.ErrUnsupported, err))
 	}
+	m.LKey, m.RKey = ib.LKey(u32(lkey[:])), ib.RKey(u32(rkey[:]))
 	return m, err
 }
 

@@ -50,9 +50,21 @@ const (
 	CapODP
 	CapDMABuf
 	CapRelaxedOrdering
+	// CapImm: SEND and RDMA WRITE with immediate data. iWARP has none.
+	CapImm
+	// CapCMOnly is a restriction: queue pairs are connected by the connection manager only (qp.Listen, qp.QP.Dial), and
+	// cannot be taken to RTR by hand. So it is on iWARP, where a connection is a TCP connection. Whoever dials also has to send
+	// first, and a completion of a SEND or RDMA WRITE says that it is on its way, not that it has arrived: a later READ or
+	// answer says that.
+	CapCMOnly
+	CapFlush           // FLUSH for global visibility (IBA A19)
+	CapFlushPersistent // FLUSH for persistence, of memory that keeps its content
+	CapAtomicWrite     // ATOMIC_WRITE (IBA A19)
+	CapMWBounds        // memory windows hold peers to their bounds, and to the moment when they are invalidated
 )
 
-var capNames = []string{"mw2", "srq", "atomic", "atomic-global", "resize-cq", "ud", "uc", "odp", "dma-buf", "relaxed-ordering"}
+var capNames = []string{"mw2", "srq", "atomic", "atomic-global", "resize-cq", "ud", "uc", "odp", "dma-buf", "relaxed-ordering",
+	"imm", "cm-only", "flush", "flush-persistent", "atomic-write", "mw-bounds"}
 
 // Has reports whether every feature of want is there.
 func (c DeviceCaps) Has(want DeviceCaps) bool { return c&want == want }

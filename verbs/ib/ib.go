@@ -118,6 +118,10 @@ const (
 	AccessZeroBased    Access = 1 << 5 // remote addresses count from 0 instead of from the region's address
 	AccessOnDemand     Access = 1 << 6 // on-demand paging: pages are not pinned
 	AccessHugeTLB      Access = 1 << 7 // the memory is backed by huge pages
+	// AccessFlushGlobal and AccessFlushPersistent let peers FLUSH with that placement (IBA A19). The latter needs memory that
+	// keeps its content without power.
+	AccessFlushGlobal     Access = 1 << 8
+	AccessFlushPersistent Access = 1 << 9
 	// AccessRelaxedOrdering lets the device reorder its writes to the region (PCIe relaxed ordering).
 	// Optional: devices without it ignore it.
 	AccessRelaxedOrdering Access = 1 << 20
@@ -127,7 +131,7 @@ const (
 const AccessRemote = AccessRemoteWrite | AccessRemoteRead | AccessRemoteAtomic
 
 const accessKnown = AccessLocalWrite | AccessRemote | AccessMWBind | AccessZeroBased | AccessOnDemand | AccessHugeTLB |
-	AccessRelaxedOrdering
+	AccessFlushGlobal | AccessFlushPersistent | AccessRelaxedOrdering
 
 // Check returns why a region cannot have the rights a, or nil: remote write and remote atomic need local write
 // (IBA 10.6.3.1), and unknown bits are refused.
@@ -148,7 +152,8 @@ func (a Access) String() string {
 	}{
 		{AccessLocalWrite, "local-write"}, {AccessRemoteWrite, "remote-write"}, {AccessRemoteRead, "remote-read"},
 		{AccessRemoteAtomic, "remote-atomic"}, {AccessMWBind, "mw-bind"}, {AccessZeroBased, "zero-based"},
-		{AccessOnDemand, "on-demand"}, {AccessHugeTLB, "huge-tlb"}, {AccessRelaxedOrdering, "relaxed-ordering"},
+		{AccessOnDemand, "on-demand"}, {AccessHugeTLB, "huge-tlb"},
+		{AccessFlushGlobal, "flush-global"}, {AccessFlushPersistent, "flush-persistent"}, {AccessRelaxedOrdering, "relaxed-ordering"},
 	}
 	s := ""
 	for _, n := range names {

@@ -76,12 +76,13 @@ func TestTimers(t *testing.T) {
 }
 
 func TestAccess(t *testing.T) {
-	for _, a := range []Access{0, AccessLocalWrite, AccessRemoteRead, AccessLocalWrite | AccessRemote, AccessMWBind | AccessZeroBased | AccessOnDemand | AccessHugeTLB | AccessRelaxedOrdering} {
+	for _, a := range []Access{0, AccessLocalWrite, AccessRemoteRead, AccessLocalWrite | AccessRemote, AccessMWBind | AccessZeroBased | AccessOnDemand | AccessHugeTLB | AccessRelaxedOrdering,
+		AccessFlushGlobal | AccessFlushPersistent} {
 		if err := a.Check(); err != nil {
 			t.Errorf("%s: %v", a, err)
 		}
 	}
-	for _, a := range []Access{AccessRemoteWrite, AccessRemoteAtomic, AccessRemote, 1 << 8, 1 << 31} {
+	for _, a := range []Access{AccessRemoteWrite, AccessRemoteAtomic, AccessRemote, 1 << 10, 1 << 31} {
 		if err := a.Check(); err == nil {
 			t.Errorf("%s is allowed", a)
 		}
@@ -166,6 +167,9 @@ func TestKernelValues(t *testing.T) {
 		"IB_WR_RDMA_WRITE": {int(OpRDMAWrite), 0}, "IB_WR_SEND": {int(OpSend), 2}, "IB_WR_RDMA_READ": {int(OpRDMARead), 4},
 		"IB_WR_ATOMIC_FETCH_AND_ADD": {int(OpAtomicFetchAdd), 6}, "IB_WR_LOCAL_INV": {int(OpLocalInv), 7},
 		"IB_WR_BIND_MW": {int(OpBindMW), 8}, "IB_WR_SEND_WITH_INV": {int(OpSendWithInv), 9},
+		"IB_WR_FLUSH": {int(OpFlush), 14}, "IB_WR_ATOMIC_WRITE": {int(OpAtomicWrite), 15}, "IB_WC_FLUSH": {int(WCFlush), 8}, "IB_WC_ATOMIC_WRITE": {int(WCAtomicWrite), 9},
+		"IB_FLUSH_GLOBAL": {int(FlushGlobal), 1}, "IB_FLUSH_PERSISTENT": {int(FlushPersistent), 2}, "IB_FLUSH_RANGE": {int(FlushRange), 0}, "IB_FLUSH_MR": {int(FlushRegion), 1},
+		"IB_ACCESS_FLUSH_GLOBAL": {int(AccessFlushGlobal), 0x100}, "IB_ACCESS_FLUSH_PERSISTENT": {int(AccessFlushPersistent), 0x200},
 		"IB_SEND_FENCE": {int(SendFence), 1}, "IB_SEND_SIGNALED": {int(SendSignaled), 2}, "IB_SEND_SOLICITED": {int(SendSolicited), 4},
 		"IB_WC_WR_FLUSH_ERR": {int(WCFlushErr), 5}, "IB_WC_REM_ACCESS_ERR": {int(WCRemoteAccessErr), 10},
 		"IB_WC_RETRY_EXC_ERR": {int(WCRetryExceeded), 12}, "IB_WC_RNR_RETRY_EXC_ERR": {int(WCRNRRetryExceeded), 13}, "IB_WC_GENERAL_ERR": {int(WCGeneralErr), 21},
@@ -215,7 +219,8 @@ func TestStrings(t *testing.T) {
 
 func TestWCOpcodeOf(t *testing.T) {
 	for o, want := range map[Opcode]WCOpcode{OpSend: WCSend, OpSendWithImm: WCSend, OpSendWithInv: WCSend, OpRDMAWrite: WCRDMAWrite,
-		OpRDMAWriteWithImm: WCRDMAWrite, OpRDMARead: WCRDMARead, OpAtomicCmpSwap: WCCompSwap, OpAtomicFetchAdd: WCFetchAdd, OpBindMW: WCBindMW, OpLocalInv: WCLocalInv} {
+		OpRDMAWriteWithImm: WCRDMAWrite, OpRDMARead: WCRDMARead, OpAtomicCmpSwap: WCCompSwap, OpAtomicFetchAdd: WCFetchAdd, OpBindMW: WCBindMW, OpLocalInv: WCLocalInv,
+		OpFlush: WCFlush, OpAtomicWrite: WCAtomicWrite} {
 		if got := WCOpcodeOf(o); got != want || got.IsRecv() {
 			t.Errorf("%s: %s", o, got)
 		}

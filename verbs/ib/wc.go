@@ -63,6 +63,8 @@ const (
 	WCFetchAdd        WCOpcode = 4
 	WCBindMW          WCOpcode = 5
 	WCLocalInv        WCOpcode = 6
+	WCFlush           WCOpcode = 8
+	WCAtomicWrite     WCOpcode = 9
 	WCRecv            WCOpcode = 128
 	WCRecvRDMAWithImm WCOpcode = 129
 	wcRecvBit         WCOpcode = 128
@@ -87,6 +89,10 @@ func (o WCOpcode) String() string {
 		return "BIND_MW"
 	case WCLocalInv:
 		return "LOCAL_INV"
+	case WCFlush:
+		return "FLUSH"
+	case WCAtomicWrite:
+		return "ATOMIC_WRITE"
 	case WCRecv:
 		return "RECV"
 	case WCRecvRDMAWithImm:
@@ -110,6 +116,10 @@ func WCOpcodeOf(o Opcode) WCOpcode {
 		return WCBindMW
 	case OpLocalInv:
 		return WCLocalInv
+	case OpFlush:
+		return WCFlush
+	case OpAtomicWrite:
+		return WCAtomicWrite
 	}
 	return WCSend
 }

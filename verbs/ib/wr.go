@@ -24,6 +24,8 @@ const (
 	OpLocalInv         Opcode = 7 // invalidate a local memory window's rkey
 	OpBindMW           Opcode = 8 // bind a type 2 memory window
 	OpSendWithInv      Opcode = 9
+	OpFlush            Opcode = 14 // what was written to the peer's memory before becomes visible, or persistent (IBA A19)
+	OpAtomicWrite      Opcode = 15 // write 8 bytes that nobody sees a part of, after all earlier requests (IBA A19)
 )
 
 func (o Opcode) String() string {
@@ -48,6 +50,10 @@ func (o Opcode) String() string {
 		return "BIND_MW"
 	case OpSendWithInv:
 		return "SEND_WITH_INV"
+	case OpFlush:
+		return "FLUSH"
+	case OpAtomicWrite:
+		return "ATOMIC_WRITE"
 	}
 	return fmt.Sprintf("Opcode(%d)", uint8(o))
 }
@@ -84,11 +90,13 @@ type SendWR struct {
 	// value (8 bytes).
 	SGEs []SGE
 	// Inline is the payload itself, copied during PostSend, with no registered memory involved. It is used when it is
-	// not empty; SGEs must then be empty, the opcode one of SEND* or RDMA_WRITE*, and its length at most the QP's MaxInline.
+	// not empty; SGEs must then be empty, the opcode one of SEND*, RDMA_WRITE* or ATOMIC_WRITE, and its length at most the QP's
+	// MaxInline.
 	Inline []byte
 
-	RemoteAddr uint64 // RDMA and atomics; atomics need 8-byte alignment
-	RKey       RKey   // RDMA and atomics
+	RemoteAddr uint64 // RDMA, atomics, OpFlush, OpAtomicWrite; the two kinds of atomics need 8-byte alignment
+	RKey       RKey   // likewise
+	Flush      Flush  // OpFlush only
 
 	CompareAdd uint64 // compare value of OpAtomicCmpSwap, addend of OpAtomicFetchAdd
 	Swap       uint64 // new value of OpAtomicCmpSwap
@@ -100,6 +108,30 @@ type SendWR struct {
 
 	Bind *BindMW // OpBindMW only
 }
+
+// Flush says what an OpFlush does with the peer's memory that the request's RKey opens (IBA A19.4.1).
+type Flush struct {
+	Placement FlushPlacement // at least one
+	Level     FlushLevel
+	Length    uint32 // bytes from RemoteAddr on; FlushRange only
+}
+
+// FlushPlacement is a set of what a flush guarantees of data that the QP wrote before, when it completes. Values are enum
+// ib_placement_type's.
+type FlushPlacement uint8
+
+const (
+	FlushGlobal     FlushPlacement = 1 << 0 // whoever looks sees it, CPUs and devices; needs AccessFlushGlobal
+	FlushPersistent FlushPlacement = 1 << 1 // it outlives a loss of power; needs AccessFlushPersistent
+)
+
+// FlushLevel is how much is flushed. Values are enum ib_selectivity_level's.
+type FlushLevel uint8
+
+const (
+	FlushRange  FlushLevel = 0 // Length bytes from RemoteAddr on
+	FlushRegion FlushLevel = 1 // the whole region; RemoteAddr and Length do not count
+)
 
 // BindMW binds a type 2 memory window (IBA 10.6.7.2.3): peers that hold RKey may then do Access on Length bytes at
 // Addr of the region, until the window is invalidated. mr.Window fills one.

@@ -158,7 +158,7 @@ func (c *Context) QueryDevice() (ib.DeviceAttr, error) {
 	}
 	a := ib.DeviceAttr{Ports: 1, MaxMRSize: 1 << 40, MaxQP: 1000, MaxQPWR: 1000, MaxSGE: 8, MaxCQ: 1000, MaxCQE: 10000, MaxMR: 1000,
 		MaxPD: 100, MaxQPRdAtomic: 8, MaxQPInitRdAtom: 4, MaxMW: 100, MaxAH: 100, MaxSRQ: 100, MaxSRQWR: 2000, MaxSRQSGE: 4, MaxInline: 32,
-		Caps: ib.CapMW2 | ib.CapSRQ | ib.CapAtomic | ib.CapResizeCQ | ib.CapUD | ib.CapUC}
+		Caps: ib.CapMW2 | ib.CapSRQ | ib.CapAtomic | ib.CapResizeCQ | ib.CapUD | ib.CapUC | ib.CapImm}
 	if c.dev.NoOptions {
 		a.Caps = 0
 	}
@@ -259,6 +259,15 @@ func (pd *PD) RegisterMR(cfg driver.MRConfig) (driver.MR, error) {
 	return m, nil
 }
 
+// RegisterDMABuf makes an *MR.
+func (pd *PD) RegisterDMABuf(cfg driver.DMABufConfig) (driver.MR, error) {
+	m := &MR{DMABuf: cfg}
+	if err := errors.Join(pd.err(), m.init(pd.dev, "mr", "reg_mr")); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
 // CreateQP makes a *QP.
 func (pd *PD) CreateQP(cfg driver.QPConfig) (driver.QP, error) {
 	q := &QP{Config: cfg}
@@ -308,6 +317,7 @@ func (w *mw) RKey() ib.RKey  { return ib.RKey(w.num<<8 | 0xfe) }
 type MR struct {
 	object
 	Config driver.MRConfig
+	DMABuf driver.DMABufConfig
 }
 
 // LKey is a number.

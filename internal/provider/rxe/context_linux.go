@@ -17,18 +17,25 @@ type rxeContext struct {
 	*uverbs.Context
 
 	mu      sync.RWMutex
-	qps     map[ib.QPN]*qp  // guarded by mu
-	windows map[uint32]*mw  // guarded by mu; by the number that their keys have in common
-	regions map[ib.LKey]*pd // guarded by mu: those that windows can be bound to
+	qps     map[ib.QPN]*qp      // guarded by mu
+	windows map[uint32]*mw      // guarded by mu; by the number that their keys have in common
+	regions map[ib.LKey]*region // guarded by mu
+
+	placement bool // the driver has FLUSH and ATOMIC_WRITE
 }
 
 func newContext(c *uverbs.Context) *rxeContext {
-	return &rxeContext{Context: c, qps: map[ib.QPN]*qp{}, windows: map[uint32]*mw{}, regions: map[ib.LKey]*pd{}}
+	r := &rxeContext{Context: c, qps: map[ib.QPN]*qp{}, windows: map[uint32]*mw{}, regions: map[ib.LKey]*region{}}
+	if a, err := c.QueryDevice(); err == nil { // else it will say so again
+		r.placement = a.Caps.Has(ib.CapFlush | ib.CapAtomicWrite)
+	}
+	return r
 }
 
 // QueryDevice implements driver.Context.
 func (c *rxeContext) QueryDevice() (ib.DeviceAttr, error) {
 	a, err := c.Context.QueryDevice()
+	a.Caps &^= ib.CapMWBounds // see mw_linux.go
 	a.MaxInline = maxInline
 	a.Caps |= ib.CapUC | ib.CapUD | ib.CapResizeCQ
 	return a, err

@@ -8,6 +8,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/abi"
 	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/ring"
 	"github.com/ringside-rdma/ringside/internal/uverbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -24,11 +25,12 @@ type cq struct {
 
 	failed atomic.Bool // it has overrun
 
-	mu      sync.Mutex
-	q       queue // guarded by mu; no memory once closed
-	entries int   // guarded by mu
+	mu      ring.SpinLock // not held during commands
+	q       queue         // guarded by mu; no memory once closed, and while away
+	away    bool          // guarded by mu: a command changes the queue, and there is nothing to poll meanwhile
+	entries int           // guarded by mu
 
-	armMu sync.Mutex
+	armMu sync.Mutex          // held by what changes the queue, too
 	arm   [2]*uverbs.Prepared // guarded by armMu: for any completion, for solicited ones; nil once closed
 }
 
@@ -71,12 +73,29 @@ func (q *cq) create(entries, channel int) error {
 	return nil
 }
 
+// take takes the queue away from those who poll, and put gives one back. In between the kernel can be told to change it.
+func (q *cq) take() (old queue) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	old, q.q, q.away = q.q, queue{}, true
+	return old
+}
+
+func (q *cq) put(fresh queue) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.q, q.away, q.entries = fresh, false, int(fresh.mask)
+}
+
 // destroy ends the queue in the kernel, then here. If the kernel refuses, nothing has changed.
 func (q *cq) destroy() error {
+	old := q.take()
 	if err := uverbs.Destroyed(q.c.DestroyCQ(q.handle)); err != nil {
+		q.put(old)
 		return err
 	}
-	q.c.unmapQueue(&q.q)
+	q.put(queue{})
+	q.c.unmapQueue(&old)
 	for i := range q.arm {
 		q.arm[i].Free()
 		q.arm[i] = nil
@@ -105,7 +124,7 @@ func (q *cq) Err() error {
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.q.mem == nil {
+	if q.q.mem == nil && !q.away {
 		return driver.ErrClosed
 	}
 	return nil
@@ -115,7 +134,11 @@ func (q *cq) Err() error {
 func (q *cq) Poll(wcs []ib.WC) int {
 	q.mu.Lock()
 	if q.q.mem == nil || q.failed.Load() {
+		away := q.away && !q.failed.Load()
 		q.mu.Unlock()
+		if away {
+			return 0
+		}
 		return -1
 	}
 	n := min(q.q.filled(), uint32(len(wcs)))
@@ -155,6 +178,9 @@ func takeWC(to *ib.WC, from *abi.WC) (special bool) {
 	}
 	const grh, withImm, withInv = 1, 2, 4 // enum ib_wc_flags: not what libibverbs, and so package ib, numbers them
 	to.Flags = ib.WCFlags(from.WCFlags & (grh | withImm))
+	if from.SrcQP == 0 { // only a datagram has a source, and a GRH; the flag is set on every receive
+		to.Flags &^= ib.WCGRH
+	}
 	if from.WCFlags&withImm != 0 {
 		to.Imm = abi.FromBE32(abi.BE32(from.Ex))
 	}
@@ -198,33 +224,38 @@ func (q *cq) Arm(solicitedOnly bool) error {
 
 // Resize implements driver.CQResizer.
 func (q *cq) Resize(entries int) error {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if q.q.mem == nil {
+	q.armMu.Lock()
+	defer q.armMu.Unlock()
+	if q.arm[0] == nil {
 		return driver.ErrClosed
 	}
-	if n := int(q.q.filled()); entries < n {
+	if err := q.c.Removed(); err != nil {
+		return err
+	}
+	old := q.take()
+	if n := int(old.filled()); entries < n {
+		q.put(old)
 		return fmt.Errorf("%d completions are queued: poll them first, or ask for more than %d entries", n, entries)
 	}
 	var resp abi.RxeResizeCQResp
 	if _, err := q.c.ResizeCQ(q.handle, entries, nil, uverbs.Bytes(&resp)); err != nil {
+		q.put(old)
 		return err
 	}
 	// The kernel has moved what was queued, and writes to the new memory only.
 	fresh, err := q.c.mapQueue(&resp.Mi, int(wcBytes), fromKernel)
 	if err != nil {
 		q.failed.Store(true) // its completions cannot be reached
+		q.put(old)
 		return fmt.Errorf("resize_cq: %w", err)
 	}
-	q.c.unmapQueue(&q.q)
-	q.q, q.entries = fresh, int(fresh.mask)
+	q.put(fresh)
+	q.c.unmapQueue(&old)
 	return nil
 }
 
 // Close implements driver.CQ.
 func (q *cq) Close() error {
-	q.mu.Lock()
-	defer q.mu.Unlock()
 	q.armMu.Lock()
 	defer q.armMu.Unlock()
 	return q.destroy()

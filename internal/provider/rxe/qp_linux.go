@@ -98,6 +98,7 @@ func (q *qp) Close() error {
 	defer q.sendMu.Unlock()
 	q.recvMu.Lock()
 	defer q.recvMu.Unlock()
+	q.freeWindows()
 	return q.destroy()
 }
 
@@ -111,9 +112,6 @@ func (q *qp) Path() string {
 
 // Modify implements driver.QP.
 func (q *qp) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) error {
-	if err := q.c.Removed(); err != nil {
-		return err
-	}
 	return q.Change(ctx, attr, mask, func() {
 		if mask&ib.AttrQKey != 0 {
 			q.qkey.Store(uint32(attr.QKey))
@@ -185,15 +183,20 @@ func (q *qp) flushRecvs() {
 // PostSend implements driver.QP.
 func (q *qp) PostSend(wrs []ib.SendWR) (n int, err error) {
 	q.sendMu.Lock()
-	defer q.sendMu.Unlock()
+	n, err = q.postSendLocked(wrs)
+	q.sendMu.Unlock()
+	return n, err
+}
+
+func (q *qp) postSendLocked(wrs []ib.SendWR) (n int, err error) {
 	if q.sq.mem == nil {
 		return 0, driver.ErrClosed
 	}
-	if s := q.State(); s < ib.RTS {
-		return 0, driver.StateErr(s)
-	}
 	if err := q.c.Removed(); err != nil {
 		return 0, err
+	}
+	if s := q.State(); s < ib.RTS {
+		return 0, driver.StateErr(s)
 	}
 	room := q.sq.room()
 	for n < len(wrs) {
@@ -223,6 +226,9 @@ const (
 )
 
 func (q *qp) put(wr *ib.SendWR, at uint32) error {
+	if wr.Opcode >= ib.OpFlush {
+		return q.putPlacement(wr, at)
+	}
 	if err := driver.CheckSendWR(q.Type(), &q.QPInfo.Cap, wr); err != nil {
 		return err
 	}
@@ -253,6 +259,30 @@ func (q *qp) put(wr *ib.SendWR, at uint32) error {
 	return nil
 }
 
+// putPlacement is put for FLUSH and ATOMIC_WRITE.
+func (q *qp) putPlacement(wr *ib.SendWR, at uint32) error {
+	if !q.c.placement {
+		return driver.ErrNoPlacement
+	}
+	if err := driver.CheckPlacementWR(q.Type(), &q.QPInfo.Cap, wr); err != nil {
+		return err
+	}
+	flags := uint32(wr.Flags & sendFlags)
+	if wr.Opcode == ib.OpFlush {
+		putFlush(q.sq.slot(at), wr, flags)
+		return nil
+	}
+	var word [8]byte
+	if copy(word[:], wr.Inline) == 0 {
+		var err error
+		if word, err = q.atomicWord(&wr.SGEs[0]); err != nil {
+			return err
+		}
+	}
+	putAtomicWrite(q.sq.slot(at), wr, flags, word)
+	return nil
+}
+
 // ownQKey in a request's Q_Key stands for the queue pair's own (IBA 10.2.5); rxe would send the bit.
 const ownQKey ib.QKey = 1 << 31
 
@@ -266,12 +296,12 @@ func (q *qp) PostRecv(wrs []ib.RecvWR) (int, error) {
 	if q.rq.mem == nil {
 		return 0, driver.ErrClosed
 	}
+	if err := q.c.Removed(); err != nil {
+		return 0, err
+	}
 	s := q.State()
 	if s == ib.Reset {
 		return 0, driver.StateErr(s)
-	}
-	if err := q.c.Removed(); err != nil {
-		return 0, err
 	}
 	n, err := postRecv(&q.rq, q.QPInfo.Cap.MaxRecvSGE, wrs)
 	if n > 0 && s == ib.Err {

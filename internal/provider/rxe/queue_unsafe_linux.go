@@ -158,6 +158,29 @@ func putSend(slot unsafe.Pointer, wr *ib.SendWR, e extra) {
 	w.DMA.Resid = w.DMA.Length
 }
 
+// putFlush writes a FLUSH.
+func putFlush(slot unsafe.Pointer, wr *ib.SendWR, flags uint32) {
+	w := view[abi.RxeSendWQE](slot, 0)
+	*w = abi.RxeSendWQE{}
+	w.WR.WRID, w.WR.Opcode, w.WR.SendFlags = wr.ID, uint32(wr.Opcode), flags
+	f := view[abi.RxeSendWRFlush](slot, abi.RxeSendWRFlushRemoteAddrOffset)
+	f.RemoteAddr, f.Length, f.RKey, f.Type, f.Level = wr.RemoteAddr, wr.Flush.Length, uint32(wr.RKey), uint8(wr.Flush.Placement), uint8(wr.Flush.Level)
+	w.IOVA = wr.RemoteAddr
+	w.DMA.Length, w.DMA.Resid = wr.Flush.Length, wr.Flush.Length
+}
+
+// putAtomicWrite writes an ATOMIC_WRITE of word. The slot has room for it: of 16 bytes of elements or inline data at least.
+func putAtomicWrite(slot unsafe.Pointer, wr *ib.SendWR, flags uint32, word [8]byte) {
+	w := view[abi.RxeSendWQE](slot, 0)
+	*w = abi.RxeSendWQE{}
+	w.WR.WRID, w.WR.Opcode, w.WR.SendFlags = wr.ID, uint32(wr.Opcode), flags
+	r := view[abi.RxeSendWRRdma](slot, abi.RxeSendWRRdmaRemoteAddrOffset)
+	r.RemoteAddr, r.RKey = wr.RemoteAddr, uint32(wr.RKey)
+	w.IOVA = wr.RemoteAddr
+	*view[[8]byte](slot, sendWQEBytes) = word
+	w.DMA.Length, w.DMA.Resid = 8, 8
+}
+
 // putSGEs writes scatter/gather elements, and returns the sum of their lengths.
 func putSGEs(out []abi.RxeSGE, sges []ib.SGE) (length uint32) {
 	for i := range out {

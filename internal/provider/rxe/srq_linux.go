@@ -62,6 +62,9 @@ func (s *srq) PostRecv(wrs []ib.RecvWR) (int, error) {
 
 // SetLimit implements driver.SRQ.
 func (s *srq) SetLimit(n int) error {
+	if err := s.c.Removed(); err != nil {
+		return err
+	}
 	var cmd abi.RxeModifySRQCmd // where a new mapping would be told: only the limit changes, but the driver insists
 	return s.c.SetSRQLimit(s.handle, n, uverbs.Bytes(&cmd))
 }

@@ -20,7 +20,7 @@ var arrows = map[string][]string{
 	"internal/driver":        {},
 	"internal/netlink":       {},
 	"internal/nldev":         {"internal/abi", "internal/netlink"},
-	"internal/uverbs":        {"internal/abi", "internal/driver", "internal/mem", "internal/netlink", "internal/nldev"},
+	"internal/uverbs":        {"internal/abi", "internal/driver", "internal/mem", "internal/netlink", "internal/nldev", "internal/rdmacm"},
 	"internal/rdmacm":        {"internal/abi", "internal/driver", "internal/netlink", "internal/mem"},
 	"internal/softnic":       {"internal/softnic", "internal/driver", "internal/ring", "internal/roce", "internal/mem", "internal/abi"},
 	"internal/provider":      {"internal/provider/soft", "internal/provider/rxe", "internal/provider/siw", "internal/provider/mlx5", "internal/driver"},

@@ -1,0 +1,230 @@
+package rxe_test
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/ringside-rdma/ringside/internal/nldev"
+	"github.com/ringside-rdma/ringside/internal/testutil"
+	"github.com/ringside-rdma/ringside/mr"
+	"github.com/ringside-rdma/ringside/qp"
+	"github.com/ringside-rdma/ringside/verbs"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+func TestMain(m *testing.M) { testutil.Main(m) }
+
+// vmOnly skips tests that change the machine that they run on.
+func vmOnly(t testing.TB) {
+	t.Helper()
+	if os.Getenv("RINGSIDE_SOFT_ROCE") != "vm" {
+		testutil.Skip(t, "go run ./test/soft-roce -- go test ./internal/provider/rxe has a kernel whose devices may be removed")
+	}
+}
+
+// kernelDevice opens rxe0, which soft-roce has made.
+func kernelDevice(t testing.TB) *verbs.Context {
+	t.Helper()
+	if os.Getenv("RINGSIDE_SOFT_ROCE") == "" {
+		testutil.Skip(t, "go run ./test/soft-roce -- go test ./internal/provider/rxe has devices")
+	}
+	c, err := verbs.Open("rxe0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { mustClose(t, c) })
+	return c
+}
+
+type closer interface{ Close() error }
+
+// mustClose closes what is given, in that order.
+func mustClose(t testing.TB, list ...closer) {
+	t.Helper()
+	for _, c := range list {
+		if err := c.Close(); err != nil {
+			t.Errorf("close %T: %v", c, err)
+		}
+	}
+}
+
+// ip runs the command.
+func ip(t testing.TB, args string) {
+	t.Helper()
+	if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
+		t.Fatalf("ip %s: %v\n%s", args, err, out)
+	}
+}
+
+// ownDevice makes a device of the test's own, on net devices of its own with the address addr, and opens it. Nobody closes
+// the context. remove deletes the device, which waits until the context is closed.
+func ownDevice(t testing.TB, name, addr string) (c *verbs.Context, remove func() error) {
+	t.Helper()
+	vmOnly(t)
+	netdev, peer := name+"a", name+"b"
+	ip(t, "link add "+netdev+" type veth peer name "+peer)
+	t.Cleanup(func() {
+		if !t.Failed() { // else it would wait for what is open on it
+			ip(t, "link del "+netdev)
+		}
+	})
+	ip(t, "link set "+peer+" up")
+	ip(t, "link set "+netdev+" mtu 4200 up")
+	ip(t, "addr add "+addr+"/24 dev "+netdev)
+	n, err := nldev.Dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { n.Close() })
+	remove = func() error { return n.RemoveLink(name) }
+	if err := n.AddLink(name, "rxe", netdev); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			return // something may have it open still, and the machine is gone soon
+		}
+		if err := remove(); err != nil {
+			t.Error(err)
+		}
+	})
+	if c, err = verbs.Open(name); err != nil {
+		t.Fatal(err)
+	}
+	testutil.Eventually(t, "an active port with the address "+addr, func() bool {
+		p, err := c.QueryPort(1)
+		return err == nil && p.State == ib.PortActive && gidIndex(c) >= 0
+	})
+	return c, remove
+}
+
+// gidIndex is the slot of an IPv4 address in the device's GID table, or -1.
+func gidIndex(c *verbs.Context) int {
+	gids, err := c.GIDs(1)
+	if err != nil {
+		return -1
+	}
+	for i := range gids {
+		if a := netip.AddrFrom16(gids[i].GID); a.Is4In6() {
+			return gids[i].Index
+		}
+	}
+	return -1
+}
+
+// rig is a protection domain with what is made on it for a pair of connected queue pairs of one device.
+type rig struct {
+	t    testing.TB
+	c    *verbs.Context
+	pd   *verbs.PD
+	cq   *verbs.CQ
+	a, b *qp.QP
+	m    *mr.MR // 64 KiB, open to all
+}
+
+func newRig(t testing.TB, c *verbs.Context, ch *verbs.CompChannel) *rig {
+	t.Helper()
+	r := &rig{t: t, c: c}
+	var err error
+	if r.pd, err = c.AllocPD(); err != nil {
+		t.Fatal(err)
+	}
+	if r.cq, err = c.NewCQ(verbs.CQConfig{Channel: ch}); err != nil {
+		t.Fatal(err)
+	}
+	if r.m, err = mr.Alloc(r.pd, 64<<10, ib.AccessLocalWrite|ib.AccessRemote|ib.AccessMWBind); err != nil {
+		t.Fatal(err)
+	}
+	r.a, r.b = r.newQP(), r.newQP()
+	gid, err := c.GID(1, gidIndex(c))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range [][2]*qp.QP{{r.a, r.b}, {r.b, r.a}} {
+		p := qp.ConnectParams{Remote: qp.Endpoint{GID: gid, QPN: x[1].QPN(), PSN: 7}, LocalPSN: 7, SGIDIndex: gidIndex(c)}
+		if err := x[0].Connect(background, p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return r
+}
+
+func (r *rig) newQP() *qp.QP {
+	r.t.Helper()
+	q, err := qp.New(r.pd, &qp.Config{SendCQ: r.cq})
+	if err == nil {
+		err = q.Init(background, 1, ib.AccessRemote)
+	}
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return q
+}
+
+func (r *rig) close() {
+	r.t.Helper()
+	mustClose(r.t, r.a, r.b, r.cq, r.m, r.pd)
+}
+
+// wait polls n completions, which must be good ones.
+func (r *rig) wait(n int) {
+	r.t.Helper()
+	wcs := make([]ib.WC, 8)
+	for deadline := time.Now().Add(testutil.Patience); n > 0; {
+		got, err := r.cq.Poll(wcs[:min(n, len(wcs))])
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		for i := range wcs[:got] {
+			if err := verbs.CheckWC("", &wcs[i]); err != nil {
+				r.t.Fatal(err)
+			}
+		}
+		n -= got
+		if got == 0 && time.Now().After(deadline) {
+			r.t.Fatalf("%d completions are missing", n)
+		}
+	}
+}
+
+// do posts a request on side a, and waits until it is done.
+func (r *rig) do(wr ib.SendWR) {
+	r.t.Helper()
+	wr.Flags |= ib.SendSignaled
+	if n, err := r.a.PostSend([]ib.SendWR{wr}); n != 1 {
+		r.t.Fatal(err)
+	}
+	r.wait(1)
+}
+
+// write is an RDMA WRITE of all of from to the beginning of to.
+func write(from ib.SGE, to mr.RemoteKey) ib.SendWR {
+	return ib.SendWR{Opcode: ib.OpRDMAWrite, SGEs: []ib.SGE{from}, RemoteAddr: to.Addr, RKey: to.RKey}
+}
+
+// within runs f, and fails the test if it does not return: what must not hang is called like this.
+func within(t testing.TB, what string, f func()) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() { defer close(done); f() }()
+	select {
+	case <-done:
+	case <-time.After(testutil.Patience):
+		t.Fatalf("%s hangs", what)
+	}
+}
+
+func isRemoved(t testing.TB, what string, err error) {
+	t.Helper()
+	if !errors.Is(err, verbs.ErrDeviceRemoved) {
+		t.Errorf("%s: %v, want %v", what, err, verbs.ErrDeviceRemoved)
+	}
+}
+
+var background = context.Background()

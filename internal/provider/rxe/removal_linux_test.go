@@ -1,0 +1,254 @@
+package rxe_test
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/ringside-rdma/ringside/internal/testutil"
+	"github.com/ringside-rdma/ringside/mr"
+	"github.com/ringside-rdma/ringside/qp"
+	"github.com/ringside-rdma/ringside/rpc"
+	"github.com/ringside-rdma/ringside/transport"
+	"github.com/ringside-rdma/ringside/verbs"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// A device is deleted while it is used in every way: whatever waits ends with ErrDeviceRemoved, and so does whatever is
+// begun; everything can be closed; and then, as rxe cannot take a device away, the deletion is done.
+func TestDeviceRemovedInUse(t *testing.T) {
+	vmOnly(t)
+	testutil.CheckLeaks(t)
+	c, remove := ownDevice(t, "rxer", "10.78.1.1")
+	channel := func() *verbs.CompChannel {
+		ch, err := c.NewCompChannel()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ch
+	}
+	chA, chB, chC := channel(), channel(), channel()
+	busy, idle, thread := newRig(t, c, nil), newRig(t, c, chA), newRig(t, c, chB)
+	srq, err := qp.NewSRQ(busy.pd, qp.SRQConfig{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := mr.NewWindow(busy.pd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ah, err := busy.pd.NewAH(ib.AHAttr{DGID: must(c.GID(1, gidIndex(c))), SGIDIndex: gidIndex(c), HopLimit: 1, Port: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	initQP := busy.newQP() // requests are refused for its state, but the device's end counts more
+
+	var wg sync.WaitGroup
+	var rounds atomic.Int64
+	wg.Go(func() { // traffic, and a busy poller
+		wr := write(busy.m.SGE(0, 4096), busy.m.RemoteRange(8192, 4096))
+		wr.Flags = ib.SendSignaled
+		wcs := make([]ib.WC, 16)
+		var postErr error
+		for {
+			if postErr == nil || errors.Is(postErr, verbs.ErrQueueFull) {
+				_, postErr = busy.a.PostSend([]ib.SendWR{wr})
+			}
+			n, err := busy.cq.Poll(wcs)
+			if err != nil {
+				isRemoved(t, "Poll in the loop", err)
+				if postErr == nil || errors.Is(postErr, verbs.ErrQueueFull) { // Poll was first
+					_, postErr = busy.a.PostSend([]ib.SendWR{wr})
+				}
+				isRemoved(t, "PostSend in the loop", postErr)
+				return
+			}
+			for i := range wcs[:n] {
+				if err := verbs.CheckWC("", &wcs[i]); err != nil {
+					t.Error(err)
+				}
+			}
+			rounds.Add(int64(n))
+		}
+	})
+	for _, r := range []*rig{idle, thread} {
+		if err := r.cq.Arm(false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var waiting atomic.Int32
+	waiter := func(what string, f func() error) {
+		wg.Go(func() {
+			waiting.Add(1)
+			isRemoved(t, what, f())
+		})
+	}
+	for range 2 {
+		waiter("Wait", func() error { _, err := chA.Wait(background); return err })
+	}
+	waiter("WaitThread", func() error { _, err := chB.WaitThread(); return err })
+	waiter("Wait on a channel without queues", func() error {
+		ctx, cancel := context.WithTimeout(background, time.Hour)
+		defer cancel()
+		_, err := chC.Wait(ctx)
+		return err
+	})
+	fatal := make(chan struct{})
+	waiter("AsyncEvent", func() error {
+		for {
+			e, err := c.AsyncEvent(background)
+			if err != nil {
+				return err
+			}
+			t.Logf("event: %v", e)
+			if e.Type == ib.EventDeviceFatal {
+				close(fatal)
+			}
+		}
+	})
+	testutil.Eventually(t, "traffic and waiters", func() bool { return rounds.Load() > 100 && waiting.Load() == 5 })
+
+	removed := make(chan error, 1)
+	start := time.Now()
+	go func() { removed <- remove() }()
+	within(t, "a wait", wg.Wait)
+	t.Logf("all waits ended after %v, after %d writes", time.Since(start), rounds.Load())
+	select {
+	case <-fatal:
+	default:
+		t.Error("no event says that the device has gone")
+	}
+
+	wr := write(busy.m.SGE(0, 8), busy.m.RemoteRange(8, 8))
+	recv := []ib.RecvWR{{SGEs: []ib.SGE{busy.m.SGE(0, 8)}}}
+	for what, f := range map[string]func() error{
+		"PostSend":          func() error { _, err := idle.a.PostSend([]ib.SendWR{wr}); return err },
+		"PostSend in Init":  func() error { _, err := initQP.PostSend([]ib.SendWR{wr}); return err },
+		"PostSend of none":  func() error { _, err := idle.a.PostSend(nil); return err },
+		"PostRecv":          func() error { _, err := idle.a.PostRecv(recv); return err },
+		"PostRecv to SRQ":   func() error { _, err := srq.PostRecv(recv); return err },
+		"SetLimit":          func() error { return srq.SetLimit(1) },
+		"Poll":              func() error { _, err := idle.cq.Poll(make([]ib.WC, 1)); return err },
+		"Arm":               func() error { return idle.cq.Arm(false) },
+		"Arm for solicited": func() error { return idle.cq.Arm(true) },
+		"Resize":            func() error { return idle.cq.Resize(1000) },
+		"Wait":              func() error { _, err := chA.Wait(background); return err },
+		"WaitThread":        func() error { _, err := chA.WaitThread(); return err },
+		"AsyncEvent":        func() error { _, err := c.AsyncEvent(background); return err },
+		"AllocPD":           func() error { _, err := c.AllocPD(); return err },
+		"NewCQ":             func() error { _, err := c.NewCQ(verbs.CQConfig{}); return err },
+		"NewCompChannel":    func() error { _, err := c.NewCompChannel(); return err },
+		"qp.New":            func() error { _, err := qp.New(idle.pd, &qp.Config{SendCQ: idle.cq}); return err },
+		"qp.NewSRQ":         func() error { _, err := qp.NewSRQ(idle.pd, qp.SRQConfig{}); return err },
+		"mr.Alloc":          func() error { _, err := mr.Alloc(idle.pd, 4096, 0); return err },
+		"mr.Register":       func() error { _, err := mr.Register(idle.pd, make([]byte, 64), 0); return err },
+		"mr.NewWindow":      func() error { _, err := mr.NewWindow(idle.pd); return err },
+		"NewAH":             func() error { _, err := idle.pd.NewAH(ib.AHAttr{Port: 1}); return err },
+		"Fail":              func() error { return idle.a.Fail(background) },
+		"Reset":             func() error { return idle.a.Reset(background) },
+		"Query":             func() error { _, err := idle.a.Query(); return err },
+		"QueryPort":         func() error { _, err := c.QueryPort(1); return err },
+		"GIDs":              func() error { _, err := c.GIDs(1); return err },
+	} {
+		within(t, what, func() { isRemoved(t, what, f()) })
+	}
+	if _, err := verbs.Open("rxer"); err == nil {
+		t.Error("the device can still be opened")
+	}
+	select {
+	case err := <-removed:
+		t.Errorf("the deletion did not wait for the open device: %v", err)
+	default:
+	}
+	within(t, "Close", func() {
+		mustClose(t, ah, w, initQP, srq)
+		for _, r := range []*rig{busy, idle, thread} {
+			r.close()
+		}
+		mustClose(t, chA, chB, chC, c)
+	})
+	within(t, "the deletion", func() {
+		if err := <-removed; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
+// The same below rpc and transport: a call in flight ends, everything closes, and the deletion is done.
+func TestDeviceRemovedUnderRPC(t *testing.T) {
+	vmOnly(t)
+	for _, mode := range []transport.PollMode{transport.Adaptive, transport.Event, transport.Busy} {
+		t.Run(mode.String(), func(t *testing.T) {
+			testutil.CheckLeaks(t)
+			c, remove := ownDevice(t, "rxet", "10.78.2.1")
+			tcfg := &transport.Config{Context: c, PollMode: mode}
+			l, err := transport.Listen(background, "127.0.0.1:0", tcfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s := rpc.NewServer(nil)
+			release, entered := make(chan struct{}), make(chan struct{}, 8)
+			s.HandleRaw(rpc.Spec{Number: 1}, func(call *rpc.Call, req []byte) error { return call.ReplyBytes(req) })
+			s.HandleRaw(rpc.Spec{Number: 2}, func(call *rpc.Call, req []byte) error {
+				entered <- struct{}{}
+				select {
+				case <-release:
+				case <-call.Context().Done():
+				}
+				return call.ReplyBytes(req)
+			})
+			served := make(chan error, 1)
+			go func() { served <- s.Serve(background, l) }()
+			cl, err := rpc.Dial(background, l.Addr().String(), tcfg, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cl.CallRaw(background, 1, []byte("hello"), nil); err != nil {
+				t.Fatal(err)
+			}
+			call := make(chan error, 1)
+			go func() { call <- cl.CallRaw(background, 2, []byte("hello"), nil) }()
+			<-entered
+
+			removed := make(chan error, 1)
+			start := time.Now()
+			go func() { removed <- remove() }()
+			within(t, "the call", func() {
+				if err := <-call; err == nil {
+					t.Error("the call has an answer")
+				} else {
+					t.Logf("after %v: %v (ErrDeviceRemoved: %t)", time.Since(start), err, errors.Is(err, verbs.ErrDeviceRemoved))
+				}
+			})
+			within(t, "a call afterwards", func() {
+				if err := cl.CallRaw(background, 1, []byte("hello"), nil); err == nil {
+					t.Error("a call is answered")
+				}
+			})
+			start = time.Now()
+			within(t, "Close of the client", func() { cl.Close() })
+			t.Logf("client closed after %v", time.Since(start))
+			close(release)
+			start = time.Now()
+			within(t, "Close of the server", func() { s.Close() })
+			t.Logf("server closed after %v", time.Since(start))
+			within(t, "Close of the listener", func() { l.Close(); <-served })
+			mustClose(t, c)
+			within(t, "the deletion", func() {
+				if err := <-removed; err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+}
