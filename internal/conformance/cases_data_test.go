@@ -13,9 +13,9 @@ import (
 
 var _ = addCases("SEND, WRITE, READ on RC", 0,
 	testCase{name: "rc/send", run: func(c *C) { sendSizes(c, ib.RC, false) }},
-	testCase{name: "rc/send-imm", run: func(c *C) { sendSizes(c, ib.RC, true) }},
+	testCase{name: "rc/send-imm", needs: ib.CapImm, run: func(c *C) { sendSizes(c, ib.RC, true) }},
 	testCase{name: "rc/write", run: func(c *C) { writeSizes(c, ib.RC, false) }},
-	testCase{name: "rc/write-imm", run: func(c *C) { writeSizes(c, ib.RC, true) }},
+	testCase{name: "rc/write-imm", needs: ib.CapImm, run: func(c *C) { writeSizes(c, ib.RC, true) }},
 	testCase{name: "rc/read", run: func(c *C) { readSizes(c) }},
 	testCase{name: "rc/zero-length-needs-no-key", run: zeroLengthNoKey},
 	testCase{name: "rc/loopback", run: loopback},
@@ -47,7 +47,7 @@ var _ = addCases("scatter, gather, inline", 0,
 
 var _ = addCases("ordinary slices", 0,
 	testCase{name: "slice/send", run: func(c *C) { sendSizes(c, ib.RC, false, sliceMem) }},
-	testCase{name: "slice/write-imm", run: func(c *C) { writeSizes(c, ib.RC, true, sliceMem) }},
+	testCase{name: "slice/write-imm", needs: ib.CapImm, run: func(c *C) { writeSizes(c, ib.RC, true, sliceMem) }},
 	testCase{name: "slice/write", run: func(c *C) { writeSizes(c, ib.RC, false, sliceMem) }},
 	testCase{name: "slice/read", run: func(c *C) { readSizes(c, sliceMem) }},
 	testCase{name: "slice/mixed", run: sliceMixed},
@@ -374,8 +374,8 @@ func gatherWrite(c *C) {
 
 func scatterRead(c *C) {
 	l := c.pair(ib.RC)
-	if l.a.Cap.MaxSendSGE < 3 {
-		c.Skip("the device has fewer than 3 SGEs")
+	if l.a.Cap.MaxSendSGE < 3 || c.A.dev.Attr.MaxSGERead < 3 {
+		c.Skip("the device has fewer than 3 SGEs for READs")
 	}
 	l.a.mem.canary()
 	l.b.mem.fill(0, 6000, 9)
@@ -390,11 +390,17 @@ func noSGE(c *C) {
 	l := c.pair(ib.RC)
 	l.b.recv(1)
 	l.b.recv(2)
+	l.a.post(wrSend(1), wrOneSided(2, ib.OpRDMAWrite, nil, l.b.mem.Addr, l.b.mem.RKey), wrOneSided(3, ib.OpRDMARead, nil, l.b.mem.Addr, l.b.mem.RKey))
+	l.a.sent(want{ID: 1, Op: ib.WCSend, Len: anyLen}, want{ID: 2, Op: ib.WCRDMAWrite, Len: anyLen}, want{ID: 3, Op: ib.WCRDMARead})
+	l.b.received(want{ID: 1, Op: ib.WCRecv})
+	if !c.hasOp(ib.OpRDMAWriteWithImm) {
+		return
+	}
 	wi := wrOneSided(2, ib.OpRDMAWriteWithImm, nil, l.b.mem.Addr, l.b.mem.RKey)
 	wi.Imm = 99
-	l.a.post(wrSend(1), wi)
-	l.a.sent(want{ID: 1, Op: ib.WCSend, Len: anyLen}, want{ID: 2, Op: ib.WCRDMAWrite, Len: anyLen})
-	l.b.received(want{ID: 1, Op: ib.WCRecv}, want{ID: 2, Op: ib.WCRecvRDMAWithImm, Flags: ib.WCWithImm, Imm: 99})
+	l.a.post(wi)
+	l.a.sent(want{ID: 2, Op: ib.WCRDMAWrite, Len: anyLen})
+	l.b.received(want{ID: 2, Op: ib.WCRecvRDMAWithImm, Flags: ib.WCWithImm, Imm: 99})
 }
 
 func tooManySGEs(c *C) {
@@ -405,13 +411,13 @@ func tooManySGEs(c *C) {
 		}
 		return s
 	}
-	wr := wrSend(2, elements(l.a.mem, l.a.Cap.MaxSendSGE+1)...)
-	if n, err := l.a.tryPost(wrSend(1, l.a.mem.sge(0, 1)), wr, wrSend(3)); n != 1 || !errors.Is(err, verbs.ErrInvalidWR) {
-		c.Fatalf("post_send with too many SGEs in the second of 3: %d accepted, error %v; want 1 and ErrInvalidWR", n, err)
-	}
 	good := ib.RecvWR{ID: 1, SGEs: l.b.mem.sges(0, 1)}
 	if n, err := l.b.tryRecv(good, ib.RecvWR{ID: 2, SGEs: elements(l.b.mem, l.b.Cap.MaxRecvSGE+1)}, good); n != 1 || !errors.Is(err, verbs.ErrInvalidWR) {
 		c.Fatalf("post_recv with too many SGEs in the second of 3: %d accepted, error %v; want 1 and ErrInvalidWR", n, err)
+	}
+	wr := wrSend(2, elements(l.a.mem, l.a.Cap.MaxSendSGE+1)...)
+	if n, err := l.a.tryPost(wrSend(1, l.a.mem.sge(0, 1)), wr, wrSend(3)); n != 1 || !errors.Is(err, verbs.ErrInvalidWR) {
+		c.Fatalf("post_send with too many SGEs in the second of 3: %d accepted, error %v; want 1 and ErrInvalidWR", n, err)
 	}
 	l.a.sent(want{ID: 1, Op: ib.WCSend, Len: anyLen})
 	l.b.received(want{ID: 1, Op: ib.WCRecv, Len: 1})
@@ -440,13 +446,18 @@ func inlineSizes(c *C) {
 		data := make([]byte, n)
 		pattern(data, uint64(i+1))
 		l.b.recv(1, l.b.mem.sge(room, n))
-		l.b.recv(2)
 		send := ib.SendWR{ID: 1, Opcode: ib.OpSend, Flags: ib.SendSignaled, Inline: data}
 		write := ib.SendWR{ID: 2, Opcode: ib.OpRDMAWriteWithImm, Flags: ib.SendSignaled, Inline: data, RemoteAddr: l.b.mem.Addr + 20000, RKey: l.b.mem.RKey, Imm: 4}
+		got := []want{{ID: 1, Op: ib.WCRecv, Len: n}, {ID: 2, Op: ib.WCRecvRDMAWithImm, Len: n, Flags: ib.WCWithImm, Imm: 4}}
+		if c.hasOp(write.Opcode) {
+			l.b.recv(2)
+		} else {
+			write.Opcode, got = ib.OpRDMAWrite, got[:1]
+		}
 		l.a.post(send, write)
 		clear(data) // the data was copied during PostSend
 		l.a.sent(want{ID: 1, Op: ib.WCSend, Len: anyLen}, want{ID: 2, Op: ib.WCRDMAWrite, Len: anyLen})
-		l.b.received(want{ID: 1, Op: ib.WCRecv, Len: n}, want{ID: 2, Op: ib.WCRecvRDMAWithImm, Len: n, Flags: ib.WCWithImm, Imm: 4})
+		l.b.received(got...)
 		l.b.mem.has("inline SEND", room, n, uint64(i+1))
 		l.b.mem.has("inline WRITE", 20000, n, uint64(i+1))
 		l.b.mem.is("after the inline SEND", room+n, 500, canaryByte)

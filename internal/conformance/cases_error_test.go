@@ -12,13 +12,13 @@ import (
 var _ = addCases("RNR and message length", 0,
 	testCase{name: "rnr/no-retries", run: rnrNoRetries},
 	testCase{name: "rnr/few-retries", run: rnrFewRetries},
-	testCase{name: "rnr/write-imm", run: rnrWriteImm},
+	testCase{name: "rnr/write-imm", needs: ib.CapImm, run: rnrWriteImm},
 	testCase{name: "rnr/waits-for-receive", run: rnrWaits},
 	testCase{name: "rnr/keeps-order", run: rnrKeepsOrder},
 	testCase{name: "rnr/each-way", run: rnrEachWay},
 	testCase{name: "length/receive-too-small", run: receiveTooSmall},
 	testCase{name: "length/receive-too-small-by-far", run: receiveTooSmallBig},
-	testCase{name: "length/write-imm-needs-no-room", run: writeImmNoRoom},
+	testCase{name: "length/write-imm-needs-no-room", needs: ib.CapImm, run: writeImmNoRoom},
 	testCase{name: "length/message-too-long", run: messageTooLong},
 )
 

@@ -54,13 +54,14 @@ func (c *C) diedWell(wcs []ib.WC) {
 	}
 	switch s := wcs[i].Status; {
 	case s == ib.WCRetryExceeded, s == ib.WCFlushErr:
+	case c.cmOnly() && (s == ib.WCLocalQPOpErr || s == ib.WCGeneralErr): // the connection's end is noticed in the middle of a request
 	case s == ib.WCRemoteAccessErr && c.A.dev.Provider != "soft":
 		// A kernel that clears up behind a dead process takes its objects one by one: its regions may go before its QPs.
 		c.note("the first request after the peer's death ends with %q", s)
 	default:
 		c.Errorf("the first request after the peer's death ends with %q, want %q", s, ib.WCRetryExceeded)
 	}
-	if wcs[i].Status == ib.WCFlushErr && c.A.dev.Provider != "soft" {
+	if wcs[i].Status == ib.WCFlushErr && c.A.dev.Provider != "soft" && !c.cmOnly() {
 		c.Errorf("the first request after the peer's death was only flushed")
 	}
 	for _, wc := range wcs[i+1:] {
@@ -79,11 +80,20 @@ func (e *end) failsSoon(wr ib.SendWR) {
 	e.c.Helper()
 	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 		e.post(wr)
-		if e.sentOneOf(wr.ID, ib.WCRetryExceeded, ib.WCFlushErr, ib.WCSuccess) != ib.WCSuccess {
+		if e.sentOneOf(wr.ID, e.c.afterDeath()...) != ib.WCSuccess {
 			return
 		}
 	}
 	e.c.Fatalf("%s: requests succeed %v after the peer's death", e.name, patience)
+}
+
+// afterDeath is how a request to a dead peer may end.
+func (c *C) afterDeath() []ib.WCStatus {
+	s := []ib.WCStatus{ib.WCRetryExceeded, ib.WCFlushErr, ib.WCSuccess}
+	if c.cmOnly() {
+		s = append(s, ib.WCLocalQPOpErr)
+	}
+	return s
 }
 
 // death checks that a survivor's end is of no use any more, but does everything that it must: sends fail, receives are
@@ -175,8 +185,8 @@ func killIdle(c *C) {
 		l.a.recv(uint64(i), l.a.mem.sge(0, 64))
 	}
 	c.B.kill()
-	if c.A.dev.Provider == "soft" {
-		// The software NIC sees deaths on its host and says so without being asked.
+	if c.A.dev.Provider == "soft" || c.cmOnly() {
+		// The software NIC sees deaths on its host and says so without being asked, and so does TCP.
 		l.a.flushed(l.a.rcq, 0, 1, 2, 3, 4)
 		l.a.inState(ib.Err)
 		c.death(l.a)
@@ -199,7 +209,7 @@ func killSleepingReceiver(c *C) {
 	}()
 	time.Sleep(quiet)
 	c.B.kill()
-	if c.A.dev.Provider != "soft" {
+	if c.A.dev.Provider != "soft" && !c.cmOnly() {
 		l.a.post(wrSend(1))
 	}
 	if err := <-done; err != nil {
@@ -299,7 +309,7 @@ func (c *C) restart() {
 		c.Fatal(err)
 	}
 	c.Cleanup(p.kill)
-	c.B.remote = p
+	c.B.remote, c.B.listener, c.B.spare = p, nil, nil
 	c.B.dev = do(c.B, opOpen, c.B.dev.Name)
 	c.B.pd = do(c.B, opPD, none{})
 }

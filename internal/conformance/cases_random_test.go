@@ -39,6 +39,8 @@ type model struct {
 	index      int
 	inline     int
 	atomics    bool
+	imms       bool
+	readSGEs   int // of a READ
 }
 
 // batch makes up a batch of requests, applies it to the model, and returns it with the receives it takes.
@@ -96,8 +98,11 @@ func (m *model) batch(r *rand.Rand, xm, ym *Mem) (wrs []ib.SendWR, recvs []ib.Re
 		}
 		remote := func(off int) { wr.RemoteAddr, wr.RKey = ym.Addr+uint64(m.yoff+off), ym.RKey }
 		kind := r.IntN(8)
-		if kind >= 6 && !m.atomics {
+		switch {
+		case kind >= 6 && !m.atomics:
 			kind = 4
+		case (kind == 1 || kind == 3) && !m.imms:
+			kind--
 		}
 		done := want{ID: id, Len: anyLen}
 		switch kind {
@@ -123,6 +128,9 @@ func (m *model) batch(r *rand.Rand, xm, ym *Mem) (wrs []ib.SendWR, recvs []ib.Re
 		case 4, 5: // READ
 			wr.Opcode, done.Op, done.Len = ib.OpRDMARead, ib.WCRDMARead, length
 			cut := r.IntN(length + 1)
+			if m.readSGEs < 2 {
+				cut = 0
+			}
 			wr.SGEs = []ib.SGE{xm.sge(m.xoff+slot, cut), xm.sge(m.xoff+slot+cut, length-cut)}
 			remote(to)
 			mark(to, length)
@@ -182,7 +190,7 @@ func randomOps(c *C, links, rounds int, change func(*linkOpts)) {
 	for i := range models {
 		l := c.pairOn(c.A, c.B, o)
 		m := &model{x: l.a, y: l.b, index: i, xoff: i * areaSize, yoff: i * areaSize, inline: min(l.a.Cap.MaxInline, l.b.Cap.MaxInline, o.inline),
-			atomics: c.A.dev.Attr.Caps.Has(ib.CapAtomic), xmem: make([]byte, areaSize), ymem: make([]byte, areaSize)}
+			atomics: c.A.dev.Attr.Caps.Has(ib.CapAtomic), imms: c.hasOp(ib.OpSendWithImm), readSGEs: c.A.dev.Attr.MaxSGERead, xmem: make([]byte, areaSize), ymem: make([]byte, areaSize)}
 		if i%2 == 1 {
 			m.x, m.y = l.b, l.a
 		}
@@ -217,7 +225,7 @@ func randomOps(c *C, links, rounds int, change func(*linkOpts)) {
 						continue
 					}
 					// Receives come before or after the messages: RNR makes up for it.
-					late := i%3 == 0 && !s.fencesStall()
+					late := i%3 == 0 && !s.fencesStall() && !c.cmOnly()
 					if !late {
 						if n, err := w.m.y.tryRecv(w.recvs...); err != nil {
 							errs <- fmt.Errorf("link %d: %d of %d receives accepted: %w", i, n, len(w.recvs), err)
@@ -252,6 +260,9 @@ func randomOps(c *C, links, rounds int, change func(*linkOpts)) {
 		got := map[key][]ib.WC{}
 		for _, cq := range []*CQ{o.scqA, o.rcqA, o.scqB, o.rcqB} {
 			for _, wc := range cq.wait(count[cq]) {
+				if wc.Status != ib.WCSuccess {
+					c.Fatalf("round %d, %s: %s", round, cq.s.name, showWC(wc))
+				}
 				k := key{cq.s, wc.QPN, cq}
 				got[k] = append(got[k], wc)
 			}
@@ -264,6 +275,9 @@ func randomOps(c *C, links, rounds int, change func(*linkOpts)) {
 			if wcs := do(cq.s, opPoll, pollArgs{cq.H, 1, 0}); len(wcs) > 0 {
 				c.Fatalf("round %d: unexpected completion %s", round, showWC(wcs[0]))
 			}
+		}
+		for _, m := range models {
+			m.x.settle(want{Op: ib.WCRDMAWrite})
 		}
 		sums := map[*Mem][][]byte{}
 		for _, m := range []*Mem{memA, memB} {

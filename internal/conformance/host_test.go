@@ -8,6 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
+	"net/netip"
 	"os"
 	"runtime"
 	"slices"
@@ -38,13 +40,14 @@ type host struct {
 	next    handle
 	objects map[handle]object
 	raw     map[handle][]byte // memory of registered slices, which outlives the region
+	conns   map[handle]handle // of QPs that the connection manager has connected
 	before  *testutil.Snapshot
 }
 
 type object interface{ Close() error }
 
 func newHost() *host {
-	return &host{objects: map[handle]object{}, raw: map[handle][]byte{}}
+	return &host{objects: map[handle]object{}, raw: map[handle][]byte{}, conns: map[handle]handle{}}
 }
 
 func (h *host) add(o object) handle {
@@ -94,6 +97,7 @@ type deviceInfo struct {
 	Port           ib.PortAttr
 	GID            ib.GID
 	GIDIndex       int
+	Addr           netip.Addr // of its net device; not valid if it has none
 }
 
 var opOpen = newOp("open", func(h *host, device string) (deviceInfo, error) {
@@ -111,27 +115,30 @@ var opOpen = newOp("open", func(h *host, device string) (deviceInfo, error) {
 	if d.Port, err = c.QueryPort(1); err != nil {
 		return d, err
 	}
-	gids, err := c.GIDs(1)
+	best, err := c.SourceGID(1, netip.Addr{})
 	if err != nil {
 		return d, err
 	}
-	if len(gids) == 0 {
-		return d, errors.New("port 1 has no GID")
-	}
-	// The GID with the widest reach: RoCE v2 with an IPv4 address, then RoCE v2, then the first.
-	best := slices.MaxFunc(gids, func(a, b ib.GIDEntry) int { return rankGID(a) - rankGID(b) })
 	d.GID, d.GIDIndex = best.GID, best.Index
+	d.Addr = addrOf(c.Choice().Device.NetDevs)
 	return d, nil
 })
 
-func rankGID(e ib.GIDEntry) int {
-	switch {
-	case e.Type == ib.GIDRoCEv2 && e.GID.Addr().Is4():
-		return 2
-	case e.Type == ib.GIDRoCEv2:
-		return 1
+// addrOf is the first IPv4 address of net devices.
+func addrOf(netdevs []string) netip.Addr {
+	for _, name := range netdevs {
+		dev, err := net.InterfaceByName(name)
+		if err != nil {
+			continue
+		}
+		addrs, _ := dev.Addrs()
+		for _, a := range addrs {
+			if p, err := netip.ParsePrefix(a.String()); err == nil && p.Addr().Is4() {
+				return p.Addr()
+			}
+		}
 	}
-	return 0
+	return netip.Addr{}
 }
 
 var opReach = newOp("check reach", func(h *host, g ib.GID) (string, error) {
@@ -171,7 +178,25 @@ var opCloseAll = newOp("close all", func(h *host, _ none) (none, error) {
 	return none{}, errors.Join(errs...)
 })
 
+// closeConn closes the connection of a QP, if it has one.
+func closeConn(h *host, q handle) error {
+	h.mu.Lock()
+	conn := h.conns[q]
+	delete(h.conns, q)
+	h.mu.Unlock()
+	if conn == 0 {
+		return nil
+	}
+	if err := closeHandle(h, conn); !errors.Is(err, errNotThere) {
+		return err
+	}
+	return nil
+}
+
 func closeHandle(h *host, n handle) error {
+	if err := closeConn(h, n); err != nil { // before its QP
+		return err
+	}
 	o, err := get[object](h, n)
 	if err != nil {
 		return err
@@ -189,6 +214,9 @@ var opClose = newOp("close", func(h *host, n handle) (none, error) { return none
 
 // opCloseAgain closes an object twice more and keeps it: Close must be idempotent.
 var opCloseTwice = newOp("close twice", func(h *host, n handle) (none, error) {
+	if err := closeConn(h, n); err != nil {
+		return none{}, err
+	}
 	o, err := get[object](h, n)
 	if err != nil {
 		return none{}, err

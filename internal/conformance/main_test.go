@@ -14,11 +14,12 @@ import (
 )
 
 var (
-	device     = flag.String("device", "soft0", "device that the cases run on")
-	peerDevice = flag.String("peer-device", "", "device of the second side (default: the same)")
-	matrixFile = flag.String("matrix", "", "write the matrix of features to this `file`: .md or .json")
-	matrixWith = flag.String("matrix-with", "", "comma-separated .json `files` of other runs, whose columns are added to the matrix")
-	seedFlag   = flag.Uint64("seed", 0, "seed of the random cases (default: a new one each run)")
+	device      = flag.String("device", "soft0", "device that the cases run on")
+	peerDevice  = flag.String("peer-device", "", "device of the second side (default: the same)")
+	matrixFile  = flag.String("matrix", "", "write the matrix of features to this `file`: .json, or .md, of which only what is between two marks is replaced")
+	matrixCheck = flag.Bool("matrix-check", false, "with -matrix FILE.md: fail if the file does not have the table already, and write nothing")
+	matrixWith  = flag.String("matrix-with", "", "comma-separated .json `files` of other runs, whose columns are added to the matrix")
+	seedFlag    = flag.Uint64("seed", 0, "seed of the random cases (default: a new one each run)")
 )
 
 func TestMain(m *testing.M) {
@@ -175,7 +176,7 @@ func (r *runner) run(t *testing.T, tc testCase) {
 		}
 		s.dev = do(s, opOpen, name)
 	}
-	column = c.A.dev.Provider + "/" + r.name
+	column = columnOf(c.A.dev.Provider, r.name)
 	t.Cleanup(func() {
 		res.Column = column
 		switch {

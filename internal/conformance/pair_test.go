@@ -1,6 +1,8 @@
 package conformance
 
 import (
+	"net/netip"
+
 	"github.com/ringside-rdma/ringside/qp"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -93,6 +95,10 @@ func (c *C) end(s *Side, o linkOpts, scq, rcq *CQ, srq, channel handle) *end {
 // connect takes both ends from RESET to RTS.
 func (c *C) connect(l link, o linkOpts) {
 	c.Helper()
+	if c.cmOnly() {
+		c.connectCM(l, o)
+		return
+	}
 	for _, e := range []*end{l.a, l.b} {
 		qkey := o.qkeyA
 		if e == l.b {
@@ -117,6 +123,44 @@ func (e *end) toInit(o linkOpts, qkey ib.QKey) {
 		access &= ib.AccessRemoteWrite
 	}
 	e.modify(ib.QPAttr{State: ib.Init, Port: 1, Access: access}, ib.AttrState|ib.AttrPort|ib.AttrPKeyIndex|ib.AttrAccess)
+}
+
+// cmOnly reports whether the devices are iWARP's: QPs are connected by the connection manager, and a message is on its way when
+// its request completes.
+func (c *C) cmOnly() bool { return c.A.dev.Attr.Caps.Has(ib.CapCMOnly) }
+
+// connectCM lets a dial b.
+func (c *C) connectCM(l link, o linkOpts) {
+	c.Helper()
+	p := qp.CMParams{Access: o.access, MaxRdAtomic: orNone(o.rdAtomic), MaxDestRdAtomic: orNone(o.destRdAtomic), RetryCount: orNone(o.retry),
+		RNRRetry: orNone(o.rnrRetry), MinRNRTimer: o.minRNR.Duration()}
+	if l.b.listener == nil {
+		listener := do(l.b.Side, opListen, netip.AddrPortFrom(l.b.dev.Addr, 0))
+		l.b.listener = &listener
+	}
+	accepted := make(chan error, 1)
+	go func() {
+		_, err := call(l.b.Side, opAccept, cmArgs{QP: l.b.H, Listener: l.b.listener.H, Params: p})
+		accepted <- err
+	}()
+	_, err := call(l.a.Side, opDial, cmArgs{QP: l.a.H, Local: netip.AddrPortFrom(l.a.dev.Addr, 0), Remote: l.b.listener.Addr, Params: p})
+	if err != nil {
+		c.Fatalf("%s: rdma_connect: %v", l.a.name, err)
+	}
+	if err := <-accepted; err != nil {
+		c.Fatalf("%s: rdma_accept: %v", l.b.name, err)
+	}
+	if o.rdAtomic > 0 {
+		l.a.peer, l.b.peer = l.b.Side, l.a.Side
+	}
+}
+
+// orNone is a count as qp's parameters have it.
+func orNone(n uint8) int {
+	if n == 0 {
+		return -1
+	}
+	return int(n)
 }
 
 // psn is the first PSN that the end sends: just before the counter wraps, and different for each QP.

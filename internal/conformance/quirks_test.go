@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"testing"
 
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -20,6 +21,13 @@ var saysInstead = map[string]map[ib.WCStatus][]ib.WCStatus{
 		ib.WCLocalLengthErr: {ib.WCLocalQPOpErr},
 		// A message that does not fit the receive is answered as an error of the receiver's own.
 		ib.WCRemoteInvalidReqErr: {ib.WCRemoteOpErr},
+	},
+	"siw": {
+		// Whatever is wrong with a request's own memory (siw_qp_sq_process in siw_qp_tx.c).
+		ib.WCLocalProtErr: {ib.WCLocalQPOpErr},
+		// A receive that cannot be written to (siw_rdmap_complete in siw_qp_rx.c).
+		ib.WCLocalLengthErr: {ib.WCGeneralErr},
+		ib.WCLocalQPOpErr:   {ib.WCGeneralErr},
 	},
 }
 
@@ -60,6 +68,39 @@ var gaps = []gap{
 	{"rxe", "revoke/window-under-writes", "a packet that rxe is writing when a window is invalidated may be written after that is complete", never},
 }
 
+// What iWARP does otherwise, and siw, the only iWARP here.
+const (
+	byHand = "iWARP takes a QP to RTS by the connection manager only, and only once: there is no RESET afterwards, and no SQD"
+	noRNR  = "iWARP has no RNR: a message without a receive ends the connection (siw_proc_send, DDP_ECODE_UT_INVALID_MSN_NOBUF)"
+	noNAK  = "iWARP does not tell the sender which request was refused: it had completed when it was sent, and the connection ends"
+	bothIn = "the error of one QP ends an iWARP connection, and so the other's work"
+)
+
+func init() {
+	for reason, names := range map[string][]string{
+		byHand: {"rc/self", "rc/path-mtu-of-each-size", "queue/granted", "flush/reset-clears", "flush/cycle", "flush/peer-not-connected",
+			"flush/wrong-destination", "state/transitions", "state/attributes", "state/bad-values", "state/post-refused",
+			"state/receive-in-init-and-rtr", "state/sqd", "state/sqd-waits", "kill/before-connect", "revoke/reset-under-writes",
+			"reach/path-is-told"},
+		noRNR: {"rnr/no-retries", "rnr/few-retries", "rnr/waits-for-receive", "rnr/keeps-order", "rnr/each-way", "flush/sends",
+			"queue/send-full", "kill/while-a-send-waits", "srq/empty-is-rnr"},
+		noNAK: {"length/receive-too-small", "length/receive-too-small-by-far", "flush/after-error", "local/receive-bad", "srq/bad-receive",
+			"srq/other-domain", "order/read-depth-zero"},
+		bothIn: {"flush/peer-in-err"},
+		"siw does not look at a QP's rights, only at the region's (siw_check_mem; SIW_RDMA_WRITE_ENABLED is set and never read)": {
+			"remote/qp-without-right", "state/access-changed-in-rts", "revoke/right-under-writes"},
+		"siw checks a WRITE segment by segment, and what comes before the bad one is written (siw_proc_write)":                     {"remote/long-write-half-outside"},
+		"siw's completions of receives do not count as solicited (siw_rqe_complete passes SIW_WQE_SIGNALLED), so all raise events": {"cq/solicited"},
+		"siw does not raise this event": {"srq/last-wqe-reached"},
+		"siw looks at a region, then writes to it: a segment that it is at is written after the region is withdrawn (siw_proc_write)": {
+			"revoke/slice-region-under-writes"},
+	} {
+		for _, name := range names {
+			gaps = append(gaps, gap{"siw", name, reason, never})
+		}
+	}
+}
+
 // gapOf returns why a case is not run on a provider's devices, or an empty string.
 func gapOf(provider, name string) string {
 	for _, g := range gaps {
@@ -71,8 +112,19 @@ func gapOf(provider, name string) string {
 }
 
 // saysLastWQE reports whether the side's device raises ib.EventLastWQEReached.
-func (s *Side) saysLastWQE() bool { return s.dev.Provider != "rxe" || !running.before(lastWQE) }
+func (s *Side) saysLastWQE() bool {
+	return s.dev.Provider != "siw" && (s.dev.Provider != "rxe" || !running.before(lastWQE))
+}
 
 // fencesStall reports that requests with a fence must not meet a receive that is not posted yet: rxe fences them again
 // when it sends them again, behind READs and atomics that come after them, and so waits for ever (rxe_wqe_is_fenced).
 func (s *Side) fencesStall() bool { return s.dev.Provider == "rxe" }
+
+// A gap that names no case hides nothing.
+func TestGapsNameCases(t *testing.T) {
+	for _, g := range gaps {
+		if !slices.ContainsFunc(table, func(tc testCase) bool { return tc.name == g.name }) {
+			t.Errorf("%s: no case %q", g.provider, g.name)
+		}
+	}
+}

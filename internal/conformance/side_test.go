@@ -27,6 +27,9 @@ type Side struct {
 	local  *host // nil if the side is in another process
 	remote *peer
 	pd     handle // a default domain
+
+	listener *listenInfo // where it is dialled; made when it is needed
+	spare    *Mem        // likewise
 }
 
 // note tells the log and the matrix which of the answers that the specification allows was seen.
@@ -214,6 +217,7 @@ type QP struct {
 	qpInfo
 	typ      ib.QPType
 	scq, rcq *CQ
+	peer     *Side // of a QP that has to be settled
 }
 
 type qpOpts struct {
@@ -231,7 +235,7 @@ func (s *Side) tryQP(o qpOpts) (*QP, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &QP{s, i, o.cfg.Type, o.scq, o.rcq}, nil
+	return &QP{s, i, o.cfg.Type, o.scq, o.rcq, nil}, nil
 }
 
 func (s *Side) qp(o qpOpts) *QP {
@@ -313,8 +317,36 @@ func (q *QP) wantOn(cq *CQ, kind string, wants []want) []ib.WC {
 	return wcs
 }
 
-// sent waits for completions of the send queue's CQ, in this order.
-func (q *QP) sent(wants ...want) []ib.WC { q.s.c.Helper(); return q.wantOn(q.scq, "send", wants) }
+// sent waits for completions of the send queue's CQ, in this order. WRITEs among them are done.
+func (q *QP) sent(wants ...want) []ib.WC {
+	q.s.c.Helper()
+	wcs := q.wantOn(q.scq, "send", wants)
+	if slices.ContainsFunc(wants, func(w want) bool { return w.Op == ib.WCRDMAWrite && w.Status == ib.WCSuccess }) {
+		q.settle(wants[len(wants)-1])
+	}
+	return wcs
+}
+
+// settle waits until WRITEs that have completed are done: over iWARP their completion says that they are on their way. A READ
+// comes back from behind them.
+func (q *QP) settle(last want) {
+	q.s.c.Helper()
+	if q.peer == nil || last.Status != ib.WCSuccess || last.Op == ib.WCRDMARead {
+		return
+	}
+	const id = 0x5e771e
+	q.post(wrRead(id, q.s.scratch().sges(0, 8), q.peer.scratch(), 0))
+	q.wantOn(q.scq, "settling", []want{{ID: id, Op: ib.WCRDMARead, Len: 8}})
+}
+
+// scratch is a little memory in the default domain.
+func (s *Side) scratch() *Mem {
+	s.c.Helper()
+	if s.spare == nil {
+		s.spare = s.mem(s.pd, 64, accessAll)
+	}
+	return s.spare
+}
 
 // received waits for completions of the receive queue's CQ, in this order.
 func (q *QP) received(wants ...want) []ib.WC {
