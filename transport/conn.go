@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/qp"
 	"github.com/ringside-rdma/ringside/verbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -34,14 +35,16 @@ type EOFHandler interface {
 // A Conn is a connection to a peer, that carries messages both ways in order, and one-sided operations. It is safe for
 // concurrent use by any number of goroutines. Make one with Dial or Listener.Accept.
 type Conn struct {
-	p    *Poller
-	cfg  *Config
-	q    *qp.QP
-	qpn  ib.QPN
-	tcp  net.Conn
-	sgid int // index of the own GID
-	peer PeerInfo
-	path PathInfo
+	p        *Poller
+	cfg      *Config
+	q        *qp.QP
+	qpn      ib.QPN
+	tcp      net.Conn
+	sgid     int          // index of the own GID
+	cm       *qp.CMConn   // nil: the queue pair was connected by hand
+	peerSync mr.RemoteKey // with cm: see Batch.seal
+	peer     PeerInfo
+	path     PathInfo
 
 	idx    uint32
 	gen    uint8
@@ -196,6 +199,7 @@ func newConn(ctx context.Context, p *Poller, cfg *Config) (c *Conn, err error) {
 
 // discard frees a connection that was never started.
 func (c *Conn) discard() {
+	c.closeCM()
 	if c.q != nil {
 		c.q.Close()
 	}
@@ -356,6 +360,7 @@ func (c *Conn) teardown(e *CloseError) {
 		close(ch)
 	})
 	<-ch
+	c.closeCM()
 	if err := c.q.Close(); err != nil {
 		c.failMu.Lock()
 		if e.Reason == "" {

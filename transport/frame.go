@@ -23,10 +23,11 @@ const (
 	msgCancel msgType = 4 // arg: rendezvous id: the sender would like the source back
 	msgCredit msgType = 5 // arg: 0; carries nothing but credits
 	msgEOS    msgType = 6 // arg: 0; the sender will send no more messages
-	msgLast           = msgEOS
+	msgImm    msgType = 7 // arg: an immediate value, by devices that cannot send one with an RDMA WRITE. Takes a credit
+	msgLast           = msgImm
 )
 
-var msgNames = [...]string{"type 0", "data", "RTS", "FIN", "cancel", "credit", "EOS"}
+var msgNames = [...]string{"type 0", "data", "RTS", "FIN", "cancel", "credit", "EOS", "immediate"}
 
 func (t msgType) String() string {
 	if int(t) < len(msgNames) {
@@ -86,6 +87,10 @@ func parseHeader(b []byte) (header, error) {
 	case msgCancel:
 		if body != 0 {
 			return h, protocolErrorf("cancel with a body of %d bytes", body)
+		}
+	case msgImm:
+		if body != 0 {
+			return h, protocolErrorf("immediate with a body of %d bytes", body)
 		}
 	case msgCredit, msgEOS:
 		if body != 0 || h.arg() != 0 {

@@ -38,6 +38,7 @@ func TestHeaderGolden(t *testing.T) {
 		{makeHeader(msgCredit, 0, 64, 0), "", "05 00 4000 00000000"},
 		{makeHeader(msgCredit, flagLow, 0, 0), "", "05 01 0000 00000000"},
 		{makeHeader(msgEOS, 0, 2, 0), "", "06 00 0200 00000000"},
+		{makeHeader(msgImm, 0, 3, 0xdeadbeef), "", "07 00 0300 efbeadde"},
 	} {
 		var b [headerLen]byte
 		c.h.put(b[:])
@@ -57,7 +58,9 @@ func TestHeaderRefused(t *testing.T) {
 		"empty":               "",
 		"short":               "01000000000000",
 		"type 0":              "0000000000000000",
-		"type 7":              "0700000000000000",
+		"type 8":              "0800000000000000",
+		"immediate with body": "070000000000000000",
+		"low immediate":       "0701000000000000",
 		"length too small":    "01000000020000006162" + "63",
 		"length too large":    "0100000004000000616263",
 		"length wraps":        "01000000ffffffff616263",
@@ -134,7 +137,7 @@ func FuzzMessage(f *testing.F) {
 
 func sampleHello() *hello {
 	h := &hello{
-		Features: 1, PIDNS: 2, MountNS: 3, UID: 4, PID: 5, QPN: 0x123456, PSN: 0xabcdef, MaxMessage: 1 << 20, Slot: 8192, Window: 128,
+		Features: 1 << 63, PIDNS: 2, MountNS: 3, UID: 4, PID: 5, QPN: 0x123456, PSN: 0xabcdef, MaxMessage: 1 << 20, Slot: 8192, Window: 128,
 		Rendezvous: 8, MTU: ib.MTU4096, ReadsOut: 16, ReadsIn: 15, Port: 1, LID: 9,
 		Devices: []PeerDevice{{Provider: "soft", Name: "soft0"}, {Provider: "rxe", Name: "rxe0"}}, Name: "päule", PrivateData: []byte{1, 2, 3},
 	}
@@ -149,7 +152,7 @@ func sampleHello() *hello {
 func TestHelloGolden(t *testing.T) {
 	h := sampleHello()
 	b := h.append(nil)
-	want := unhex(t, "0100000000000000"+"000102030405060708090a0b0c0d0e0f"+"0200000000000000"+"0300000000000000"+"04000000"+"05000000"+
+	want := unhex(t, "0000000000000080"+"000102030405060708090a0b0c0d0e0f"+"0200000000000000"+"0300000000000000"+"04000000"+"05000000"+
 		"f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff"+"56341200"+"efcdab00"+"00001000"+"00200000"+"80000000"+"0800"+"05100f01"+"0900"+
 		"02"+"000000"+"0300"+"0000"+
 		"f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff"+"04736f6674"+"05736f667430"+
@@ -175,6 +178,32 @@ func TestHelloGolden(t *testing.T) {
 	}
 	if f := appendFrame(nil, bootReady, []byte("x")); !bytes.Equal(f, unhex(t, "52534445 0100 03 00 01000000 78")) {
 		t.Errorf("frame % x", f)
+	}
+}
+
+// With the connection manager's feature bit, the hello ends with where to connect.
+func TestHelloCM(t *testing.T) {
+	h := sampleHello()
+	plain := h.append(nil)
+	h.Features = featureCM
+	h.CMPort, h.CMToken = 0x4321, cmToken{0: 0xaa, 15: 0xbb}
+	h.Sync = mr.RemoteKey{Addr: 0x1122334455667788, Len: 1, RKey: 0x99, Access: ib.AccessRemoteRead}
+	b := h.append(nil)
+	if want := append(append(unhex(t, "0100000000000000"), plain[8:]...), unhex(t, "2143"+"aa"+strings.Repeat("00", 14)+"bb"+
+		"8877665544332211"+"0100000000000000"+"99000000"+"04000000")...); !bytes.Equal(b, want) {
+		t.Errorf("hello is\n% x, want\n% x", b, want)
+	}
+	got, err := parseHello(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(h, got); d != "" {
+		t.Error(d)
+	}
+	for n := range b {
+		if _, err := parseHello(b[:n]); err == nil {
+			t.Errorf("accepted the first %d of %d bytes", n, len(b))
+		}
 	}
 }
 
@@ -207,6 +236,10 @@ func TestHelloRefused(t *testing.T) {
 func FuzzHello(f *testing.F) {
 	f.Add(sampleHello().append(nil))
 	f.Add([]byte{})
+	withCM := sampleHello()
+	withCM.Features |= featureCM
+	withCM.Sync = mr.RemoteKey{Addr: 1 << 40, Len: 1, RKey: 7, Access: ib.AccessRemoteRead}
+	f.Add(withCM.append(nil))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		h, err := parseHello(b)
 		if err != nil {

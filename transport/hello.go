@@ -8,6 +8,7 @@ import (
 	"net"
 	"unicode/utf8"
 
+	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -64,10 +65,24 @@ type hello struct {
 	Devices     []PeerDevice
 	Name        string
 	PrivateData []byte
+	CMPort      uint16 // featureCM, of the listener: where the dialler connects by the connection manager, at the address in GID
+	CMToken     cmToken
+	Sync        mr.RemoteKey // featureCM: a byte that means nothing, for the READ that makes writes certain (Batch.seal)
 }
 
-// featureBits that this implementation knows. Unknown bits are ignored: whoever needs one says so by the version.
-const featureBits uint64 = 0
+// deviceName is the name of the device that the queue pair is on.
+func (h *hello) deviceName() string {
+	if len(h.Devices) == 0 {
+		return "the peer's"
+	}
+	return h.Devices[0].Name
+}
+
+// Feature bits. Unknown ones are ignored: whoever needs one says so by the version.
+const (
+	// featureCM: the device is connected by the system's connection manager, and the hello ends with CMPort, CMToken and Sync.
+	featureCM uint64 = 1 << 0
+)
 
 func appendFrame(b []byte, kind bootKind, body []byte) []byte {
 	b = append(b, bootMagic...)
@@ -114,7 +129,13 @@ func (h *hello) append(b []byte) []byte {
 		b = appendString(b, d.Name, 64)
 	}
 	b = appendString(b, h.Name, maxName)
-	return append(b, h.PrivateData...)
+	b = append(b, h.PrivateData...)
+	if h.Features&featureCM != 0 {
+		b = le.AppendUint16(b, h.CMPort)
+		b = append(b, h.CMToken[:]...)
+		b, _ = h.Sync.AppendBinary(b) // our own, or one that was parsed
+	}
+	return b
 }
 
 // reader takes fields off a byte slice; after the first failure everything is zero.
@@ -194,6 +215,16 @@ func parseHello(b []byte) (*hello, error) {
 	}
 	h.Name = r.text(maxName)
 	h.PrivateData = append([]byte(nil), r.bytes(npriv)...)
+	if h.Features&featureCM != 0 {
+		h.CMPort = r.u16()
+		copy(h.CMToken[:], r.bytes(len(h.CMToken)))
+		if err := h.Sync.UnmarshalBinary(r.bytes(mr.RemoteKeySize)); err != nil {
+			return nil, err
+		}
+		if !r.fail && (h.Sync.Len == 0 || h.Sync.Access&ib.AccessRemoteRead == 0) {
+			return nil, errors.New("no byte to read")
+		}
+	}
 	switch {
 	case r.fail:
 		return nil, errTruncated

@@ -270,11 +270,28 @@ func (l *Listener) accept(t net.Conn, body []byte) (*Conn, error) {
 		l.p.unref()
 		return nil, err
 	}
-	if err := c.connect(ctx, mine, theirs); err != nil {
+	if err := c.agreeOn(ctx, mine, theirs); err != nil {
+		return give(err)
+	}
+	var wait *cmWait
+	if l.p.needsCM() {
+		wait, err = c.awaitCM(mine)
+		if err == nil {
+			defer wait.cancel()
+		}
+	} else {
+		err = c.connect(ctx, mine, theirs)
+	}
+	if err != nil {
 		return give(err)
 	}
 	if _, err := t.Write(appendFrame(nil, bootAccept, mine.append(nil))); err != nil {
 		return give(err)
+	}
+	if wait != nil {
+		if err := c.acceptCM(ctx, wait, mine, theirs); err != nil {
+			return give(err)
+		}
 	}
 	if _, err := readFrame(t, bootReady); err != nil {
 		return give(err)
@@ -283,6 +300,7 @@ func (l *Listener) accept(t net.Conn, body []byte) (*Conn, error) {
 		return give(refuse(RefusedClosed, nil, "the listener is closing"))
 	}
 	t.SetDeadline(time.Time{})
+	c.namePath()
 	c.start()
 	return c, nil
 }
@@ -345,7 +363,14 @@ func dial(ctx context.Context, p *Poller, cfg *Config, t net.Conn) (*Conn, error
 	if err != nil {
 		return give(refuse(RefusedProtocol, err, "hello: %v", err))
 	}
-	if err := c.connect(ctx, mine, theirs); err != nil {
+	if err := c.agreeOn(ctx, mine, theirs); err != nil {
+		return give(err)
+	}
+	connect := c.connect
+	if p.needsCM() {
+		connect = c.dialCM
+	}
+	if err := connect(ctx, mine, theirs); err != nil {
 		return give(err)
 	}
 	if _, err := t.Write(appendFrame(nil, bootReady, nil)); err != nil {
@@ -355,6 +380,7 @@ func dial(ctx context.Context, p *Poller, cfg *Config, t net.Conn) (*Conn, error
 		return give(ctx.Err())
 	}
 	t.SetDeadline(time.Time{})
+	c.namePath()
 	c.start()
 	return c, nil
 }
@@ -396,7 +422,7 @@ func prepare(ctx context.Context, p *Poller, cfg *Config, t net.Conn, near netip
 	c.tcp, c.sgid = t, gid.Index
 	host := thisHost()
 	h := &hello{
-		Features: featureBits, HostID: host.ID, PIDNS: host.PIDNS, MountNS: host.MountNS, UID: host.UID, PID: host.PID,
+		HostID: host.ID, PIDNS: host.PIDNS, MountNS: host.MountNS, UID: host.UID, PID: host.PID,
 		GID: gid.GID, QPN: c.qpn, PSN: qp.RandomPSN(), MaxMessage: uint32(cfg.MaxMessage), Slot: uint32(cfg.EagerSize),
 		Window: uint32(cfg.RecvDepth), Rendezvous: uint16(cfg.RendezvousDepth), MTU: port.ActiveMTU,
 		ReadsOut: uint8(min(16, p.attr.MaxQPInitRdAtom)), ReadsIn: uint8(min(16, p.attr.MaxQPRdAtomic)), Port: 1, LID: port.LID,
@@ -406,16 +432,30 @@ func prepare(ctx context.Context, p *Poller, cfg *Config, t net.Conn, near netip
 	if h.MTU.Bytes() == 0 {
 		h.MTU = ib.MTU4096
 	}
+	if p.needsCM() {
+		if err := c.describeCM(h, near); err != nil {
+			c.discard()
+			return nil, nil, err
+		}
+	}
 	return c, h, nil
 }
 
-// connect takes the queue pair to the peer's.
-func (c *Conn) connect(ctx context.Context, mine, theirs *hello) error {
+// agreeOn decides, with both hellos known, how the peer is reached, and what both sides keep to.
+func (c *Conn) agreeOn(ctx context.Context, mine, theirs *hello) error {
 	sameHost := mine.HostID == theirs.HostID
 	reasons := choiceReasons(c.p.vctx)
 	if !sameHost {
 		reasons = append(reasons, "no shared memory: the peer is on another host")
 	}
+	if cm := mine.Features & featureCM; cm != theirs.Features&featureCM {
+		with, without := c.p.vctx.Name(), theirs.deviceName()
+		if cm == 0 {
+			with, without = without, with
+		}
+		return refuse(RefusedUnreachable, nil, "device %s is connected by the connection manager only (iWARP), and device %s is of another kind", with, without)
+	}
+	c.peerSync = theirs.Sync
 	path, err := c.p.vctx.CheckReach(ctx, theirs.GID)
 	if errors.Is(err, errors.ErrUnsupported) {
 		err = nil // the device finds out when it connects
@@ -427,11 +467,22 @@ func (c *Conn) connect(ctx context.Context, mine, theirs *hello) error {
 		}
 		return refuse(RefusedUnreachable, err, "device %s cannot reach the peer's GID %v: %v%s", c.p.vctx.Name(), theirs.GID, err, why)
 	}
-	reads := clampReads(min(mine.ReadsOut, theirs.ReadsIn))
-	readsIn := clampReads(min(mine.ReadsIn, theirs.ReadsOut))
-	err = c.q.Connect(ctx, qp.ConnectParams{
+	c.path = PathInfo{Rung: path, Device: c.p.vctx.Name(), Provider: c.p.vctx.Provider(), SameHost: sameHost, Reasons: reasons}
+	c.peer = PeerInfo{
+		Name: theirs.Name, PrivateData: theirs.PrivateData, Devices: theirs.Devices,
+		Host: HostInfo{ID: theirs.HostID, PIDNS: theirs.PIDNS, MountNS: theirs.MountNS, UID: theirs.UID, PID: theirs.PID},
+	}
+	c.agree(int(theirs.MaxMessage), int(theirs.Slot), int(theirs.Window), int(theirs.Rendezvous))
+	return nil
+}
+
+// connect takes the queue pair to the peer's.
+func (c *Conn) connect(ctx context.Context, mine, theirs *hello) error {
+	err := c.q.Connect(ctx, qp.ConnectParams{
 		Remote:   qp.Endpoint{GID: theirs.GID, LID: theirs.LID, QPN: theirs.QPN, PSN: theirs.PSN},
-		LocalPSN: mine.PSN, SGIDIndex: c.sgid, MTU: min(mine.MTU, theirs.MTU), MaxRdAtomic: reads, MaxDestRdAtomic: readsIn,
+		LocalPSN: mine.PSN, SGIDIndex: c.sgid, MTU: min(mine.MTU, theirs.MTU),
+		MaxRdAtomic:     clampReads(min(mine.ReadsOut, theirs.ReadsIn)),
+		MaxDestRdAtomic: clampReads(min(mine.ReadsIn, theirs.ReadsOut)),
 	})
 	if err != nil {
 		code := RefusedResources
@@ -440,19 +491,17 @@ func (c *Conn) connect(ctx context.Context, mine, theirs *hello) error {
 		}
 		return refuse(code, err, "the queue pair cannot be connected: %v", err)
 	}
-	if p := c.q.Path(); p != "" {
-		path = p
-	}
-	if path == "" {
-		path = c.p.vctx.Provider()
-	}
-	c.path = PathInfo{Rung: path, Device: c.p.vctx.Name(), Provider: c.p.vctx.Provider(), SameHost: sameHost, Reasons: reasons}
-	c.peer = PeerInfo{
-		Name: theirs.Name, PrivateData: theirs.PrivateData, Devices: theirs.Devices,
-		Host: HostInfo{ID: theirs.HostID, PIDNS: theirs.PIDNS, MountNS: theirs.MountNS, UID: theirs.UID, PID: theirs.PID},
-	}
-	c.agree(int(theirs.MaxMessage), int(theirs.Slot), int(theirs.Window), int(theirs.Rendezvous))
 	return nil
+}
+
+// namePath completes the path, which some devices know once they are connected.
+func (c *Conn) namePath() {
+	if p := c.q.Path(); p != "" {
+		c.path.Rung = p
+	}
+	if c.path.Rung == "" {
+		c.path.Rung = c.p.vctx.Provider()
+	}
 }
 
 // clampReads turns a number of reads in flight into what qp.ConnectParams wants: there, 0 is the default.

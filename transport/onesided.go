@@ -33,6 +33,7 @@ type Batch struct {
 	own     Waiter
 	w       *Waiter
 	free    *Batch
+	head    [headerLen]byte // of a message that goes along
 }
 
 // NewBatch returns an empty batch with room for n operations; it grows if need be.
@@ -186,6 +187,7 @@ func (b *Batch) Do(ctx context.Context) error {
 	if b.bad != nil {
 		return b.bad
 	}
+	b.seal()
 	for from := 0; from < len(b.wrs); {
 		n := min(len(b.wrs)-from, b.c.batchMax())
 		if err := b.run(ctx, from, n); err != nil {
@@ -250,10 +252,35 @@ func (b *Batch) Start(w *Waiter) error {
 	case len(b.wrs) > b.c.batchMax():
 		return fmt.Errorf("%w: %d operations in a batch, Start takes %d", ErrTooLarge, len(b.wrs), b.c.batchMax())
 	}
+	b.seal()
 	s := &b.c.snd
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return b.postLocked(0, len(b.wrs), w)
+}
+
+// seal makes the batch's end mean that what it writes has arrived. That is so by itself, but on devices whose writes are
+// complete when they are on their way (iWARP): there a READ of a byte follows the last one, because an answer comes only after
+// everything that was sent before.
+func (b *Batch) seal() {
+	c := b.c
+	if !c.p.needsCM() {
+		return
+	}
+	for i := len(b.wrs) - 1; i >= 0; i-- {
+		switch b.wrs[i].Opcode {
+		case ib.OpRDMARead:
+			if b.wrs[i].PayloadLen() > 0 { // some devices answer a READ of nothing by themselves
+				return
+			}
+		case ib.OpRDMAWrite:
+			n := len(b.sges)
+			b.sges = append(b.sges, c.p.sync.SGE(syncSink, 1))
+			b.wrs = append(b.wrs, ib.SendWR{Opcode: ib.OpRDMARead, RemoteAddr: c.peerSync.Addr, RKey: c.peerSync.RKey, SGEs: b.sges[n : n+1 : n+1]})
+			b.which = append(b.which, -1)
+			return
+		}
+	}
 }
 
 func (b *Batch) postLocked(from, n int, w *Waiter) error {
@@ -396,7 +423,13 @@ func (c *Conn) WriteImm(ctx context.Context, src ib.SGE, dst Remote, off uint64,
 	b := c.single()
 	defer b.recycle()
 	b.Write(src, dst, off)
-	b.wrs[0].Opcode, b.wrs[0].Imm = ib.OpRDMAWriteWithImm, imm
+	if c.p.attr.Caps.Has(ib.CapImm) {
+		b.wrs[0].Opcode, b.wrs[0].Imm = ib.OpRDMAWriteWithImm, imm
+	} else { // the message comes behind the bytes, as everything that is sent later
+		makeHeader(msgImm, 0, 0, imm).put(b.head[:])
+		b.wrs = append(b.wrs, ib.SendWR{Opcode: ib.OpSend, Inline: b.head[:]})
+		b.which = append(b.which, -1)
+	}
 	if b.bad != nil {
 		return b.bad
 	}
@@ -410,7 +443,7 @@ func (c *Conn) WriteImm(ctx context.Context, src ib.SGE, dst Remote, off uint64,
 		}
 		// The last credit is for a message that can say so.
 		if s.credits > 1 && s.pend == nil {
-			err := b.postLocked(0, 1, &b.own)
+			err := b.postLocked(0, len(b.wrs), &b.own)
 			if err == nil {
 				s.credits--
 				s.mu.Unlock()
@@ -457,15 +490,16 @@ func (c *Conn) FetchAdd(ctx context.Context, dst Remote, off, delta uint64) (pre
 // A Grant lets the peer of one connection work on a piece of memory until it is revoked or the connection ends.
 type Grant struct {
 	c      *Conn
-	m      *mr.MR
-	win    *mr.Window // nil: the device has none, and the region's own key was given
+	win    *mr.Window // one of the two
+	sub    *mr.MR
 	remote Remote
 }
 
 // Grant lets the peer do access (any of ib.AccessRemoteRead, RemoteWrite, RemoteAtomic) on n bytes at off of m, which
-// was registered in PD(). If the device has type 2 memory windows and m has ib.AccessMWBind, exactly that is granted,
-// to this peer alone. Otherwise m's own key is given: it opens all of m with all of m's rights, to whoever has it, and
-// Revoke closes m.
+// was registered in PD(). Exactly these bytes are granted. If m has ib.AccessMWBind and the device has memory windows that
+// can be relied on (ib.CapMWBounds), they are granted to this peer alone, and without a system call. Otherwise the bytes
+// are registered once more, which m's rights must allow or ib.AccessMWBind, and the key opens them to whoever has it.
+// m cannot be closed before the grant has ended.
 func (c *Conn) Grant(ctx context.Context, m *mr.MR, off, n int, access ib.Access) (*Grant, error) {
 	if access&^ib.AccessRemote != 0 || access == 0 {
 		return nil, fmt.Errorf("transport: Grant of %v: want remote rights", access)
@@ -473,24 +507,20 @@ func (c *Conn) Grant(ctx context.Context, m *mr.MR, off, n int, access ib.Access
 	if off < 0 || n <= 0 || off > m.Len()-n {
 		return nil, fmt.Errorf("%w: Grant of %d bytes at %d of %d", ErrRange, n, off, m.Len())
 	}
-	g := &Grant{c: c, m: m}
-	if !c.p.attr.Caps.Has(ib.CapMW2) || m.Access()&ib.AccessMWBind == 0 {
-		if m.Access()&access != access {
-			return nil, fmt.Errorf("transport: Grant of %v on a region with %v", access, m.Access())
-		}
-		g.remote = m.RemoteRange(off, n)
-		g.remote.Access = access
-		return g, nil
+	g := &Grant{c: c}
+	bindable := m.Access()&ib.AccessMWBind != 0
+	if !bindable && m.Access()&access != access {
+		return nil, fmt.Errorf("transport: Grant of %v on a region with %v", access, m.Access())
 	}
-	w, err := mr.NewWindow(c.p.pd)
+	var err error
+	if bindable && c.p.attr.Caps.Has(ib.CapMW2|ib.CapMWBounds) {
+		err = g.bind(ctx, m, off, n, access)
+	} else {
+		err = g.register(m, off, n, access)
+	}
 	if err != nil {
-		return nil, err
-	}
-	if err := c.request(ctx, w.BindWR(m, off, n, access)); err != nil {
-		w.Close()
 		return nil, fmt.Errorf("transport: Grant: %w", err)
 	}
-	g.win, g.remote = w, w.Remote()
 	c.grantMu.Lock()
 	if c.grants == nil {
 		c.grants = make(map[*Grant]struct{})
@@ -506,22 +536,53 @@ func (c *Conn) Grant(ctx context.Context, m *mr.MR, off, n int, access ib.Access
 	return g, nil
 }
 
-// close frees the window. The queue pair is closed, or the window invalidated.
+func (g *Grant) bind(ctx context.Context, m *mr.MR, off, n int, access ib.Access) error {
+	w, err := mr.NewWindow(g.c.p.pd)
+	if err != nil {
+		return err
+	}
+	if err := g.c.request(ctx, w.BindWR(m, off, n, access)); err != nil {
+		w.Close()
+		return err
+	}
+	g.win, g.remote = w, w.Remote()
+	return nil
+}
+
+func (g *Grant) register(m *mr.MR, off, n int, access ib.Access) (err error) {
+	local := ib.Access(0)
+	if access&(ib.AccessRemoteWrite|ib.AccessRemoteAtomic) != 0 {
+		if m.Access()&ib.AccessLocalWrite == 0 {
+			return fmt.Errorf("%v on a region without local write", access)
+		}
+		local = ib.AccessLocalWrite
+	}
+	if g.sub, err = m.Sub(off, n, access|local); err != nil {
+		return err
+	}
+	g.remote = g.sub.Remote()
+	return nil
+}
+
+// close frees the window or the region. The queue pair is closed, or the window invalidated. It may be called again.
 func (g *Grant) close() error {
 	g.c.grantMu.Lock()
 	delete(g.c.grants, g)
 	g.c.grantMu.Unlock()
-	return g.win.Close()
+	if g.win != nil {
+		return g.win.Close()
+	}
+	return g.sub.Close()
 }
 
-// endGrants frees the windows of all grants, after the queue pair was closed.
+// endGrants ends all grants, after the queue pair was closed.
 func (c *Conn) endGrants() {
 	c.grantMu.Lock()
 	grants := c.grants
 	c.grants = nil
 	c.grantMu.Unlock()
 	for g := range grants {
-		g.win.Close() // only the device's failure could keep it, and then the region's Close says so
+		g.close() // only the device's failure could keep it, and then the region's Close says so
 	}
 }
 
@@ -537,11 +598,11 @@ func (c *Conn) request(ctx context.Context, wr ib.SendWR) error {
 func (g *Grant) Remote() Remote { return g.remote }
 
 // Revoke takes the peer's access away. When it returns nil, the peer touches the memory no more: its operations get
-// ib.WCRemoteAccessErr, and that ends the connection. A grant ends with its connection, too, where the device has memory
-// windows; Revoke is then not needed, and harmless, as is a second one.
+// ib.WCRemoteAccessErr, and that ends the connection. A grant ends with its connection, too; Revoke is then not needed, and
+// harmless, as is a second one.
 func (g *Grant) Revoke(ctx context.Context) error {
-	if g.win == nil {
-		return g.m.Close()
+	if g.sub != nil {
+		return g.close()
 	}
 	g.c.grantMu.Lock()
 	_, live := g.c.grants[g]

@@ -3,6 +3,7 @@ package transport
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -147,6 +148,11 @@ type Poller struct {
 
 	srq sharedQueue
 
+	sync    *mr.MR // of devices that are connected by the connection manager, see Batch.seal
+	hubMu   sync.Mutex
+	hubs    map[netip.Addr]*cmHub // guarded by hubMu
+	hubWork sync.WaitGroup
+
 	nstalled atomic.Int32
 	stalled  []*Conn // with rendezvous that wait for memory; guarded by role
 
@@ -202,6 +208,11 @@ func (p *Poller) open() (err error) {
 	}
 	if p.pd, err = p.vctx.AllocPD(); err != nil {
 		return err
+	}
+	if p.needsCM() {
+		if p.sync, err = mr.Alloc(p.pd, syncSize, ib.AccessLocalWrite|ib.AccessRemoteRead); err != nil {
+			return err
+		}
 	}
 	if p.ch, err = p.vctx.NewCompChannel(); err != nil {
 		return err
@@ -326,6 +337,7 @@ const closedRole = 1<<63 | 1
 func (p *Poller) release() error {
 	var errs []error
 	keep := func(err error) { errs = append(errs, err) }
+	keep(p.closeHubs())
 	if p.cq != nil {
 		keep(p.cq.Close())
 	}
@@ -336,6 +348,9 @@ func (p *Poller) release() error {
 	keep(p.srq.close())
 	for _, a := range p.arenas {
 		keep(a.close())
+	}
+	if p.sync != nil {
+		keep(p.sync.Close())
 	}
 	if p.pool != nil {
 		keep(p.pool.Close())

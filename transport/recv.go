@@ -245,6 +245,12 @@ func (c *Conn) received(m *Message, wc *ib.WC) {
 		}
 		m.data = b[headerLen:]
 		c.arrived(m, h.flags())
+	case msgImm:
+		if cr := h.credits(); cr != 0 {
+			c.addCredits(uint32(cr))
+		}
+		m.data, m.imm, m.hasImm = nil, h.arg(), true
+		c.arrived(m, 0)
 	case msgRTS:
 		key, err := parseRTS(b[headerLen:], c.maxMessage)
 		if err != nil {
