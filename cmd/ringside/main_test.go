@@ -24,7 +24,8 @@ func TestMain(m *testing.M) {
 	if os.Getenv(asCommand) != "" {
 		main()
 	}
-	os.Setenv(asCommand, "1") // for every child: it must never run the tests
+	os.Setenv(asCommand, "1")           // for every child: it must never run the tests
+	os.Setenv(verbs.EnvDevice, "soft0") // also on machines that have better: outputs are compared
 	testutil.Main(m)
 }
 
@@ -207,7 +208,11 @@ func TestDevices(t *testing.T) {
 	if status != 0 || stderr != "" {
 		t.Fatalf("status %d, %s", status, stderr)
 	}
-	for _, want := range []string{"soft0  (chosen)", "software NIC", "ACTIVE", "GID 0", "max_qp_wr", "programs that name no device get soft0", "not hardware"} {
+	wants := []string{"software NIC", "ACTIVE", "GID 0", "max_qp_wr", "not hardware"}
+	if all, _ := verbs.Devices(); len(all) == 1 {
+		wants = append(wants, "soft0  (chosen)", "programs that name no device get soft0", "not provider rxe", "not provider siw")
+	}
+	for _, want := range wants {
 		if !strings.Contains(text, want) {
 			t.Errorf("%q is missing from:\n%s", want, text)
 		}
@@ -233,6 +238,24 @@ func TestDevices(t *testing.T) {
 	t.Setenv(verbs.EnvDevice, "nosuch0")
 	if status, text, _ = ringside("devices"); status != 0 || !strings.Contains(text, "problem:") || !strings.Contains(text, "soft0") {
 		t.Errorf("status %d:\n%s", status, text)
+	}
+}
+
+// In the Soft-RoCE machine the kernel's devices come first.
+func TestKernelDevices(t *testing.T) {
+	if os.Getenv("RINGSIDE_SOFT_ROCE") == "" {
+		testutil.Skip(t, "there are no devices of the kernel: go run ./test/soft-roce -- go test ./cmd/ringside has some")
+	}
+	t.Setenv(verbs.EnvDevice, "")
+	status, text, stderr := ringside("devices", "-v")
+	if status != 0 || stderr != "" {
+		t.Fatalf("status %d, %s", status, stderr)
+	}
+	for _, want := range []string{"rxe0  (chosen)", "rxe1", "siw0", "siw1", "soft0", "kernel software", "veth0", "/dev/infiniband/uverbs", "10.77.0.1",
+		"programs that name no device get rxe0", "not hardware"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is missing from:\n%s", want, text)
+		}
 	}
 }
 
