@@ -25,7 +25,7 @@ type Batch struct {
 	wrs     []ib.SendWR
 	sges    []ib.SGE
 	results []slot // one for each atomic, 8 bytes
-	which   []int  // the result of operation i, or -1
+	which   []int  // the result of operation i, or -1; an operation is one request or more
 	next    int    // results in use
 	busy    bool   // guarded by snd.mu
 	err     error  // of the first operation that failed
@@ -42,7 +42,7 @@ func (c *Conn) NewBatch(n int) *Batch {
 }
 
 // Len is the number of operations collected.
-func (b *Batch) Len() int { return len(b.wrs) }
+func (b *Batch) Len() int { return len(b.which) }
 
 // Reset forgets the operations. It panics while they are under way.
 func (b *Batch) Reset() {
@@ -113,7 +113,19 @@ func (b *Batch) Read(dst ib.SGE, src Remote, off uint64) {
 
 // ReadV reads the bytes at off of src into the elements of dst, one after the other.
 func (b *Batch) ReadV(dst []ib.SGE, src Remote, off uint64) {
-	b.add(ib.OpRDMARead, src, off, ib.SGELen(dst), ib.AccessRemoteRead).SGEs = b.local(dst...)
+	limit := b.c.p.attr.MaxSGERead
+	if limit <= 0 || len(dst) <= limit {
+		b.add(ib.OpRDMARead, src, off, ib.SGELen(dst), ib.AccessRemoteRead).SGEs = b.local(dst...)
+		return
+	}
+	// One operation, but several requests.
+	b.add(ib.OpRDMARead, src, off, ib.SGELen(dst), ib.AccessRemoteRead).SGEs = b.local(dst[:limit]...)
+	for dst, at := dst[limit:], src.Addr+off+ib.SGELen(dst[:limit]); len(dst) > 0; {
+		n := min(limit, len(dst))
+		b.wrs = append(b.wrs, ib.SendWR{Opcode: ib.OpRDMARead, RemoteAddr: at, RKey: src.RKey, SGEs: b.local(dst[:n]...)})
+		at += ib.SGELen(dst[:n])
+		dst = dst[n:]
+	}
 }
 
 // Write writes src to off of dst.
@@ -140,6 +152,10 @@ func (b *Batch) WriteBytes(src []byte, dst Remote, off uint64) {
 func (b *Batch) atomic(op ib.Opcode, dst Remote, off, compareAdd, swap uint64) {
 	wr := b.add(op, dst, off, 8, ib.AccessRemoteAtomic)
 	wr.CompareAdd, wr.Swap = compareAdd, swap
+	if !b.c.p.attr.Caps.Has(ib.CapAtomic) && b.bad == nil {
+		b.bad = fmt.Errorf("transport: device %s has no atomics: %w", b.c.p.vctx.Name(), errors.ErrUnsupported)
+		return
+	}
 	if (dst.Addr+off)%8 != 0 && b.bad == nil {
 		b.bad = fmt.Errorf("%w: an atomic at offset %d is not aligned to 8 bytes", ErrRange, off)
 	}
@@ -277,7 +293,6 @@ func (b *Batch) seal() {
 			n := len(b.sges)
 			b.sges = append(b.sges, c.p.sync.SGE(syncSink, 1))
 			b.wrs = append(b.wrs, ib.SendWR{Opcode: ib.OpRDMARead, RemoteAddr: c.peerSync.Addr, RKey: c.peerSync.RKey, SGEs: b.sges[n : n+1 : n+1]})
-			b.which = append(b.which, -1)
 			return
 		}
 	}
@@ -428,7 +443,6 @@ func (c *Conn) WriteImm(ctx context.Context, src ib.SGE, dst Remote, off uint64,
 	} else { // the message comes behind the bytes, as everything that is sent later
 		makeHeader(msgImm, 0, 0, imm).put(b.head[:])
 		b.wrs = append(b.wrs, ib.SendWR{Opcode: ib.OpSend, Inline: b.head[:]})
-		b.which = append(b.which, -1)
 	}
 	if b.bad != nil {
 		return b.bad

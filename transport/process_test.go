@@ -277,6 +277,9 @@ func TestNoAllocations(t *testing.T) {
 					return batch.Do(ctx)
 				},
 			} {
+				if !hasAtomics(t, a) && (name == "add" || name == "batch") {
+					continue
+				}
 				if got := testing.AllocsPerRun(300, func() {
 					if err := f(); err != nil {
 						t.Fatal(err)
@@ -327,16 +330,18 @@ func TestProcesses(t *testing.T) {
 			if err := c.WriteBytes(t.Context(), make([]byte, 8), r, 0); err != nil {
 				t.Fatal(err)
 			}
-			for i := range uint64(10) {
-				if v, err := c.FetchAdd(t.Context(), r, 0, 3); err != nil || v != 3*i {
-					t.Fatalf("FetchAdd: %d, %v", v, err)
+			if hasAtomics(t, c) {
+				for i := range uint64(10) {
+					if v, err := c.FetchAdd(t.Context(), r, 0, 3); err != nil || v != 3*i {
+						t.Fatalf("FetchAdd: %d, %v", v, err)
+					}
 				}
-			}
-			if v, err := c.CompareAndSwap(t.Context(), r, 0, 30, 77); err != nil || v != 30 {
-				t.Fatalf("CompareAndSwap: %d, %v", v, err)
-			}
-			if err := c.Read(t.Context(), m.SGE(0, 8), r, 0); err != nil || binary.NativeEndian.Uint64(m.Bytes()) != 77 {
-				t.Fatalf("after CompareAndSwap: %d, %v", binary.NativeEndian.Uint64(m.Bytes()), err)
+				if v, err := c.CompareAndSwap(t.Context(), r, 0, 30, 77); err != nil || v != 30 {
+					t.Fatalf("CompareAndSwap: %d, %v", v, err)
+				}
+				if err := c.Read(t.Context(), m.SGE(0, 8), r, 0); err != nil || binary.NativeEndian.Uint64(m.Bytes()) != 77 {
+					t.Fatalf("after CompareAndSwap: %d, %v", binary.NativeEndian.Uint64(m.Bytes()), err)
+				}
 			}
 			c.Close()
 			child.Send("end")
