@@ -40,7 +40,8 @@ type model struct {
 	inline     int
 	atomics    bool
 	imms       bool
-	readSGEs   int // of a READ
+	readSGEs   int  // of a READ
+	tornReads  bool // see C.tearsReads
 }
 
 // batch makes up a batch of requests, applies it to the model, and returns it with the receives it takes.
@@ -131,6 +132,11 @@ func (m *model) batch(r *rand.Rand, xm, ym *Mem) (wrs []ib.SendWR, recvs []ib.Re
 			if m.readSGEs < 2 {
 				cut = 0
 			}
+			if at := ym.Addr + uint64(m.yoff+to); m.tornReads && length > 0 && length <= 64 && at>>12 != (at+uint64(length)-1)>>12 {
+				if to -= 64; to < 0 {
+					to += 128
+				}
+			}
 			wr.SGEs = []ib.SGE{xm.sge(m.xoff+slot, cut), xm.sge(m.xoff+slot+cut, length-cut)}
 			remote(to)
 			mark(to, length)
@@ -190,7 +196,7 @@ func randomOps(c *C, links, rounds int, change func(*linkOpts)) {
 	for i := range models {
 		l := c.pairOn(c.A, c.B, o)
 		m := &model{x: l.a, y: l.b, index: i, xoff: i * areaSize, yoff: i * areaSize, inline: min(l.a.Cap.MaxInline, l.b.Cap.MaxInline, o.inline),
-			atomics: c.A.dev.Attr.Caps.Has(ib.CapAtomic), imms: c.hasOp(ib.OpSendWithImm), readSGEs: c.A.dev.Attr.MaxSGERead, xmem: make([]byte, areaSize), ymem: make([]byte, areaSize)}
+			atomics: c.A.dev.Attr.Caps.Has(ib.CapAtomic), imms: c.hasOp(ib.OpSendWithImm), readSGEs: c.A.dev.Attr.MaxSGERead, tornReads: c.tearsReads(), xmem: make([]byte, areaSize), ymem: make([]byte, areaSize)}
 		if i%2 == 1 {
 			m.x, m.y = l.b, l.a
 		}

@@ -101,6 +101,10 @@ func init() {
 	}
 }
 
+// tearsReads reports that a READ of a few bytes must not cross a page of the target's: siw answers it with bytes from elsewhere
+// (siw_try_1seg in siw_qp_tx.c takes the part behind the boundary for the one before it).
+func (c *C) tearsReads() bool { return c.A.dev.Provider == "siw" || c.B.dev.Provider == "siw" }
+
 // gapOf returns why a case is not run on a provider's devices, or an empty string.
 func gapOf(provider, name string) string {
 	for _, g := range gaps {

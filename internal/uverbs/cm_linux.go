@@ -212,7 +212,7 @@ func (r *cmRequest) Accept(ctx context.Context, q driver.QP, p *driver.CMParam) 
 	settled()
 	if err != nil {
 		id.Close()
-		r.c.cmFailed(q, err)
+		cmEnd(q)
 		return nil, err
 	}
 	if byKernel {
@@ -257,8 +257,8 @@ func (c *Context) dial(ctx context.Context, id *rdmacm.ID, q driver.QP, src, dst
 	}
 	reply, err := id.Connect(ctx, connParam(q, p))
 	if err != nil {
-		if _, byKernel := q.(movedQP); byKernel {
-			c.cmFailed(q, err)
+		if m, byKernel := q.(movedQP); byKernel {
+			m.Moved(ib.Err) // it may be there, and can be nowhere else for long
 		}
 		return nil, err
 	}
@@ -271,7 +271,7 @@ func (c *Context) dial(ctx context.Context, id *rdmacm.ID, q driver.QP, src, dst
 			err = id.Establish()
 		}
 		if err != nil {
-			c.cmFailed(q, err)
+			cmEnd(q)
 			return nil, err
 		}
 	}
@@ -334,14 +334,8 @@ func (c *Context) cmConnect(ctx context.Context, id *rdmacm.ID, q driver.QP, p *
 	return q.Modify(ctx, &rts, rtsMask)
 }
 
-// cmFailed is for a queue pair whose connection came to nothing when it, or the kernel, was on the way: what is posted flushes.
-func (c *Context) cmFailed(q driver.QP, err error) {
-	if !errors.Is(err, driver.ErrClosed) {
-		cmEnd(q)
-	}
-}
-
-// cmEnd moves q to Err. If that fails, it is closed, or its device has gone.
+// cmEnd moves q, which is connected or on its way there, to Err: what is posted flushes. If that fails, it is closed, or its
+// device has gone.
 func cmEnd(q driver.QP) {
 	if m, byKernel := q.(movedQP); byKernel {
 		m.Moved(ib.Err)

@@ -17,5 +17,6 @@
 //   - Elements without bytes make the kernel stumble, READs without bytes are answered with others, and long messages that are
 //     not signaled are sent from memory that their sender may have changed by then (qp.put, putSGEs).
 //
-// What cannot be made good: the rights of a queue pair are not looked at, and neither is a region's right to be read by peers.
+// What cannot be made good: the rights of a queue pair are not looked at, and neither is a region's right to be read by peers. A READ
+// of a few bytes (up to some 40) that crosses a page of the target's memory is answered with wrong ones (siw_try_1seg).
 package siw
