@@ -1,8 +1,10 @@
-// Interop talks RDMA with programs that were not written here. It has two parts:
+// Interop talks RDMA with programs that were not written here. It has three parts:
 //
 //   - rc, uc, ud and srq are the examples ibv_rc_pingpong, ibv_uc_pingpong, ibv_ud_pingpong and ibv_srq_pingpong of
 //     rdma-core, in both roles, over ringside's public packages: the same options, the same words over TCP, the same
 //     messages. Either side can be the C program.
+//   - rping and ucmatose are the examples of librdmacm by these names, in both roles: their options, and their messages on
+//     connections that the system's connection manager makes, which is how iWARP devices are connected.
 //   - integrity does random reads, writes, sends and atomics with a peer that computes the same sequence, which is this
 //     program or testdata/integrity.c, and compares all memory with a model.
 //
@@ -39,7 +41,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		SilenceErrors: true,
 	}
 	root.AddCommand(newPingPong(rc, "RC"), newPingPong(uc, "UC"), newPingPong(ud, "UD"),
-		newPingPong(srq, "RC over one shared receive queue"), newIntegrity())
+		newPingPong(srq, "RC over one shared receive queue"), newRping(), newUcmatose(), newIntegrity())
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
@@ -86,6 +88,83 @@ func newPingPong(s service, what string) *cobra.Command {
 	return cmd
 }
 
+func newRping() *cobra.Command {
+	o := rpingDefaults()
+	var server, client bool
+	var address string
+	cmd := &cobra.Command{
+		Use:   "rping {-s | -c} [-a ADDRESS]",
+		Short: "As rping: the server reads and writes the client's memory",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			switch {
+			case server && o.local != "":
+				return errors.New("-I is the client's")
+			case server:
+				o.local = address
+			case address == "":
+				return errors.New("name the server with -a")
+			default:
+				o.remote = address
+			}
+			o.out = cmd.OutOrStdout()
+			r, err := o.run(cmd.Context())
+			if err != nil {
+				return err
+			}
+			fmt.Fprintln(o.out, r)
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	cmFlags(cmd, &o.cmSide)
+	f.BoolVarP(&server, "server", "s", false, "be the server")
+	f.BoolVarP(&client, "client", "c", false, "be the client")
+	cmd.MarkFlagsOneRequired("server", "client")
+	cmd.MarkFlagsMutuallyExclusive("server", "client")
+	f.StringVarP(&address, "address", "a", "", "address to listen on, default all, or the server's")
+	f.StringVarP(&o.local, "source", "I", "", "address to dial from")
+	f.IntVarP(&o.size, "size", "S", o.size, "bytes of a ping; of the server at least the client's")
+	f.IntVarP(&o.count, "count", "C", o.count, "pings; 0: for ever, or as server any number")
+	f.BoolVarP(&o.validate, "validate", "V", false, "compare what arrives, also as server")
+	f.BoolVarP(&o.verbose, "verbose", "v", false, "print what arrives")
+	return cmd
+}
+
+func newUcmatose() *cobra.Command {
+	o := ucmatoseDefaults()
+	cmd := &cobra.Command{
+		Use:   "ucmatose [-s SERVER]",
+		Short: "As ucmatose: messages on several connections",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			r, err := o.run(cmd.Context())
+			if err != nil {
+				return err
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), r)
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	cmFlags(cmd, &o.cmSide)
+	f.StringVarP(&o.remote, "server", "s", "", "address of the server; without it, be the server")
+	f.StringVarP(&o.local, "bind", "b", "", "address to listen on, default all, or to dial from")
+	f.IntVarP(&o.connections, "connections", "c", o.connections, "connections; the same on both sides")
+	f.IntVarP(&o.count, "count", "C", o.count, "messages on each connection; the same on both sides")
+	f.IntVarP(&o.size, "size", "S", o.size, "bytes of a message; the same on both sides")
+	f.BoolVar(&o.numbered, "numbered", false, "as client: the server is this program, whose messages differ from each other")
+	return cmd
+}
+
+// cmFlags adds the flags that both examples of librdmacm have. The device has no letter: theirs find it by the address.
+func cmFlags(cmd *cobra.Command, o *cmSide) {
+	f := cmd.Flags()
+	f.IntVarP(&o.port, "port", "p", o.port, "port to listen on, 0 for any, or to dial")
+	f.StringVar(&o.device, "ib-dev", "", "RDMA device, which must be the address's; default the best that there is")
+	f.BoolVarP(&o.events, "events", "e", false, "sleep until a completion event instead of polling")
+}
+
 func newIntegrity() *cobra.Command {
 	o := integrityDefaults()
 	cmd := &cobra.Command{
@@ -112,7 +191,7 @@ func newIntegrity() *cobra.Command {
 	return cmd
 }
 
-// deviceFlags adds the flags that all commands have. Their letters are those of rdma-core's examples.
+// deviceFlags adds the flags of the commands whose peers meet over TCP. Their letters are those of rdma-core's examples.
 func deviceFlags(cmd *cobra.Command, port *int, device *string, ibPort *uint8, gidIndex *int, events *bool) {
 	f := cmd.Flags()
 	f.IntVarP(port, "port", "p", *port, "TCP port to listen on or to connect to")
@@ -122,7 +201,7 @@ func deviceFlags(cmd *cobra.Command, port *int, device *string, ibPort *uint8, g
 	f.BoolVarP(events, "events", "e", false, "sleep until a completion event instead of polling")
 }
 
-// usable returns why options that both kinds of run have cannot be used, or nil.
+// usable returns why options that all runs have cannot be used, or nil.
 func usable(port int, ibPort uint8) error {
 	switch {
 	case port < 0 || port > 65535:

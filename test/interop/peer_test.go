@@ -60,16 +60,19 @@ func (p pairing) String() string { return "go-" + p.ours + "-c-" + p.theirs }
 
 // A program is a C program that runs as a peer.
 type program struct {
-	cmd    *exec.Cmd
-	output bytes.Buffer
-	done   chan struct{}
-	err    error // once done is closed
+	cmd          *exec.Cmd
+	stdout, errs bytes.Buffer // once done is closed
+	done         chan struct{}
+	err          error // once done is closed
 }
+
+// String is what it has printed, once done is closed.
+func (p *program) String() string { return p.stdout.String() + p.errs.String() }
 
 // start starts a program; it is killed when ctx ends. ended is called when it does not succeed.
 func start(ctx context.Context, ended func(), name string, args ...string) (*program, error) {
 	p := &program{cmd: exec.CommandContext(ctx, name, args...), done: make(chan struct{})}
-	p.cmd.Stdout, p.cmd.Stderr = &p.output, &p.output
+	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, &p.errs
 	p.cmd.WaitDelay = 5 * time.Second
 	if err := p.cmd.Start(); err != nil {
 		return nil, err
@@ -77,7 +80,7 @@ func start(ctx context.Context, ended func(), name string, args ...string) (*pro
 	go func() {
 		defer close(p.done)
 		if p.err = p.cmd.Wait(); p.err == nil {
-			p.err = judge(p.output.String())
+			p.err = judge(p.String())
 		}
 		if p.err != nil {
 			ended()
@@ -148,7 +151,7 @@ func (m *meeting) hold(t *testing.T, limit time.Duration) error {
 		return nil
 	}
 	return fmt.Errorf("%w\n%s %s:\n%s",
-		errors.Join(err, p.err), filepath.Base(m.program), strings.Join(args, " "), p.output.String())
+		errors.Join(err, p.err), filepath.Base(m.program), strings.Join(args, " "), p)
 }
 
 // Messages to and from ibv_rc_pingpong and its kin.
@@ -292,7 +295,7 @@ func integrityBetweenC(t *testing.T, name string, d pairing) {
 				return nil, err
 			}
 			<-c.done
-			return &c.output, c.err
+			return c, c.err
 		}}
 	if err := m.hold(t, 2*testutil.Patience); err != nil {
 		t.Fatal(err)
