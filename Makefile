@@ -23,7 +23,7 @@ stage = @printf '\n=== %s\n' "$(1)"
 # Commands and examples, by folder name.
 PROGRAMS = $(notdir $(patsubst %/,%,$(dir $(wildcard cmd/*/main.go examples/*/main.go))))
 
-.PHONY: all test check build demo lint unit race fuzz cross pgo bench bench-once bench-quick demo-check clean
+.PHONY: all test check build demo lint unit race fuzz cross vm vm-conformance matrix pgo bench bench-vm bench-once bench-quick demo-check clean
 
 all: build
 
@@ -31,7 +31,7 @@ test:
 	@start=$$SECONDS
 	.ci/setup go gcc
 	.ci/setup -optional ucx_perftest
-	for target in build lint cross unit race fuzz bench-once demo-check bench-quick; do
+	for target in build lint cross unit race fuzz bench-once demo-check bench-quick vm; do
 		t=$$SECONDS
 		$(MAKE) $$target
 		printf -- '--- %s passed in %d s\n' $$target $$((SECONDS - t))
@@ -122,6 +122,41 @@ cross:
 	echo "linux/s390x (big-endian)"
 	GOOS=linux GOARCH=s390x $(GO) vet ./...
 
+# What the kernel's devices must do, in a machine whose kernel has some (docs/ci.md). There, what would be skipped for want
+# of a device fails.
+VM = $(GO) run ./test/soft-roce -out $(CURDIR)/bin/vm
+VMTEST = $(VM) -- go test -count=1 -p 1 -timeout 9m
+
+vm:
+	$(call stage,vm: the kernel's software RDMA devices)
+	.ci/setup go gcc infiniband/verbs.h
+	mkdir -p bin/vm
+	$(VMTEST) ./internal/nldev ./internal/uverbs ./internal/rdmacm ./internal/provider/... ./mr ./qp
+	$(VMTEST) -run 'TestKernelDevices' ./cmd/ringside
+	$(VMTEST) ./test/interop
+	RINGSIDE_DEVICE=rxe0 $(VMTEST) ./transport ./rpc ./examples/quickstart ./examples/pingpong ./examples/kv ./examples/filecp
+	RINGSIDE_DEVICE=rxe0 $(VMTEST) -run 'TestDemoSync' ./examples/paramserver
+	RINGSIDE_DEVICE=siw0 $(VMTEST) -run 'TestSizes|TestOneSided|TestWriteImm|TestRemoteAccess|TestProcesses|TestPeerKilled' ./transport
+	RINGSIDE_DEVICE=siw0 $(VMTEST) ./examples/quickstart ./examples/pingpong ./examples/kv ./examples/filecp
+	$(MAKE) vm-conformance
+	$(GO) test -count=1 -run TestZMatrix ./internal/conformance -matrix $(CURDIR)/README.md -matrix-check \
+		-matrix-with $(MATRICES)
+
+CONFORM = -timeout 9m ./internal/conformance -run 'TestInProcess|TestZMatrix'
+space := $(subst ,, )
+MATRICES = $(subst $(space),$(comma),$(foreach d,soft rxe siw,$(CURDIR)/bin/vm/$(d).json))
+
+vm-conformance:
+	mkdir -p bin/vm
+	$(GO) test -count=1 ./internal/conformance -run 'TestInProcess|TestProcesses$$|TestZMatrix' -matrix $(CURDIR)/bin/vm/soft.json
+	$(VMTEST) $(CONFORM) -device rxe0 -peer-device rxe1 -matrix /out/rxe.json
+	$(VMTEST) $(CONFORM) -device siw0 -peer-device siw1 -matrix /out/siw.json
+	$(VMTEST) ./internal/conformance -run 'TestProcesses$$/kill' -device rxe0 -peer-device rxe1
+
+# The README's table of what each device can do, from what the conformance suite finds.
+matrix: vm-conformance
+	$(GO) test -count=1 -run TestZMatrix ./internal/conformance -matrix $(CURDIR)/README.md -matrix-with $(MATRICES)
+
 # Benchmarks cannot rot: each runs once.
 bench-once:
 	$(call stage,bench-once: every Go benchmark$(comma) one iteration)
@@ -134,6 +169,16 @@ bench:
 	$(GO) $(PROFILED) -o bin/ ./cmd/ringside
 	$(GO) -C bench $(PROFILED) -o ../bin/ringside-bench .
 	./bin/ringside-bench -ringside bin/ringside -results bench/RESULTS.md $(BENCHARGS)
+
+# Side by side with perftest, in a machine whose kernel has software RDMA devices. That it works: BENCHARGS=-quick
+bench-vm:
+	$(call stage,bench-vm: ringside perf and perftest on the kernel's software RDMA devices)
+	.ci/setup go gcc
+	mkdir -p bin
+	$(GO) $(PROFILED) -o bin/ ./cmd/ringside
+	$(GO) build -o bin/ ./test/soft-roce
+	$(GO) -C bench $(PROFILED) -o ../bin/ringside-bench .
+	./bin/ringside-bench perftest -ringside bin/ringside -soft-roce bin/soft-roce -results bench/RESULTS.md $(BENCHARGS)
 
 # The compiler inlines along the calls that these profiles show: go build takes a default.pgo by itself. What is compared
 # is profiled alike.

@@ -26,7 +26,7 @@ func TestParseUCX(t *testing.T) {
 
 func TestParsePerf(t *testing.T) {
 	const out = `{"path": "shm", "results": [{"latency_ns": {"p50": 210, "p99": 300, "p99_9": 1000}, "messages_per_second": 2e6, "megabytes_per_second": 128}]}`
-	v, err := parsePerf([]byte(out))
+	v, err := parsePerf([]byte(out), "shm")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -34,7 +34,7 @@ func TestParsePerf(t *testing.T) {
 		t.Errorf("%v", v)
 	}
 	for _, bad := range []string{"", "{}", `{"path":"inproc","results":[{}]}`} {
-		if _, err := parsePerf([]byte(bad)); err == nil {
+		if _, err := parsePerf([]byte(bad), "shm"); err == nil {
 			t.Errorf("%q was taken", bad)
 		}
 	}

@@ -5,6 +5,11 @@
 // over the rounds, with the smallest and largest value.
 //
 //	ringside-bench -ringside bin/ringside -results bench/RESULTS.md
+//
+// With perftest as its first argument, it runs ringside side by side with perftest in a virtual machine whose kernel has
+// software RDMA devices, and writes that section of the results:
+//
+//	ringside-bench perftest -ringside bin/ringside -soft-roce bin/soft-roce -results bench/RESULTS.md
 package main
 
 import (
@@ -39,6 +44,12 @@ func main() {
 		runRole(os.Args[2], os.Args[3:])
 		return
 	}
+	if len(os.Args) > 1 && os.Args[1] == "perftest" {
+		exit(perftestMain(os.Args[2:]))
+	}
+	if len(os.Args) == 3 && os.Args[1] == vmCommand {
+		exit(measureInVM(os.Args[2]))
+	}
 	var c config
 	flag.IntVar(&c.rounds, "rounds", 7, "how often each measurement is made")
 	flag.BoolVar(&c.quick, "quick", false, "one round with small counts: shows that everything runs, and nothing else")
@@ -65,11 +76,18 @@ func main() {
 		stopAll()
 		os.Exit(130)
 	}()
-	if err := bench(&c, *only == ""); err != nil {
-		stopAll()
+	err = bench(&c, *only == "")
+	stopAll()
+	exit(err)
+}
+
+// exit ends the program, with what went wrong.
+func exit(err error) {
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "ringside-bench:", err)
 		os.Exit(1)
 	}
+	os.Exit(0)
 }
 
 func bench(c *config, write bool) error {
@@ -96,7 +114,8 @@ func bench(c *config, write bool) error {
 		results.endRound(loadAverage())
 	}
 	conditions.set("duration", time.Since(begin).Round(time.Second).String())
-	text := report(c, conditions, results)
+	was, _ := os.ReadFile(c.results) // if it cannot be read, writing it will say so
+	text := withRXESection(report(c, conditions, results), rxeSection(string(was)))
 	if !write {
 		fmt.Print("\n", text)
 	} else if err := os.WriteFile(c.results, []byte(text), 0o644); err != nil {

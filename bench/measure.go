@@ -86,5 +86,8 @@ func sizeName(n int) string {
 	if n == mib {
 		return "1 MiB"
 	}
+	if n >= 1024 && n%1024 == 0 {
+		return strconv.Itoa(n/1024) + " KiB"
+	}
 	return strconv.Itoa(n) + " B"
 }

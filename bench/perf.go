@@ -31,15 +31,18 @@ func (p perfTest) run(c *config) (values, error) {
 	if err := cmd.Run(); err != nil {
 		return nil, fmt.Errorf("%v: %w: %s", cmd.Args, err, bytes.TrimSpace(errs.Bytes()))
 	}
-	return parsePerf(out.Bytes())
+	return parsePerf(out.Bytes(), "shm")
 }
 
-// parsePerf reads the parts of ringside perf's JSON that are compared.
-func parsePerf(out []byte) (values, error) {
+// parsePerf reads the parts of ringside perf's JSON that are compared; path is how the devices should have reached each
+// other.
+func parsePerf(out []byte, path string) (values, error) {
 	var report struct {
 		Path    string `json:"path"`
 		Results []struct {
 			Latency *struct {
+				Min  float64 `json:"min"`
+				Mean float64 `json:"mean"`
 				P50  float64 `json:"p50"`
 				P99  float64 `json:"p99"`
 				P999 float64 `json:"p99_9"`
@@ -51,13 +54,13 @@ func parsePerf(out []byte) (values, error) {
 	if err := json.Unmarshal(out, &report); err != nil {
 		return nil, fmt.Errorf("ringside perf's output: %w: %q", err, out)
 	}
-	if len(report.Results) != 1 || report.Path != "shm" {
-		return nil, fmt.Errorf("ringside perf gave %d results over path %q, not one over shm", len(report.Results), report.Path)
+	if len(report.Results) != 1 || report.Path != path {
+		return nil, fmt.Errorf("ringside perf gave %d results over path %q, not one over %s", len(report.Results), report.Path, path)
 	}
 	r := report.Results[0]
 	v := values{"rate": r.Rate, "bw": r.BW / 1000}
 	if l := r.Latency; l != nil {
-		v["p50"], v["p99"], v["p999"] = l.P50/1000, l.P99/1000, l.P999/1000
+		v["min"], v["mean"], v["p50"], v["p99"], v["p999"] = l.Min/1000, l.Mean/1000, l.P50/1000, l.P99/1000, l.P999/1000
 	}
 	return v, nil
 }

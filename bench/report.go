@@ -67,44 +67,57 @@ func targetTable(r *results) string {
 	b.WriteString("| what | target | measured | spread | |\n|---|---|---|---|---|\n")
 	for _, t := range targets {
 		value, spread := t.measured(r)
-		bound, verdict := "at most ", "pass"
-		if t.atLeast {
-			bound = "at least "
-		}
-		ok := value <= t.limit
-		if t.atLeast {
-			ok = value >= t.limit
-		}
-		switch {
-		case math.IsNaN(value):
-			verdict = "not measured"
-		case !ok:
-			verdict = "**short**"
-		case t.aim != 0 && (t.atLeast && value >= t.aim || !t.atLeast && value <= t.aim):
-			verdict = "pass, and the aim of " + number(t.aim)
-		}
-		between := "-"
-		if len(spread) > 0 {
-			between = number(slices.Min(spread)) + ".." + number(slices.Max(spread))
-		}
-		fmt.Fprintf(&b, "| %s | %s%s | %s | %s | %s |\n", t.what, bound, number(t.limit), number(value), between, verdict)
+		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s |\n", t.what, t.bound(), number(value), spread.between(), t.verdict(value))
 	}
 	return b.String()
 }
 
+func (t *target) bound() string {
+	if t.atLeast {
+		return "at least " + number(t.limit)
+	}
+	return "at most " + number(t.limit)
+}
+
+func (t *target) verdict(value float64) string {
+	reached := func(limit float64) bool { return t.atLeast && value >= limit || !t.atLeast && value <= limit }
+	switch {
+	case math.IsNaN(value):
+		return "not measured"
+	case !reached(t.limit):
+		return "**short**"
+	case t.aim != 0 && reached(t.aim):
+		return "pass, and the aim of " + number(t.aim)
+	}
+	return "pass"
+}
+
 // caution says why the numbers should not be trusted, if that can be seen.
-func caution(c *config, host *conditions) string {
+func caution(rounds int, quick bool, host *conditions) string {
 	var why []string
 	if busy, err := strconv.ParseFloat(host.get(busyBefore), 64); err == nil && busy > 0.2 {
 		why = append(why, fmt.Sprintf("The machine was busy with other things (%.2f cores of it before the first measurement).", busy))
 	}
-	if c.rounds < 5 && !c.quick {
-		why = append(why, fmt.Sprintf("Only %d round(s) were measured.", c.rounds))
+	if rounds < 5 && !quick {
+		why = append(why, fmt.Sprintf("Only %d round(s) were measured.", rounds))
 	}
 	if len(why) == 0 {
 		return ""
 	}
 	return strings.Join(why, " ") + " Not representative: measure again."
+}
+
+// notMeasured lists what failed or was skipped.
+func notMeasured(r *results) string {
+	var b strings.Builder
+	for _, name := range slices.Sorted(maps.Keys(r.errs)) {
+		word := "failed"
+		if errors.Is(r.errs[name], errSkipped) {
+			word = "skipped"
+		}
+		fmt.Fprintf(&b, "- %s: %s: %v\n", name, word, r.errs[name])
+	}
+	return b.String()
 }
 
 // notes is written by hand: what falls short, and why.
@@ -122,7 +135,7 @@ func report(c *config, host *conditions, r *results) string {
 	if c.quick {
 		p("**This is a quick run: it shows that the benchmarks work. Its numbers mean nothing.**\n")
 	}
-	if w := caution(c, host); w != "" {
+	if w := caution(c.rounds, c.quick, host); w != "" {
 		p("**%s**\n", w)
 	}
 	p("| condition | |\n|---|---|")
@@ -182,14 +195,7 @@ func report(c *config, host *conditions, r *results) string {
 		conns("client_kib"), conns("server_kib"), conns("idle_conn_kib"))
 
 	if len(r.errs) > 0 {
-		p("\n## Not measured\n")
-		for _, name := range slices.Sorted(maps.Keys(r.errs)) {
-			word := "failed"
-			if errors.Is(r.errs[name], errSkipped) {
-				word = "skipped"
-			}
-			p("- %s: %s: %v", name, word, r.errs[name])
-		}
+		p("\n## Not measured\n\n%s", strings.TrimSpace(notMeasured(r)))
 	}
 	p("\n%s", strings.TrimSpace(notes))
 	return b.String()

@@ -27,7 +27,8 @@ func (v values) String() string {
 	return b.String()
 }
 
-var metricOrder = []string{"p50", "p90", "p99", "p999", "max", "rate", "bw", "client_allocs", "server_allocs", "cpu", "cpu_percent"}
+var metricOrder = []string{"p50", "p90", "p99", "p999", "max", "rate", "bw", "client_allocs", "server_allocs", "cpu", "cpu_percent",
+	"min", "mean", "packets", "retries", "rnr"}
 
 func metricRank(name string) int {
 	if i := slices.Index(metricOrder, name); i >= 0 {
@@ -131,7 +132,15 @@ func (s series) String() string {
 	case 1:
 		return number(s[0])
 	}
-	return fmt.Sprintf("%s (%s..%s)", number(s.median()), number(slices.Min(s)), number(slices.Max(s)))
+	return fmt.Sprintf("%s (%s)", number(s.median()), s.between())
+}
+
+// between prints the spread.
+func (s series) between() string {
+	if len(s) == 0 {
+		return "-"
+	}
+	return number(slices.Min(s)) + ".." + number(slices.Max(s))
 }
 
 // number prints three significant digits, and large numbers in full.

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/csv"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -60,7 +59,7 @@ func (u ucxTest) once() (values, error) {
 		server.Process.Kill()
 		server.Wait()
 	}()
-	if err := waitListening(port); err != nil {
+	if err := waitListening(port, 5*time.Second); err != nil {
 		return nil, fmt.Errorf("ucx_perftest's server: %w: %s", err, serverOut)
 	}
 	client, out := command("127.0.0.1", "-c", "0", "-v", "-t", u.test, "-s", strconv.Itoa(u.size),
@@ -120,9 +119,9 @@ func freePort() (int, error) {
 
 // waitListening waits until somebody listens on the port. It looks into /proc: a connection would be taken for the
 // client's.
-func waitListening(port int) error {
+func waitListening(port int, patience time.Duration) error {
 	want := fmt.Sprintf(":%04X ", port)
-	for range 500 {
+	for end := time.Now().Add(patience); time.Now().Before(end); {
 		for _, name := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
 			table, _ := os.ReadFile(name)
 			for line := range strings.Lines(string(table)) {
@@ -134,7 +133,7 @@ func waitListening(port int) error {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	return errors.New("does not listen after 5 s")
+	return fmt.Errorf("does not listen after %v", patience)
 }
 
 func ucxVersion() string {

@@ -1,0 +1,190 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// The comparison with perftest on the kernel's software RDMA. Neither the devices nor perftest need be on this host: one
+// virtual machine is started (test/soft-roce), this program runs in it, and there it starts `ringside perf` and perftest's
+// programs in turn, each time a server on rxe1 and a client on rxe0. What they say comes back in a file.
+
+// vmPlan is what is measured in the machine. It goes there as JSON.
+type vmPlan struct {
+	Rounds   int
+	Quick    bool
+	Only     string // a regular expression for the names of vmCases
+	Pin      bool   // the measuring threads: the client's to the first processor, the server's to the second
+	Ringside string // path of the ringside command
+	Out      string // path of the file to write
+}
+
+// vmFile is what comes back.
+type vmFile struct {
+	Conditions [][2]string // name and text
+	Loads      []string    // the machine's load average after each round
+	Runs       []vmRun
+}
+
+// vmRun is one run of one of the two systems.
+type vmRun struct {
+	Name   string // of the measurement, the same in each round
+	Round  int    // from 0
+	Values values // nil if it failed
+	Err    string // why it failed
+}
+
+// perftestMain is `ringside-bench perftest`.
+func perftestMain(args []string) error {
+	plan := vmPlan{Out: "/out/perftest.json"}
+	f := flag.NewFlagSet("ringside-bench perftest", flag.ExitOnError)
+	f.IntVar(&plan.Rounds, "rounds", 7, "how often each measurement is made")
+	f.BoolVar(&plan.Quick, "quick", false, "one round with small counts: shows that everything runs; prints, and leaves the results file alone")
+	f.StringVar(&plan.Only, "only", "", "measure only what matches this regular expression; prints, and leaves the results file alone")
+	f.BoolVar(&plan.Pin, "pin", true, "pin the measuring threads of both systems: the client's to processor 0, the server's to 1")
+	f.StringVar(&plan.Ringside, "ringside", "bin/ringside", "the ringside command")
+	softRoCE := f.String("soft-roce", "bin/soft-roce", "the command of test/soft-roce")
+	results := f.String("results", "bench/RESULTS.md", "the file whose section on rxe is written")
+	f.Parse(args)
+	if plan.Quick {
+		plan.Rounds = 1
+	}
+	if _, err := regexp.Compile(plan.Only); err != nil {
+		return fmt.Errorf("-only: %w", err)
+	}
+	var err error
+	if plan.Ringside, err = filepath.Abs(plan.Ringside); err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+
+	begin := time.Now()
+	host := vmHostConditions(&plan)
+	got, runErr := runInVM(ctx, *softRoCE, &plan)
+	if got == nil {
+		return runErr
+	}
+	for _, c := range got.Conditions {
+		host.set(c[0], c[1])
+	}
+	host.set("duration", time.Since(begin).Round(time.Second).String())
+	r := got.results()
+	section := rxeReport(&plan, host, r)
+	if plan.Quick || plan.Only != "" {
+		fmt.Print("\n", section)
+	} else {
+		was, err := os.ReadFile(*results)
+		if err != nil && !os.IsNotExist(err) {
+			return err
+		}
+		if err := os.WriteFile(*results, []byte(withRXESection(string(was), section)), 0o644); err != nil {
+			return err
+		}
+		fmt.Printf("\n%s\nwritten to %s\n", section, *results)
+	}
+	if n := r.failures(); n > 0 && runErr == nil {
+		runErr = fmt.Errorf("%d runs failed", n)
+	}
+	return runErr
+}
+
+// runInVM starts the machine, has this program measure in it, and returns what it has found: after an error what there was
+// until then, or nil.
+func runInVM(ctx context.Context, softRoCE string, plan *vmPlan) (*vmFile, error) {
+	dir, err := os.MkdirTemp("", "ringside-bench-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	b, err := json.Marshal(plan)
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.CommandContext(ctx, softRoCE, "-out", dir, "--", self, vmCommand, string(b))
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = 20 * time.Second
+	runErr := cmd.Run()
+	if runErr != nil {
+		runErr = fmt.Errorf("%s: %w", softRoCE, runErr)
+	}
+	b, err = os.ReadFile(filepath.Join(dir, filepath.Base(plan.Out)))
+	if err != nil {
+		if runErr == nil {
+			runErr = err
+		}
+		return nil, runErr
+	}
+	got := new(vmFile)
+	if err := json.Unmarshal(b, got); err != nil {
+		return nil, fmt.Errorf("what the machine has written: %w", err)
+	}
+	return got, runErr
+}
+
+// results sorts the runs by measurement.
+func (f *vmFile) results() *results {
+	r := newResults()
+	r.loads = f.Loads
+	for _, run := range f.Runs {
+		if run.Err != "" {
+			r.fail(fmt.Sprintf("%s, round %d", run.Name, run.Round+1), fmt.Errorf("%s", run.Err))
+			continue
+		}
+		r.add(run.Name, run.Round, run.Values)
+	}
+	return r
+}
+
+// vmHostConditions are the conditions on this side of the machine.
+func vmHostConditions(plan *vmPlan) *conditions {
+	c := new(conditions)
+	c.set("date", time.Now().UTC().Format("2006-01-02 15:04 MST"))
+	c.set("host's CPU", fmt.Sprintf("%s, %d cores", cpuModel(), runtime.NumCPU()))
+	c.set("Go", runtime.Version()+", "+profileUse())
+	c.set("ringside", revision())
+	c.set("rounds", fmt.Sprint(plan.Rounds))
+	c.set(busyBefore, fmt.Sprintf("%.2f", busyCores(2*time.Second)))
+	return c
+}
+
+// vmConditions are those within.
+func vmConditions(plan *vmPlan) [][2]string {
+	emulated := "emulated without KVM: processor-bound code takes several times as long as on the host"
+	if !strings.Contains(cpuModel(), "TCG") {
+		emulated = "run by KVM"
+	}
+	threads := "client on processor 0, server on 1: perftest's processes, and the measuring threads of `ringside perf` (`--cpu`)"
+	if !plan.Pin {
+		threads = "not pinned"
+	}
+	return [][2]string{
+		{"machine", fmt.Sprintf("Linux %s, %d processors, %s", fileLine("/proc/sys/kernel/osrelease"), runtime.NumCPU(), emulated)},
+		{"perftest", perftestVersion()},
+		{"threads", threads},
+	}
+}
+
+func perftestVersion() string {
+	out, _ := exec.Command("ib_send_lat", "--version").CombinedOutput() // its exit status says nothing
+	if _, version, ok := strings.Cut(string(out), "Version:"); ok {
+		return strings.TrimSpace(version)
+	}
+	return "unknown"
+}
