@@ -106,7 +106,14 @@ func TestDemoStale(t *testing.T) {
 func TestDemoKill(t *testing.T) {
 	for _, mode := range []string{"sync", "stale"} {
 		t.Run(mode, func(t *testing.T) {
-			out := runDemo(t, "-kill 2 -pause 3ms -mode "+mode) // slow enough for the other one to take part
+			// As slow as it takes for the other one to take part.
+			var out string
+			for pause := 3 * time.Millisecond; pause < 200*time.Millisecond; pause *= 4 {
+				out = runDemo(t, fmt.Sprintf("-kill 2 -pause %v -mode %s", pause, mode))
+				if strings.Contains(out, "worker 4 has joined") {
+					break
+				}
+			}
 			checkResult(t, out, testEpochs, 3)
 			for _, want := range []string{"with signal 9", "starting another", "is gone", "worker 4 has joined", "workers lost: 1"} {
 				if !strings.Contains(out, want) {
