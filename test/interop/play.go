@@ -24,12 +24,15 @@ func (g *game) play() error {
 			}
 		}
 	}
-	for g.sent < g.o.iters || g.received < g.o.iters {
+	for !g.over() {
 		wcs, err := g.done.next(g.ctx)
 		if err != nil {
 			return fmt.Errorf("after %d of %d sends and %d receives: %w", g.sent, g.o.iters, g.received, err)
 		}
 		for i := range wcs {
+			if g.over() {
+				break // the peer has ended already, and the rest is flushed
+			}
 			if err := g.complete(&wcs[i]); err != nil {
 				return fmt.Errorf("after %d of %d sends and %d receives: %w", g.sent, g.o.iters, g.received, err)
 			}
@@ -42,6 +45,9 @@ func (g *game) play() error {
 	}
 	return nil
 }
+
+// over reports whether everything that was to be seen has been.
+func (g *game) over() bool { return g.sent >= g.o.iters && g.received >= g.o.iters }
 
 func (g *game) complete(wc *ib.WC) error {
 	p := g.byQPN[wc.QPN]
