@@ -133,7 +133,7 @@ vm:
 	mkdir -p bin/vm
 	$(VMTEST) ./internal/nldev ./internal/uverbs ./internal/rdmacm ./internal/provider/... ./mr ./qp
 	$(VMTEST) -run 'TestKernelDevices' ./cmd/ringside
-	$(VMTEST) ./test/interop
+	$(VMTEST) -short ./test/interop
 	RINGSIDE_DEVICE=rxe0 $(VMTEST) ./transport ./rpc ./examples/quickstart ./examples/pingpong ./examples/kv ./examples/filecp
 	RINGSIDE_DEVICE=rxe0 $(VMTEST) -run 'TestDemoSync' ./examples/paramserver
 	RINGSIDE_DEVICE=siw0 $(VMTEST) -run 'TestSizes|TestOneSided|TestWriteImm|TestRemoteAccess|TestProcesses|TestPeerKilled' ./transport

@@ -111,6 +111,22 @@ func (w *waiter) idle() error {
 	return nil
 }
 
+// yield lets the runtime schedule something else, which there is not: it only has to be seen doing so. The runtime's monitor
+// takes what has not for 10 ms for a hog. It takes the processor from it in the middle of a system call, which posting is on
+// some devices, and then comes back every 20 us for a while to see whether there is more to take; where both sides poll on
+// all the processors that there are, each of these visits interrupts one of them.
+func (s *side) yield() {
+	runtime.Gosched()
+	s.yieldAt = s.clk.after(yieldEvery)
+}
+
+// yieldSometimes is for loops that do not look at the clock: n counts what they do.
+func (s *side) yieldSometimes(n uint64) {
+	if n%16 == 0 && s.clk.now() >= s.yieldAt {
+		s.yield()
+	}
+}
+
 // postOne posts the latency loops' work request. Every signalEvery-th asks for a completion; those before it are taken
 // while the message is on its way.
 func (s *side) postOne() error {
@@ -195,6 +211,9 @@ func (s *side) pingSend(n int) (done int, err error) {
 		t = s.clk.now()
 		done++
 		stamps[done] = t
+		if t >= s.yieldAt {
+			s.yield()
+		}
 		if err := s.refill(l); err != nil {
 			return done, err
 		}
@@ -213,6 +232,7 @@ func (s *side) pongSend() error {
 			return err
 		}
 		s.received++
+		s.yieldSometimes(s.received)
 		if err := s.refill(l); err != nil {
 			return err
 		}
@@ -252,6 +272,9 @@ func (s *side) pingWrite(n int) (done int, err error) {
 		t = s.clk.now()
 		done++
 		stamps[done] = t
+		if t >= s.yieldAt {
+			s.yield()
+		}
 		s.seq++
 	}
 	return done, nil
@@ -268,6 +291,7 @@ func (s *side) pongWrite() error {
 			return err
 		}
 		s.received++
+		s.yieldSometimes(s.received)
 		s.seq++
 	}
 }
@@ -303,6 +327,9 @@ func (s *side) operate(n int) (done int, err error) {
 		t = s.clk.now()
 		done++
 		stamps[done] = t
+		if t >= s.yieldAt {
+			s.yield()
+		}
 	}
 	return done, nil
 }
@@ -421,6 +448,8 @@ func (s *side) postBatch(i int, l *lane, b int) error {
 	l.pos = (l.pos + b) & s.slotMask
 	l.outstanding += b
 	l.sent += uint64(b)
+	s.batches++
+	s.yieldSometimes(s.batches)
 	return nil
 }
 

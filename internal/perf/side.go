@@ -137,6 +137,8 @@ type side struct {
 	clk      clock
 	rec      *recorder
 	deadline uint64 // on clk; 0: none
+	yieldAt  uint64 // on clk: when the loop should yield again
+	batches  uint64 // posted by stream
 
 	stopped atomic.Bool // finish what is in flight, then end
 	halted  atomic.Bool // end now: the peer is gone
@@ -158,6 +160,8 @@ const (
 	yieldAfter = 16
 	// adaptiveEvery is the same for the clock of adaptive polling.
 	adaptiveEvery = 64
+	// yieldEvery is how often a loop that is never idle yields: twice as often as the runtime's monitor asks for.
+	yieldEvery = 5 * time.Millisecond
 	// stopGrace is how long a stopped client waits for what it has in flight.
 	stopGrace = 2 * time.Second
 	// pollBatch is how many completions a poll takes at most.
@@ -167,6 +171,7 @@ const (
 // newSide makes what one end of the test needs, up to queue pairs in state Init.
 func newSide(vctx *verbs.Context, spec Spec, server bool, opt portOptions) (s *side, err error) {
 	s = &side{spec: spec, server: server, wcs: make([]ib.WC, pollBatch), creditWCs: make([]ib.WC, creditDepth), grace: stopGrace}
+	s.clk, _ = newClock(ClockMono) // which cannot fail; a client takes another before it measures
 	s.slotMask, s.refillAt = spec.slots()-1, spec.recvBatch()
 	s.target.Store(^uint64(0))
 	s.ctx, s.cancel = context.WithCancel(context.Background())

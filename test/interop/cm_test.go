@@ -172,7 +172,7 @@ func cServes(t *testing.T, d pairing, server string, args []string, command ...s
 
 // eachCM calls fn for all pairings.
 func eachCM(t *testing.T, what string, fn func(t *testing.T, d pairing)) {
-	for _, d := range cmPairings {
+	for _, d := range across(cmPairings) {
 		t.Run(fmt.Sprintf("%s/%v", what, d), func(t *testing.T) { fn(t, d) })
 	}
 }
@@ -267,7 +267,7 @@ func TestUcmatoseWithC(t *testing.T) {
 // Both sides are here: what one of them notices if the other does something else than the C programs.
 func TestRpingAndUcmatoseWithThemselves(t *testing.T) {
 	needCM(t, "rping")
-	for _, d := range cmPairings {
+	for _, d := range across(cmPairings) {
 		ping := func(t *testing.T, server, client rping) error {
 			server.device, server.local = d.theirs, cmAddresses[d.theirs]
 			client.device, client.local = d.ours, cmAddresses[d.ours]

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -53,7 +54,15 @@ func needDevices(t *testing.T) []pairing {
 			t.Fatal(err)
 		}
 	}
-	return pairings
+	return across(pairings)
+}
+
+// across leaves out, with -short, pairings on one device.
+func across(all []pairing) []pairing {
+	if !testing.Short() {
+		return all
+	}
+	return slices.DeleteFunc(slices.Clone(all), func(p pairing) bool { return p.ours == p.theirs })
 }
 
 func (p pairing) String() string { return "go-" + p.ours + "-c-" + p.theirs }
