@@ -354,12 +354,16 @@ func (in *inbound) poll(wcs []ib.WC) int {
 	n := 0
 	for {
 		r := &q.recs[h&q.recMask]
-		q.prefetch(h, uint32(a>>32))
 		b := in.cqes[slot+1]
 		if h == posted {
 			posted = atomic.LoadUint32(&q.posted) // it may be newer than our first look
 		}
-		if h == posted || !q.recvWC(&wcs[n], in, uint32(a>>32), b, r.id, r.total) {
+		ok := h != posted // else r is not looked at: a peer that lies completes a receive that PostRecv is just writing
+		if ok {
+			q.prefetch(h, uint32(a>>32))
+			ok = q.recvWC(&wcs[n], in, uint32(a>>32), b, r.id, r.total)
+		}
+		if !ok {
 			in.broken = true
 			in.link.fault("impossible completion %#x %#x for receive %d of QP %d", a, b, h, q.qpn)
 			break
