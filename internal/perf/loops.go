@@ -120,9 +120,13 @@ func (s *side) yield() {
 	s.yieldAt = s.clk.after(yieldEvery)
 }
 
-// yieldSometimes is for loops that do not look at the clock: n counts what they do.
-func (s *side) yieldSometimes(n uint64) {
-	if n%16 == 0 && s.clk.now() >= s.yieldAt {
+// yieldSometimes is for loops that do not look at the clock, after they have posted so many bytes.
+func (s *side) yieldSometimes(bytes int) {
+	if s.unyielded += 1 + bytes/4096; s.unyielded < 16 {
+		return
+	}
+	s.unyielded = 0
+	if s.clk.now() >= s.yieldAt {
 		s.yield()
 	}
 }
@@ -232,7 +236,7 @@ func (s *side) pongSend() error {
 			return err
 		}
 		s.received++
-		s.yieldSometimes(s.received)
+		s.yieldSometimes(s.spec.Size)
 		if err := s.refill(l); err != nil {
 			return err
 		}
@@ -291,7 +295,7 @@ func (s *side) pongWrite() error {
 			return err
 		}
 		s.received++
-		s.yieldSometimes(s.received)
+		s.yieldSometimes(s.spec.Size)
 		s.seq++
 	}
 }
@@ -448,8 +452,7 @@ func (s *side) postBatch(i int, l *lane, b int) error {
 	l.pos = (l.pos + b) & s.slotMask
 	l.outstanding += b
 	l.sent += uint64(b)
-	s.batches++
-	s.yieldSometimes(s.batches)
+	s.yieldSometimes(b * s.spec.Size)
 	return nil
 }
 

@@ -134,11 +134,11 @@ type side struct {
 	received uint64        // messages that the server has taken
 	target   atomic.Uint64 // how many it has to take, once the client has said
 
-	clk      clock
-	rec      *recorder
-	deadline uint64 // on clk; 0: none
-	yieldAt  uint64 // on clk: when the loop should yield again
-	batches  uint64 // posted by stream
+	clk       clock
+	rec       *recorder
+	deadline  uint64 // on clk; 0: none
+	yieldAt   uint64 // on clk: when the loop should yield again
+	unyielded int    // what was posted since the clock was last looked at for that: messages and pages
 
 	stopped atomic.Bool // finish what is in flight, then end
 	halted  atomic.Bool // end now: the peer is gone
