@@ -25,7 +25,7 @@ type vmPlan struct {
 	Rounds   int
 	Quick    bool
 	Only     string // a regular expression for the names of vmCases
-	Pin      bool   // the measuring threads of latency tests: the client's to the first processor, the server's to the second
+	Pin      bool   // in latency tests, the client to the first processor, the server to the second
 	Ringside string // path of the ringside command
 	Out      string // path of the file to write
 }
@@ -52,7 +52,7 @@ func perftestMain(args []string) error {
 	f.IntVar(&plan.Rounds, "rounds", 7, "how often each measurement is made")
 	f.BoolVar(&plan.Quick, "quick", false, "one round with small counts: shows that everything runs; prints, and leaves the results file alone")
 	f.StringVar(&plan.Only, "only", "", "measure only what matches this regular expression; prints, and leaves the results file alone")
-	f.BoolVar(&plan.Pin, "pin", true, "in latency tests, pin the measuring threads of both systems: the client's to processor 0, the server's to 1")
+	f.BoolVar(&plan.Pin, "pin", true, "in latency tests, pin both systems' clients to processor 0, and their servers to 1")
 	f.StringVar(&plan.Ringside, "ringside", "bin/ringside", "the ringside command")
 	softRoCE := f.String("soft-roce", "bin/soft-roce", "the command of test/soft-roce")
 	results := f.String("results", "bench/RESULTS.md", "the file whose section on rxe is written")
@@ -170,8 +170,7 @@ func vmConditions(plan *vmPlan) [][2]string {
 	if !strings.Contains(cpuModel(), "TCG") {
 		emulated = "run by KVM"
 	}
-	threads := "in latency tests, the client's on processor 0, the server's on 1: perftest's processes by taskset's means, and the " +
-		"measuring threads of `ringside perf` by `--cpu`; not pinned in bandwidth tests"
+	threads := "in latency tests, both systems' client on processor 0 and server on 1, as taskset does it; not pinned in bandwidth tests"
 	if !plan.Pin {
 		threads = "not pinned"
 	}

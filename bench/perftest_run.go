@@ -52,7 +52,7 @@ func (c vmCase) iters(quick bool) int {
 	case c.kind == "bw":
 		return 1000
 	}
-	return 5000
+	return 10000
 }
 
 // Queues of bandwidth tests. In perftest's latency tests each work request is signaled, and its completion awaited before
@@ -164,11 +164,7 @@ type vmRunner struct {
 func (r *vmRunner) ringside(c vmCase) (values, error) {
 	server := exec.Command(r.plan.Ringside, "perf", "server", "--once", "--listen", r.address(), "--device", serverDevice, "--gid-index", "1")
 	client := exec.Command(r.plan.Ringside, append(c.ringsideArgs(r.plan.Quick), r.address(), "--device", clientDevice, "--gid-index", "1")...)
-	if r.pinned(c) {
-		server.Args = append(server.Args, "--cpu", strconv.Itoa(serverCPU))
-		client.Args = append(client.Args, "--cpu", strconv.Itoa(clientCPU))
-	}
-	out, err := r.pair(server, client, false)
+	out, err := r.pair(server, client, r.pinned(c))
 	if err != nil {
 		return nil, err
 	}
@@ -193,7 +189,7 @@ func (r *vmRunner) perftest(c vmCase) (values, error) {
 	return p.values, nil
 }
 
-// pinned is whether the measuring threads are: those of latency tests, since two that poll must not share a processor.
+// pinned is whether each side has a processor of its own: in latency tests, since two that poll must not share one.
 func (r *vmRunner) pinned(c vmCase) bool { return r.plan.Pin && c.kind == "lat" }
 
 func (r *vmRunner) address() string { return "127.0.0.1:" + strconv.Itoa(r.port) }

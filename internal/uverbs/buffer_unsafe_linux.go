@@ -39,6 +39,17 @@ func ioctl(fd int, addr uint64) syscall.Errno {
 	return errno
 }
 
+// rawWrite writes cmd, which is not empty, without telling the runtime that this thread is in a system call. The runtime would
+// have its monitor look after a thread that is in one again and again, and take its processor away: see docs/performance.md.
+func rawWrite(fd int, cmd []byte) (int, syscall.Errno) {
+	// Safe: cmd is used by the call only, and its memory is mapped, not the Go heap's.
+	n, _, errno := unix.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(cmd))), uintptr(len(cmd)))
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), 0
+}
+
 // Bytes views a struct of package abi as the kernel reads it, for attributes and commands. It must hold no pointers.
 func Bytes[T any](v *T) []byte {
 	// Safe: abi's structs are plain data with explicit padding; the view keeps v alive.

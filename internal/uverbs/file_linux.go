@@ -180,13 +180,17 @@ func (f *File) write(b buffer, op string, w *WriteCmd) error {
 		case errno != 0:
 			return writeError(f.device, op, errno)
 		case k != n:
-			return f.errorf(op, fmt.Errorf("the kernel took %d bytes of a command of %d", k, n))
+			return f.errorf(op, shortWrite(k, n))
 		}
 		resp := b.mem[out:][:outLen]
 		copy(w.Out, resp)
 		copy(w.UHWOut, resp[len(w.Out):])
 		return nil
 	}
+}
+
+func shortWrite(k, n int) error {
+	return fmt.Errorf("the kernel took %d bytes of a command of %d", k, n)
 }
 
 func writeError(device, op string, errno syscall.Errno) error {

@@ -14,6 +14,8 @@ type Kernel interface {
 	Ioctl(cmd []byte, addr uint64) syscall.Errno
 	// Write runs a command of the write() interface, and returns how many bytes of it were taken.
 	Write(cmd []byte) (int, syscall.Errno)
+	// Ring is Write for a Prepared command: a doorbell, which the kernel answers within microseconds.
+	Ring(cmd []byte) (int, syscall.Errno)
 	// Mmap maps n bytes that device and process share; offset is one that a command has told.
 	Mmap(offset int64, n int) ([]byte, error)
 	// Munmap takes what Mmap has returned.
@@ -34,6 +36,8 @@ func (c character) Write(cmd []byte) (int, syscall.Errno) {
 	}
 	return n, 0
 }
+
+func (c character) Ring(cmd []byte) (int, syscall.Errno) { return rawWrite(c.fd, cmd) }
 
 func (c character) Mmap(offset int64, n int) ([]byte, error) {
 	return unix.Mmap(c.fd, offset, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)

@@ -34,6 +34,7 @@ func (k *listener) Ioctl(cmd []byte, addr uint64) syscall.Errno {
 }
 
 func (k *listener) Write(cmd []byte) (int, syscall.Errno) { return 0, k.errno }
+func (k *listener) Ring(cmd []byte) (int, syscall.Errno)  { return 0, k.errno }
 func (k *listener) Mmap(int64, int) ([]byte, error)       { return nil, unix.EINVAL }
 func (k *listener) Munmap([]byte) error                   { return nil }
 func (k *listener) Close() error                          { return nil }

@@ -13,24 +13,35 @@ import (
 type Prepared struct {
 	f   *File
 	op  string
-	buf buffer
-	n   int // length for write(); 0: it is an ioctl
+	wr  buffer // as write() takes it, which costs the kernel half of what the ioctl does
+	io  buffer // as the ioctl takes it; empty if this kernel's cannot
+	all buffer // the cell that both are in
+
+	refused bool // write() was: this process has changed its credentials. Of Run's caller alone
 }
 
-// cellSize holds the largest prepared command: an ioctl with three attributes, 24 bytes of request and 4 of response.
-const cellSize = 128
+// A cell holds one prepared command in both forms; writeSize of its bytes are the largest that write() takes with its
+// response, the others an ioctl with three attributes, 24 bytes of request and 4 of response.
+const (
+	cellSize  = 192
+	writeSize = 64
+)
 
 // Prepare builds a command of the write() interface. Its responses are not wanted. Free gives its memory back.
 func (f *File) Prepare(op string, w *WriteCmd) (*Prepared, error) {
-	b, err := f.cell()
+	cell, err := f.cell()
 	if err != nil {
 		return nil, f.errorf(op, fmt.Errorf("memory for a prepared command: %w", err))
 	}
-	p := &Prepared{f: f, op: op, buf: b}
-	if f.legacy.Load() {
-		p.n, _, _, err = b.legacy(w)
-	} else {
-		_, err = b.marshal(f.driver, abi.UVERBS_OBJECT_DEVICE, abi.UVERBS_METHOD_INVOKE_WRITE, w.attrs(nil))
+	p := &Prepared{f: f, op: op, all: cell}
+	b := cell.part(0, writeSize)
+	n, _, _, err := b.legacy(w)
+	if err == nil {
+		p.wr = b.part(0, n)
+		if !f.legacy.Load() {
+			p.io = cell.part(writeSize, cellSize-writeSize)
+			_, err = p.io.marshal(f.driver, abi.UVERBS_OBJECT_DEVICE, abi.UVERBS_METHOD_INVOKE_WRITE, w.attrs(nil))
+		}
 	}
 	if err != nil {
 		p.Free()
@@ -67,36 +78,44 @@ func (p *Prepared) Free() {
 	}
 	p.f.mu.Lock()
 	if p.f.chunks != nil { // else the file is closed, and all memory gone
-		p.f.cells = append(p.f.cells, p.buf)
+		p.f.cells = append(p.f.cells, p.all)
 	}
 	p.f.mu.Unlock()
 }
 
 // Run runs the command. One goroutine at a time may call it, and none when what it is about, or the File, is being closed.
-// It may block for as long as the kernel works on the queue; other goroutines run meanwhile.
+// What the kernel does with the queue at once, it does meanwhile, some microseconds for each message; this thread's processor
+// does nothing else until then.
 func (p *Prepared) Run() error {
-	if p.n > 0 {
-		return p.write()
+	if p.refused {
+		return p.ioctl()
 	}
 	for {
-		switch errno := p.f.k.Ioctl(p.buf.mem, p.buf.addr); errno {
+		switch n, errno := p.f.k.Ring(p.wr.mem); {
+		case errno == unix.EINTR:
+		case errno == unix.EACCES && len(p.io.mem) > 0:
+			p.refused = true
+			return p.ioctl()
+		case errno != 0:
+			return writeError(p.f.device, p.op, errno)
+		case n != len(p.wr.mem):
+			return p.f.errorf(p.op, shortWrite(n, len(p.wr.mem)))
+		default:
+			return nil
+		}
+	}
+}
+
+// ioctl is Run for a process from which the kernel takes no write(): it does so from none that has other credentials than it
+// had when it opened the device, for what it writes may come from a program that ran under its name before.
+func (p *Prepared) ioctl() error {
+	for {
+		switch errno := p.f.k.Ioctl(p.io.mem, p.io.addr); errno {
 		case 0:
 			return nil
 		case unix.EINTR:
 		default:
 			return &CmdError{Device: p.f.device, Op: p.op, Errno: errno}
-		}
-	}
-}
-
-func (p *Prepared) write() error {
-	for {
-		switch _, errno := p.f.k.Write(p.buf.mem[:p.n]); errno {
-		case 0:
-			return nil
-		case unix.EINTR:
-		default:
-			return writeError(p.f.device, p.op, errno)
 		}
 	}
 }

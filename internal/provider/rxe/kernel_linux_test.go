@@ -183,12 +183,22 @@ func (k *fakeKernel) Close() error { return nil }
 
 func (k *fakeKernel) Write([]byte) (int, syscall.Errno) { return 0, unix.ENOSYS }
 
-// Ioctl answers the methods that the provider uses.
-func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
+// Ring answers prepared commands.
+func (k *fakeKernel) Ring(cmd []byte) (int, syscall.Errno) {
 	if k.bell != nil {
 		k.bell()
-		return 0
+		return len(cmd), 0
 	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if int(le.Uint16(cmd[4:]))*4 != len(cmd) {
+		k.t.Errorf("a command of %d bytes, written in %d", le.Uint16(cmd[4:])*4, len(cmd))
+	}
+	return len(cmd), k.write(le.Uint32(cmd), cmd[8:], nil, nil)
+}
+
+// Ioctl answers the methods that the provider uses.
+func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	object, method := le.Uint16(cmd[2:]), le.Uint16(cmd[4:])

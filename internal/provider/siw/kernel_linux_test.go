@@ -160,6 +160,16 @@ func (k *fakeKernel) Close() error { return nil }
 
 func (k *fakeKernel) Write([]byte) (int, syscall.Errno) { return 0, unix.ENOSYS }
 
+// Ring answers prepared commands.
+func (k *fakeKernel) Ring(cmd []byte) (int, syscall.Errno) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if int(le.Uint16(cmd[4:]))*4 != len(cmd) {
+		k.t.Errorf("a command of %d bytes, written in %d", le.Uint16(cmd[4:])*4, len(cmd))
+	}
+	return len(cmd), k.write(le.Uint32(cmd), cmd[8:], nil, nil, nil)
+}
+
 func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
 	k.mu.Lock()
 	defer k.mu.Unlock()
