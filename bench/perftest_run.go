@@ -50,7 +50,7 @@ func (c vmCase) iters(quick bool) int {
 	case quick:
 		return 200
 	case c.kind == "bw":
-		return 1000
+		return 2000
 	}
 	return 10000
 }

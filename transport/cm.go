@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"sync"
@@ -221,17 +222,14 @@ func (c *Conn) acceptCM(ctx context.Context, w *cmWait, mine, theirs *hello) err
 	}
 }
 
-// dialCM makes the connection that the peer waits for. The dialler's device has to send first (RFC 5044, section 7.1.2): so
-// that this does not depend on the program, a message that asks for nothing goes at once.
+// dialCM makes the connection that the peer waits for.
 func (c *Conn) dialCM(ctx context.Context, mine, theirs *hello) error {
 	p := c.cmParams(mine, theirs)
 	p.PrivateData = theirs.CMToken[:]
 	to := netip.AddrPortFrom(theirs.GID.Addr(), theirs.CMPort)
 	var err error
 	if c.cm, err = c.q.Dial(ctx, netip.AddrPortFrom(mine.GID.Addr(), 0), to, p); err == nil {
-		var first [headerLen]byte
-		makeHeader(msgCredit, flagLow, 0, 0).put(first[:])
-		_, err = c.q.PostSend([]ib.SendWR{{Opcode: ib.OpSend, Inline: first[:]}})
+		err = c.greet()
 	}
 	if err != nil {
 		code := RefusedResources
@@ -241,6 +239,28 @@ func (c *Conn) dialCM(ctx context.Context, mine, theirs *hello) error {
 		return refuse(code, err, "the queue pair cannot be connected to %v: %v", to, err)
 	}
 	return nil
+}
+
+// confirmCM waits until the peer's queue pair is connected as well. siw lets a message lie that comes before that is done, and
+// all that are behind it, until another comes (siw_accept in siw_cm.c, which answers first and then has the socket served):
+// hence another greeting.
+func (c *Conn) confirmCM(t io.Reader) error {
+	if _, err := readFrame(t, bootReady); err != nil {
+		return err
+	}
+	if err := c.greet(); err != nil {
+		return refuse(RefusedResources, err, "%v", err)
+	}
+	return nil
+}
+
+// greet sends a message that asks for nothing. The dialler's device has to send first (RFC 5044, section 7.1.2): this way, that
+// does not depend on the program.
+func (c *Conn) greet() error {
+	var m [headerLen]byte
+	makeHeader(msgCredit, flagLow, 0, 0).put(m[:])
+	_, err := c.q.PostSend([]ib.SendWR{{Opcode: ib.OpSend, Inline: m[:]}})
+	return err
 }
 
 // closeCM ends the connection manager's part, before the queue pair's.

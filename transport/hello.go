@@ -29,7 +29,7 @@ type bootKind uint8
 const (
 	bootHello   bootKind = 1 // dialler to listener
 	bootAccept  bootKind = 2 // listener to dialler: its hello
-	bootReady   bootKind = 3 // dialler to listener: its queue pair is connected
+	bootReady   bootKind = 3 // its queue pair is connected; the listener says so only if the connection manager has done it
 	bootReject  bootKind = 4 // either way, instead of the above: code and reason
 	bootGoodbye bootKind = 5 // either way, at the end of a connection: code and reason
 )

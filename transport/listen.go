@@ -292,6 +292,9 @@ func (l *Listener) accept(t net.Conn, body []byte) (*Conn, error) {
 		if err := c.acceptCM(ctx, wait, mine, theirs); err != nil {
 			return give(err)
 		}
+		if _, err := t.Write(appendFrame(nil, bootReady, nil)); err != nil {
+			return give(err)
+		}
 	}
 	if _, err := readFrame(t, bootReady); err != nil {
 		return give(err)
@@ -372,6 +375,11 @@ func dial(ctx context.Context, p *Poller, cfg *Config, t net.Conn) (*Conn, error
 	}
 	if err := connect(ctx, mine, theirs); err != nil {
 		return give(err)
+	}
+	if p.needsCM() {
+		if err := c.confirmCM(t); err != nil {
+			return give(err)
+		}
 	}
 	if _, err := t.Write(appendFrame(nil, bootReady, nil)); err != nil {
 		return give(err)

@@ -54,7 +54,7 @@ type PollerConfig struct {
 	// elsewhere it bounds their number. Default 4096.
 	CQDepth int
 	// SharedDepth bounds the receives in the shared receive queue, of which each connection with Config.SharedReceive needs
-	// RecvDepth + 5 + 3 * RendezvousDepth; default 16384, or the device's limit. Memory is taken as connections come.
+	// RecvDepth + 7 + 3 * RendezvousDepth; default 16384, or the device's limit. Memory is taken as connections come.
 	SharedDepth int
 	SharedSize  int // payload bytes of a shared receive slot; default 1 KiB. Config.EagerSize must not exceed it
 	// MaxConns is the number of connections that the poller takes; default and limit 1<<20.

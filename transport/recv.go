@@ -14,7 +14,7 @@ import (
 
 // creditSlots is how many receives are kept for credit and EOS messages of the peer, which need no credit; see "Flow
 // control" in docs/protocol.md for why these are enough.
-const creditSlots = 5
+const creditSlots = 7
 
 // msgList is a queue of messages.
 type msgList struct{ head, tail *Message }

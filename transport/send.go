@@ -472,13 +472,19 @@ func (c *Conn) sendFailedLocked(seq uint32, wc *ib.WC) {
 	case e.msg != nil:
 		what = "reading a rendezvous"
 	}
+	gone := false
 	switch wc.Status {
 	case ib.WCFlushErr, ib.WCRetryExceeded, ib.WCResponseTimeoutErr, ib.WCRemoteAbortedErr:
+		gone = true
+	case ib.WCLocalQPOpErr: // siw says so of what it could not write to the socket (siw_qp_sq_process in siw_qp_tx.c)
+		gone = c.p.needsCM()
+	}
+	if gone {
 		err := &CloseError{Err: fmt.Errorf("%w: %w", ErrPeerDied, wc.Status), Reason: what + " could not be delivered"}
 		c.failLater(err)
-	default:
-		c.fail(&CloseError{Err: wc.Status, Reason: what + " failed"})
+		return
 	}
+	c.fail(&CloseError{Err: wc.Status, Reason: what + " failed"})
 }
 
 // Send sends msg, and returns when msg may be reused: it has been copied, and goes out in order as soon as the peer has
