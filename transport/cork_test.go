@@ -29,7 +29,13 @@ func postMore(t *testing.T, c *transport.Conn, msg []byte) {
 // What is kept back goes out with Flush, Post and Close, and in its turn.
 func TestPostMore(t *testing.T) {
 	a, b := transporttest.Pair(t, nil)
-	small, large := pattern(40, 1), pattern(3000, 2) // inline, and in a slot
+	small, large := pattern(40, 1), pattern(3000, 2)         // inline, and in a slot
+	for _, c := range [][2]*transport.Conn{{a, b}, {b, a}} { // what opens a connection on iWARP arrives before these, and with them
+		if err := c[0].Send(t.Context(), small); err != nil {
+			t.Fatal(err)
+		}
+		recvEqual(t, c[1], small)
+	}
 	for range 3 {
 		postMore(t, a, small)
 		postMore(t, a, large)

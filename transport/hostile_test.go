@@ -64,6 +64,9 @@ func TestHostilePeer(t *testing.T) {
 				}
 			}
 			err := <-h.closed
+			if c.want == ib.WCRemoteAccessErr && onIWARP(t, b) { // where requests end without a reason
+				c.want, c.text = transport.ErrPeerDied, ""
+			}
 			if !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
 				t.Errorf("b ended with %v", err)
 			}
@@ -164,6 +167,7 @@ func TestWaitersTakeTurns(t *testing.T) {
 		near := alloc(t, a, 4096, ib.AccessLocalWrite)
 		far := alloc(t, b, 4096, allAccess)
 		r := grant(t, b, far, 0, 4096, ib.AccessRemote).Remote()
+		atomics := hasAtomics(t, a)
 		stop := make(chan struct{})
 		var wg sync.WaitGroup
 		for i := range 12 {
@@ -177,7 +181,11 @@ func TestWaitersTakeTurns(t *testing.T) {
 					default:
 					}
 					var err error
-					switch i % 4 {
+					what := i % 4
+					if what == 1 && !atomics {
+						what = 0
+					}
+					switch what {
 					case 0:
 						err = a.Read(context.Background(), near.SGE(i*64, 8), r, uint64(i*64))
 					case 1:

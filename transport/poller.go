@@ -51,7 +51,7 @@ type PollerConfig struct {
 	Mode       PollMode
 	SpinBudget time.Duration // longest poll before sleeping in Adaptive mode; default 50 us
 	// CQDepth is the initial size of the completion queue. It grows with the connections where the device can resize;
-	// elsewhere it bounds their number. Default 4096.
+	// elsewhere (iWARP) it bounds their number. Default 4096; 65536 on iWARP.
 	CQDepth int
 	// SharedDepth bounds the receives in the shared receive queue, of which each connection with Config.SharedReceive needs
 	// RecvDepth + 7 + 3 * RendezvousDepth; default 16384, or the device's limit. Memory is taken as connections come.
@@ -175,12 +175,11 @@ func NewPoller(vctx *verbs.Context, cfg *PollerConfig) (*Poller, error) {
 	if c.SpinBudget == 0 {
 		c.SpinBudget = 50 * time.Microsecond
 	}
-	orDefault(&c.CQDepth, 4096)
 	orDefault(&c.SharedDepth, 16384)
 	orDefault(&c.SharedSize, 1024)
 	orDefault(&c.MaxConns, maxConns)
 	orDefault(&c.BufferLimit, 1<<30)
-	if c.Mode > Event || c.SpinBudget < 0 || c.CQDepth < 16 || c.SharedDepth < 16 || c.MaxConns < 1 || c.MaxConns > maxConns ||
+	if c.Mode > Event || c.SpinBudget < 0 || c.CQDepth != 0 && c.CQDepth < 16 || c.SharedDepth < 16 || c.MaxConns < 1 || c.MaxConns > maxConns ||
 		c.SharedSize < minEager || c.SharedSize > maxEager || c.BufferLimit < 1<<16 {
 		return nil, fmt.Errorf("transport: PollerConfig out of range: %+v", *c)
 	}
@@ -203,6 +202,10 @@ func (p *Poller) open() (err error) {
 	if p.attr, err = p.vctx.QueryDevice(); err != nil {
 		return err
 	}
+	if p.needsCM() { // the drivers of such devices do not resize
+		orDefault(&p.cfg.CQDepth, 65536)
+	}
+	orDefault(&p.cfg.CQDepth, 4096)
 	if p.attr.MaxCQE > 0 {
 		p.cfg.CQDepth = min(p.cfg.CQDepth, p.attr.MaxCQE)
 	}

@@ -232,6 +232,9 @@ func TestNoAllocations(t *testing.T) {
 	for _, mode := range []transport.PollMode{transport.Adaptive, transport.Busy} {
 		t.Run(mode.String(), func(t *testing.T) {
 			a, b := transporttest.Pair(t, &transport.Config{PollMode: mode})
+			if mode == transport.Adaptive && onIWARP(t, a) {
+				t.Skip("round trips through the kernel's TCP are slow enough to sleep in, with contexts that can end: that allocates")
+			}
 			b.SetHandler(fastEcho{})
 			ctx := t.Context()
 			nop := func(*transport.Message) error { return nil }
