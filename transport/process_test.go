@@ -232,11 +232,11 @@ func TestNoAllocations(t *testing.T) {
 	for _, mode := range []transport.PollMode{transport.Adaptive, transport.Busy} {
 		t.Run(mode.String(), func(t *testing.T) {
 			a, b := transporttest.Pair(t, &transport.Config{PollMode: mode})
-			if mode == transport.Adaptive && onIWARP(t, a) {
-				t.Skip("round trips through the kernel's TCP are slow enough to sleep in, with contexts that can end: that allocates")
-			}
 			b.SetHandler(fastEcho{})
 			ctx := t.Context()
+			if onIWARP(t, a) {
+				ctx = context.Background() // round trips that are slow enough to sleep in: with a context that can end, that allocates
+			}
 			nop := func(*transport.Message) error { return nil }
 			region, err := mr.Alloc(b.PD(), 4096, ib.AccessLocalWrite|ib.AccessRemote)
 			if err != nil {

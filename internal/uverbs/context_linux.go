@@ -434,19 +434,11 @@ func (c *Context) ChannelFD(ch driver.CompChannel) (int, error) {
 func (ch *CompChannel) Wait(ctx context.Context) (driver.CQ, error) {
 	var b [compEventSize]byte
 	for {
-		wait, release := ctx, func() {}
-		if ch.soft != nil {
-			if cq := ch.soft.next(); cq != nil {
-				return cq, nil
-			}
-			wait, release = ch.soft.context(ctx)
+		if cq := ch.next(); cq != nil {
+			return cq, nil
 		}
-		n, err := ch.e.Wait(wait, b[:])
-		release()
+		n, err := ch.e.Wait(ctx, b[:])
 		if err != nil {
-			if errors.Is(err, context.Canceled) && ctx.Err() == nil {
-				continue // something was fired
-			}
 			return nil, err
 		}
 		if cq := ch.fired(b[:n]); cq != nil {
@@ -467,17 +459,15 @@ func (ch *CompChannel) fired(b []byte) driver.CQ {
 // WaitThread implements driver.ThreadWaiter.
 func (ch *CompChannel) WaitThread() (driver.CQ, error) {
 	for {
-		if ch.soft != nil {
-			if cq := ch.soft.next(); cq != nil {
-				return cq, nil
-			}
+		if cq := ch.next(); cq != nil {
+			return cq, nil
 		}
 		n, err := ch.e.WaitThread(ch.record[:])
-		if n == 0 && err == nil && ch.soft != nil {
-			return ch.soft.next(), nil
-		}
-		if n == 0 || err != nil {
+		if err != nil {
 			return nil, err
+		}
+		if n == 0 {
+			return ch.next(), nil
 		}
 		if cq := ch.fired(ch.record[:n]); cq != nil {
 			return cq, nil

@@ -28,9 +28,13 @@ type EventFile struct {
 
 	closed      atomic.Bool
 	failure     atomic.Pointer[error]
-	interrupted atomic.Bool
+	interrupted atomic.Bool // the next WaitThread returns nothing
+	nudged      atomic.Bool // the next Wait returns nothing
 
-	parked atomic.Pointer[os.File] // a duplicate on the netpoller, from a Wait until the next WaitThread; changed with turn held
+	parked atomic.Pointer[os.File] // a duplicate on the netpoller, from a Wait until many WaitThreads later; changed with turn held
+	unused int                     // WaitThreads since the last Wait; guarded by turn
+
+	buf [maxRecord]byte // Wait's: the caller's would be moved to the heap; guarded by turn
 
 	// WaitThread's, which must not allocate; guarded by turn.
 	raw    syscall.RawConn
@@ -39,6 +43,9 @@ type EventFile struct {
 	got    int    // its length; 0: interrupted
 	err    error
 }
+
+// maxRecord is the length of the longest event.
+const maxRecord = asyncEventSize
 
 // NewEventFile takes fd, and closes it also when it fails. op names what waits, in errors.
 func NewEventFile(fd int, device, op string) (*EventFile, error) {
@@ -61,8 +68,8 @@ func NewEventFile(fd int, device, op string) (*EventFile, error) {
 	return e, nil
 }
 
-// Wait reads the next event into record, and returns its length. It ends with ctx, with net.ErrClosed on Close, and with
-// what Fail was given.
+// Wait reads the next event into record, and returns its length; after Nudge, 0 and no error. It ends with ctx, with
+// net.ErrClosed on Close, and with what Fail was given.
 func (e *EventFile) Wait(ctx context.Context, record []byte) (int, error) {
 	if err := ctx.Err(); err != nil {
 		return 0, err
@@ -92,16 +99,19 @@ func (e *EventFile) Wait(ctx context.Context, record []byte) (int, error) {
 		if err := e.over(); err != nil {
 			return 0, err
 		}
-		n, err := f.Read(record)
+		if e.nudged.Swap(false) {
+			return 0, nil
+		}
+		n, err := f.Read(e.buf[:min(len(record), maxRecord)])
 		switch {
 		case err == nil:
-			return n, nil
+			return copy(record, e.buf[:n]), nil
 		case e.over() != nil:
 			return 0, e.over()
 		case ctx.Err() != nil:
 			return 0, ctx.Err()
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			f.SetReadDeadline(time.Time{}) // an earlier waiter's cancellation, or interruption, came late
+			f.SetReadDeadline(time.Time{}) // a nudge, or an earlier waiter's cancellation came late
 		default:
 			return 0, e.readError(err)
 		}
@@ -127,8 +137,13 @@ func (e *EventFile) over() error {
 	return nil
 }
 
+// keepParked is how many WaitThreads in a row leave the duplicate on the netpoller. Each event then wakes the runtime for
+// nothing; but to give it up and make it again costs more, in programs that use both ways to wait.
+const keepParked = 16
+
 // park puts the file on the netpoller. Called with turn held.
 func (e *EventFile) park() error {
+	e.unused = 0
 	if e.parked.Load() != nil {
 		return nil
 	}
@@ -151,7 +166,9 @@ func (e *EventFile) unpark() {
 // error after Interrupt. It does not allocate.
 func (e *EventFile) WaitThread(record []byte) (int, error) {
 	e.turn <- struct{}{}
-	e.unpark()
+	if e.unused++; e.unused > keepParked {
+		e.unpark()
+	}
 	e.record, e.got, e.err = record, 0, nil
 	for e.got == 0 && e.err == nil && e.over() == nil && !e.interrupted.Swap(false) {
 		if err := e.raw.Control(e.sleep); err != nil {
@@ -201,6 +218,12 @@ func (e *EventFile) Interrupt() {
 	e.bellF.Write(bellRing)
 }
 
+// Nudge ends the Wait in progress or, if there is none, the next one. It never blocks.
+func (e *EventFile) Nudge() {
+	e.nudged.Store(true)
+	e.wakeParked()
+}
+
 // Fail ends every wait, now and later, with err: the device has gone, which this descriptor will not say.
 func (e *EventFile) Fail(err error) {
 	e.failure.CompareAndSwap(nil, &err)
@@ -210,6 +233,12 @@ func (e *EventFile) Fail(err error) {
 // wake makes the one that waits look at over: whoever looked before will be woken, and whoever comes later looks first.
 func (e *EventFile) wake() {
 	e.bellF.Write(bellRing)
+	e.wakeParked()
+}
+
+// wakeParked makes the Wait in progress look at over and nudged. A Wait that takes the deadline for one of old, and takes it off,
+// looks at them afterwards.
+func (e *EventFile) wakeParked() {
 	if p := e.parked.Load(); p != nil {
 		p.SetReadDeadline(time.Unix(1, 0))
 	}

@@ -69,6 +69,89 @@ func TestEventWait(t *testing.T) {
 	}
 }
 
+func TestEventNudge(t *testing.T) {
+	e, w := newPipe(t)
+	var b [8]byte
+	for range 2 { // off and on the netpoller
+		e.Nudge()
+		if n, err := e.Wait(t.Context(), b[:]); n != 0 || err != nil {
+			t.Error(n, err)
+		}
+	}
+	// However a nudge meets a Wait, that ends.
+	for i := range 1000 {
+		go func() {
+			for range i % 50 {
+				runtime.Gosched()
+			}
+			e.Nudge()
+		}()
+		if n, err := e.Wait(t.Context(), b[:]); n != 0 || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+	// Nudges cost no event.
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				e.Nudge()
+				runtime.Gosched()
+			}
+		}
+	})
+	for i := range 1000 {
+		put(t, w, byte(i))
+		n, err := 0, error(nil)
+		for n == 0 && err == nil {
+			n, err = e.Wait(t.Context(), b[:])
+		}
+		if n != 8 || err != nil || b[0] != byte(i) {
+			t.Fatal(n, err, b)
+		}
+	}
+	close(stop)
+	wg.Wait()
+}
+
+// Both ways to wait, in turn, cost no memory and keep the descriptor on the netpoller; one of them alone takes it off.
+func TestEventAlternates(t *testing.T) {
+	e, w := newPipe(t)
+	var b [8]byte
+	event := []byte{1, 0, 0, 0, 0, 0, 0, 0}
+	ctx := context.Background()
+	f := func() {
+		for _, wait := range [](func() (int, error)){
+			func() (int, error) { return e.Wait(ctx, b[:]) },
+			func() (int, error) { return e.WaitThread(b[:]) },
+			func() (int, error) { return e.WaitThread(b[:]) },
+		} {
+			if _, err := unix.Write(w, event); err != nil {
+				t.Fatal(err)
+			}
+			if n, err := wait(); n != 8 || err != nil {
+				t.Fatal(n, err)
+			}
+		}
+	}
+	f()
+	if n := testing.AllocsPerRun(100, f); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+	for range keepParked {
+		put(t, w, 1)
+		e.WaitThread(b[:])
+	}
+	if e.parked.Load() != nil {
+		t.Error("the descriptor is on the netpoller still")
+	}
+	f()
+}
+
 func TestEventInterrupt(t *testing.T) {
 	e, w := newPipe(t)
 	var b [8]byte

@@ -1,7 +1,6 @@
 package uverbs
 
 import (
-	"context"
 	"sync"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
@@ -9,9 +8,8 @@ import (
 
 // firing has a completion channel's events that the kernel does not know of: a provider has completions of its own making.
 type firing struct {
-	mu     sync.Mutex
-	queue  []driver.CQ        // guarded by mu
-	cancel context.CancelFunc // guarded by mu: of the Wait in progress; nil if there is none
+	mu    sync.Mutex
+	queue []driver.CQ // guarded by mu
 }
 
 // CreateFiringChannel is CreateCompChannel for a provider that calls Fire.
@@ -29,10 +27,8 @@ func (ch *CompChannel) Fire(cq driver.CQ) {
 	f := ch.soft
 	f.mu.Lock()
 	f.queue = append(f.queue, cq)
-	if f.cancel != nil {
-		f.cancel()
-	}
 	f.mu.Unlock()
+	ch.e.Nudge()
 	ch.e.Interrupt()
 }
 
@@ -51,7 +47,11 @@ func (ch *CompChannel) Forget(cq driver.CQ) {
 }
 
 // next returns what was fired, or nil.
-func (f *firing) next() driver.CQ {
+func (ch *CompChannel) next() driver.CQ {
+	f := ch.soft
+	if f == nil {
+		return nil
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if len(f.queue) == 0 {
@@ -59,26 +59,8 @@ func (f *firing) next() driver.CQ {
 	}
 	cq := f.queue[0]
 	f.queue = f.queue[:copy(f.queue, f.queue[1:])]
-	return cq
-}
-
-// context returns a context that also ends when something is fired. One Wait at a time has one that does: the others are not
-// the ones to be woken.
-func (f *firing) context(ctx context.Context) (context.Context, func()) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.cancel != nil {
-		return ctx, func() {}
-	}
-	wait, cancel := context.WithCancel(ctx)
-	f.cancel = cancel
 	if len(f.queue) > 0 {
-		cancel()
+		ch.e.Nudge() // another waiter, for the next one
 	}
-	return wait, func() {
-		f.mu.Lock()
-		f.cancel = nil
-		f.mu.Unlock()
-		cancel()
-	}
+	return cq
 }
