@@ -68,6 +68,8 @@ type Conn struct {
 	failMu    sync.Mutex
 	err       *CloseError // why it ended; guarded by failMu
 	started   bool        // the handshake is done; guarded by failMu
+	// cause is what the peer refused, until it is known whether the peer still lives.
+	cause     atomic.Pointer[CloseError]
 	ended     atomic.Bool // err is set
 	done      chan struct{}
 	tcpMu     sync.Mutex // writes
@@ -391,7 +393,7 @@ func (c *Conn) sayGoodbye(e *CloseError) {
 	switch {
 	case e.Remote:
 		return // it was the peer who said it
-	case errors.Is(e.Err, ErrPeerClosed), errors.Is(e.Err, ErrPeerDied):
+	case errors.Is(e.Err, ErrPeerClosed):
 		return
 	case errors.Is(e.Err, ErrProtocol):
 		code = goodbyeProtocol
@@ -438,6 +440,9 @@ func (c *Conn) watchPeer() {
 	// What the peer sent before its end is in the CQ. It is handled first.
 	c.p.do(func() {
 		c.p.drain()
+		if cause := c.cause.Load(); cause != nil && err == nil {
+			end = cause // the peer has noticed it
+		}
 		c.fail(end)
 	})
 }

@@ -447,12 +447,18 @@ func (c *Conn) sent(wc *ib.WC) {
 	}
 }
 
-// peerGrace is how long a connection that cannot send any more waits for the peer's goodbye: its reason is better.
+// peerGrace is how long a connection that cannot send any more waits for the peer's goodbye, whose reason is better, or for
+// the news that it has died.
 const peerGrace = 100 * time.Millisecond
 
-// failLater is fail after peerGrace.
+// failLater is fail after peerGrace. What the peer has refused comes before what follows from that.
 func (c *Conn) failLater(err *CloseError) {
-	time.AfterFunc(peerGrace, func() { c.fail(err) })
+	time.AfterFunc(peerGrace, func() {
+		if cause := c.cause.Load(); cause != nil {
+			err = cause
+		}
+		c.fail(err)
+	})
 }
 
 // sendFailedLocked handles a request that failed; the queue pair is in the error state.
@@ -484,7 +490,15 @@ func (c *Conn) sendFailedLocked(seq uint32, wc *ib.WC) {
 		c.failLater(err)
 		return
 	}
-	c.fail(&CloseError{Err: wc.Status, Reason: what + " failed"})
+	err := &CloseError{Err: wc.Status, Reason: what + " failed"}
+	switch wc.Status {
+	case ib.WCRemoteAccessErr, ib.WCRemoteInvalidReqErr, ib.WCRemoteOpErr:
+		// So do requests that reach a process while it dies: the kernel takes its memory away before its queue pairs.
+		c.cause.CompareAndSwap(nil, err)
+		c.failLater(err)
+	default:
+		c.fail(err)
+	}
 }
 
 // Send sends msg, and returns when msg may be reused: it has been copied, and goes out in order as soon as the peer has
