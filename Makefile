@@ -137,7 +137,7 @@ vm:
 	RINGSIDE_DEVICE=rxe0 $(VMTEST) ./transport ./rpc ./examples/quickstart ./examples/pingpong ./examples/kv ./examples/filecp
 	RINGSIDE_DEVICE=rxe0 $(VMTEST) -run 'TestDemoSync' ./examples/paramserver
 	RINGSIDE_DEVICE=siw0 $(VMTEST) -run 'TestSizes|TestOneSided|TestWriteImm|TestRemoteAccess|TestProcesses|TestPeerKilled' ./transport
-	RINGSIDE_DEVICE=siw0 $(VMTEST) ./examples/quickstart ./examples/pingpong
+	RINGSIDE_DEVICE=siw0 $(VMTEST) -skip TestAllocs ./rpc ./examples/quickstart ./examples/pingpong ./examples/kv ./examples/filecp
 	$(MAKE) vm-conformance
 	$(GO) test -count=1 -run TestZMatrix ./internal/conformance -matrix $(CURDIR)/README.md -matrix-check \
 		-matrix-with $(MATRICES)
