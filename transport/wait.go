@@ -329,6 +329,11 @@ func (p *Poller) enterChannel(w *Waiter) bool {
 	if !p.threads || p.guard.Load() != nil || p.driverIdle.Load() {
 		return false
 	}
+	if p.fired.Load() {
+		// Whoever slept until now had the event in hand when we believed the CQ to be armed, and has gone since. The driver is not
+		// asleep: it will be woken, and arm anew.
+		return false
+	}
 	if t := now(); t-p.yielded > yieldEvery {
 		p.yielded = t
 		runtime.Gosched()
@@ -529,6 +534,9 @@ func (p *Poller) driveLead() bool {
 		if p.want.Load() != 0 || p.guard.Load() != nil {
 			p.leave()
 			return false
+		}
+		if p.fired.Load() {
+			continue // by the guard, who had the event in hand when we believed the CQ to be armed, and has gone since
 		}
 		p.slept = true
 		p.driverIdle.Store(true) // before leave: who leaves after us need not wake us
