@@ -136,6 +136,7 @@ vm:
 	$(VMTEST) -short ./test/interop
 	RINGSIDE_DEVICE=rxe0 $(VMTEST) ./transport ./rpc ./examples/quickstart ./examples/pingpong ./examples/kv ./examples/filecp
 	RINGSIDE_DEVICE=rxe0 $(VMTEST) -run 'TestDemoSync' ./examples/paramserver
+	RINGSIDE_DEVICE=siw0 $(VMTEST) -run 'TestDemoSync' ./examples/paramserver
 	RINGSIDE_DEVICE=siw0 $(VMTEST) -run 'TestSizes|TestOneSided|TestWriteImm|TestRemoteAccess|TestProcesses|TestPeerKilled' ./transport
 	RINGSIDE_DEVICE=siw0 $(VMTEST) -skip TestAllocs ./rpc ./examples/quickstart ./examples/pingpong ./examples/kv ./examples/filecp
 	$(MAKE) vm-conformance
