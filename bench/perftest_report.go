@@ -61,17 +61,7 @@ func rxeReport(plan *vmPlan, host *conditions, r *results) string {
 	p("SEND and WRITE, of the whole operation for READ and FETCH_ADD. Bandwidth: %d work requests in flight, each signaled and", bwDepth)
 	p("posted by itself; %d receives; the average, in 10^6 bytes a second. Every number is the median over the rounds, with the", bwRecvDepth)
 	p("smallest and largest value in parentheses; ratios are ringside / perftest.\n")
-	if plan.Quick {
-		p("**This is a quick run: it shows that the comparison works. Its numbers mean nothing.**\n")
-	}
-	if w := caution(plan.Rounds, plan.Quick, host); w != "" {
-		p("**%s**\n", w)
-	}
-	p("| condition | |\n|---|---|")
-	for i, name := range host.names {
-		p("| %s | %s |", name, host.texts[i])
-	}
-	p("| load average in the machine after each round | %s |\n", strings.Join(r.loads, ", "))
+	b.WriteString(circumstances(plan.Rounds, plan.Quick, host, "load average in the machine after each round", r.loads))
 
 	row := func(c vmCase, metric string, scale float64, also func(name string) string) {
 		limit := rxeLimits[c.kind]

@@ -120,6 +120,23 @@ func notMeasured(r *results) string {
 	return b.String()
 }
 
+// circumstances is what to know before the numbers: a warning if they are not to be relied on, and the conditions.
+func circumstances(rounds int, quick bool, host *conditions, loadName string, loads []string) string {
+	var b strings.Builder
+	if quick {
+		fmt.Fprintf(&b, "**This is a quick run: it shows that everything runs. Its numbers mean nothing.**\n\n")
+	}
+	if w := caution(rounds, quick, host); w != "" {
+		fmt.Fprintf(&b, "**%s**\n\n", w)
+	}
+	fmt.Fprintf(&b, "| condition | |\n|---|---|\n")
+	for i, name := range host.names {
+		fmt.Fprintf(&b, "| %s | %s |\n", name, host.texts[i])
+	}
+	fmt.Fprintf(&b, "| %s | %s |\n\n", loadName, strings.Join(loads, ", "))
+	return b.String()
+}
+
 // notes is written by hand: what falls short, and why.
 //
 //go:embed notes.md
@@ -132,17 +149,7 @@ func report(c *config, host *conditions, r *results) string {
 	p("Written by `make bench`. Every number is the median over the rounds, with the smallest and largest value in")
 	p("parentheses. In a round, each measurement runs once, in processes of its own, one after the other; what is compared")
 	p("stands next to each other in time. The ratios are those of the medians, their spread is that of the rounds.\n")
-	if c.quick {
-		p("**This is a quick run: it shows that the benchmarks work. Its numbers mean nothing.**\n")
-	}
-	if w := caution(c.rounds, c.quick, host); w != "" {
-		p("**%s**\n", w)
-	}
-	p("| condition | |\n|---|---|")
-	for i, name := range host.names {
-		p("| %s | %s |", name, host.texts[i])
-	}
-	p("| load average after each round | %s |\n", strings.Join(r.loads, ", "))
+	b.WriteString(circumstances(c.rounds, c.quick, host, "load average after each round", r.loads))
 
 	p("## Numbers to reach\n\n%s", targetTable(r))
 

@@ -68,7 +68,7 @@ type Conn struct {
 	failMu    sync.Mutex
 	err       *CloseError // why it ended; guarded by failMu
 	started   bool        // the handshake is done; guarded by failMu
-	// cause is what the peer refused, until it is known whether the peer still lives.
+	// cause is what the peer refused first; it is why the connection ends, unless the peer turns out to be dead. Written once.
 	cause     atomic.Pointer[CloseError]
 	ended     atomic.Bool // err is set
 	done      chan struct{}

@@ -14,7 +14,7 @@ type Kernel interface {
 	Ioctl(cmd []byte, addr uint64) syscall.Errno
 	// Write runs a command of the write() interface, and returns how many bytes of it were taken.
 	Write(cmd []byte) (int, syscall.Errno)
-	// Ring is Write for a Prepared command: a doorbell, which the kernel answers within microseconds.
+	// Ring is Write for a Prepared command: a doorbell. It must not sleep: the runtime does not know that the thread is away.
 	Ring(cmd []byte) (int, syscall.Errno)
 	// Mmap maps n bytes that device and process share; offset is one that a command has told.
 	Mmap(offset int64, n int) ([]byte, error)

@@ -13,7 +13,7 @@ import (
 type Prepared struct {
 	f   *File
 	op  string
-	wr  buffer // as write() takes it, which costs the kernel half of what the ioctl does
+	wr  buffer // as write() takes it, which is less work for the kernel
 	io  buffer // as the ioctl takes it; empty if this kernel's cannot
 	all buffer // the cell that both are in
 
@@ -85,7 +85,7 @@ func (p *Prepared) Free() {
 
 // Run runs the command. One goroutine at a time may call it, and none when what it is about, or the File, is being closed.
 // What the kernel does with the queue at once, it does meanwhile, some microseconds for each message; this thread's processor
-// does nothing else until then.
+// does nothing else until then, and a garbage collection that wants to stop the world waits for it.
 func (p *Prepared) Run() error {
 	if p.refused {
 		return p.ioctl()
