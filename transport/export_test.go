@@ -2,6 +2,7 @@ package transport
 
 import (
 	"testing"
+	"time"
 
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -14,6 +15,20 @@ func (c *Conn) PostRaw(b []byte) error {
 	s.wr[0].Opcode, s.wr[0].Inline, s.wr[0].SGEs = ib.OpSend, b, nil
 	return c.postLocked(true)
 }
+
+// WaitLongForPeers makes connections that cannot send any more wait for the peer's word as good as for ever, from now to the
+// end of the test.
+func WaitLongForPeers(t *testing.T) {
+	was := peerGrace
+	peerGrace = time.Hour
+	t.Cleanup(func() { peerGrace = was })
+}
+
+// Refused reports whether the peer's device has refused a request.
+func (c *Conn) Refused() bool { return c.cause.Load() != nil }
+
+// DropBootstrap ends the bootstrap connection without a goodbye, as the death of the process does.
+func (c *Conn) DropBootstrap() { c.tcp.Close() }
 
 // Guarded reports whether a waiter sleeps in the completion channel.
 func (p *Poller) Guarded() bool { return p.guard.Load() != nil }

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/transport"
 	"github.com/ringside-rdma/ringside/transport/transporttest"
@@ -292,6 +293,43 @@ func TestRemoteAccessErrors(t *testing.T) {
 				t.Error("b goes on")
 			}
 			s.g.Revoke(t.Context())
+		})
+	}
+}
+
+// Who is refused access hears why, but from a peer that dies: a process loses its memory before its queue pairs.
+func TestRefusedByWho(t *testing.T) {
+	transport.WaitLongForPeers(t)
+	for name, c := range map[string]struct {
+		then func(b *transport.Conn)
+		want error
+	}{
+		"living": {func(b *transport.Conn) { b.Abort(errors.New("enough")) }, ib.WCRemoteAccessErr},
+		"dying":  {(*transport.Conn).DropBootstrap, transport.ErrPeerDied},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a, b := transporttest.Pair(t, nil)
+			if onIWARP(t, a) {
+				t.Skip("requests end without a reason")
+			}
+			near := alloc(t, a, 4096, ib.AccessLocalWrite)
+			r := grant(t, b, alloc(t, b, 4096, allAccess), 0, 4096, ib.AccessRemoteRead).Remote()
+			r.RKey ^= 0x5500
+			read := make(chan error, 1)
+			go func() { read <- a.Read(context.Background(), near.SGE(0, 8), r, 0) }()
+			testutil.Eventually(t, "the request is refused", a.Refused)
+			if err := a.Err(); err != nil {
+				t.Error("it has ended before it is known whether the peer lives:", err)
+			}
+			c.then(b)
+			if err := <-read; !errors.Is(err, ib.WCRemoteAccessErr) {
+				t.Error(err)
+			}
+			<-a.Done()
+			if err := a.Err(); !errors.Is(err, c.want) {
+				t.Error(err)
+			}
+			<-b.Done()
 		})
 	}
 }

@@ -449,7 +449,7 @@ func (c *Conn) sent(wc *ib.WC) {
 
 // peerGrace is how long a connection that cannot send any more waits for the peer's goodbye, whose reason is better, or for
 // the news that it has died.
-const peerGrace = 100 * time.Millisecond
+var peerGrace = 100 * time.Millisecond // a variable for tests
 
 // failLater is fail after peerGrace. What the peer has refused comes before what follows from that.
 func (c *Conn) failLater(err *CloseError) {

@@ -3,6 +3,7 @@ package siw
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"net"
 	"slices"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/testutil"
+	"github.com/ringside-rdma/ringside/internal/uverbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -569,6 +571,32 @@ func TestArm(t *testing.T) {
 	}
 	if q, err := b.channel.Wait(t.Context()); q != driver.CQ(b.scq) || err != nil {
 		t.Error(q, err)
+	}
+}
+
+// Completions that are fired together go to as many who wait.
+func TestFiredTogether(t *testing.T) {
+	b := connected(t, benchOpts{channel: true})
+	ch := b.channel.(*uverbs.CompChannel)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for range 100 {
+		got := make(chan error, 2)
+		for range 2 {
+			go func() {
+				q, err := ch.Wait(ctx)
+				if err == nil && q != driver.CQ(b.rcq) {
+					err = fmt.Errorf("%v has fired", q)
+				}
+				got <- err
+			}()
+		}
+		time.Sleep(100 * time.Microsecond) // most times both sleep now
+		ch.Fire(b.rcq)
+		ch.Fire(b.rcq)
+		if err := errors.Join(<-got, <-got); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
