@@ -55,8 +55,9 @@ func (c *C) diedWell(wcs []ib.WC) {
 	switch s := wcs[i].Status; {
 	case s == ib.WCRetryExceeded, s == ib.WCFlushErr:
 	case c.cmOnly() && (s == ib.WCLocalQPOpErr || s == ib.WCGeneralErr): // the connection's end is noticed in the middle of a request
-	case s == ib.WCRemoteAccessErr && c.A.dev.Provider != "soft":
-		// A kernel that clears up behind a dead process takes its objects one by one: its regions may go before its QPs.
+	case (s == ib.WCRemoteAccessErr || s == ib.WCRemoteOpErr) && c.A.dev.Provider != "soft":
+		// A kernel that clears up behind a dead process takes its objects one by one: its regions may go before its QPs. Then
+		// a WRITE finds no region, and a SEND a receive that cannot be written to.
 		c.note("the first request after the peer's death ends with %q", s)
 	default:
 		c.Errorf("the first request after the peer's death ends with %q, want %q", s, ib.WCRetryExceeded)
