@@ -49,7 +49,7 @@ type vmRun struct {
 func perftestMain(args []string) error {
 	plan := vmPlan{Out: "/out/perftest.json"}
 	f := flag.NewFlagSet("ringside-bench perftest", flag.ExitOnError)
-	f.IntVar(&plan.Rounds, "rounds", 7, "how often each measurement is made")
+	f.IntVar(&plan.Rounds, "rounds", 13, "how often each measurement is made")
 	f.BoolVar(&plan.Quick, "quick", false, "one round with small counts: shows that everything runs; prints, and leaves the results file alone")
 	f.StringVar(&plan.Only, "only", "", "measure only what matches this regular expression; prints, and leaves the results file alone")
 	f.BoolVar(&plan.Pin, "pin", true, "in latency tests, pin both systems' clients to processor 0, and their servers to 1")
