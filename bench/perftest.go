@@ -49,7 +49,7 @@ type vmRun struct {
 func perftestMain(args []string) error {
 	plan := vmPlan{Out: "/out/perftest.json"}
 	f := flag.NewFlagSet("ringside-bench perftest", flag.ExitOnError)
-	f.IntVar(&plan.Rounds, "rounds", 13, "how often each measurement is made")
+	f.IntVar(&plan.Rounds, "rounds", 17, "how often each measurement is made")
 	f.BoolVar(&plan.Quick, "quick", false, "one round with small counts: shows that everything runs; prints, and leaves the results file alone")
 	f.StringVar(&plan.Only, "only", "", "measure only what matches this regular expression; prints, and leaves the results file alone")
 	f.BoolVar(&plan.Pin, "pin", true, "in latency tests, pin both systems' clients to processor 0, and their servers to 1")
@@ -170,9 +170,9 @@ func vmConditions(plan *vmPlan) [][2]string {
 	if !strings.Contains(cpuModel(), "TCG") {
 		emulated = "run by KVM"
 	}
-	threads := "in latency tests, both systems' client on processor 0 and server on 1, as taskset does it; not pinned in bandwidth tests"
+	threads := "in latency tests, both systems' client on processor 0 and server on 1, as taskset does it; not pinned in bandwidth tests; GOMAXPROCS=1"
 	if !plan.Pin {
-		threads = "not pinned"
+		threads = "not pinned; GOMAXPROCS=1"
 	}
 	return [][2]string{
 		{"machine", fmt.Sprintf("Linux %s, %d processors, %s", fileLine("/proc/sys/kernel/osrelease"), runtime.NumCPU(), emulated)},
