@@ -1,0 +1,206 @@
+package roce
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"testing"
+)
+
+var (
+	src4 = netip.MustParseAddrPort("10.0.0.1:49152")
+	dst4 = netip.MustParseAddrPort("10.0.0.2:4791")
+	src6 = netip.MustParseAddrPort("[fd00::1]:49152")
+	dst6 = netip.MustParseAddrPort("[fd00::2]:4791")
+)
+
+// IP packets with the ICRC at their end.
+var goldenICRC = map[string]string{
+	"IPv4": "4500003800004000401126b30a0000010a000002" + "c00012b700240000" + "0420ffff000000118012345668656c6c6f20726f63650000" + "9cb1ec44",
+	"IPv6": "6000000000241140fd000000000000000000000000000001fd000000000000000000000000000002" + "c00012b700240000" +
+		"0420ffff000000118012345668656c6c6f20726f63650000" + "85022ff5",
+	// Sent by a ConnectX-4 Lx, which counts the identification.
+	"CNP of a ConnectX-4 Lx": "45c2003c718c4000401191610a0011010a001201" + "000012b700280000" +
+		"8100ffff400001180000000000000000000000000000000000000000" + "82fd002a",
+}
+
+// addresses reads source and destination of an IP packet, and returns the UDP payload.
+func addresses(b []byte) (src, dst netip.AddrPort, id uint16, udp []byte) {
+	n := ip4Len
+	var s, d netip.Addr
+	if b[0]>>4 == 4 {
+		s, d = netip.AddrFrom4([4]byte(b[12:])), netip.AddrFrom4([4]byte(b[16:]))
+		id = binary.BigEndian.Uint16(b[4:])
+	} else {
+		n = ip6Len
+		s, d = netip.AddrFrom16([16]byte(b[8:])), netip.AddrFrom16([16]byte(b[24:]))
+	}
+	h := b[n:]
+	return netip.AddrPortFrom(s, binary.BigEndian.Uint16(h)), netip.AddrPortFrom(d, binary.BigEndian.Uint16(h[2:])), id, h[udpLen:]
+}
+
+func TestGoldenICRC(t *testing.T) {
+	for name, packet := range goldenICRC {
+		src, dst, id, udp := addresses(unhex(t, packet))
+		var c ICRC
+		c.Init(src, dst)
+		pkt, err := c.Split(udp, id != 0)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if got, want := c.sum(pkt, id), binary.LittleEndian.Uint32(udp[len(pkt):]); got != want {
+			t.Errorf("%s: ICRC %08x, want %08x", name, got, want)
+		}
+		if id != 0 {
+			if _, err := c.Split(udp, false); err != DropICRC {
+				t.Errorf("%s: an identification of %#x was accepted where 0 was expected: %v", name, id, err)
+			}
+		}
+		// Congestion is marked on the way.
+		if pkt[byteMasked] ^= 0xff; c.sum(pkt, id) != binary.LittleEndian.Uint32(udp[len(pkt):]) {
+			t.Errorf("%s: the ICRC covers FECN and BECN", name)
+		}
+	}
+}
+
+// Each of the 65,536 identifications passes, and next to nothing else does.
+func TestAnyIdentification(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	for _, n := range []int{BTHLen, BTHLen + 4, 100, 1040, maxPacket} {
+		t.Run(fmt.Sprintf("%d bytes", n), func(t *testing.T) {
+			var c ICRC
+			c.Init(src4, dst4)
+			pkt := make([]byte, n)
+			for i := range pkt {
+				pkt[i] = byte(r.Uint32())
+			}
+			zero := c.Sum(pkt)
+			for id := range 1 << 16 {
+				if id > 1000 && id%17 != 0 && testing.Short() {
+					continue
+				}
+				diff := c.sum(pkt, uint16(id)) ^ zero
+				if !isID(diff, n) {
+					t.Fatalf("identification %#x was refused", id)
+				}
+				if bad := diff ^ 1<<(id%32); isID(bad, n) {
+					t.Fatalf("a wrong bit was not seen beside identification %#x", id)
+				}
+			}
+			const tries = 1 << 20
+			passed := 0
+			for range tries {
+				if isID(r.Uint32(), n) {
+					passed++
+				}
+			}
+			if want := tries >> 16; passed > 4*want {
+				t.Errorf("%d of %d random checksums pass, expected about %d", passed, tries, want)
+			}
+		})
+	}
+}
+
+// Every change of a packet on its way is seen, but that of the bits which routers may change.
+func TestICRCSeesChanges(t *testing.T) {
+	for _, ends := range [][2]netip.AddrPort{{src4, dst4}, {src6, dst6}} {
+		var c ICRC
+		c.Init(ends[0], ends[1])
+		udp := c.Put(encode(&Packet{Opcode: Op(RC, SendOnly)}, payload(50)))
+		for i := range udp {
+			for bit := range 8 {
+				udp[i] ^= 1 << bit
+				if _, err := c.Split(udp, true); (err != nil) != (i != byteMasked) {
+					t.Errorf("%v: bit %d of byte %d: %v", ends[0], bit, i, err)
+				}
+				udp[i] ^= 1 << bit
+			}
+		}
+		for cut := range len(udp) {
+			if _, err := c.Split(udp[:cut], true); err == nil {
+				t.Errorf("%v: the first %d bytes pass", ends[0], cut)
+			}
+		}
+		var other ICRC
+		for _, e := range [][2]netip.AddrPort{{ends[1], ends[0]}, {ends[0], netip.AddrPortFrom(ends[1].Addr(), Port+1)}} {
+			other.Init(e[0], e[1])
+			if _, err := other.Split(udp, true); err == nil {
+				t.Errorf("%v: the packet passes as one from %v to %v", ends[0], e[0], e[1])
+			}
+		}
+		if _, err := c.Split(make([]byte, maxPacket+ICRCLen+1), true); err == nil {
+			t.Errorf("%v: a packet that is longer than any path MTU passes", ends[0])
+		}
+	}
+}
+
+func TestMappedAddresses(t *testing.T) {
+	var a, b ICRC
+	a.Init(src4, dst4)
+	b.Init(netip.AddrPortFrom(netip.AddrFrom16(src4.Addr().As16()), src4.Port()), netip.AddrPortFrom(netip.AddrFrom16(dst4.Addr().As16()), dst4.Port()))
+	if a != b {
+		t.Error("an IPv4 address mapped to IPv6 makes a difference")
+	}
+}
+
+func TestSourcePort(t *testing.T) {
+	seen := map[uint16]bool{}
+	for i := range uint32(1000) {
+		p := SourcePort(0x11+i, 0x23)
+		if p < 0xc000 {
+			t.Fatalf("port %d is not a dynamic one", p)
+		}
+		seen[p] = true
+	}
+	if len(seen) < 500 {
+		t.Errorf("1,000 connections have %d ports", len(seen))
+	}
+}
+
+func FuzzSplit(f *testing.F) {
+	for _, packet := range goldenICRC {
+		_, _, _, udp := addresses(unhex(f, packet))
+		f.Add(udp, true)
+	}
+	f.Fuzz(func(t *testing.T, udp []byte, v4 bool) {
+		var c ICRC
+		if c.Init(src4, dst4); !v4 {
+			c.Init(src6, dst6)
+		}
+		c.Split(udp, true)
+		if len(udp) < BTHLen || len(udp) > maxPacket {
+			return
+		}
+		if pkt, err := c.Split(c.Put(udp[:len(udp):len(udp)]), false); err != nil || len(pkt) != len(udp) {
+			t.Fatalf("%d bytes came back as %d: %v", len(udp), len(pkt), err)
+		}
+	})
+}
+
+func BenchmarkICRC(b *testing.B) {
+	for _, n := range []int{64, 1024, 4096} {
+		b.Run(fmt.Sprintf("%d", n), func(b *testing.B) {
+			var c ICRC
+			c.Init(src4, dst4)
+			udp := c.Put(make([]byte, BTHLen+n))
+			b.SetBytes(int64(n))
+			for b.Loop() {
+				c.Sum(udp[:len(udp)-ICRCLen])
+			}
+		})
+	}
+}
+
+func BenchmarkAnyIdentification(b *testing.B) {
+	var c ICRC
+	c.Init(src4, dst4)
+	pkt := make([]byte, BTHLen+64)
+	udp := binary.LittleEndian.AppendUint32(pkt, c.sum(pkt, 0x1234))
+	for b.Loop() {
+		if _, err := c.Split(udp, true); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
