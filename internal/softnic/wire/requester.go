@@ -1,0 +1,518 @@
+package wire
+
+import (
+	"encoding/binary"
+	"time"
+
+	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// A Request is a work request, without its local memory.
+type Request struct {
+	Op         ib.Opcode
+	Solicited  bool
+	Fence      bool
+	Len        uint32 // bytes to send or to read; 8 of an atomic
+	Addr       uint64
+	RKey       uint32
+	Imm        uint32 // as it is on the wire
+	InvKey     uint32
+	CompareAdd uint64
+	Swap       uint64
+}
+
+// response reports whether the request is answered by more than an acknowledgement.
+func (r *Request) response() bool {
+	return r.Op == ib.OpRDMARead || r.Op == ib.OpAtomicCmpSwap || r.Op == ib.OpAtomicFetchAdd
+}
+
+// A SendQueue is the local side of requests, which are counted from 0 as they are posted.
+type SendQueue interface {
+	// Gather copies the payload of request n from byte off on to dst, which it fills. false: the memory may not be read.
+	Gather(n, off uint32, dst []byte) bool
+	// Scatter copies what was read to the memory of request n from byte off on. false: the memory may not be written.
+	Scatter(n, off uint32, src []byte) bool
+	// Complete ends request n; those before have ended. After one that did not succeed, all others are flushed.
+	Complete(n uint32, st ib.WCStatus)
+}
+
+// A Requester is the sending half of a connection (IBA 9.7.2 to 9.7.8).
+//
+// Requests take their PSNs when they are posted. Those from head on have not ended. Of request cur, the packet nxt is to be
+// sent next; what is behind it was not sent yet, or is sent again. una is the oldest PSN that was not acknowledged, end the one
+// behind the newest that was ever sent.
+type Requester struct {
+	cfg  Config
+	q    SendQueue
+	reqs []entry
+	head uint32
+	cur  uint32
+	tail uint32
+	una  ib.PSN
+	nxt  ib.PSN
+	end  ib.PSN
+	free ib.PSN // of the next request
+
+	failed  bool
+	bad     ib.WCStatus // if not success, request badAt cannot be sent for it
+	badAt   uint32
+	reading int   // READs and atomics that wait for their response
+	unasked int   // packets since the last one that asked for an acknowledgement
+	asked   bool  // what was lost behind una was asked for again already
+	retries uint8 // left, until something is acknowledged
+	rnr     uint8
+
+	pkt      roce.Packet   // the one that is being sent: an Output would have it on the heap
+	old      [8]byte       // the same for what an atomic has found
+	deadline time.Duration // when una must have been acknowledged; 0: nothing is on its way
+	rnrUntil time.Duration // nothing is sent before; 0: the peer has not asked for that
+
+	Counters RequesterCounters
+}
+
+// RequesterCounters say what a Requester has done, and why.
+type RequesterCounters struct {
+	Sent     uint64 // packets
+	Resent   uint64 // of those, for a second time at least
+	Timeouts uint64 // nothing was acknowledged for Config.AckTimeout
+	SeqNAKs  uint64 // the peer has missed a packet
+	RNRNAKs  uint64 // the peer had no receive posted
+	Implied  uint64 // a response was missing
+	Dropped  uint64 // packets that say nothing new, or make no sense
+}
+
+type entry struct {
+	Request
+	first   ib.PSN
+	packets uint32 // PSNs that it takes
+	got     uint32 // bytes of the response that have come
+	again   bool   // what comes of the response next is the start of one
+	done    bool   // the response is whole
+}
+
+// end is the PSN behind the request's last one.
+func (e *entry) end() ib.PSN { return e.first.Add(int32(e.packets)) }
+
+// NewRequester returns a Requester without requests.
+func NewRequester(cfg Config, q SendQueue) *Requester {
+	if cfg.Window == 0 {
+		cfg.Window = defaultWindow
+	}
+	return &Requester{cfg: cfg, q: q, reqs: make([]entry, cfg.SendDepth), una: cfg.SQPSN, nxt: cfg.SQPSN, end: cfg.SQPSN, free: cfg.SQPSN,
+		retries: cfg.RetryCount, rnr: cfg.RNRRetry}
+}
+
+func (r *Requester) at(n uint32) *entry { return &r.reqs[n&uint32(len(r.reqs)-1)] }
+
+// Queued returns how many requests have not ended.
+func (r *Requester) Queued() int { return int(r.tail - r.head) }
+
+// Failed reports whether a request has failed: the connection has ended.
+func (r *Requester) Failed() bool { return r.failed }
+
+// Post queues a request, for which there must be room: Queued is less than Config.SendDepth. Pump sends it. A request of a
+// connection that has ended is flushed.
+func (r *Requester) Post(req *Request) {
+	n := r.tail
+	r.tail++
+	if r.failed {
+		r.head, r.cur = r.tail, r.tail
+		r.q.Complete(n, ib.WCFlushErr)
+		return
+	}
+	e := r.at(n)
+	*e = entry{Request: *req, first: r.free, packets: packets(req.Len, r.cfg.MTU)}
+	if e.Op == ib.OpAtomicCmpSwap || e.Op == ib.OpAtomicFetchAdd {
+		e.packets = 1
+	}
+	r.free = e.end()
+}
+
+// Deadline returns when Expire has something to do next; 0: it has not.
+func (r *Requester) Deadline() time.Duration {
+	if r.rnrUntil != 0 {
+		return r.rnrUntil
+	}
+	return r.deadline
+}
+
+// Expire is to be called when Deadline has come, and Pump after it.
+func (r *Requester) Expire(now time.Duration) {
+	if r.rnrUntil != 0 {
+		if now >= r.rnrUntil {
+			r.rnrUntil = 0
+		}
+		return
+	}
+	if r.deadline == 0 || now < r.deadline {
+		return
+	}
+	r.deadline = 0
+	r.Counters.Timeouts++
+	r.retry()
+}
+
+// retry sends everything from una on again, if it has not been sent too often.
+func (r *Requester) retry() {
+	if r.retries == 0 {
+		r.fail(ib.WCRetryExceeded)
+		return
+	}
+	r.retries--
+	r.seek(r.una)
+}
+
+// Pump sends what may be sent. It reports whether out was full.
+func (r *Requester) Pump(now time.Duration, out Output) (full bool) {
+	for r.cur != r.tail && !r.failed && r.rnrUntil == 0 {
+		e := r.at(r.cur)
+		fresh := r.nxt == r.end
+		if r.bad != ib.WCSuccess && r.cur == r.badAt || fresh && !r.may(e) {
+			return false
+		}
+		n, sent := uint32(1), false
+		if e.response() {
+			n = e.packets - uint32(distance(e.first, r.nxt))
+			sent = r.ask(e, out)
+		} else {
+			sent, full = r.send(e, out)
+			if !sent && !full {
+				return false // it cannot be sent at all
+			}
+		}
+		if !sent {
+			return true
+		}
+		if r.Counters.Sent++; !fresh {
+			r.Counters.Resent++
+		}
+		r.nxt = r.nxt.Add(int32(n))
+		if distance(r.end, r.nxt) > 0 {
+			r.end = r.nxt
+		}
+		if r.nxt == e.end() {
+			r.cur++
+		}
+		if r.deadline == 0 && r.cfg.AckTimeout != 0 {
+			r.deadline = now + r.cfg.AckTimeout
+		}
+	}
+	return false
+}
+
+// may reports whether the next packet, of e, may be sent for the first time.
+func (r *Requester) may(e *entry) bool {
+	outstanding := int(distance(r.una, r.nxt))
+	switch {
+	case outstanding >= r.cfg.Window:
+		return false
+	case r.nxt != e.first:
+		return true // in the middle of a message
+	case e.Fence && r.reading > 0:
+		return false
+	case e.response():
+		// The packets of a response take room, too, even if it is too long for any window.
+		return r.reading < r.cfg.MaxRdAtomic && (outstanding == 0 || outstanding+int(e.packets) <= r.cfg.Window)
+	}
+	return true
+}
+
+// send sends the next packet of a SEND or WRITE.
+func (r *Requester) send(e *entry, out Output) (sent, full bool) {
+	i := uint32(distance(e.first, r.nxt))
+	off := i * uint32(r.cfg.MTU)
+	size := min(e.Len-off, uint32(r.cfg.MTU))
+	first, last := i == 0, i == e.packets-1
+	p := &r.pkt
+	*p = roce.Packet{PKey: roce.DefaultPKey, DestQP: r.cfg.DestQP, PSN: r.nxt, Opcode: roce.Op(roce.RC, opcodeOf(e.Op, first, last))}
+	if last {
+		p.Solicited = e.Solicited
+		p.Imm, p.InvKey = e.Imm, e.InvKey
+	}
+	if first {
+		p.Addr, p.RKey, p.Len = e.Addr, e.RKey, e.Len
+	}
+	// What is sent last is always asked about, so that no timer is needed to find out about it; and of many packets some,
+	// so that the window opens again.
+	p.AckReq = last && r.cur+1 == r.tail || r.unasked+1 >= min(maxUnasked, r.cfg.Window/4) || r.nxt != r.end
+	payload, ok := out.Packet(p, int(size))
+	if !ok {
+		return false, true
+	}
+	if !r.q.Gather(r.cur, off, payload) {
+		out.Abort()
+		r.bad, r.badAt = ib.WCLocalProtErr, r.cur
+		r.settle()
+		return false, false
+	}
+	out.Commit()
+	if r.unasked++; p.AckReq {
+		r.unasked = 0
+	}
+	return true, false
+}
+
+// maxUnasked is after how many packets an acknowledgement is asked for.
+const maxUnasked = 16
+
+// opcodeOf returns the opcode of a packet of a SEND or a WRITE.
+func opcodeOf(op ib.Opcode, first, last bool) uint8 {
+	base := uint8(roce.SendFirst)
+	if op == ib.OpRDMAWrite || op == ib.OpRDMAWriteWithImm {
+		base = roce.WriteFirst
+	}
+	const middle, end, endImm, only, onlyImm = 1, 2, 3, 4, 5 // behind the first, for both
+	imm := op == ib.OpSendWithImm || op == ib.OpRDMAWriteWithImm
+	switch inv := op == ib.OpSendWithInv; {
+	case first && last && inv:
+		return roce.SendOnlyInv
+	case last && inv:
+		return roce.SendLastInv
+	case first && last && imm:
+		return base + onlyImm
+	case first && last:
+		return base + only
+	case last && imm:
+		return base + endImm
+	case last:
+		return base + end
+	case first:
+		return base
+	}
+	return base + middle
+}
+
+// ask sends the request of a READ or an atomic: of a READ, for what has not come yet.
+func (r *Requester) ask(e *entry, out Output) (sent bool) {
+	p := &r.pkt
+	*p = roce.Packet{PKey: roce.DefaultPKey, DestQP: r.cfg.DestQP, PSN: r.nxt, AckReq: true, Addr: e.Addr, RKey: e.RKey}
+	switch e.Op {
+	case ib.OpRDMARead:
+		p.Opcode = roce.Op(roce.RC, roce.ReadRequest)
+		p.Addr += uint64(e.got)
+		p.Len = e.Len - e.got
+	case ib.OpAtomicCmpSwap:
+		p.Opcode = roce.Op(roce.RC, roce.CompareSwap)
+		p.Swap, p.Cmp = e.Swap, e.CompareAdd
+	default:
+		p.Opcode = roce.Op(roce.RC, roce.FetchAdd)
+		p.Swap = e.CompareAdd
+	}
+	if _, ok := out.Packet(p, 0); !ok {
+		return false
+	}
+	out.Commit()
+	e.again = true
+	r.unasked = 0
+	r.reading++
+	return true
+}
+
+// reached is the PSN of what is missing next of a response.
+func (r *Requester) reached(e *entry) ib.PSN { return e.first.Add(int32(e.got / uint32(r.cfg.MTU))) }
+
+// find returns the number of the request that the packet psn is part of, which is between una and free.
+func (r *Requester) find(psn ib.PSN) uint32 {
+	n := r.head
+	for n != r.tail && distance(r.at(n).end(), psn) >= 0 {
+		n++
+	}
+	return n
+}
+
+// seek makes psn the packet that is sent next.
+func (r *Requester) seek(psn ib.PSN) {
+	r.cur, r.nxt = r.find(psn), psn
+	if r.cur != r.tail {
+		if e := r.at(r.cur); e.response() && distance(e.first, psn) > 0 {
+			r.nxt = r.reached(e)
+		}
+	}
+	r.unasked = 0
+	r.reading = 0
+	for n := r.head; n != r.cur; n++ {
+		if e := r.at(n); e.response() && !e.done {
+			r.reading++
+		}
+	}
+}
+
+// acked notes that the peer has everything before psn; una and end are its limits.
+func (r *Requester) acked(psn ib.PSN, now time.Duration) {
+	lost, moved := false, false
+	for r.head != r.tail {
+		e := r.at(r.head)
+		if e.response() && !e.done {
+			if at := r.reached(e); distance(at, psn) > 0 {
+				psn, lost = at, true // the peer is further, and has answered: that was lost
+			}
+			break
+		}
+		if distance(e.end(), psn) < 0 {
+			break
+		}
+		n := r.head
+		r.head++
+		if e.response() {
+			r.reading--
+		}
+		r.q.Complete(n, ib.WCSuccess)
+	}
+	if distance(r.una, psn) > 0 {
+		r.una, moved = psn, true
+	}
+	if moved {
+		r.retries, r.rnr, r.asked = r.cfg.RetryCount, r.cfg.RNRRetry, false
+		r.deadline = 0
+		if r.una != r.end && r.cfg.AckTimeout != 0 {
+			r.deadline = now + r.cfg.AckTimeout
+		}
+		if distance(r.nxt, r.una) > 0 { // what was to be sent again had come after all
+			r.seek(r.una)
+		}
+	}
+	if lost {
+		r.askAgain()
+	}
+	r.settle()
+}
+
+// askAgain asks for the response that una is part of again, at most once until something new comes.
+func (r *Requester) askAgain() {
+	if r.asked {
+		return
+	}
+	r.asked = true
+	r.Counters.Implied++
+	r.seek(r.una)
+}
+
+// Receive takes an acknowledgement or a response. The packet has been checked by roce.Packet.Decode, nothing else of it.
+func (r *Requester) Receive(p *roce.Packet, now time.Duration) {
+	if r.failed || distance(r.una, p.PSN) < 0 || distance(p.PSN, r.end) <= 0 {
+		r.Counters.Dropped++
+		return
+	}
+	switch p.Opcode.Op() {
+	case roce.Acknowledge:
+		r.acknowledge(p, now)
+	case roce.AtomicAcknowledge, roce.ReadResponseFirst, roce.ReadResponseMiddle, roce.ReadResponseLast, roce.ReadResponseOnly:
+		r.response(p, now)
+	default:
+		r.Counters.Dropped++
+	}
+}
+
+func (r *Requester) acknowledge(p *roce.Packet, now time.Duration) {
+	if p.Syndrome.IsAck() {
+		r.acked(p.PSN.Add(1), now)
+		return
+	}
+	r.acked(p.PSN, now)
+	if r.failed || r.una != p.PSN {
+		return // it waits for something else first
+	}
+	if timer, ok := p.Syndrome.IsRNR(); ok {
+		if r.rnrUntil != 0 {
+			return
+		}
+		r.Counters.RNRNAKs++
+		if r.rnr == 0 {
+			r.fail(ib.WCRNRRetryExceeded)
+			return
+		}
+		if r.rnr != ib.RNRRetryForever {
+			r.rnr--
+		}
+		r.rnrUntil = now + timer.Duration()
+		r.deadline = 0
+		r.seek(r.una)
+		return
+	}
+	if p.Syndrome == roce.NakPSN {
+		if r.nxt != r.una { // else it has been heard
+			r.Counters.SeqNAKs++
+			r.retry()
+		}
+		return
+	}
+	if st := p.Syndrome.Status(); st != ib.WCSuccess {
+		r.fail(st)
+		return
+	}
+	r.Counters.Dropped++
+}
+
+// response takes a packet of the response to a READ or an atomic.
+func (r *Requester) response(p *roce.Packet, now time.Duration) {
+	n := r.find(p.PSN)
+	e := r.at(n)
+	if !e.response() || e.done || (e.Op == ib.OpRDMARead) == (p.Opcode.Op() == roce.AtomicAcknowledge) {
+		r.Counters.Dropped++
+		return
+	}
+	r.acked(e.first, now) // so the peer has executed what came before
+	if r.failed || r.head != n {
+		return
+	}
+	want := r.reached(e)
+	if d := distance(want, p.PSN); d != 0 || !e.again && p.Opcode.First() || e.again && !p.Opcode.First() {
+		if d > 0 {
+			r.askAgain()
+		}
+		r.Counters.Dropped++
+		return
+	}
+	if e.Op != ib.OpRDMARead {
+		binary.NativeEndian.PutUint64(r.old[:], p.Original)
+		if !r.q.Scatter(n, 0, r.old[:]) {
+			r.fail(ib.WCLocalProtErr)
+			return
+		}
+		e.done = true
+		r.acked(e.end(), now)
+		return
+	}
+	left := e.Len - e.got
+	size := min(left, uint32(r.cfg.MTU))
+	if uint32(len(p.Payload)) != size || p.Opcode.Last() != (size == left) {
+		r.fail(ib.WCBadRespErr)
+		return
+	}
+	if !r.q.Scatter(n, e.got, p.Payload) {
+		r.fail(ib.WCLocalProtErr)
+		return
+	}
+	e.again = false
+	e.got += size
+	e.done = size == left
+	r.acked(p.PSN.Add(1), now)
+}
+
+// settle fails the request that could not be sent, if those before it have ended.
+func (r *Requester) settle() {
+	if r.bad != ib.WCSuccess && !r.failed && r.head == r.badAt {
+		r.fail(r.bad)
+	}
+}
+
+// fail ends the oldest request with an error, and flushes the rest (IBA 9.9.2.4).
+func (r *Requester) fail(st ib.WCStatus) {
+	r.failed = true
+	r.deadline, r.rnrUntil = 0, 0
+	for r.head != r.tail {
+		n := r.head
+		r.head++
+		r.q.Complete(n, st)
+		st = ib.WCFlushErr
+	}
+	r.cur = r.head
+}
+
+// Fail ends the connection: the oldest request with st, the rest flushed.
+func (r *Requester) Fail(st ib.WCStatus) {
+	if !r.failed {
+		r.fail(st)
+	}
+}

@@ -1,0 +1,514 @@
+package wire
+
+import (
+	"time"
+
+	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// A Target is the memory and the receive queue that a Responder works on. Methods that return a status say WCSuccess,
+// WCRemoteAccessErr, WCRemoteInvalidReqErr or WCRemoteOpErr, as the peer is to see it.
+type Target interface {
+	// Take takes the next receive for a message. false: there is none.
+	Take() bool
+	// Put copies a part of the message, from byte off on, to the receive that was taken.
+	Put(off uint32, data []byte) ib.WCStatus
+	// Complete ends the receive that was taken. st is not WCSuccess if the message was refused on the way.
+	Complete(m Message, st ib.WCStatus)
+
+	// Check says whether n bytes at addr may be used as need says.
+	Check(rkey uint32, addr uint64, n uint32, need ib.Access) ib.WCStatus
+	// Write copies data to addr, if it may still.
+	Write(rkey uint32, addr uint64, data []byte) ib.WCStatus
+	// Read fills dst from addr, if it may still.
+	Read(rkey uint32, addr uint64, dst []byte) ib.WCStatus
+	// Atomic executes an atomic on the 8 bytes at addr.
+	Atomic(rkey uint32, addr uint64, op ib.Opcode, compareAdd, swap uint64) (old uint64, st ib.WCStatus)
+	// Invalidate ends a window's key.
+	Invalidate(rkey uint32) ib.WCStatus
+
+	// Fail is called once, when a request was refused that ends the connection (IBA 9.9.3).
+	Fail(st ib.WCStatus)
+}
+
+// A Message is what the completion of a receive says.
+type Message struct {
+	Len       uint32
+	Write     bool // an RDMA WRITE with immediate
+	HasImm    bool
+	HasInv    bool
+	Imm       uint32 // as it is on the wire, or the key that was invalidated
+	Solicited bool
+}
+
+// A Responder is the executing half of a connection (IBA 9.7.3 to 9.7.5).
+type Responder struct {
+	cfg Config
+	t   Target
+
+	want    ib.PSN // of the packet that is expected next
+	msn     uint32 // messages that were executed, 24 bits
+	nakked  bool   // the peer was told that want is missing
+	failed  bool
+	doing   uint8 // what a message is in the middle of: idle, sending or writing
+	off     uint32
+	addr    uint64 // of a WRITE
+	rkey    uint32
+	len     uint32
+	results []result // of the newest READs and atomics, by number
+	nresult uint32   // of them, ever
+	out     []response
+	outHead uint32
+	outTail uint32
+	pkt     roce.Packet // the one that is being sent: an Output would have it on the heap
+
+	Counters ResponderCounters
+}
+
+// ResponderCounters say what a Responder has met.
+type ResponderCounters struct {
+	Received   uint64 // packets of requests
+	Duplicates uint64 // of those, that were executed before
+	Missed     uint64 // that came before one that is missing
+	NoReceive  uint64 // messages without a receive
+	Refused    uint64 // requests that ended the connection
+	Dropped    uint64 // that nothing could be done with
+}
+
+const (
+	idle = iota
+	sending
+	writing
+)
+
+// A result is kept of a READ or an atomic, in case that its response is lost.
+type result struct {
+	first   ib.PSN
+	packets uint32
+	read    bool
+	addr    uint64
+	rkey    uint32
+	len     uint32
+	old     uint64 // what the atomic has found
+	msn     uint32
+}
+
+// A response waits to be sent: an acknowledgement, or what a result has.
+type response struct {
+	psn      ib.PSN // of its next packet
+	msn      uint32
+	syndrome roce.Syndrome
+	result   bool
+	atomic   bool
+	begun    bool // a packet of it was sent
+	old      uint64
+	addr     uint64 // of the next packet
+	rkey     uint32
+	left     uint32
+}
+
+// NewResponder returns a Responder that expects the first packet.
+func NewResponder(cfg Config, t Target) *Responder {
+	n := 1
+	for n < 2*cfg.MaxDestRdAtomic+4 { // acknowledgements between READs, and one behind
+		n *= 2
+	}
+	return &Responder{cfg: cfg, t: t, want: cfg.RQPSN, results: make([]result, max(cfg.MaxDestRdAtomic, 1)), out: make([]response, n)}
+}
+
+// Failed reports whether a request was refused that ended the connection.
+func (r *Responder) Failed() bool { return r.failed }
+
+// Pending reports whether there is something for Pump to send.
+func (r *Responder) Pending() bool { return r.outHead != r.outTail }
+
+// Receive takes a packet of a request, which roce.Packet.Decode has checked. Pump sends what is to be said to it.
+func (r *Responder) Receive(p *roce.Packet) {
+	r.Counters.Received++
+	if r.failed {
+		r.Counters.Dropped++
+		return
+	}
+	switch d := distance(r.want, p.PSN); {
+	case d < 0:
+		r.Counters.Duplicates++
+		r.duplicate(p)
+	case d > 0:
+		r.Counters.Missed++
+		if !r.nakked { // once, until it comes (IBA 9.7.5.2.8)
+			r.nakked = r.say(r.want, roce.NakPSN)
+		}
+	default:
+		r.execute(p)
+	}
+}
+
+// execute takes the packet that was expected.
+func (r *Responder) execute(p *roce.Packet) {
+	op := p.Opcode.Op()
+	if !r.fits(p) {
+		r.refuse(p, ib.WCRemoteInvalidReqErr)
+		return
+	}
+	switch op {
+	case roce.ReadRequest:
+		r.read(p)
+		return
+	case roce.CompareSwap, roce.FetchAdd:
+		r.atomic(p)
+		return
+	}
+	var ok bool
+	if write := op >= roce.WriteFirst && op <= roce.WriteOnlyImm; write {
+		ok = r.write(p)
+	} else {
+		ok = r.send(p)
+	}
+	if !ok {
+		return
+	}
+	if r.accept(1); p.Opcode.Last() {
+		r.doing, r.off = idle, 0
+		r.msn = (r.msn + 1) & 0xffffff
+	}
+	if p.AckReq {
+		r.say(p.PSN, roce.Ack)
+	}
+}
+
+// accept notes that n PSNs have been dealt with.
+func (r *Responder) accept(n uint32) {
+	r.want = r.want.Add(int32(n))
+	r.nakked = false
+}
+
+// fits reports whether the packet may come in this place, and has the length that it must have there (IBA 9.7.4.1.3 to 5).
+func (r *Responder) fits(p *roce.Packet) bool {
+	n := len(p.Payload)
+	doing := idle
+	switch op := p.Opcode.Op(); {
+	case op == roce.SendMiddle, op == roce.SendLast, op == roce.SendLastImm, op == roce.SendLastInv:
+		doing = sending
+	case op == roce.WriteMiddle, op == roce.WriteLast, op == roce.WriteLastImm:
+		doing = writing
+	case op == roce.Flush, op == roce.AtomicWrite, p.Opcode.IsResponse():
+		return false
+	}
+	if int(r.doing) != doing {
+		return false
+	}
+	if !p.Opcode.HasPayload() {
+		return true
+	}
+	return n <= r.cfg.MTU && (n == r.cfg.MTU || p.Opcode.Last()) && r.off <= maxMessage-uint32(n)
+}
+
+// send takes a packet of a SEND.
+func (r *Responder) send(p *roce.Packet) bool {
+	if r.doing == idle {
+		if !r.take(p) {
+			return false
+		}
+		r.doing, r.off = sending, 0
+	}
+	if len(p.Payload) > 0 {
+		if st := r.t.Put(r.off, p.Payload); st != ib.WCSuccess {
+			local := ib.WCLocalProtErr
+			if st == ib.WCRemoteInvalidReqErr {
+				local = ib.WCLocalLengthErr
+			}
+			r.t.Complete(Message{Len: r.off}, local)
+			r.refuse(p, st)
+			return false
+		}
+		r.off += uint32(len(p.Payload))
+	}
+	if !p.Opcode.Last() {
+		return true
+	}
+	m := Message{Len: r.off, HasImm: p.Opcode.HasImm(), HasInv: p.Opcode.HasInv(), Imm: p.Imm, Solicited: p.Solicited}
+	if m.HasInv {
+		m.Imm = p.InvKey
+		if st := r.t.Invalidate(p.InvKey); st != ib.WCSuccess {
+			r.t.Complete(Message{Len: r.off}, ib.WCLocalProtErr)
+			r.refuse(p, st)
+			return false
+		}
+	}
+	r.t.Complete(m, ib.WCSuccess)
+	return true
+}
+
+// take takes a receive, or tells the peer that there is none.
+func (r *Responder) take(p *roce.Packet) bool {
+	if r.t.Take() {
+		return true
+	}
+	r.Counters.NoReceive++
+	r.say(p.PSN, roce.RNRNak(r.cfg.MinRNRTimer))
+	r.nakked = true // what comes behind it will come again
+	return false
+}
+
+// write takes a packet of a WRITE.
+func (r *Responder) write(p *roce.Packet) bool {
+	n := uint32(len(p.Payload))
+	if r.doing == idle {
+		if p.Len > maxMessage {
+			r.refuse(p, ib.WCRemoteInvalidReqErr)
+			return false
+		}
+		if p.Len > 0 { // a WRITE of nothing does not look at the rkey (IBA 9.7.5.2.7)
+			if st := r.t.Check(p.RKey, p.Addr, p.Len, ib.AccessRemoteWrite); st != ib.WCSuccess {
+				r.refuse(p, st)
+				return false
+			}
+		}
+		r.off, r.addr, r.rkey, r.len = 0, p.Addr, p.RKey, p.Len
+	}
+	if left := r.len - r.off; n > left || p.Opcode.Last() != (n == left) {
+		r.refuse(p, ib.WCRemoteInvalidReqErr)
+		return false
+	}
+	if p.Opcode.HasImm() && !r.take(p) {
+		return false
+	}
+	if n > 0 {
+		if st := r.t.Write(r.rkey, r.addr+uint64(r.off), p.Payload); st != ib.WCSuccess {
+			if p.Opcode.HasImm() {
+				r.t.Complete(Message{}, ib.WCFlushErr)
+			}
+			r.refuse(p, st)
+			return false
+		}
+	}
+	r.doing = writing
+	r.off += n
+	if p.Opcode.HasImm() {
+		r.t.Complete(Message{Len: r.len, Write: true, HasImm: true, Imm: p.Imm, Solicited: p.Solicited}, ib.WCSuccess)
+	}
+	return true
+}
+
+// read takes the request of a READ.
+func (r *Responder) read(p *roce.Packet) {
+	st := ib.WCSuccess
+	switch {
+	case p.Len > maxMessage, r.cfg.MaxDestRdAtomic == 0:
+		st = ib.WCRemoteInvalidReqErr
+	case p.Len > 0:
+		st = r.t.Check(p.RKey, p.Addr, p.Len, ib.AccessRemoteRead)
+	}
+	if st != ib.WCSuccess {
+		r.refuse(p, st)
+		return
+	}
+	r.keep(result{first: p.PSN, packets: packets(p.Len, r.cfg.MTU), read: true, addr: p.Addr, rkey: p.RKey, len: p.Len})
+}
+
+// atomic executes an atomic.
+func (r *Responder) atomic(p *roce.Packet) {
+	op, compareAdd, swap := ib.OpAtomicFetchAdd, p.Swap, uint64(0)
+	if p.Opcode.Op() == roce.CompareSwap {
+		op, compareAdd, swap = ib.OpAtomicCmpSwap, p.Cmp, p.Swap
+	}
+	if r.cfg.MaxDestRdAtomic == 0 || p.Addr&7 != 0 || r.full() {
+		st := ib.WCRemoteInvalidReqErr
+		r.refuse(p, st)
+		return
+	}
+	old, st := r.t.Atomic(p.RKey, p.Addr, op, compareAdd, swap)
+	if st != ib.WCSuccess {
+		r.refuse(p, st)
+		return
+	}
+	r.keep(result{first: p.PSN, packets: 1, old: old})
+}
+
+// keep notes a result, and has it sent. A peer that has more of them on their way than it was allowed to is refused.
+func (r *Responder) keep(x result) {
+	if r.full() {
+		r.refuse(&roce.Packet{PSN: x.first}, ib.WCRemoteInvalidReqErr)
+		return
+	}
+	r.accept(x.packets)
+	r.msn = (r.msn + 1) & 0xffffff
+	x.msn = r.msn
+	r.results[r.nresult%uint32(len(r.results))] = x
+	r.nresult++
+	r.answer(&x, 0)
+}
+
+// full reports whether no more responses can be queued: a place is left for what is said last.
+func (r *Responder) full() bool { return r.outTail-r.outHead >= uint32(len(r.out))-2 }
+
+// answer queues what a result has to say, from byte skip of a READ on.
+func (r *Responder) answer(x *result, skip uint32) {
+	if r.full() {
+		r.Counters.Dropped++ // it will be asked for again
+		return
+	}
+	*r.push() = response{psn: x.first.Add(int32(skip / uint32(r.cfg.MTU))), msn: x.msn, syndrome: roce.Ack, result: true, atomic: !x.read, old: x.old,
+		addr: x.addr + uint64(skip), rkey: x.rkey, left: x.len - skip}
+}
+
+func (r *Responder) at(n uint32) *response { return &r.out[n&uint32(len(r.out)-1)] }
+
+func (r *Responder) push() *response {
+	r.outTail++
+	return r.at(r.outTail - 1)
+}
+
+// say queues an acknowledgement of everything up to psn, or what is wrong with psn. One that has not been sent yet and says
+// less is replaced. false: there is no room, which only a peer that repeats itself can bring about.
+func (r *Responder) say(psn ib.PSN, s roce.Syndrome) bool {
+	if r.outHead != r.outTail {
+		if last := r.at(r.outTail - 1); !last.result && last.syndrome == roce.Ack {
+			last.psn, last.msn, last.syndrome = psn, r.msn, s
+			return true
+		}
+	}
+	if r.outTail-r.outHead == uint32(len(r.out)) {
+		r.Counters.Dropped++
+		return false
+	}
+	*r.push() = response{psn: psn, msn: r.msn, syndrome: s}
+	return true
+}
+
+// refuse ends the connection: the peer hears why (IBA 9.7.5.2).
+func (r *Responder) refuse(p *roce.Packet, st ib.WCStatus) {
+	s := roce.NakOperation
+	switch st {
+	case ib.WCRemoteAccessErr:
+		s = roce.NakAccess
+	case ib.WCRemoteInvalidReqErr:
+		s = roce.NakInvalid
+	}
+	if r.doing == sending {
+		r.doing = idle
+	}
+	r.Counters.Refused++
+	r.failed = true
+	r.say(p.PSN, s)
+	r.t.Fail(st)
+}
+
+// duplicate takes a packet that was executed before: what was said to it must have been lost (IBA 9.7.5.1.4).
+func (r *Responder) duplicate(p *roce.Packet) {
+	switch p.Opcode.Op() {
+	case roce.ReadRequest, roce.CompareSwap, roce.FetchAdd:
+		r.repeat(p)
+		return
+	}
+	if p.Opcode.IsResponse() {
+		r.Counters.Dropped++
+		return
+	}
+	r.say(r.want.Add(-1), roce.Ack)
+}
+
+// repeat answers a READ or an atomic once more, if it is one of the last.
+func (r *Responder) repeat(p *roce.Packet) {
+	n := min(r.nresult, uint32(len(r.results)))
+	for i := range n {
+		x := &r.results[(r.nresult-1-i)%uint32(len(r.results))]
+		at := distance(x.first, p.PSN)
+		if at < 0 || at >= int32(x.packets) || x.read != (p.Opcode.Op() == roce.ReadRequest) {
+			continue
+		}
+		skip := uint32(at) * uint32(r.cfg.MTU)
+		if x.read && (p.RKey != x.rkey || p.Addr != x.addr+uint64(skip) || p.Len != x.len-skip) {
+			break // not what was asked for then
+		}
+		r.answerOnce(x, skip)
+		return
+	}
+	r.Counters.Dropped++
+}
+
+// answerOnce is answer, but for a response that is queued already: that begins again where it is asked to.
+func (r *Responder) answerOnce(x *result, skip uint32) {
+	for n := r.outHead; n != r.outTail; n++ {
+		q := r.at(n)
+		if !q.result {
+			continue
+		}
+		if d := distance(x.first, q.psn); d < 0 || d >= int32(x.packets) {
+			continue
+		}
+		if x.read {
+			q.psn = x.first.Add(int32(skip / uint32(r.cfg.MTU)))
+			q.addr, q.left, q.begun = x.addr+uint64(skip), x.len-skip, false
+		}
+		return
+	}
+	r.answer(x, skip)
+}
+
+// Pump sends what there is to say. It reports whether out was full.
+func (r *Responder) Pump(_ time.Duration, out Output) (full bool) {
+	for r.outHead != r.outTail {
+		q := r.at(r.outHead)
+		sent, done := r.emit(q, out)
+		if !sent {
+			return true
+		}
+		if done {
+			r.outHead++
+		}
+	}
+	return false
+}
+
+// emit sends a packet of a response; done: it was the last.
+func (r *Responder) emit(q *response, out Output) (sent, done bool) {
+	p := &r.pkt
+	*p = roce.Packet{PKey: roce.DefaultPKey, DestQP: r.cfg.DestQP, PSN: q.psn, Syndrome: q.syndrome, MSN: q.msn}
+	n := uint32(0)
+	switch {
+	case !q.result:
+		p.Opcode = roce.Op(roce.RC, roce.Acknowledge)
+	case q.atomic:
+		p.Opcode = roce.Op(roce.RC, roce.AtomicAcknowledge)
+		p.Original = q.old
+	default:
+		n = min(q.left, uint32(r.cfg.MTU))
+		op := uint8(roce.ReadResponseMiddle)
+		switch first, last := !q.begun, n == q.left; {
+		case first && last:
+			op = roce.ReadResponseOnly
+		case first:
+			op = roce.ReadResponseFirst
+		case last:
+			op = roce.ReadResponseLast
+		}
+		p.Opcode = roce.Op(roce.RC, op)
+	}
+	payload, ok := out.Packet(p, int(n))
+	if !ok {
+		return false, false
+	}
+	if n > 0 {
+		if st := r.t.Read(q.rkey, q.addr, payload); st != ib.WCSuccess {
+			// It was withdrawn meanwhile. What is queued behind it will not be heard.
+			out.Abort()
+			psn := q.psn
+			r.outTail = r.outHead
+			if !r.failed {
+				r.refuse(&roce.Packet{PSN: psn}, st)
+			}
+			return true, false
+		}
+	}
+	out.Commit()
+	if !q.result || q.atomic {
+		return true, true
+	}
+	q.begun = true
+	q.psn = q.psn.Add(1)
+	q.addr += uint64(n)
+	q.left -= n
+	return true, q.left == 0
+}
