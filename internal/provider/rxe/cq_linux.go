@@ -29,6 +29,7 @@ type cq struct {
 	q       queue         // guarded by mu; no memory once closed, and while away
 	away    bool          // guarded by mu: a command changes the queue, and there is nothing to poll meanwhile
 	entries int           // guarded by mu
+	senders [64]*qp       // guarded by mu: those whose requests were polled last, by the end of their numbers
 
 	armMu sync.Mutex          // held by what changes the queue, too
 	arm   [2]*uverbs.Prepared // guarded by armMu: for any completion, for solicited ones; nil once closed
@@ -150,15 +151,50 @@ func (q *cq) Poll(wcs []ib.WC) int {
 		return 0
 	}
 	special := false
+	sent, by := uint32(0), ib.QPN(0) // completions of requests, since another queue pair's
 	for i := range n {
-		special = takeWC(&wcs[i], wc(q.q.slot(q.q.at+i))) || special
+		w := &wcs[i]
+		if takeWC(w, wc(q.q.slot(q.q.at+i))) {
+			special = true
+		} else if !w.Opcode.IsRecv() {
+			if w.QPN != by {
+				q.retire(by, sent)
+				sent, by = 0, w.QPN
+			}
+			sent++
+		}
 	}
+	q.retire(by, sent)
 	q.q.publish(n)
 	q.mu.Unlock()
 	if special {
 		q.note(wcs[:n])
 	}
 	return int(n)
+}
+
+// retire counts n requests of a queue pair as polled. Called with mu held.
+func (q *cq) retire(by ib.QPN, n uint32) {
+	if n == 0 {
+		return
+	}
+	p := q.senders[by%ib.QPN(len(q.senders))]
+	if p == nil || p.QPN() != by {
+		if p = q.c.qp(by); p == nil || p.scq != q {
+			return // it was closed before its completions were polled
+		}
+		q.senders[by%ib.QPN(len(q.senders))] = p
+	}
+	ring.StoreRel32(&p.polled, p.polled+n)
+}
+
+// forget makes a queue pair unknown.
+func (q *cq) forget(p *qp) {
+	q.mu.Lock()
+	if at := &q.senders[p.QPN()%ib.QPN(len(q.senders))]; *at == p {
+		*at = nil
+	}
+	q.mu.Unlock()
 }
 
 // takeWC copies a completion, and reports whether it is one to be noted.

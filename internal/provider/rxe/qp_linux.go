@@ -17,8 +17,17 @@ type qp struct {
 	uverbs.QP
 	c      *rxeContext
 	cookie uint64
+	scq    *cq
 	srq    *srq
+	sigAll bool
 	qkey   atomic.Uint32
+
+	// The kernel frees the place of a request when it completes it. But a request is outstanding until its completion was
+	// polled (IBA 10.8.5.1): else somebody who posts until there is no room would overrun a completion queue that is as large
+	// as the send queue.
+	signalled uint32      // guarded by sendMu: requests posted that complete in any case
+	polled    uint32      // of those, polled; written by who holds scq.mu, with release, and loaded by posters
+	broken    atomic.Bool // a request has failed: from now on each completes
 
 	sendMu   sync.Mutex
 	sq       queue            // guarded by sendMu; no memory once closed
@@ -39,7 +48,7 @@ func (p *pd) CreateQP(cfg driver.QPConfig) (driver.QP, error) {
 	if !ok1 || !ok2 || !ok3 && cfg.SRQ != nil {
 		return nil, errors.New("the QP's CQs or SRQ belong to another device")
 	}
-	q := &qp{c: p.c, srq: s}
+	q := &qp{c: p.c, scq: scq, srq: s, sigAll: cfg.SignalAll}
 	q.cookie = p.c.Track(q)
 	srqHandle := -1
 	if s != nil {
@@ -94,6 +103,7 @@ func (q *qp) Close() error {
 		delete(q.c.qps, q.QPN()) // before the kernel may give the number to another
 	}
 	q.c.mu.Unlock()
+	q.scq.forget(q)
 	q.sendMu.Lock()
 	defer q.sendMu.Unlock()
 	q.recvMu.Lock()
@@ -141,6 +151,9 @@ func (q *qp) forget() {
 	if q.sq.mem != nil {
 		q.sq.forget()
 	}
+	// Completions of before that are not polled yet will count as some of what follows, of which there may then be as many more.
+	q.signalled = atomic.LoadUint32(&q.polled)
+	q.broken.Store(false)
 	q.sendMu.Unlock()
 	q.recvMu.Lock()
 	if q.rq.mem != nil {
@@ -161,6 +174,7 @@ func (q *qp) Query() (ib.QPAttr, error) {
 
 // failed notes that a request of the queue pair has failed.
 func (q *qp) failed() {
+	q.broken.Store(true)
 	switch {
 	case q.State() == ib.Err:
 	case q.Type() == ib.RC: // there is no doubt, and the kernel may take a moment to say so
@@ -198,10 +212,12 @@ func (q *qp) postSendLocked(wrs []ib.SendWR) (n int, err error) {
 	if s := q.State(); s < ib.RTS {
 		return 0, driver.StateErr(s)
 	}
-	room := q.sq.room()
+	room, polled := q.sq.room(), atomic.LoadUint32(&q.polled)
+	unpolled := int32(q.signalled - polled)
 	for n < len(wrs) {
 		wr := &wrs[n]
-		if uint32(n) == room {
+		signalled := q.sigAll || wr.Flags&ib.SendSignaled != 0
+		if uint32(n) == room || signalled && unpolled >= int32(q.sq.mask) && !q.broken.Load() {
 			err = driver.ErrQueueFull
 			break
 		}
@@ -209,7 +225,11 @@ func (q *qp) postSendLocked(wrs []ib.SendWR) (n int, err error) {
 			break
 		}
 		n++
+		if signalled {
+			unpolled++
+		}
 	}
+	q.signalled = polled + uint32(unpolled)
 	if n > 0 {
 		q.sq.publish(uint32(n))
 		if bellErr := q.sendBell.Run(); bellErr != nil {

@@ -980,3 +980,41 @@ func benchPostPoll(b *testing.B, batch int) {
 	b.ReportMetric(float64(played.Nanoseconds())/float64(b.N), "kernel-ns/op")
 	b.ReportMetric(float64((all-played).Nanoseconds())/float64(b.N), "own-ns/op")
 }
+
+// A completion queue as large as the send queue is not overrun by somebody who posts until there is no room, however fast
+// the kernel is.
+func TestUnpolledCompletionsTakeRoom(t *testing.T) {
+	b := newBench(t, ib.RC)
+	depth := b.qp.Cap().MaxSendWR
+	b.k.bell = func() { // completes all at once
+		for sq := b.kq.sq; sq.consumer() != sq.producer(); sq.setConsumer((sq.consumer() + 1) & sq.mask) {
+			if e := sq.slot(sq.consumer()); le.Uint32(e[12:])&uint32(ib.SendSignaled) != 0 {
+				b.kcq().complete(le.Uint64(e), 0, 0, 0, b.kq.num)
+			}
+		}
+	}
+	defer func() { b.k.bell = nil }()
+	signalled, plain := ib.SendWR{Opcode: ib.OpSend, Flags: ib.SendSignaled}, ib.SendWR{Opcode: ib.OpSend}
+	for i := range depth {
+		if n, err := b.qp.PostSend([]ib.SendWR{plain, signalled}); n != 2 || err != nil {
+			t.Fatal(i, n, err)
+		}
+	}
+	if n, err := b.qp.PostSend([]ib.SendWR{plain, signalled, plain}); n != 1 || !errors.Is(err, driver.ErrQueueFull) {
+		t.Errorf("with %d completions unpolled, %d more requests were taken: %v", depth, n, err)
+	}
+	if n := b.cq.Poll(make([]ib.WC, 3)); n != 3 {
+		t.Fatal(n)
+	}
+	if n, err := b.qp.PostSend([]ib.SendWR{signalled, signalled, signalled, signalled}); n != 3 || !errors.Is(err, driver.ErrQueueFull) {
+		t.Errorf("after three were polled, %d more were taken: %v", n, err)
+	}
+	// A reset ends what was outstanding, polled or not.
+	b.to(b.qp, ib.Reset)
+	b.to(b.qp, ib.RTS)
+	for i := range depth {
+		if n, err := b.qp.PostSend([]ib.SendWR{signalled}); n != 1 {
+			t.Fatal(i, err)
+		}
+	}
+}
