@@ -90,7 +90,6 @@ type node struct {
 	resp  *Responder
 	icrc  [2]roce.ICRC // of what it sends, and of what comes
 	buf   []byte
-	size  int
 	later bool // it is to be pumped when there is room
 
 	mem      []byte // of rkey memKey
