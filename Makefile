@@ -31,6 +31,7 @@ test:
 	@start=$$SECONDS
 	.ci/setup go gcc
 	.ci/setup -optional ucx_perftest
+	.ci/setup -optional tshark
 	for target in build lint cross unit race fuzz bench-once demo-check bench-quick vm; do
 		t=$$SECONDS
 		$(MAKE) $$target

@@ -1,6 +1,7 @@
 package roce
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
@@ -201,6 +202,37 @@ func BenchmarkAnyIdentification(b *testing.B) {
 	for b.Loop() {
 		if _, err := c.Split(udp, true); err != nil {
 			b.Fatal(err)
+		}
+	}
+}
+
+func TestAppendDatagram(t *testing.T) {
+	for _, name := range []string{"IPv4", "IPv6"} {
+		want := unhex(t, goldenICRC[name])
+		src, dst, _, udp := addresses(want)
+		got := AppendDatagram([]byte("before"), src, dst, udp)
+		if string(got[:6]) != "before" {
+			t.Errorf("%s: what was there is %q", name, got[:6])
+		}
+		got = got[6:]
+		if name == "IPv6" {
+			// The sum of everything, the checksum included, is all ones.
+			pseudo := append(bytes.Clone(got[8:ip6Len]), 0, 0, 0, byte(len(got)-ip6Len), 0, 0, 0, protoUDP)
+			if s := sum(sum(0, pseudo), got[ip6Len:]); s != 0xffff {
+				t.Errorf("the checksum is off by %#x", ^s)
+			}
+			copy(got[ip6Len+6:], []byte{0, 0})
+		}
+		if !bytes.Equal(got, want) {
+			t.Errorf("%s: %x, want %x", name, got, want)
+		}
+	}
+	for _, c := range []struct {
+		hex  string
+		want uint16
+	}{{"", 0}, {"01", 0x100}, {"ffff0001", 1}, {"0001f203f4f5f6f7", 0xddf2}} { // the last is RFC 1071's example
+		if got := sum(0, unhex(t, c.hex)); got != c.want {
+			t.Errorf("sum of %s is %#x, want %#x", c.hex, got, c.want)
 		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ringside-rdma/ringside/internal/pcap"
 	"github.com/ringside-rdma/ringside/internal/roce"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -23,6 +24,7 @@ type network struct {
 	order  uint64
 	nodes  [2]*node
 	trace  func(format string, args ...any)
+	tap    *pcap.Writer // sees what is sent
 
 	// The share of packets that this happens to, and how long they take.
 	loss, duplicate, corrupt, full float64
@@ -149,6 +151,11 @@ func (x *node) Abort() {}
 func (x *node) Commit() {
 	n := x.net
 	pkt := x.icrc[0].Put(bytes.Clone(x.buf))
+	if n.tap != nil {
+		if err := n.tap.Packet(time.Unix(0, int64(n.now)), roce.AppendDatagram(nil, ends[x.id], ends[1-x.id], pkt), ""); err != nil {
+			n.t.Error(err)
+		}
+	}
 	copies := 1
 	if n.r.Float64() < n.loss {
 		copies = 0
@@ -308,10 +315,11 @@ func (x target) Fail(st ib.WCStatus) {
 
 const simMTU = 256
 
+var ends = [2]netip.AddrPort{netip.MustParseAddrPort("10.0.0.1:4791"), netip.MustParseAddrPort("10.0.0.2:4791")}
+
 func newNetwork(t testing.TB, seed uint64, change func(*Config)) *network {
 	n := &network{t: t, r: rand.New(rand.NewPCG(seed, 1)), delay: 5 * time.Microsecond}
 	psns := [2]ib.PSN{ib.PSN(n.r.Uint32()) & ib.MaxPSN, ib.MaxPSN - 20}
-	ends := [2]netip.AddrPort{netip.MustParseAddrPort("10.0.0.1:4791"), netip.MustParseAddrPort("10.0.0.2:4791")}
 	for i := range n.nodes {
 		x := &node{net: n, id: i, buf: make([]byte, 0, 8192), mem: make([]byte, 1<<14), readOnly: make([]byte, 1<<14), recvLen: 1 << 14, badAt: -1}
 		for j := range x.readOnly {

@@ -10,7 +10,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ringside-rdma/ringside/internal/pcap"
 	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -352,6 +354,52 @@ func TestRNRRetriesReset(t *testing.T) {
 	}
 	if a.req.Counters.RNRNAKs < 20 {
 		t.Errorf("%d RNR NAKs", a.req.Counters.RNRNAKs)
+	}
+}
+
+// Wireshark's dissector has nothing to say against what two connections say to each other, and sees all of it.
+func TestTshark(t *testing.T) {
+	var out bytes.Buffer
+	w, err := pcap.NewWriter(&out, "ringside")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := newNetwork(t, 1, nil)
+	n.tap, n.loss, n.duplicate = w, 0.05, 0.05
+	var exp expected
+	exp.mem, exp.reads = make([]byte, 1<<14), map[int][]byte{}
+	for range 60 {
+		n.nodes[0].random(n.r, n.nodes[1], &exp)
+	}
+	for _, b := range append(n.nodes[0].sends, n.nodes[1].readOnly) { // like nothing that Wireshark guesses
+		for i := range b {
+			b[i] = 0xee
+		}
+	}
+	n.nodes[1].recvs = 60
+	n.nodes[0].pump()
+	n.run(n.ended)
+	sent := n.nodes[0].req.Counters.Sent
+	var requests, resent uint64
+	last := uint64(0)
+	for _, p := range testutil.Tshark(t, out.Bytes(), "ip.src", "infiniband.bth.opcode", "infiniband.bth.destqp", "infiniband.bth.psn", "infiniband.invariant.crc") {
+		psn, err := strconv.ParseUint(p[3], 0, 32)
+		if err != nil || p[4] == "" {
+			t.Fatalf("%q", p)
+		}
+		if p[0] != ends[0].Addr().String() {
+			continue
+		}
+		if requests++; p[2] != "0x000065" {
+			t.Errorf("request to queue pair %s", p[2])
+		}
+		if distance(ib.PSN(last), ib.PSN(psn)) <= 0 && requests > 1 {
+			resent++
+		}
+		last = psn
+	}
+	if requests != sent || resent == 0 {
+		t.Errorf("tshark has seen %d requests of %d, and going back %d times", requests, sent, resent)
 	}
 }
 

@@ -17,6 +17,7 @@ var arrows = map[string][]string{
 	"internal/ring":          {"internal/mem", "internal/abi"},
 	"internal/mem":           {"internal/abi"},
 	"internal/roce":          {},
+	"internal/pcap":          {},
 	"internal/driver":        {},
 	"internal/netlink":       {},
 	"internal/nldev":         {"internal/abi", "internal/netlink"},
