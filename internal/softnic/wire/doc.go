@@ -1,11 +1,11 @@
-// Package wire is the reliable connection (RC) as packets: what a queue pair sends of its requests and does with what it
-// receives, as the InfiniBand specification orders it (volume 1, chapter 9.7). It neither knows sockets nor clocks: packets come
+// Package wire is connections (RC and UC) as packets: what a queue pair sends of its requests and does with what it receives, as
+// the InfiniBand specification orders it (volume 1, chapters 9.7 and 9.8). It neither knows sockets nor clocks: packets come
 // and go through interfaces, and the time is an argument, so that a network of queue pairs can be run in virtual time and a
 // run that failed be repeated exactly.
 //
 // A Requester sends requests, and takes acknowledgements and responses; a Responder executes requests, and answers them. A
-// queue pair has one of each. Both are for one goroutine at a time, allocate nothing once they are made, and hold a bounded
-// amount of state whatever the peer sends.
+// queue pair has one of each (UCRequester and UCResponder if it is unreliable). They are for one goroutine at a time, allocate
+// nothing once they are made, and hold a bounded amount of state whatever the peer sends.
 package wire
 
 import (

@@ -7,41 +7,6 @@ import (
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// A Target is the memory and the receive queue that a Responder works on. Methods that return a status say WCSuccess,
-// WCRemoteAccessErr, WCRemoteInvalidReqErr or WCRemoteOpErr, as the peer is to see it.
-type Target interface {
-	// Take takes the next receive for a message. false: there is none.
-	Take() bool
-	// Put copies a part of the message, from byte off on, to the receive that was taken.
-	Put(off uint32, data []byte) ib.WCStatus
-	// Complete ends the receive that was taken. st is not WCSuccess if the message was refused on the way.
-	Complete(m Message, st ib.WCStatus)
-
-	// Check says whether n bytes at addr may be used as need says.
-	Check(rkey uint32, addr uint64, n uint32, need ib.Access) ib.WCStatus
-	// Write copies data to addr, if it may still.
-	Write(rkey uint32, addr uint64, data []byte) ib.WCStatus
-	// Read fills dst from addr, if it may still.
-	Read(rkey uint32, addr uint64, dst []byte) ib.WCStatus
-	// Atomic executes an atomic on the 8 bytes at addr.
-	Atomic(rkey uint32, addr uint64, op ib.Opcode, compareAdd, swap uint64) (old uint64, st ib.WCStatus)
-	// Invalidate ends a window's key.
-	Invalidate(rkey uint32) ib.WCStatus
-
-	// Fail is called once, when a request was refused that ends the connection (IBA 9.9.3).
-	Fail(st ib.WCStatus)
-}
-
-// A Message is what the completion of a receive says.
-type Message struct {
-	Len       uint32
-	Write     bool // an RDMA WRITE with immediate
-	HasImm    bool
-	HasInv    bool
-	Imm       uint32 // as it is on the wire, or the key that was invalidated
-	Solicited bool
-}
-
 // A Responder is the executing half of a connection (IBA 9.7.3 to 9.7.5).
 type Responder struct {
 	cfg Config
@@ -51,11 +16,7 @@ type Responder struct {
 	msn     uint32 // messages that were executed, 24 bits
 	nakked  bool   // the peer was told that want is missing
 	failed  bool
-	doing   uint8 // what a message is in the middle of: idle, sending or writing
-	off     uint32
-	addr    uint64 // of a WRITE
-	rkey    uint32
-	len     uint32
+	msg     assembly
 	results []result // of the newest READs and atomics, by number
 	nresult uint32   // of them, ever
 	out     []response
@@ -75,12 +36,6 @@ type ResponderCounters struct {
 	Refused    uint64 // requests that ended the connection
 	Dropped    uint64 // that nothing could be done with
 }
-
-const (
-	idle = iota
-	sending
-	writing
-)
 
 // A result is kept of a READ or an atomic, in case that its response is lost.
 type result struct {
@@ -114,7 +69,7 @@ func NewResponder(cfg Config, t Target) *Responder {
 	for n < 2*cfg.MaxDestRdAtomic+4 { // acknowledgements between READs, and one behind
 		n *= 2
 	}
-	return &Responder{cfg: cfg, t: t, want: cfg.RQPSN, results: make([]result, max(cfg.MaxDestRdAtomic, 1)), out: make([]response, n)}
+	return &Responder{cfg: cfg, t: t, msg: assembly{mtu: cfg.MTU, t: t}, want: cfg.RQPSN, results: make([]result, max(cfg.MaxDestRdAtomic, 1)), out: make([]response, n)}
 }
 
 // Failed reports whether a request was refused that ended the connection.
@@ -146,30 +101,25 @@ func (r *Responder) Receive(p *roce.Packet) {
 
 // execute takes the packet that was expected.
 func (r *Responder) execute(p *roce.Packet) {
-	op := p.Opcode.Op()
-	if !r.fits(p) {
-		r.refuse(p, ib.WCRemoteInvalidReqErr)
-		return
-	}
-	switch op {
-	case roce.ReadRequest:
+	switch op := p.Opcode.Op(); {
+	case op == roce.ReadRequest && !r.msg.begun():
 		r.read(p)
 		return
-	case roce.CompareSwap, roce.FetchAdd:
+	case (op == roce.CompareSwap || op == roce.FetchAdd) && !r.msg.begun():
 		r.atomic(p)
 		return
 	}
-	var ok bool
-	if write := op >= roce.WriteFirst && op <= roce.WriteOnlyImm; write {
-		ok = r.write(p)
-	} else {
-		ok = r.send(p)
-	}
-	if !ok {
+	switch st, there := r.msg.add(p); {
+	case !there:
+		r.Counters.NoReceive++
+		r.say(p.PSN, roce.RNRNak(r.cfg.MinRNRTimer))
+		r.nakked = true // what comes behind it will come again
+		return
+	case st != ib.WCSuccess:
+		r.refuse(p, st)
 		return
 	}
 	if r.accept(1); p.Opcode.Last() {
-		r.doing, r.off = idle, 0
 		r.msn = (r.msn + 1) & 0xffffff
 	}
 	if p.AckReq {
@@ -181,114 +131,6 @@ func (r *Responder) execute(p *roce.Packet) {
 func (r *Responder) accept(n uint32) {
 	r.want = r.want.Add(int32(n))
 	r.nakked = false
-}
-
-// fits reports whether the packet may come in this place, and has the length that it must have there (IBA 9.7.4.1.3 to 5).
-func (r *Responder) fits(p *roce.Packet) bool {
-	n := len(p.Payload)
-	doing := idle
-	switch op := p.Opcode.Op(); {
-	case op == roce.SendMiddle, op == roce.SendLast, op == roce.SendLastImm, op == roce.SendLastInv:
-		doing = sending
-	case op == roce.WriteMiddle, op == roce.WriteLast, op == roce.WriteLastImm:
-		doing = writing
-	case op == roce.Flush, op == roce.AtomicWrite, p.Opcode.IsResponse():
-		return false
-	}
-	if int(r.doing) != doing {
-		return false
-	}
-	if !p.Opcode.HasPayload() {
-		return true
-	}
-	return n <= r.cfg.MTU && (n == r.cfg.MTU || p.Opcode.Last()) && r.off <= maxMessage-uint32(n)
-}
-
-// send takes a packet of a SEND.
-func (r *Responder) send(p *roce.Packet) bool {
-	if r.doing == idle {
-		if !r.take(p) {
-			return false
-		}
-		r.doing, r.off = sending, 0
-	}
-	if len(p.Payload) > 0 {
-		if st := r.t.Put(r.off, p.Payload); st != ib.WCSuccess {
-			local := ib.WCLocalProtErr
-			if st == ib.WCRemoteInvalidReqErr {
-				local = ib.WCLocalLengthErr
-			}
-			r.t.Complete(Message{Len: r.off}, local)
-			r.refuse(p, st)
-			return false
-		}
-		r.off += uint32(len(p.Payload))
-	}
-	if !p.Opcode.Last() {
-		return true
-	}
-	m := Message{Len: r.off, HasImm: p.Opcode.HasImm(), HasInv: p.Opcode.HasInv(), Imm: p.Imm, Solicited: p.Solicited}
-	if m.HasInv {
-		m.Imm = p.InvKey
-		if st := r.t.Invalidate(p.InvKey); st != ib.WCSuccess {
-			r.t.Complete(Message{Len: r.off}, ib.WCLocalProtErr)
-			r.refuse(p, st)
-			return false
-		}
-	}
-	r.t.Complete(m, ib.WCSuccess)
-	return true
-}
-
-// take takes a receive, or tells the peer that there is none.
-func (r *Responder) take(p *roce.Packet) bool {
-	if r.t.Take() {
-		return true
-	}
-	r.Counters.NoReceive++
-	r.say(p.PSN, roce.RNRNak(r.cfg.MinRNRTimer))
-	r.nakked = true // what comes behind it will come again
-	return false
-}
-
-// write takes a packet of a WRITE.
-func (r *Responder) write(p *roce.Packet) bool {
-	n := uint32(len(p.Payload))
-	if r.doing == idle {
-		if p.Len > maxMessage {
-			r.refuse(p, ib.WCRemoteInvalidReqErr)
-			return false
-		}
-		if p.Len > 0 { // a WRITE of nothing does not look at the rkey (IBA 9.7.5.2.7)
-			if st := r.t.Check(p.RKey, p.Addr, p.Len, ib.AccessRemoteWrite); st != ib.WCSuccess {
-				r.refuse(p, st)
-				return false
-			}
-		}
-		r.off, r.addr, r.rkey, r.len = 0, p.Addr, p.RKey, p.Len
-	}
-	if left := r.len - r.off; n > left || p.Opcode.Last() != (n == left) {
-		r.refuse(p, ib.WCRemoteInvalidReqErr)
-		return false
-	}
-	if p.Opcode.HasImm() && !r.take(p) {
-		return false
-	}
-	if n > 0 {
-		if st := r.t.Write(r.rkey, r.addr+uint64(r.off), p.Payload); st != ib.WCSuccess {
-			if p.Opcode.HasImm() {
-				r.t.Complete(Message{}, ib.WCFlushErr)
-			}
-			r.refuse(p, st)
-			return false
-		}
-	}
-	r.doing = writing
-	r.off += n
-	if p.Opcode.HasImm() {
-		r.t.Complete(Message{Len: r.len, Write: true, HasImm: true, Imm: p.Imm, Solicited: p.Solicited}, ib.WCSuccess)
-	}
-	return true
 }
 
 // read takes the request of a READ.
@@ -385,9 +227,6 @@ func (r *Responder) refuse(p *roce.Packet, st ib.WCStatus) {
 		s = roce.NakAccess
 	case ib.WCRemoteInvalidReqErr:
 		s = roce.NakInvalid
-	}
-	if r.doing == sending {
-		r.doing = idle
 	}
 	r.Counters.Refused++
 	r.failed = true

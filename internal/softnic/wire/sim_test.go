@@ -57,6 +57,15 @@ func (n *network) after(d time.Duration, do func()) {
 	heap.Push(&n.events, event{n.now + d, n.order, do})
 }
 
+// settle runs until nothing is on its way.
+func (n *network) settle() {
+	for len(n.events) > 0 {
+		e := heap.Pop(&n.events).(event)
+		n.now = e.at
+		e.do()
+	}
+}
+
 // run runs until done says so, or nothing is left to happen.
 func (n *network) run(done func() bool) {
 	n.t.Helper()
@@ -92,7 +101,8 @@ type node struct {
 	resp  *Responder
 	icrc  [2]roce.ICRC // of what it sends, and of what comes
 	buf   []byte
-	later bool // it is to be pumped when there is room
+	later bool    // it is to be pumped when there is room
+	uc    *ucPair // what it talks instead of a reliable connection
 
 	mem      []byte // of rkey memKey
 	readOnly []byte // of rkey roKey
@@ -188,6 +198,10 @@ func (x *node) arrives(b []byte) {
 }
 
 func (x *node) takes(p *roce.Packet) {
+	if x.uc != nil {
+		x.uc.resp.Receive(p)
+		return
+	}
 	if p.Opcode.IsResponse() {
 		x.req.Receive(p, x.net.now)
 	} else {
@@ -197,6 +211,10 @@ func (x *node) takes(p *roce.Packet) {
 }
 
 func (x *node) pump() {
+	if x.uc != nil {
+		x.uc.req.Pump(x.net.now, x)
+		return
+	}
 	x.resp.Pump(x.net.now, x)
 	x.req.Pump(x.net.now, x)
 }
@@ -239,6 +257,9 @@ func (x target) Take() bool {
 }
 
 func (x target) Put(off uint32, data []byte) ib.WCStatus {
+	if off == 0 {
+		x.message = x.message[:0]
+	}
 	if int(off) != len(x.message) {
 		x.net.t.Errorf("node %d: part of a message at %d, after %d bytes", x.id, off, len(x.message))
 	}

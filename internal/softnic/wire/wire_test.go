@@ -422,6 +422,8 @@ func FuzzPackets(f *testing.F) {
 	add(roce.Packet{Opcode: op(roce.WriteFirst), PSN: psn, Payload: full, RKey: memKey, Len: simMTU + 8}, roce.Packet{Opcode: op(roce.WriteLastImm), PSN: psn + 1, Payload: full[:8]})
 	add(roce.Packet{Opcode: op(roce.ReadRequest), PSN: psn, RKey: roKey, Len: 1 << 14}, roce.Packet{Opcode: op(roce.ReadRequest), PSN: psn + 3, RKey: roKey, Addr: 3 * simMTU, Len: 1<<14 - 3*simMTU},
 		roce.Packet{Opcode: op(roce.FetchAdd), PSN: psn + 64, RKey: memKey, Swap: 5})
+	add(roce.Packet{Opcode: roce.Op(roce.UC, roce.SendFirst), PSN: psn, Payload: full}, roce.Packet{Opcode: roce.Op(roce.UC, roce.WriteOnlyImm), PSN: psn + 3, RKey: memKey},
+		roce.Packet{Opcode: roce.Op(roce.UC, roce.SendLast), PSN: psn + 4, Payload: full})
 	for i := range uint8(8) {
 		add(roce.Packet{Opcode: op(roce.Acknowledge), PSN: psn + ib.PSN(i), Syndrome: roce.Ack}, roce.Packet{Opcode: op(roce.Acknowledge), PSN: psn + ib.PSN(i), Syndrome: roce.RNRNak(ib.RNRTimer(i))},
 			roce.Packet{Opcode: op(roce.Acknowledge), PSN: psn + ib.PSN(i), Syndrome: roce.NakPSN + roce.Syndrome(i)})
@@ -439,12 +441,19 @@ func FuzzPackets(f *testing.F) {
 		x.post(Request{Op: ib.OpRDMAWrite, Len: 8, RKey: memKey}, make([]byte, 8))
 		x.pump()
 		was := bytes.Clone(x.readOnly)
+		n.nodes[1].recvs = 3
+		uc := NewUCResponder(x.req.cfg, target{n.nodes[1]})
 		for len(b) >= 2 {
 			k := min(int(binary.LittleEndian.Uint16(b)), len(b)-2)
 			var p roce.Packet
-			if p.Decode(b[2:2+k]) == nil && p.Opcode.Service() == roce.RC {
+			if p.Decode(b[2:2+k]) == nil {
 				n.now += time.Microsecond
-				x.takes(&p)
+				switch p.Opcode.Service() {
+				case roce.RC:
+					x.takes(&p)
+				case roce.UC:
+					uc.Receive(&p)
+				}
 			}
 			b = b[2+k:]
 		}
