@@ -132,7 +132,7 @@ vm:
 	$(call stage,vm: the kernel's software RDMA devices)
 	.ci/setup go gcc infiniband/verbs.h
 	mkdir -p bin/vm
-	$(VMTEST) ./internal/nldev ./internal/uverbs ./internal/rdmacm ./internal/provider/... ./mr ./qp
+	$(VMTEST) ./internal/nldev ./internal/uverbs ./internal/rdmacm ./internal/provider/... ./internal/softnic/udp ./mr ./qp
 	$(VMTEST) -run 'TestKernelDevices' ./cmd/ringside
 	$(VMTEST) -short ./test/interop
 	RINGSIDE_DEVICE=rxe0 $(VMTEST) ./transport ./rpc ./examples/quickstart ./examples/pingpong ./examples/kv ./examples/filecp

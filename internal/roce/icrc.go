@@ -89,8 +89,11 @@ func (c *ICRC) Put(pkt []byte) []byte {
 // CRC then finds what it would find with 16 bits less. The error is a Drop.
 func (c *ICRC) Split(udp []byte, anyID bool) ([]byte, error) {
 	n := len(udp) - ICRCLen
-	if n < BTHLen || n > maxPacket {
+	switch {
+	case n < BTHLen:
 		return nil, DropShort
+	case n > MaxPacket:
+		return nil, DropLength
 	}
 	pkt := udp[:n:n]
 	diff := c.Sum(pkt) ^ binary.LittleEndian.Uint32(udp[n:])
@@ -100,8 +103,8 @@ func (c *ICRC) Split(udp []byte, anyID bool) ([]byte, error) {
 	return nil, DropICRC
 }
 
-// maxPacket is what a path MTU of 4,096 bytes, the largest there is, takes, from the BTH to the padding.
-const maxPacket = MaxHeaderLen + 4096
+// MaxPacket is the length of the longest packet, of a path MTU of 4,096 bytes, from the BTH to the padding.
+const MaxPacket = MaxHeaderLen + 4096
 
 // isID reports whether the CRC of an IPv4 packet of n bytes, from BTH to padding, can differ by diff for no other reason than
 // the identification.
@@ -118,8 +121,8 @@ func isID(diff uint32, n int) bool {
 const poly = crc32.IEEE
 
 // inverses has x^(-8i) at index i.
-var inverses = sync.OnceValue(func() *[ip4Len + udpLen + maxPacket + 1]uint32 {
-	var t [ip4Len + udpLen + maxPacket + 1]uint32
+var inverses = sync.OnceValue(func() *[ip4Len + udpLen + MaxPacket + 1]uint32 {
+	var t [ip4Len + udpLen + MaxPacket + 1]uint32
 	p := uint32(1 << 31) // x^0
 	for i := range t {
 		t[i] = p

@@ -69,7 +69,7 @@ func TestGoldenICRC(t *testing.T) {
 // Each of the 65,536 identifications passes, and next to nothing else does.
 func TestAnyIdentification(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
-	for _, n := range []int{BTHLen, BTHLen + 4, 100, 1040, maxPacket} {
+	for _, n := range []int{BTHLen, BTHLen + 4, 100, 1040, MaxPacket} {
 		t.Run(fmt.Sprintf("%d bytes", n), func(t *testing.T) {
 			var c ICRC
 			c.Init(src4, dst4)
@@ -131,7 +131,7 @@ func TestICRCSeesChanges(t *testing.T) {
 				t.Errorf("%v: the packet passes as one from %v to %v", ends[0], e[0], e[1])
 			}
 		}
-		if _, err := c.Split(make([]byte, maxPacket+ICRCLen+1), true); err == nil {
+		if _, err := c.Split(make([]byte, MaxPacket+ICRCLen+1), true); err == nil {
 			t.Errorf("%v: a packet that is longer than any path MTU passes", ends[0])
 		}
 	}
@@ -171,7 +171,7 @@ func FuzzSplit(f *testing.F) {
 			c.Init(src6, dst6)
 		}
 		c.Split(udp, true)
-		if len(udp) < BTHLen || len(udp) > maxPacket {
+		if len(udp) < BTHLen || len(udp) > MaxPacket {
 			return
 		}
 		if pkt, err := c.Split(c.Put(udp[:len(udp):len(udp)]), false); err != nil || len(pkt) != len(udp) {

@@ -54,16 +54,16 @@ const (
 	DropPad                     // padding that the payload does not have, or where there can be none
 	DropLength                  // a payload where there can be none, or of a length that there cannot be
 	DropICRC                    // the invariant CRC does not match
-	numDrops
+	Drops                       // how many reasons there are, and one
 )
 
-var dropNames = [numDrops]string{
+var dropNames = [Drops]string{
 	DropShort: "shorter than its headers", DropVersion: "unknown transport version", DropOpcode: "unknown opcode",
 	DropPad: "bad padding", DropLength: "bad length", DropICRC: "bad ICRC",
 }
 
 func (d Drop) Error() string {
-	if d < numDrops && dropNames[d] != "" {
+	if d < Drops && dropNames[d] != "" {
 		return "roce: packet dropped: " + dropNames[d]
 	}
 	return "roce: packet dropped"

@@ -1,0 +1,202 @@
+package udp
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"syscall"
+	"time"
+
+	"github.com/ringside-rdma/ringside/internal/roce"
+)
+
+const (
+	// batchLen is how many packets a system call moves at most.
+	batchLen = 32
+	// slotLen is the length of a packet's buffer: one more than a packet and its CRC can have, so that what is cut off is too long.
+	slotLen = roce.MaxPacket + roce.ICRCLen + 4
+	// maxFlows bounds the peers whose addresses are remembered for checking.
+	maxFlows = 1 << 12
+	// bufferLen is what the socket is to hold in each direction, bytes: a few windows of packets.
+	bufferLen = 4 << 20
+)
+
+// A Socket sends and receives packets. It is for one goroutine at a time, but for Close, Local and Wake.
+type Socket struct {
+	conn  *net.UDPConn
+	raw   syscall.RawConn
+	local netip.AddrPort
+	tx    batch // packets to be sent: those below queued
+	rx    batch
+	qued  int
+	flows map[netip.AddrPort]*roce.ICRC
+	pkt   roce.Packet
+	calls calls
+
+	Counters Counters
+}
+
+// Counters say what a Socket has done.
+type Counters struct {
+	Sent     uint64 // packets
+	Received uint64
+	NotSent  uint64             // packets that the system refused to send: no route, longer than a link on the way allows
+	SendErr  error              // why, the last of them
+	Full     uint64             // times that no more packets could be sent at once
+	Dropped  [roce.Drops]uint64 // received packets that are none, by why
+}
+
+// Listen opens a socket on an address of this host, which must be a certain one: the invariant CRC covers it. Port 0 is any
+// that is free; roce.Port is where others expect it.
+func Listen(local netip.AddrPort) (*Socket, error) {
+	a := netip.AddrPortFrom(local.Addr().Unmap(), local.Port())
+	if !a.Addr().IsValid() || a.Addr().IsUnspecified() || a.Addr().IsMulticast() {
+		return nil, fmt.Errorf("udp: %v is not the address of an interface: the invariant CRC needs to know which it is", local)
+	}
+	network := "udp6"
+	if a.Addr().Is4() {
+		network = "udp4"
+	}
+	cfg := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var err error
+		if e := c.Control(func(fd uintptr) { err = setOptions(int(fd), a.Addr().Is4()) }); e != nil {
+			return e
+		}
+		return err
+	}}
+	c, err := cfg.ListenPacket(context.Background(), network, a.String())
+	if err != nil {
+		return nil, fmt.Errorf("udp: %w", err)
+	}
+	s := &Socket{conn: c.(*net.UDPConn), flows: map[netip.AddrPort]*roce.ICRC{}}
+	// The system gives what it allows (net.core.rmem_max and wmem_max of Linux).
+	s.conn.SetReadBuffer(bufferLen)
+	s.conn.SetWriteBuffer(bufferLen)
+	s.local = s.conn.LocalAddr().(*net.UDPAddr).AddrPort()
+	s.local = netip.AddrPortFrom(s.local.Addr().Unmap(), s.local.Port())
+	if s.raw, err = s.conn.SyscallConn(); err != nil {
+		s.conn.Close()
+		return nil, fmt.Errorf("udp: %w", err)
+	}
+	s.prepare()
+	s.tx.init(batchLen, a.Addr().Is4())
+	s.rx.init(batchLen, a.Addr().Is4())
+	return s, nil
+}
+
+// Local returns the address that packets leave from.
+func (s *Socket) Local() netip.AddrPort { return s.local }
+
+// Close ends the socket, and a Receive that waits.
+func (s *Socket) Close() error { return s.conn.Close() }
+
+// Wake ends a Receive that waits.
+func (s *Socket) Wake() { s.conn.SetReadDeadline(time.Unix(1, 0)) }
+
+// A Peer is where packets go. It is a wire.Output; what is committed leaves with the socket's next Flush, or when there is no room
+// for more.
+type Peer struct {
+	s    *Socket
+	addr netip.AddrPort
+	icrc roce.ICRC
+	n    int // bytes of the packet that is being made
+}
+
+// Peer returns the peer at an address, which is of the family of the socket's.
+func (s *Socket) Peer(addr netip.AddrPort) (*Peer, error) {
+	a := netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port())
+	if a.Addr().Is4() != s.local.Addr().Is4() || a.Port() == 0 || a.Addr().IsUnspecified() {
+		return nil, fmt.Errorf("udp: packets do not go from %v to %v", s.local, addr)
+	}
+	p := &Peer{s: s, addr: a}
+	p.icrc.Init(s.local, a)
+	return p, nil
+}
+
+// Packet implements wire.Output.
+func (p *Peer) Packet(h *roce.Packet, n int) ([]byte, bool) {
+	s := p.s
+	if s.qued == batchLen {
+		if s.Flush(); s.qued == batchLen {
+			s.Counters.Full++
+			return nil, false
+		}
+	}
+	b := s.tx.slot(s.qued)
+	k := h.PutHeader(b, n)
+	p.n = k + n + roce.Pad(n)
+	clear(b[k+n : p.n])
+	return b[k : k+n : k+n], true
+}
+
+// Commit implements wire.Output.
+func (p *Peer) Commit() {
+	b := p.icrc.Put(p.s.tx.slot(p.s.qued)[:p.n])
+	p.s.tx.set(p.s.qued, len(b), p.addr)
+	p.s.qued++
+}
+
+// Abort implements wire.Output.
+func (p *Peer) Abort() {}
+
+// Flush hands what was committed to the system. What the system refuses for good is dropped, as a network might; what it has
+// no room for stays for the next Flush. It reports whether all is gone.
+func (s *Socket) Flush() bool {
+	for done := 0; s.qued > 0; {
+		n, err := s.send(done, s.qued-done)
+		s.Counters.Sent += uint64(n)
+		done += n
+		if err != nil && !again(err) && done < s.qued {
+			s.Counters.NotSent++
+			s.Counters.SendErr = err
+			done++
+			err = nil
+		}
+		if done == s.qued || err != nil {
+			s.qued = s.tx.shift(done, s.qued)
+			break
+		}
+	}
+	return s.qued == 0
+}
+
+// Receive hands packets to fn, which may use them until it returns, and returns how many these were. If there are none, it
+// waits until the deadline; without one (a zero time) it does not wait. It may return without any before that. Packets whose
+// invariant CRC does not match, and those that are none, are counted and dropped.
+func (s *Socket) Receive(deadline time.Time, fn func(src netip.AddrPort, p *roce.Packet)) (int, error) {
+	n, err := s.receive(deadline)
+	if err != nil {
+		return 0, err
+	}
+	for i := range n {
+		b, src := s.rx.get(i)
+		s.Counters.Received++
+		pkt, err := s.flow(src).Split(b, true)
+		if err == nil {
+			err = s.pkt.Decode(pkt)
+		}
+		if err != nil {
+			if d, ok := err.(roce.Drop); ok && int(d) < len(s.Counters.Dropped) {
+				s.Counters.Dropped[d]++
+			}
+			continue
+		}
+		fn(src, &s.pkt)
+	}
+	return n, nil
+}
+
+// flow returns what checks packets from src.
+func (s *Socket) flow(src netip.AddrPort) *roce.ICRC {
+	if f := s.flows[src]; f != nil {
+		return f
+	}
+	if len(s.flows) == maxFlows { // somebody makes up addresses: those that are real come back
+		clear(s.flows)
+	}
+	f := new(roce.ICRC)
+	f.Init(src, s.local)
+	s.flows[src] = f
+	return f
+}
