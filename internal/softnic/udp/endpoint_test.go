@@ -12,7 +12,7 @@ import (
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// An endpoint is a reliable connection over a Socket, with a memory that its peer may do everything with, which begins at memAddr.
+// An endpoint is a connection over a Socket, reliable or not, with a memory that its peer may do everything with, which begins at memAddr.
 type endpoint struct {
 	t    *testing.T
 	sock *Socket
@@ -20,6 +20,9 @@ type endpoint struct {
 	qpn  uint32
 	req  *wire.Requester
 	resp *wire.Responder
+	uc   bool // the next two are used instead
+	ureq *wire.UCRequester
+	ursp *wire.UCResponder
 	born time.Time
 	lose func() bool // whether a packet that came is lost
 
@@ -53,13 +56,18 @@ func newEndpoint(t *testing.T, sock *Socket, to netip.AddrPort, qpn uint32, cfg 
 		t.Fatal(err)
 	}
 	e.req, e.resp = wire.NewRequester(cfg, e), wire.NewResponder(cfg, endpointTarget{e})
+	e.ureq, e.ursp = wire.NewUCRequester(cfg, e), wire.NewUCResponder(cfg, endpointTarget{e})
 	return e
 }
 
 func (e *endpoint) post(r wire.Request, from, to []byte) {
 	r.Len = uint32(max(len(from), len(to)))
 	e.sends = append(e.sends, sendBuf{from, to})
-	e.req.Post(&r)
+	if e.uc {
+		e.ureq.Post(&r)
+	} else {
+		e.req.Post(&r)
+	}
 }
 
 // run drives the connection until done says that it is enough.
@@ -75,18 +83,24 @@ func (e *endpoint) run(done func() bool) {
 		e.req.Expire(now)
 		e.resp.Pump(now, e.peer)
 		e.req.Pump(now, e.peer)
+		e.ureq.Pump(now, e.peer)
 		e.sock.Flush()
 		wait := 10 * time.Millisecond
 		if d := e.req.Deadline(); d != 0 {
 			wait = min(wait, max(0, d-now))
 		}
 		_, err := e.sock.Receive(time.Now().Add(wait), func(_ netip.AddrPort, p *roce.Packet) {
-			if e.lose != nil && e.lose() || p.DestQP != e.qpn || p.Opcode.Service() != roce.RC {
+			if e.lose != nil && e.lose() || p.DestQP != e.qpn {
 				return
 			}
-			if p.Opcode.IsResponse() {
+			switch {
+			case e.uc && p.Opcode.Service() == roce.UC:
+				e.ursp.Receive(p)
+			case p.Opcode.Service() != roce.RC || e.uc:
+				e.t.Errorf("%v came", p.Opcode)
+			case p.Opcode.IsResponse():
 				e.req.Receive(p, time.Since(e.born))
-			} else {
+			default:
 				e.resp.Receive(p)
 			}
 		})
@@ -100,7 +114,7 @@ func (e *endpoint) run(done func() bool) {
 // finish runs until all requests have ended.
 func (e *endpoint) finish() {
 	e.t.Helper()
-	e.run(func() bool { return e.req.Queued() == 0 })
+	e.run(func() bool { return e.req.Queued() == 0 && e.ureq.Queued() == 0 })
 }
 
 // serve runs until stop is true.

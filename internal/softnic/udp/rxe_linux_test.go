@@ -76,7 +76,7 @@ type rxeSide struct {
 }
 
 // pairWithRXE joins an endpoint and a queue pair of rxe.
-func pairWithRXE(t *testing.T, mtu ib.MTU, change func(*qp.ConnectParams)) (*endpoint, *rxeSide) {
+func pairWithRXE(t *testing.T, typ ib.QPType, mtu ib.MTU, change func(*qp.ConnectParams)) (*endpoint, *rxeSide) {
 	t.Helper()
 	must := func(err error) {
 		t.Helper()
@@ -103,10 +103,14 @@ func pairWithRXE(t *testing.T, mtu ib.MTU, change func(*qp.ConnectParams)) (*end
 	m, err := mr.Alloc(pd, memLen, ib.AccessLocalWrite|ib.AccessRemote)
 	must(err)
 	closes(m)
-	q, err := qp.New(pd, &qp.Config{Type: ib.RC, SendCQ: cq, RecvCQ: cq, SendDepth: 200, RecvDepth: 200})
+	q, err := qp.New(pd, &qp.Config{Type: typ, SendCQ: cq, RecvCQ: cq, SendDepth: 200, RecvDepth: 200})
 	must(err)
 	closes(q)
-	must(q.Init(t.Context(), 1, ib.AccessRemote))
+	access := ib.AccessRemote
+	if typ == ib.UC {
+		access = ib.AccessRemoteWrite
+	}
+	must(q.Init(t.Context(), 1, access))
 	src, err := ctx.SourceGID(1, netip.MustParseAddr(softAddr))
 	must(err)
 	const ours, ourPSN, theirPSN = 0x123456, ib.MaxPSN - 3, 77
@@ -119,6 +123,7 @@ func pairWithRXE(t *testing.T, mtu ib.MTU, change func(*qp.ConnectParams)) (*end
 	sock := inNamespace(t, netip.MustParseAddrPort(softAddr+":4791"))
 	e := newEndpoint(t, sock, netip.MustParseAddrPort(rxeAddr+":4791"), ours, wire.Config{DestQP: uint32(q.QPN()), MTU: mtu.Bytes(), SQPSN: ourPSN, RQPSN: theirPSN,
 		AckTimeout: 67 * time.Millisecond, RetryCount: 250, RNRRetry: ib.RNRRetryForever, MinRNRTimer: 12, MaxRdAtomic: 4, MaxDestRdAtomic: 4, SendDepth: 256})
+	e.uc = typ == ib.UC
 	return e, &rxeSide{t, q, cq, m}
 }
 
@@ -177,12 +182,13 @@ func TestRXE(t *testing.T) {
 			t.Run("from rxe", func(t *testing.T) { fromRXE(t, mtu, sizes) })
 		})
 	}
+	t.Run("UC", unreliableRXE)
 	t.Run("refused by rxe", refusedByRXE)
 	t.Run("refused by us", refusedByUs)
 }
 
 func toRXE(t *testing.T, mtu ib.MTU, sizes []int) {
-	e, r := pairWithRXE(t, mtu, nil)
+	e, r := pairWithRXE(t, ib.RC, mtu, nil)
 	for i, n := range sizes {
 		r.recv(1)
 		data := bytesOf(n, byte(i))
@@ -250,7 +256,7 @@ func toRXE(t *testing.T, mtu ib.MTU, sizes []int) {
 }
 
 func fromRXE(t *testing.T, mtu ib.MTU, sizes []int) {
-	e, r := pairWithRXE(t, mtu, nil)
+	e, r := pairWithRXE(t, ib.RC, mtu, nil)
 	var stop atomic.Bool
 	served := make(chan struct{})
 	e.recvs = len(sizes) + 100
@@ -314,6 +320,60 @@ func fromRXE(t *testing.T, mtu ib.MTU, sizes []int) {
 	}
 }
 
+// Over an unreliable connection, both ways; a message that is lost has never been.
+func unreliableRXE(t *testing.T) {
+	const mtu = ib.MTU1024
+	e, r := pairWithRXE(t, ib.UC, mtu, nil)
+	sizes := []int{0, 1, 1023, 1024, 1025, 5000}
+	for i, n := range sizes {
+		r.recv(2)
+		k := r.m.RemoteRange(40000, 9000)
+		e.post(wire.Request{Op: ib.OpSendWithImm, Imm: uint32(i)}, bytesOf(n, byte(i)), nil)
+		e.finish()
+		if wc := r.wait(1)[0]; wc.Status != ib.WCSuccess || int(wc.ByteLen) != n || wc.Imm != uint32(i) || !bytes.Equal(r.m.Bytes()[:n], bytesOf(n, byte(i))) {
+			t.Errorf("SEND of %d bytes: %+v", n, wc)
+		}
+		e.post(wire.Request{Op: ib.OpRDMAWriteWithImm, Imm: uint32(i), Addr: k.Addr, RKey: uint32(k.RKey)}, bytesOf(n, byte(i+1)), nil)
+		e.finish()
+		if wc := r.wait(1)[0]; wc.Opcode != ib.WCRecvRDMAWithImm || int(wc.ByteLen) != n || !bytes.Equal(r.m.Bytes()[40000:][:n], bytesOf(n, byte(i+1))) {
+			t.Errorf("WRITE of %d bytes: %+v", n, wc)
+		}
+	}
+	e.recvs = 2*len(sizes) + 1
+	buf := r.m.Bytes()
+	send := func(n int, wr ib.SendWR) {
+		t.Helper()
+		wr.Flags, wr.SGEs = ib.SendSignaled, []ib.SGE{r.m.SGE(0, n)}
+		if k, err := r.q.PostSend([]ib.SendWR{wr}); k != 1 {
+			t.Fatal(err)
+		}
+		if wc := r.wait(1)[0]; wc.Status != ib.WCSuccess {
+			t.Errorf("%+v", wc)
+		}
+	}
+	for i, n := range sizes {
+		copy(buf, bytesOf(n, byte(i)))
+		send(n, ib.SendWR{Opcode: ib.OpSendWithImm, Imm: uint32(i)})
+		e.run(func() bool { return len(e.got) == 2*i+1 })
+		if m := e.got[2*i]; m.st != ib.WCSuccess || m.Imm != uint32(i) || !bytes.Equal(m.data, buf[:n]) {
+			t.Errorf("SEND of %d bytes: %+v", n, m.Message)
+		}
+		send(n, ib.SendWR{Opcode: ib.OpRDMAWriteWithImm, Imm: uint32(i), RemoteAddr: memAddr + 100, RKey: memRKey})
+		e.run(func() bool { return len(e.got) == 2*i+2 })
+		if m := e.got[2*i+1]; !m.Write || m.Imm != uint32(i) || !bytes.Equal(e.mem[100:][:n], buf[:n]) {
+			t.Errorf("WRITE of %d bytes: %+v", n, m.Message)
+		}
+	}
+	packet := 0
+	e.lose = func() bool { packet++; return packet == 2 }
+	send(5000, ib.SendWR{Opcode: ib.OpSend})
+	send(8, ib.SendWR{Opcode: ib.OpSend})
+	e.run(func() bool { return len(e.got) == 2*len(sizes)+1 })
+	if m := e.got[2*len(sizes)]; m.Len != 8 {
+		t.Errorf("after a message that lost a packet came one of %d bytes", m.Len)
+	}
+}
+
 func refusedByRXE(t *testing.T) {
 	for name, c := range map[string]struct {
 		req  wire.Request
@@ -323,7 +383,7 @@ func refusedByRXE(t *testing.T) {
 		"READ":  {wire.Request{Op: ib.OpRDMARead, RKey: 1}, ib.WCRemoteAccessErr},
 	} {
 		t.Run(name, func(t *testing.T) {
-			e, _ := pairWithRXE(t, ib.MTU1024, nil)
+			e, _ := pairWithRXE(t, ib.RC, ib.MTU1024, nil)
 			e.post(c.req, make([]byte, 100), make([]byte, 100))
 			e.post(wire.Request{Op: ib.OpSend}, nil, nil)
 			e.finish()
@@ -347,7 +407,7 @@ func refusedByUs(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			silent := c.want == ib.WCRetryExceeded
-			e, r := pairWithRXE(t, ib.MTU1024, func(p *qp.ConnectParams) {
+			e, r := pairWithRXE(t, ib.RC, ib.MTU1024, func(p *qp.ConnectParams) {
 				if p.RNRRetry = 2; silent {
 					p.RetryCount, p.AckTimeout = 2, 10*time.Millisecond
 				}
