@@ -135,8 +135,9 @@ func (s *Side) saysLastWQE() bool {
 	return s.dev.Provider != "siw" && (s.dev.Provider != "rxe" || !running.before(lastWQE))
 }
 
-// fencesStall reports that requests with a fence must not meet a receive that is not posted yet: rxe fences them again
-// when it sends them again, behind READs and atomics that come after them, and so waits for ever (rxe_wqe_is_fenced).
+// fencesStall reports that a READ or an atomic must not come behind a request with a fence: should rxe have to send that
+// again, for want of a receive or because it did not hear of it in time, it fences it again, behind those that come after
+// it, and so waits for ever (rxe_wqe_is_fenced).
 func (s *Side) fencesStall() bool { return s.dev.Provider == "rxe" }
 
 // A gap that names no case hides nothing.
