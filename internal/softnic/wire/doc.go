@@ -39,6 +39,9 @@ const defaultWindow = 128
 // maxMessage is the length of the longest message (IBA 9.4.1).
 const maxMessage = 1 << 31
 
+// maxPackets is how many packets a message can have: PSNs are compared within half of their space (IBA 9.7.3.1).
+const maxPackets = 1<<23 - 1
+
 // An Output takes packets. Neither of its methods may call back.
 type Output interface {
 	// Packet returns n bytes to write the payload of a packet to that has the headers of p. Commit, which follows, sends it.

@@ -168,6 +168,10 @@ func (r *Requester) Pump(now time.Duration, out Output) (full bool) {
 	for r.cur != r.tail && !r.failed && r.rnrUntil == 0 {
 		e := r.at(r.cur)
 		fresh := r.nxt == r.end
+		if e.packets > maxPackets {
+			r.spoil(ib.WCLocalLengthErr)
+			return false
+		}
 		if r.bad != ib.WCSuccess && r.cur == r.badAt || fresh && !r.may(e) {
 			return false
 		}
@@ -242,8 +246,7 @@ func (r *Requester) send(e *entry, out Output) (sent, full bool) {
 	}
 	if !r.q.Gather(r.cur, off, payload) {
 		out.Abort()
-		r.bad, r.badAt = ib.WCLocalProtErr, r.cur
-		r.settle()
+		r.spoil(ib.WCLocalProtErr)
 		return false, false
 	}
 	out.Commit()
@@ -488,6 +491,12 @@ func (r *Requester) response(p *roce.Packet, now time.Duration) {
 	e.got += size
 	e.done = size == left
 	r.acked(p.PSN.Add(1), now)
+}
+
+// spoil notes that request cur cannot be sent: it fails once those before it have ended.
+func (r *Requester) spoil(st ib.WCStatus) {
+	r.bad, r.badAt = st, r.cur
+	r.settle()
 }
 
 // settle fails the request that could not be sent, if those before it have ended.

@@ -137,7 +137,7 @@ func (r *Responder) accept(n uint32) {
 func (r *Responder) read(p *roce.Packet) {
 	st := ib.WCSuccess
 	switch {
-	case p.Len > maxMessage, r.cfg.MaxDestRdAtomic == 0:
+	case p.Len > maxMessage, packets(p.Len, r.cfg.MTU) > maxPackets, r.cfg.MaxDestRdAtomic == 0:
 		st = ib.WCRemoteInvalidReqErr
 	case p.Len > 0:
 		st = r.t.Check(p.RKey, p.Addr, p.Len, ib.AccessRemoteRead)

@@ -362,7 +362,7 @@ func newNetwork(t testing.TB, seed uint64, change func(*Config)) *network {
 // post queues a request of node x.
 func (x *node) post(r Request, data []byte) {
 	x.sends = append(x.sends, data)
-	x.sinks = append(x.sinks, make([]byte, r.Len))
+	x.sinks = append(x.sinks, make([]byte, min(r.Len, 1<<20)))
 	x.req.Post(&r)
 }
 

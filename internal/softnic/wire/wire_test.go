@@ -233,19 +233,20 @@ func TestRefused(t *testing.T) {
 		recv   ib.WCStatus // of the receive that it has taken
 		late   bool        // it is found out when what follows has been executed
 	}{
-		"WRITE, wrong key":      {req: Request{Op: ib.OpRDMAWrite, Len: 8, RKey: 1}, want: ib.WCRemoteAccessErr},
-		"WRITE, read only":      {req: Request{Op: ib.OpRDMAWrite, Len: 8, RKey: roKey}, want: ib.WCRemoteAccessErr},
-		"WRITE, out of range":   {req: Request{Op: ib.OpRDMAWrite, Len: 1000, RKey: memKey, Addr: 1<<14 - 999}, want: ib.WCRemoteAccessErr},
-		"WRITE, wraps":          {req: Request{Op: ib.OpRDMAWrite, Len: 1000, RKey: memKey, Addr: 1<<64 - 500}, want: ib.WCRemoteAccessErr},
-		"READ, wrong key":       {req: Request{Op: ib.OpRDMARead, Len: 8, RKey: 1}, want: ib.WCRemoteAccessErr},
-		"READ, not allowed":     {change: func(c *Config) { c.MaxDestRdAtomic = 0 }, req: Request{Op: ib.OpRDMARead, Len: 8, RKey: memKey}, want: ib.WCRemoteInvalidReqErr},
-		"atomic, misaligned":    {req: Request{Op: ib.OpAtomicFetchAdd, Len: 8, RKey: memKey, Addr: 4}, want: ib.WCRemoteInvalidReqErr},
-		"atomic, read only":     {req: Request{Op: ib.OpAtomicCmpSwap, Len: 8, RKey: roKey}, want: ib.WCRemoteAccessErr},
-		"SEND, too long":        {before: func(a, b *node) { b.recvs, b.recvLen = 2, 600 }, req: Request{Op: ib.OpSend, Len: 700}, want: ib.WCRemoteInvalidReqErr, recv: ib.WCLocalLengthErr},
-		"SEND, local memory":    {before: func(a, b *node) { a.badAt = 1 }, req: Request{Op: ib.OpSend, Len: 8}, want: ib.WCLocalProtErr},
-		"READ, local memory":    {before: func(a, b *node) { a.badAt = 1 }, req: Request{Op: ib.OpRDMARead, Len: 8, RKey: memKey}, want: ib.WCLocalProtErr, late: true},
-		"SEND, no receive ever": {change: func(c *Config) { c.RNRRetry = 3 }, before: func(a, b *node) { b.recvs = 1 }, req: Request{Op: ib.OpSend, Len: 8}, want: ib.WCRNRRetryExceeded},
-		"nobody answers":        {before: func(a, b *node) { a.net.after(100*time.Microsecond, func() { a.net.cut[1] = true }) }, req: Request{Op: ib.OpSend, Len: 8}, want: ib.WCRetryExceeded},
+		"WRITE, wrong key":             {req: Request{Op: ib.OpRDMAWrite, Len: 8, RKey: 1}, want: ib.WCRemoteAccessErr},
+		"WRITE, read only":             {req: Request{Op: ib.OpRDMAWrite, Len: 8, RKey: roKey}, want: ib.WCRemoteAccessErr},
+		"WRITE, out of range":          {req: Request{Op: ib.OpRDMAWrite, Len: 1000, RKey: memKey, Addr: 1<<14 - 999}, want: ib.WCRemoteAccessErr},
+		"WRITE, wraps":                 {req: Request{Op: ib.OpRDMAWrite, Len: 1000, RKey: memKey, Addr: 1<<64 - 500}, want: ib.WCRemoteAccessErr},
+		"READ, wrong key":              {req: Request{Op: ib.OpRDMARead, Len: 8, RKey: 1}, want: ib.WCRemoteAccessErr},
+		"READ, not allowed":            {change: func(c *Config) { c.MaxDestRdAtomic = 0 }, req: Request{Op: ib.OpRDMARead, Len: 8, RKey: memKey}, want: ib.WCRemoteInvalidReqErr},
+		"READ, more packets than PSNs": {req: Request{Op: ib.OpRDMARead, Len: 1 << 31, RKey: memKey}, want: ib.WCLocalLengthErr},
+		"atomic, misaligned":           {req: Request{Op: ib.OpAtomicFetchAdd, Len: 8, RKey: memKey, Addr: 4}, want: ib.WCRemoteInvalidReqErr},
+		"atomic, read only":            {req: Request{Op: ib.OpAtomicCmpSwap, Len: 8, RKey: roKey}, want: ib.WCRemoteAccessErr},
+		"SEND, too long":               {before: func(a, b *node) { b.recvs, b.recvLen = 2, 600 }, req: Request{Op: ib.OpSend, Len: 700}, want: ib.WCRemoteInvalidReqErr, recv: ib.WCLocalLengthErr},
+		"SEND, local memory":           {before: func(a, b *node) { a.badAt = 1 }, req: Request{Op: ib.OpSend, Len: 8}, want: ib.WCLocalProtErr},
+		"READ, local memory":           {before: func(a, b *node) { a.badAt = 1 }, req: Request{Op: ib.OpRDMARead, Len: 8, RKey: memKey}, want: ib.WCLocalProtErr, late: true},
+		"SEND, no receive ever":        {change: func(c *Config) { c.RNRRetry = 3 }, before: func(a, b *node) { b.recvs = 1 }, req: Request{Op: ib.OpSend, Len: 8}, want: ib.WCRNRRetryExceeded},
+		"nobody answers":               {before: func(a, b *node) { a.net.after(100*time.Microsecond, func() { a.net.cut[1] = true }) }, req: Request{Op: ib.OpSend, Len: 8}, want: ib.WCRetryExceeded},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNetwork(t, 1, c.change)
@@ -258,7 +259,7 @@ func TestRefused(t *testing.T) {
 			a.pump()
 			n.run(n.ended)
 			n.after(time.Millisecond, func() {
-				a.post(c.req, make([]byte, c.req.Len))
+				a.post(c.req, make([]byte, min(c.req.Len, 1<<16)))
 				a.post(Request{Op: ib.OpSend, Len: 8}, make([]byte, 8))
 				a.pump()
 			})
