@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -152,6 +153,12 @@ func (r *rxeSide) wait(n int) []ib.WC {
 	return wcs
 }
 
+// oneIn loses one packet in n, by chance: every n-th might be the same one each time that it is sent again.
+func oneIn(n int) func() bool {
+	r := rand.New(rand.NewPCG(1, 2))
+	return func() bool { return r.IntN(n) == 0 }
+}
+
 func setUpRXE(t *testing.T) {
 	if os.Getenv("RINGSIDE_SOFT_ROCE") == "" {
 		testutil.Skip(t, "go run ./test/soft-roce -- go test ./internal/softnic/udp has a kernel to talk to")
@@ -236,8 +243,7 @@ func toRXE(t *testing.T, mtu ib.MTU, sizes []int) {
 	e.finish()
 	// Many at once, with some of the answers lost.
 	r.wait(1)
-	lost := 0
-	e.lose = func() bool { lost++; return lost%7 == 0 }
+	e.lose = oneIn(7)
 	for i := range 100 {
 		r.recv(1)
 		e.post(wire.Request{Op: ib.OpSend}, bytesOf(64, byte(i)), nil)
@@ -260,8 +266,7 @@ func fromRXE(t *testing.T, mtu ib.MTU, sizes []int) {
 	var stop atomic.Bool
 	served := make(chan struct{})
 	e.recvs = len(sizes) + 100
-	lost := 0
-	e.lose = func() bool { lost++; return lost%11 == 0 }
+	e.lose = oneIn(11)
 	go func() {
 		defer close(served)
 		e.serve(&stop)
