@@ -524,3 +524,21 @@ func (q *quietQueue) Complete(_ uint32, st ib.WCStatus) {
 	q.ended++
 	q.failed = q.failed || st != ib.WCSuccess
 }
+
+// A request with a fence is not sent before the responses to READs and atomics that came before it are there.
+func TestFenceWaits(t *testing.T) {
+	n := newNetwork(t, 1, nil)
+	a, b := n.nodes[0], n.nodes[1]
+	b.recvs = 2
+	a.post(Request{Op: ib.OpRDMARead, Len: 3 * simMTU, RKey: roKey}, nil)
+	a.post(Request{Op: ib.OpSend, Len: 8}, make([]byte, 8))
+	a.post(Request{Op: ib.OpSend, Len: 8, Fence: true}, make([]byte, 8))
+	a.pump()
+	if a.req.Counters.Sent != 2 {
+		t.Errorf("%d packets were sent before the response, want those of the READ and of the SEND without a fence", a.req.Counters.Sent)
+	}
+	n.run(n.ended)
+	if len(b.got) != 2 || a.req.Counters.Sent != 3 {
+		t.Errorf("%d messages, %d packets", len(b.got), a.req.Counters.Sent)
+	}
+}
