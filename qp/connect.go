@@ -29,6 +29,8 @@ type Endpoint struct {
 	LID ib.LID // of the port; InfiniBand only
 	QPN ib.QPN
 	PSN ib.PSN // of the first packet that this side sends
+	// UDPPort is where a software NIC receives packets for the GID (verbs.Context.UDPPort); 0: the standard port.
+	UDPPort uint16
 }
 
 // ConnectParams describe a connection. Zero fields take their defaults. The timers and retries are rounded up to what
@@ -38,7 +40,7 @@ type ConnectParams struct {
 	LocalPSN ib.PSN   // of the first packet that this side sends: the PSN in the Endpoint that the peer was given
 
 	SGIDIndex    int    // the slot of the own port's GID table to send from
-	MTU          ib.MTU // both sides must use the same; default the port's active MTU
+	MTU          ib.MTU // both sides must use the same; default the GID's MTU, or the port's active MTU
 	HopLimit     uint8  // default 64
 	TrafficClass uint8
 	FlowLabel    uint32
@@ -71,7 +73,7 @@ func (q *QP) Connect(ctx context.Context, p ConnectParams) error {
 	rtr := &ib.QPAttr{
 		State: ib.RTR, PathMTU: p.MTU, DestQPN: p.Remote.QPN, RQPSN: p.Remote.PSN,
 		AH: ib.AHAttr{DGID: p.Remote.GID, DLID: p.Remote.LID, SGIDIndex: p.SGIDIndex, HopLimit: p.HopLimit,
-			TrafficClass: p.TrafficClass, FlowLabel: p.FlowLabel, SL: p.SL, Port: cur.Port},
+			TrafficClass: p.TrafficClass, FlowLabel: p.FlowLabel, SL: p.SL, Port: cur.Port, UDPPort: p.Remote.UDPPort},
 	}
 	rts := &ib.QPAttr{State: ib.RTS, SQPSN: p.LocalPSN}
 	toRTR, toRTS := ib.AttrState|rtrRC, ib.AttrState|rtsRC
@@ -82,11 +84,9 @@ func (q *QP) Connect(ctx context.Context, p ConnectParams) error {
 		return q.err("modify_qp", err)
 	}
 	if rtr.PathMTU == 0 {
-		pa, err := q.pd.Context().QueryPort(cur.Port)
-		if err != nil {
+		if rtr.PathMTU, err = q.defaultMTU(cur.Port, p.SGIDIndex); err != nil {
 			return err
 		}
-		rtr.PathMTU = pa.ActiveMTU
 	}
 	if rtr.AH.HopLimit == 0 {
 		rtr.AH.HopLimit = 64
@@ -100,6 +100,24 @@ func (q *QP) Connect(ctx context.Context, p ConnectParams) error {
 		return err
 	}
 	return q.Modify(ctx, rts, toRTS)
+}
+
+// defaultMTU is the largest path MTU that the own side can use.
+func (q *QP) defaultMTU(port uint8, sgid int) (ib.MTU, error) {
+	pa, err := q.pd.Context().QueryPort(port)
+	if err != nil {
+		return 0, err
+	}
+	gids, err := q.pd.Context().GIDs(port)
+	if err != nil {
+		return 0, err
+	}
+	for _, g := range gids {
+		if g.Index == sgid && g.MTU != 0 {
+			return g.MTU, nil
+		}
+	}
+	return pa.ActiveMTU, nil
 }
 
 // reliability fills in the attributes that only RC has.

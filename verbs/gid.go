@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
+	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -12,16 +14,42 @@ import (
 // the peer is reached by other means; it may be the zero Addr. The GID that is near's own address comes first, then RoCE v2
 // before other types, near's IP version (IPv4 if it is unknown, or a loopback address) before the other, and addresses of
 // wide reach before link-local ones: both ends of a connection must have the same type and IP version.
+//
+// A software NIC's GID for other software NICs of the same host comes before all; SourceGIDOf finds its others.
 func (c *Context) SourceGID(port uint8, near netip.Addr) (ib.GIDEntry, error) {
+	return c.sourceGID(port, near, nil)
+}
+
+// SourceGIDOf is SourceGID among the GIDs of one type.
+func (c *Context) SourceGIDOf(port uint8, near netip.Addr, t ib.GIDType) (ib.GIDEntry, error) {
+	return c.sourceGID(port, near, func(g ib.GIDEntry) bool { return g.Type != t })
+}
+
+func (c *Context) sourceGID(port uint8, near netip.Addr, skip func(ib.GIDEntry) bool) (ib.GIDEntry, error) {
 	gids, err := c.GIDs(port)
 	if err != nil {
 		return ib.GIDEntry{}, err
+	}
+	if skip != nil {
+		gids = slices.DeleteFunc(gids, skip)
 	}
 	i := bestGID(gids, near)
 	if i < 0 {
 		return ib.GIDEntry{}, c.err("query_gid", fmt.Errorf("port %d: %w", port, errNoGID))
 	}
 	return gids[i], nil
+}
+
+// UDPPort returns the UDP port at which packets for a RoCEv2 GID are received: the standard one, 4791, but for a software NIC
+// on a host where somebody else has it. A software NIC begins to receive from the network, at that GID's address, when it is
+// asked, or when a queue pair is connected from the GID. Peers must be told (qp.Endpoint.UDPPort, ib.AHAttr.UDPPort).
+func (c *Context) UDPPort(port uint8, gidIndex int) (uint16, error) {
+	p, ok := c.drv.(driver.UDPPorter)
+	if !ok {
+		return 4791, nil
+	}
+	n, err := p.UDPPort(port, gidIndex)
+	return n, c.err("query_gid", err)
 }
 
 var errNoGID = errors.New("the GID table is empty: does its net device have an address, and is it up?")
@@ -38,6 +66,9 @@ func bestGID(gids []ib.GIDEntry, near netip.Addr) int {
 		}
 		a := g.GID.Addr()
 		n := 0
+		if g.Type == ib.GIDSoft {
+			n |= 16
+		}
 		if near.IsValid() && a == near.WithZone("") {
 			n |= 8
 		}

@@ -260,7 +260,7 @@ func ucRefused(c *C) {
 
 // settle waits until what was sent unreliably has arrived or is lost. A direct path delivers while it sends.
 func (c *C) settle() {
-	if c.A.dev.Port.LinkLayer != ib.LinkMemory {
+	if c.A.dev.Port.LinkLayer != ib.LinkMemory || c.A.dev.Net {
 		time.Sleep(20 * quiet)
 	}
 }

@@ -48,7 +48,7 @@ func TestControlPeer(t *testing.T) {
 		if _, err := call(s, opPD, none{}); !errors.Is(err, errNotThere) {
 			t.Errorf("%s: %v, want errNotThere", s.name, err)
 		}
-		if _, err := call(s, opOpen, "no such device"); err == nil {
+		if _, err := call(s, opOpen, openArgs{Device: "no such device"}); err == nil {
 			t.Errorf("%s: a device that does not exist was opened", s.name)
 		}
 		do(s, opCloseAll, none{})

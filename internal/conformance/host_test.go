@@ -98,10 +98,18 @@ type deviceInfo struct {
 	GID            ib.GID
 	GIDIndex       int
 	Addr           netip.Addr // of its net device; not valid if it has none
+	UDPPort        uint16     // where it receives, if that is not the standard port
+	Net            bool       // the software NIC, over a network
 }
 
-var opOpen = newOp("open", func(h *host, device string) (deviceInfo, error) {
-	c, err := verbs.Open(device)
+// openArgs name a device. Net: of the software NIC, the part that meets a network, at a loopback address.
+type openArgs struct {
+	Device string
+	Net    bool
+}
+
+var opOpen = newOp("open", func(h *host, a openArgs) (deviceInfo, error) {
+	c, err := verbs.Open(a.Device)
 	if err != nil {
 		return deviceInfo{}, err
 	}
@@ -116,10 +124,18 @@ var opOpen = newOp("open", func(h *host, device string) (deviceInfo, error) {
 		return d, err
 	}
 	best, err := c.SourceGID(1, netip.Addr{})
+	if d.Net = a.Net; a.Net {
+		if best, err = c.SourceGIDOf(1, netip.AddrFrom4([4]byte{127, 0, 0, 1}), ib.GIDRoCEv2); err == nil {
+			d.UDPPort, err = c.UDPPort(1, best.Index)
+		}
+	}
 	if err != nil {
 		return d, err
 	}
 	d.GID, d.GIDIndex = best.GID, best.Index
+	if best.MTU != 0 {
+		d.Port.ActiveMTU = min(d.Port.ActiveMTU, best.MTU)
+	}
 	d.Addr = addrOf(c.Choice().Device.NetDevs)
 	return d, nil
 })

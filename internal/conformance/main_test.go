@@ -62,6 +62,8 @@ type path struct {
 var (
 	pathInProcess   = path{name: "in-process", soft: "inproc"}
 	pathProcesses   = path{name: "processes", twoProcesses: true, soft: "shm"}
+	pathUDP         = path{name: "udp", soft: "udp"}
+	pathUDPProcs    = path{name: "udp", twoProcesses: true, soft: "udp"}
 	pathProcessesBA = path{name: "processes", twoProcesses: true, remoteIsA: true, soft: "shm"}
 )
 
@@ -73,6 +75,19 @@ func TestProcesses(t *testing.T) { runTable(t, pathProcesses) }
 
 // TestProcessesSwapped is TestProcesses with the sides exchanged.
 func TestProcessesSwapped(t *testing.T) { runTable(t, pathProcessesBA) }
+
+// TestUDP runs the table between two software NICs that meet on a network.
+func TestUDP(t *testing.T) { runUDP(t, pathUDP) }
+
+// TestUDPProcesses is TestUDP with a process for each.
+func TestUDPProcesses(t *testing.T) { runUDP(t, pathUDPProcs) }
+
+func runUDP(t *testing.T, p path) {
+	if *device != "soft0" || *peerDevice != "" {
+		testutil.Skip(t, "only the software NIC has more than one path")
+	}
+	runTable(t, p)
+}
 
 func runTable(t *testing.T, p path) {
 	if p.twoProcesses && runtime.GOOS != "linux" && *device == "soft0" {
@@ -107,6 +122,9 @@ func warmUp(c *C) {
 }
 
 func currentPath(c *C) string {
+	if c.A.dev.Net {
+		return pathUDP.soft
+	}
 	if c.A.local != nil && c.B.local != nil {
 		return pathInProcess.soft
 	}
@@ -174,7 +192,7 @@ func (r *runner) run(t *testing.T, tc testCase) {
 		if i == 1 && *peerDevice != "" {
 			name = *peerDevice
 		}
-		s.dev = do(s, opOpen, name)
+		s.dev = do(s, opOpen, openArgs{name, r.soft == "udp"})
 	}
 	column = columnOf(c.A.dev.Provider, r.name)
 	t.Cleanup(func() {

@@ -201,7 +201,7 @@ func (e *end) toRTS(o linkOpts) {
 
 // ahTo is the address of a side's port, as seen from s.
 func (s *Side) ahTo(to *Side) ib.AHAttr {
-	return ib.AHAttr{DGID: to.dev.GID, SGIDIndex: s.dev.GIDIndex, HopLimit: 64, Port: 1, DLID: to.dev.Port.LID}
+	return ib.AHAttr{DGID: to.dev.GID, SGIDIndex: s.dev.GIDIndex, HopLimit: 64, Port: 1, DLID: to.dev.Port.LID, UDPPort: to.dev.UDPPort}
 }
 
 // ah makes an address handle for a side's port.

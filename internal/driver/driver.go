@@ -272,6 +272,12 @@ type ReachChecker interface {
 	CheckReach(ctx context.Context, gid ib.GID) (path string, err error)
 }
 
+// UDPPorter is an optional part of Context: devices whose GIDs do not all receive at the standard UDP port.
+type UDPPorter interface {
+	// UDPPort is where packets for a GID are received; it sees to it that they are.
+	UDPPort(port uint8, index int) (uint16, error)
+}
+
 // Progresser is an optional part of Context: providers whose data path needs CPU time of this process say how to give it.
 type Progresser interface {
 	// Progress lets the provider do pending work; it returns whether there was any. It never blocks.

@@ -92,6 +92,11 @@ func (c *CQ) Poll(wcs []ib.WC) int {
 	if c.nic.stalled.Load() != 0 {
 		c.nic.progressStalled()
 	}
+	if ports := c.nic.netPorts.Load(); ports != nil {
+		for _, p := range *ports {
+			p.poll()
+		}
+	}
 	if q := c.single.Load(); q != nil && q.quiet() && c.err.Load() == nil {
 		return 0
 	}
@@ -226,6 +231,9 @@ func (c *CQ) Close() error {
 		}
 	}
 	c.closed = true
+	if c.armedLocal.Swap(armNone) != armNone {
+		c.nic.sleepers.Add(-1)
+	}
 	ports := c.ports
 	c.ports = nil
 	e := error(driver.ErrClosed)
@@ -335,8 +343,11 @@ func (c *CQ) signal(k int, solicited bool) {
 func (c *CQ) bitsMode() bool { return c.ready.on.Load() }
 
 func (c *CQ) fireIf(a uint32, solicited bool) {
-	if (a == armAny || solicited) && c.armedLocal.CompareAndSwap(a, armNone) && c.channel != nil {
-		c.channel.wake()
+	if (a == armAny || solicited) && c.armedLocal.CompareAndSwap(a, armNone) {
+		c.nic.sleepers.Add(-1)
+		if c.channel != nil {
+			c.channel.wake()
+		}
 	}
 }
 
@@ -364,7 +375,9 @@ func (c *CQ) Arm(solicitedOnly bool) error {
 		kind = armAny // the stronger request stays
 	}
 	c.armed = kind
-	c.armedLocal.Store(kind)
+	if c.armedLocal.Swap(kind) == armNone {
+		c.nic.sleepers.Add(1)
+	}
 	c.mu.Lock()
 	ports := c.ports
 	c.mu.Unlock()
@@ -374,6 +387,11 @@ func (c *CQ) Arm(solicitedOnly bool) error {
 	c.armMu.Unlock()
 	// Producers publish, then load the armed word, without a fence between the two: this is the fence.
 	heavyBarrier()
+	if ports := c.nic.netPorts.Load(); ports != nil {
+		for _, p := range *ports {
+			p.wake()
+		}
+	}
 	return nil
 }
 
@@ -395,7 +413,9 @@ func (c *CQ) takeFired() bool {
 		return false
 	}
 	c.armed = armNone
-	c.armedLocal.Store(armNone)
+	if c.armedLocal.Swap(armNone) != armNone {
+		c.nic.sleepers.Add(-1)
+	}
 	for _, p := range ports {
 		p.arm(armNone)
 	}

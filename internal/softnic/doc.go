@@ -6,6 +6,8 @@
 // peer's completion; READ, WRITE and atomics touch the peer's region; no thread of the peer is involved and no system call
 // is made, unless the peer sleeps and must be woken.
 //
+// To other hosts, and to whatever else speaks RoCEv2, a NIC sends packets (netPort, wireQP; packages wire and udp below this one).
+//
 // # What is shared
 //
 // Each side of a link owns chunks of memory that the other side maps too: for every connected QP a block (layout.go) with

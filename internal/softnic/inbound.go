@@ -414,6 +414,10 @@ func (q *QP) recvWC(wc *ib.WC, in *inbound, n uint32, b uint64, id uint64, total
 	imm, op, flags, status := uint32(b), ib.WCOpcode(b>>32), uint8(b>>40), ib.WCStatus(b>>48)
 	*wc = ib.WC{ID: id, Opcode: ib.WCRecv, ByteLen: n, QPN: q.qpn}
 	if status != ib.WCSuccess {
+		if status == ib.WCFlushErr && in.link.net {
+			wc.Status, wc.ByteLen = status, 0
+			return true
+		}
 		if status != ib.WCLocalLengthErr && status != ib.WCLocalProtErr && status != ib.WCLocalQPOpErr {
 			return false
 		}

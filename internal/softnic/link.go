@@ -19,6 +19,7 @@ type link struct {
 	peer ib.GID
 	path string // "inproc" or "shm"
 	full bool   // stores on the data path must be full fences
+	net  bool   // no peer is there: a netPort writes to the blocks, for those who send it packets
 	out  ctlWriter
 	// peerLive is the peer's region table: valid handles by slot. Peer-written, loaded with the busy word raised.
 	peerLive []uint32

@@ -56,6 +56,10 @@ type NIC struct {
 	work   *mailbox[func()]
 	done   chan struct{} // the worker has ended
 
+	gids     gidTable
+	netPorts atomic.Pointer[[]*netPort] // that are open; replaced under gids.mu
+	sleepers atomic.Int32               // CQs that are armed
+
 	stalled   atomic.Int32 // QPs whose head request waits
 	stalledMu sync.Mutex
 	stalledQs []*QP
@@ -140,7 +144,7 @@ func (n *NIC) QueryPort(port uint8) (ib.PortAttr, error) {
 	if port != 1 {
 		return ib.PortAttr{}, errPort(port)
 	}
-	return ib.PortAttr{State: ib.PortActive, MaxMTU: ib.MTU4096, ActiveMTU: ib.MTU4096, GIDTable: 1, PKeyTable: 1,
+	return ib.PortAttr{State: ib.PortActive, MaxMTU: ib.MTU4096, ActiveMTU: ib.MTU4096, GIDTable: maxGIDs, PKeyTable: 1,
 		MaxMessage: 1 << 31, LinkLayer: ib.LinkMemory}, nil
 }
 
@@ -154,7 +158,7 @@ func (n *NIC) GIDs(port uint8) ([]ib.GIDEntry, error) {
 	if port != 1 {
 		return nil, errPort(port)
 	}
-	return []ib.GIDEntry{{Index: 0, GID: n.gid, Type: ib.GIDSoft, PortNum: 1}}, nil
+	return n.gids.list(n.gid), nil
 }
 
 func (n *NIC) isClosed() bool {
@@ -371,6 +375,11 @@ func (n *NIC) Close() error {
 	delete(registry, n.gid)
 	registryMu.Unlock()
 	n.closeShared()
+	if ports := n.netPorts.Load(); ports != nil {
+		for _, p := range *ports {
+			p.close()
+		}
+	}
 	n.eachLink(func(l *link) {
 		l.out.send(ctl{kind: ctlBye, data: []byte("device closed")})
 		l.close(driver.ErrClosed)

@@ -16,7 +16,7 @@ import (
 
 // QP is a queue pair of the software NIC.
 //
-// Lock order: cfg, then a CQ's armMu, then a CQ's mu, then rq, then sq. Control messages and calls into other NICs are made
+// Lock order: cfg, then a netPort's mu, then a CQ's armMu, then a CQ's mu, then rq, then sq. Control messages and calls into other NICs are made
 // with none of the spin locks held, except that sending a control message (which only queues it) is always allowed.
 type QP struct {
 	nic    *NIC
@@ -42,6 +42,8 @@ type QP struct {
 	attr     ib.QPAttr     // guarded by sq
 	pv       *peerView     // guarded by sq; nil: the peer is not there (yet)
 	link     *link         // guarded by sq: the link of a connected QP
+	wire     *wireQP       // guarded by sq: its connection over a network, instead of a link
+	flushNet *netPort      // guarded by sq: has packets of this QP that were not handed to the system yet
 	rcache   [4]*remoteRegion
 	hcache   [4]*remoteRegion
 	pend     []pendingWR // ring of requests that could not be executed at once; allocated at first need
@@ -235,7 +237,10 @@ func (q *QP) Cap() ib.QPCap { return q.cap }
 func (q *QP) Path() string {
 	q.sq.Lock()
 	defer q.sq.Unlock()
-	if q.link == nil {
+	switch {
+	case q.wire != nil:
+		return pathUDP
+	case q.link == nil:
 		return ""
 	}
 	return q.link.path
@@ -291,7 +296,10 @@ func (q *QP) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) er
 	}
 	q.state.Store(uint32(next))
 	notify := mask&ib.AttrSQDNotify != 0 && attr.SQDNotify
-	begun := q.pendLen > 0 && q.stall.kind != stallNone
+	if w := q.wire; w != nil && next == ib.RTS {
+		w.toRTS()
+	}
+	begun := q.pendLen > 0 && q.stall.kind != stallNone || q.wire != nil && q.wire.given > 0
 	drained := false
 	if next == ib.SQD && cur == ib.RTS {
 		switch {
@@ -346,7 +354,7 @@ func (q *QP) checkAttr(a *ib.QPAttr, mask ib.QPAttrMask) error {
 		return bad("MaxRdAtomic", a.MaxRdAtomic)
 	case mask&ib.AttrMaxDestRdAtomic != 0 && a.MaxDestRdAtomic > maxPaths:
 		return bad("MaxDestRdAtomic", a.MaxDestRdAtomic)
-	case mask&ib.AttrAV != 0 && a.AH.SGIDIndex != 0:
+	case mask&ib.AttrAV != 0 && !q.nic.hasGID(a.AH.SGIDIndex):
 		return bad("AH.SGIDIndex", a.AH.SGIDIndex)
 	case mask&ib.AttrAV != 0 && a.AH.DGID.IsZero():
 		return bad("AH.DGID", a.AH.DGID)
@@ -388,7 +396,10 @@ func (q *QP) toRTR(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) err
 	if q.typ == ib.UD {
 		q.setAttr(attr, mask)
 		q.state.Store(uint32(ib.RTR))
-		return nil
+		return q.attachNet()
+	}
+	if attr.AH.SGIDIndex != 0 {
+		return q.toRTRWire(attr, mask)
 	}
 	l, err := q.nic.linkTo(ctx, attr.AH.DGID)
 	if err != nil {
@@ -524,10 +535,17 @@ func (q *QP) toErrorLocked(ev ib.EventType, raise bool) {
 		return
 	}
 	q.state.Store(uint32(ib.Err))
+	w := q.wire
+	if w != nil {
+		w.stop()
+	}
 	q.flushPending()
 	q.publishSC()
 	q.sq.Unlock()
 	q.shutInbound()
+	if w != nil {
+		w.flushTaken()
+	}
 	q.flushing.Store(true)
 	q.scq.signal(q.sIdx, true)
 	q.rcq.signal(q.rIdx, true)
@@ -571,7 +589,11 @@ func (q *QP) reset() {
 	q.epoch.Add(1)
 	q.state.Store(uint32(ib.Reset))
 	l := q.link
-	q.pv, q.link = nil, nil
+	w := q.wire
+	if w != nil {
+		w.stop()
+	}
+	q.pv, q.link, q.wire = nil, nil, nil
 	q.met, q.lost, q.drained = false, false, drainedYes
 	clear(q.rcache[:])
 	clear(q.hcache[:])
@@ -583,6 +605,12 @@ func (q *QP) reset() {
 	q.sq.Unlock()
 	if l != nil {
 		l.unbindView(q)
+	}
+	if w != nil {
+		w.detach()
+	}
+	if q.typ == ib.UD {
+		q.detachNet()
 	}
 	q.shutInbound()
 
@@ -662,4 +690,5 @@ const (
 	stallPeer              // the peer's QP is not there, or not ready
 	stallResolve           // a region of the peer is being mapped
 	stallAssist            // the peer's NIC works for us
+	stallNet               // a datagram cannot be sent just now
 )

@@ -66,7 +66,7 @@ func (q *QP) PostSend(wrs []ib.SendWR) (int, error) {
 			}
 		}
 		n++
-		if st == ib.RTS && q.pendLen == 0 {
+		if st == ib.RTS && q.pendLen == 0 && q.wire == nil {
 			status, length, stall := q.exec(wr)
 			if stall == stallNone {
 				if status != ib.WCSuccess {
@@ -96,9 +96,16 @@ func (q *QP) PostSend(wrs []ib.SendWR) (int, error) {
 		room--
 	}
 	signal := q.publishSC()
+	w, port := q.wire, q.flushNet
+	q.flushNet = nil
 	q.sq.Unlock()
 	if signal {
 		q.scq.signal(q.sIdx, st == ib.Err || st == ib.SQE)
+	}
+	if w != nil && n > 0 {
+		w.port.submit(w)
+	} else if port != nil {
+		port.run()
 	}
 	return n, err
 }
@@ -121,6 +128,9 @@ func (q *QP) publishSC() bool {
 // sq held.
 func (q *QP) sendFailed(wr *ib.SendWR, st ib.WCStatus) {
 	q.pushSC(wr, st, 0)
+	if w := q.wire; w != nil {
+		w.given, w.over = 0, q.typ == ib.RC
+	}
 	if q.typ == ib.RC {
 		q.state.Store(uint32(ib.Err))
 		q.errorLater(q.epoch.Load(), 0, false)
@@ -144,10 +154,11 @@ func (q *QP) completePending(st ib.WCStatus, n uint32) {
 	p := q.popPending()
 	q.assist = assist{}
 	q.stall = stall{}
-	switch q.drained {
-	case draining:
+	switch begun := q.wire != nil && q.wire.given > 0; {
+	case begun:
+	case q.drained == draining:
 		q.drained = drainedYes
-	case drainingNotify:
+	case q.drained == drainingNotify:
 		q.drained = drainedNotify
 	}
 	if st != ib.WCSuccess {
@@ -226,6 +237,11 @@ func (q *QP) timedOut(now time.Time) (ib.WCStatus, bool) {
 // progress retries the waiting requests. It reports whether some are left, and never blocks.
 func (q *QP) progress() (left bool) {
 	q.sq.Lock()
+	if w := q.wire; w != nil {
+		q.sq.Unlock()
+		w.port.submit(w)
+		return false
+	}
 	for q.pendLen > 0 && q.sending() {
 		wr := &q.pend[q.pendHead&q.scMask].wr
 		st, n, stall := q.exec(wr)
@@ -243,12 +259,20 @@ func (q *QP) progress() (left bool) {
 	if !left {
 		q.stall = stall{}
 	}
+	q.unlockSends()
+	return left
+}
+
+// unlockSends shows what has completed and lets go of sq, which progress or a wireQP holds.
+func (q *QP) unlockSends() {
 	st := ib.QPState(q.state.Load())
 	signal := q.publishSC()
 	drained := st == ib.SQD && q.drained == drainedNotify
 	if drained {
 		q.drained = drainedYes
 	}
+	port := q.flushNet
+	q.flushNet = nil
 	q.sq.Unlock()
 	if drained {
 		q.nic.raise(driver.AsyncEvent{Type: ib.EventSQDrained, QP: q})
@@ -256,7 +280,9 @@ func (q *QP) progress() (left bool) {
 	if signal {
 		q.scq.signal(q.sIdx, st == ib.Err || st == ib.SQE)
 	}
-	return left
+	if port != nil {
+		port.run()
+	}
 }
 
 // sending reports whether the head request may be executed: in RTS, and in SQD if it had begun before. Called with sq held.

@@ -342,7 +342,7 @@ func (s *SRQ) giveUp(q *QP, in *inbound, ins *[]*inbound) {
 	died := false
 	note := func(in *inbound) {
 		in.published(done)
-		died = died || in.link.reason() != nil
+		died = died || in.link.reason() != nil || in.link.net // which may have been in the middle of a message
 	}
 	if in != nil {
 		note(in)

@@ -13,12 +13,14 @@ import (
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// AH is an address handle: a link to the NIC that has the GID.
+// AH is an address handle: a link to the NIC that has the GID, or an address on a network.
 type AH struct {
 	nic  *NIC
 	pd   *PD
 	num  ib.AHNum
-	link *link
+	link *link    // nil for a destination on a network:
+	port *netPort // from where
+	out  output   // and where to
 	once sync.Once
 }
 
@@ -29,24 +31,33 @@ func (pd *PD) CreateAH(attr ib.AHAttr) (driver.AH, error) {
 	if attr.Port > 1 {
 		return nil, fmt.Errorf("address handle: the software NIC has port 1 only, not %d", attr.Port)
 	}
-	if attr.SGIDIndex != 0 {
-		return nil, fmt.Errorf("address handle: the software NIC has GID index 0 only, not %d", attr.SGIDIndex)
+	if !pd.nic.hasGID(attr.SGIDIndex) {
+		return nil, fmt.Errorf("address handle: the software NIC has no GID at index %d", attr.SGIDIndex)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), linkTimeout)
-	defer cancel()
-	l, err := pd.nic.linkTo(ctx, attr.DGID)
-	if err != nil {
+	a := &AH{nic: pd.nic, pd: pd}
+	if err := a.resolve(&attr); err != nil {
 		return nil, err
 	}
 	if err := pd.addChild(); err != nil {
 		return nil, err
 	}
-	a := &AH{nic: pd.nic, pd: pd, link: l}
 	if err := pd.nic.addAH(a); err != nil {
 		pd.dropChild()
 		return nil, err
 	}
 	return a, nil
+}
+
+// resolve finds the way to the destination.
+func (a *AH) resolve(attr *ib.AHAttr) error {
+	if attr.SGIDIndex != 0 {
+		return a.resolveNet(attr)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), linkTimeout)
+	defer cancel()
+	l, err := a.nic.linkTo(ctx, attr.DGID)
+	a.link = l
+	return err
 }
 
 // Num implements driver.AH.
@@ -109,6 +120,9 @@ func (q *QP) execUD(wr *ib.SendWR) (ib.WCStatus, uint32, stallKind) {
 	a := q.nic.ah(wr.AH)
 	if a == nil {
 		return ib.WCLocalQPOpErr, 0, stallNone
+	}
+	if a.port != nil {
+		return q.sendNet(a, wr, n)
 	}
 	u := a.link.udView(wr.RemoteQPN & ib.MaxQPN)
 	if u == nil {

@@ -148,6 +148,9 @@ type AHAttr struct {
 	DLID         LID
 	SL           uint8
 	Port         uint8
+	// UDPPort is where the destination receives RoCEv2 packets, if it is a software NIC that does not have the standard port;
+	// 0: the standard port, 4791. Devices other than the software NIC have no other.
+	UDPPort uint16
 }
 
 // EventType is an asynchronous event's kind (IBA 11.6.3). Values are enum ib_event_type's.

@@ -92,6 +92,8 @@ type GIDEntry struct {
 	Type    GIDType
 	NetDev  string // the net device the GID belongs to; empty if there is none
 	PortNum uint8
+	// MTU is the largest path MTU that the GID can be used with, where that differs from the port's; 0: the port's.
+	MTU MTU
 }
 
 // GUID is a node or port identifier, EUI-64.

@@ -44,6 +44,12 @@ type calls struct{}
 
 func (s *Socket) prepare() {}
 
+// sleep waits a moment: these systems have no way to look for packets without taking them.
+func (s *Socket) sleep() error {
+	time.Sleep(time.Millisecond)
+	return nil
+}
+
 func (s *Socket) send(first, n int) (sent int, err error) {
 	for i := first; i < first+n; i++ {
 		if _, err := s.conn.WriteToUDPAddrPort(s.tx.slot(i)[:s.tx.lens[i]], s.tx.addrs[i]); err != nil {

@@ -115,8 +115,9 @@ func again(err error) bool {
 type calls struct {
 	send, poll func(fd uintptr)
 	wait       func(fd uintptr) bool
-	first, n   int // packets to send
-	done       int // packets sent or received
+	ready      func(fd uintptr) bool // for Wait, which may run beside the others: uses nothing of what follows
+	first, n   int                   // packets to send
+	done       int                   // packets sent or received
 	err        error
 }
 
@@ -143,7 +144,16 @@ func (s *Socket) prepare() {
 		return true
 	}
 	c.poll = func(fd uintptr) { c.wait(fd) }
+	look := make([]unix.PollFd, 1)
+	c.ready = func(fd uintptr) bool {
+		look[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
+		n, err := unix.Poll(look, 0)
+		return n != 0 || err != nil
+	}
 }
+
+// sleep waits until there are packets, or the deadline that was set.
+func (s *Socket) sleep() error { return s.raw.Read(s.calls.ready) }
 
 // send sends n packets of s.tx from the first on, and returns how many are gone.
 func (s *Socket) send(first, n int) (sent int, err error) {

@@ -1,4 +1,4 @@
-package udp
+package udp_test
 
 import (
 	"fmt"
@@ -8,14 +8,15 @@ import (
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/internal/softnic/udp"
 	"github.com/ringside-rdma/ringside/internal/softnic/wire"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
 // benchEnd is an endpoint that keeps nothing of what it sends and receives.
 type benchEnd struct {
-	sock *Socket
-	peer *Peer
+	sock *udp.Socket
+	peer *udp.Peer
 	req  *wire.Requester
 	resp *wire.Responder
 	data []byte
@@ -65,7 +66,7 @@ func BenchmarkMessages(b *testing.B) {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
 			s, r := listen(b, "127.0.0.1:0"), listen(b, "127.0.0.1:0")
 			cfg := wire.Config{MTU: 4096, AckTimeout: 20 * time.Millisecond, RetryCount: 250, RNRRetry: 7, SendDepth: 256}
-			end := func(sock, to *Socket) *benchEnd {
+			end := func(sock, to *udp.Socket) *benchEnd {
 				e := &benchEnd{sock: sock, data: make([]byte, n)}
 				var err error
 				if e.peer, err = sock.Peer(to.Local()); err != nil {

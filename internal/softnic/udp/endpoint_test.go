@@ -1,4 +1,4 @@
-package udp
+package udp_test
 
 import (
 	"encoding/binary"
@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/internal/softnic/udp"
 	"github.com/ringside-rdma/ringside/internal/softnic/wire"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -15,8 +16,8 @@ import (
 // An endpoint is a connection over a Socket, reliable or not, with a memory that its peer may do everything with, which begins at memAddr.
 type endpoint struct {
 	t    *testing.T
-	sock *Socket
-	peer *Peer
+	sock *udp.Socket
+	peer *udp.Peer
 	qpn  uint32
 	req  *wire.Requester
 	resp *wire.Responder
@@ -49,7 +50,7 @@ const (
 	memLen  = 1 << 16
 )
 
-func newEndpoint(t *testing.T, sock *Socket, to netip.AddrPort, qpn uint32, cfg wire.Config) *endpoint {
+func newEndpoint(t *testing.T, sock *udp.Socket, to netip.AddrPort, qpn uint32, cfg wire.Config) *endpoint {
 	e := &endpoint{t: t, sock: sock, qpn: qpn, mem: make([]byte, memLen), born: time.Now()}
 	var err error
 	if e.peer, err = sock.Peer(to); err != nil {

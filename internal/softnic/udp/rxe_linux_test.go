@@ -1,4 +1,4 @@
-package udp
+package udp_test
 
 import (
 	"bytes"
@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ringside-rdma/ringside/internal/softnic/udp"
 	"github.com/ringside-rdma/ringside/internal/softnic/wire"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/mr"
@@ -39,10 +40,10 @@ func command(t *testing.T, args ...string) {
 }
 
 // inNamespace opens a socket on the other end.
-func inNamespace(t *testing.T, addr netip.AddrPort) *Socket {
+func inNamespace(t *testing.T, addr netip.AddrPort) *udp.Socket {
 	t.Helper()
 	type result struct {
-		s   *Socket
+		s   *udp.Socket
 		err error
 	}
 	c := make(chan result)
@@ -57,7 +58,7 @@ func inNamespace(t *testing.T, addr netip.AddrPort) *Socket {
 			c <- result{nil, err}
 			return
 		}
-		s, err := Listen(addr)
+		s, err := udp.Listen(addr)
 		c <- result{s, err}
 	}()
 	r := <-c

@@ -2,9 +2,11 @@ package udp
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"syscall"
 	"time"
 
@@ -22,7 +24,7 @@ const (
 	bufferLen = 4 << 20
 )
 
-// A Socket sends and receives packets. It is for one goroutine at a time, but for Close, Local and Wake.
+// A Socket sends and receives packets. It is for one goroutine at a time, but for Close, Local, Wait, SetDeadline and Wake.
 type Socket struct {
 	conn  *net.UDPConn
 	raw   syscall.RawConn
@@ -91,8 +93,21 @@ func (s *Socket) Local() netip.AddrPort { return s.local }
 // Close ends the socket, and a Receive that waits.
 func (s *Socket) Close() error { return s.conn.Close() }
 
-// Wake ends a Receive that waits.
+// Wake ends a Receive or a Wait that waits.
 func (s *Socket) Wake() { s.conn.SetReadDeadline(time.Unix(1, 0)) }
+
+// SetDeadline bounds a Wait, also one that waits already; a zero time does not.
+func (s *Socket) SetDeadline(t time.Time) { s.conn.SetReadDeadline(t) }
+
+// Wait waits until there are packets to receive, or until the deadline of SetDeadline. It takes none, and so may run beside a
+// goroutine that receives without waiting. It may return early. An error says that the socket was closed.
+func (s *Socket) Wait() error {
+	err := s.sleep()
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return nil
+	}
+	return err
+}
 
 // A Peer is where packets go. It is a wire.Output; what is committed leaves with the socket's next Flush, or when there is no room
 // for more.
@@ -113,6 +128,9 @@ func (s *Socket) Peer(addr netip.AddrPort) (*Peer, error) {
 	p.icrc.Init(s.local, a)
 	return p, nil
 }
+
+// Room returns how many packets can be committed before the socket's Flush.
+func (p *Peer) Room() int { return p.s.Room() }
 
 // Packet implements wire.Output.
 func (p *Peer) Packet(h *roce.Packet, n int) ([]byte, bool) {
@@ -139,6 +157,9 @@ func (p *Peer) Commit() {
 
 // Abort implements wire.Output.
 func (p *Peer) Abort() {}
+
+// Room returns how many packets can be committed before a Flush is needed.
+func (s *Socket) Room() int { return batchLen - s.qued }
 
 // Flush hands what was committed to the system. What the system refuses for good is dropped, as a network might; what it has
 // no room for stays for the next Flush. It reports whether all is gone.

@@ -1,4 +1,4 @@
-package udp
+package udp_test
 
 import (
 	"bytes"
@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/internal/softnic/udp"
 	"github.com/ringside-rdma/ringside/internal/softnic/wire"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -19,9 +20,9 @@ import (
 
 func TestMain(m *testing.M) { testutil.Main(m) }
 
-func listen(t testing.TB, addr string) *Socket {
+func listen(t testing.TB, addr string) *udp.Socket {
 	t.Helper()
-	s, err := Listen(netip.MustParseAddrPort(addr))
+	s, err := udp.Listen(netip.MustParseAddrPort(addr))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -167,7 +168,7 @@ func TestJunk(t *testing.T) {
 
 func TestListenRefuses(t *testing.T) {
 	for _, a := range []string{"0.0.0.0:4791", "[::]:4791", "224.0.0.1:4791", "192.0.2.1:4791"} {
-		if s, err := Listen(netip.MustParseAddrPort(a)); err == nil {
+		if s, err := udp.Listen(netip.MustParseAddrPort(a)); err == nil {
 			s.Close()
 			t.Errorf("%s: no error", a)
 		}
@@ -178,14 +179,14 @@ func TestListenRefuses(t *testing.T) {
 			t.Errorf("peer at %s: no error", a)
 		}
 	}
-	if _, err := Listen(s.Local()); err == nil {
+	if _, err := udp.Listen(s.Local()); err == nil {
 		t.Error("a port that is taken: no error")
 	}
 }
 
 // Close ends a Receive that waits, and Wake does.
 func TestCloseWakes(t *testing.T) {
-	for what, f := range map[string]func(*Socket){"close": func(s *Socket) { s.Close() }, "wake": (*Socket).Wake} {
+	for what, f := range map[string]func(*udp.Socket){"close": func(s *udp.Socket) { s.Close() }, "wake": (*udp.Socket).Wake} {
 		s := listen(t, "127.0.0.1:0")
 		ended := make(chan error)
 		go func() {
@@ -229,26 +230,5 @@ func TestNothingAllocates(t *testing.T) {
 	}
 	if came < 40 {
 		t.Errorf("%d packets came", came)
-	}
-}
-
-// What the system had no room for is sent next, whole and to where it was to go.
-func TestShift(t *testing.T) {
-	var b batch
-	b.init(3, true)
-	to := func(i int) netip.AddrPort {
-		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), uint16(100+i))
-	}
-	for i := range 3 {
-		copy(b.slot(i), bytesOf(50+i, byte(i)))
-		b.set(i, 50+i, to(i))
-	}
-	if n := b.shift(1, 3); n != 2 {
-		t.Fatalf("%d packets are left", n)
-	}
-	for i := 1; i < 3; i++ {
-		if _, addr := b.get(i - 1); !bytes.Equal(b.slot(i - 1)[:50+i], bytesOf(50+i, byte(i))) || addr != to(i) {
-			t.Errorf("packet %d is not the first any more: to %v", i, addr)
-		}
 	}
 }

@@ -75,6 +75,13 @@ func NewResponder(cfg Config, t Target) *Responder {
 // Failed reports whether a request was refused that ended the connection.
 func (r *Responder) Failed() bool { return r.failed }
 
+// Release reports whether a receive was taken that has not completed, once: it is the caller's then. Nothing may be received after it.
+func (r *Responder) Release() bool {
+	taken := r.msg.taken
+	r.msg.taken, r.failed = false, true
+	return taken
+}
+
 // Pending reports whether there is something for Pump to send.
 func (r *Responder) Pending() bool { return r.outHead != r.outTail }
 

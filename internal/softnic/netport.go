@@ -1,0 +1,305 @@
+package softnic
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/ringside-rdma/ringside/internal/ring"
+	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/internal/softnic/udp"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// A netPort is where the NIC meets a network: one address of the host, one UDP socket, and the connections that go through it.
+//
+// Whoever has work for it moves packets, one at a time (mu): a thread that posts sends what it has posted, one that polls a CQ
+// receives, and when nobody has done either for a while, or somebody sleeps until a completion comes, a goroutine of the port's
+// (drive) waits for packets and timers. Nobody waits for mu: who finds it taken leaves a note (again), which its holder reads
+// after it has let go.
+//
+// mu comes before every lock of a QP but cfg, and a thread that has a QP's sq may only try to take it.
+type netPort struct {
+	nic  *NIC
+	sock *udp.Socket
+	mtu  int // of the net device
+	born time.Time
+	link *link // with nobody: gives out the blocks that the port itself writes to
+
+	again atomic.Bool   // there is work that mu's holder may not have seen
+	looks atomic.Uint32 // times that somebody has polled; written with mu held
+	wakeC chan struct{} // for a drive that looks whether somebody polls
+	ended chan struct{} // drive has returned
+
+	readyMu ring.SpinLock
+	ready   []*wireQP // have something to send
+
+	mu      sync.Mutex
+	closed  bool
+	qps     map[ib.QPN]*wireQP
+	uds     map[ib.QPN]*wireUD
+	timers  wheel
+	wakeAt  time.Duration // what drive waits for at most; neverWake: nothing
+	taken   []*wireQP     // what ready was swapped with
+	touched []*wireQP     // have received something
+	blocked []*wireQP     // could not send: the socket was full
+	recv    func(netip.AddrPort, *roce.Packet)
+	now     time.Duration // of this turn
+	pkt     roce.Packet   // a datagram that is being sent
+
+	drops dropCounters
+}
+
+// dropCounters say why packets that were well-formed were dropped.
+type dropCounters struct {
+	NoQP    uint64 // no such queue pair, or one that is not connected
+	Source  uint64 // the connection's peer has another address
+	PKey    uint64
+	Service uint64 // a packet of another transport service than the QP's
+	QKey    uint64
+	Room    uint64 // datagrams without a receive, or longer than it
+	State   uint64 // the QP does not receive
+}
+
+const neverWake time.Duration = math.MaxInt64
+
+// openPort opens the port at an address: at the standard UDP port, or at another if somebody has that.
+func openPort(n *NIC, addr netip.Addr, mtu int) (*netPort, error) {
+	sock, err := udp.Listen(netip.AddrPortFrom(addr, roce.Port))
+	if errors.Is(err, syscall.EADDRINUSE) || errors.Is(err, syscall.EACCES) {
+		sock, err = udp.Listen(netip.AddrPortFrom(addr, 0))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("the software NIC cannot receive RoCEv2 packets at %v: %w", addr, err)
+	}
+	p := &netPort{nic: n, sock: sock, mtu: mtu, born: time.Now(), wakeC: make(chan struct{}, 1), ended: make(chan struct{}),
+		qps: map[ib.QPN]*wireQP{}, uds: map[ib.QPN]*wireUD{}, wakeAt: neverWake}
+	p.link = newLink(n, n.gid, pathInproc)
+	p.link.full, p.link.net = !asymmetric(), true
+	p.link.out = &nobody{p.link}
+	p.recv = p.receive
+	go p.drive()
+	return p, nil
+}
+
+// nobody is the other end of a port's link: it has nothing to let go of.
+type nobody struct{ l *link }
+
+func (w *nobody) send(m ctl) error {
+	if m.kind == ctlDisconnect {
+		w.l.nic.later(func() { w.l.handle(&ctl{kind: ctlReleased, a: m.a, b: m.b}) })
+	}
+	return nil
+}
+
+func (w *nobody) close(error) {}
+
+// close ends the port; no QP uses it any more.
+func (p *netPort) close() {
+	p.mu.Lock()
+	p.closed = true
+	p.sock.Close()
+	p.mu.Unlock()
+	p.wake()
+	<-p.ended
+}
+
+// submit has what w has to send sent: here and now, unless somebody else is at it.
+func (p *netPort) submit(w *wireQP) {
+	if !w.queued.Swap(true) {
+		p.readyMu.Lock()
+		p.ready = append(p.ready, w)
+		p.readyMu.Unlock()
+	}
+	p.again.Store(true)
+	p.run()
+}
+
+// run does what there is a note of.
+func (p *netPort) run() {
+	for p.again.Load() && p.mu.TryLock() {
+		p.turn(false)
+		p.mu.Unlock()
+	}
+}
+
+// poll is what a poller does: it receives, too. It reports whether anything came.
+func (p *netPort) poll() (some bool) {
+	if !p.mu.TryLock() {
+		return true
+	}
+	p.looks.Store(p.looks.Load() + 1)
+	some = p.turn(true)
+	p.mu.Unlock()
+	p.run()
+	return some
+}
+
+// maxBatches bounds how much one turn receives.
+const maxBatches = 4
+
+// turn moves packets. Called with mu held.
+func (p *netPort) turn(receive bool) (some bool) {
+	p.again.Store(false)
+	if p.closed {
+		return false
+	}
+	p.now = time.Since(p.born)
+	p.sendReady()
+	if p.timers.count > 0 {
+		p.timers.due(p.now, (*wireQP).expire)
+	}
+	for i := 0; receive && i < maxBatches; i++ {
+		n, err := p.sock.Receive(time.Time{}, p.recv)
+		if err != nil || n == 0 {
+			break
+		}
+		some = true
+		for k, w := range p.touched {
+			p.touched[k] = nil
+			w.touched = false
+			w.pump()
+		}
+		p.touched = p.touched[:0]
+	}
+	p.sock.Flush()
+	p.wakeInTime()
+	return some
+}
+
+// sendReady sends what was posted, and what the socket had no room for.
+func (p *netPort) sendReady() {
+	if len(p.blocked) > 0 {
+		p.sock.Flush()
+		again := p.blocked
+		p.blocked = nil
+		for _, w := range again {
+			w.blocked = false
+			w.pump()
+		}
+	}
+	p.readyMu.Lock()
+	p.ready, p.taken = p.taken[:0], p.ready
+	p.readyMu.Unlock()
+	for i, w := range p.taken {
+		p.taken[i] = nil
+		w.queued.Store(false)
+		w.pump()
+	}
+}
+
+// block notes that w could not send. It is pumped again with the next turn.
+func (p *netPort) block(w *wireQP) {
+	if !w.blocked {
+		w.blocked = true
+		p.blocked = append(p.blocked, w)
+	}
+}
+
+// blockedRetry is when the port looks again whether the socket has room, if nobody polls.
+const blockedRetry = 200 * time.Microsecond
+
+// wakeInTime has drive wake up for the next timer.
+func (p *netPort) wakeInTime() {
+	at := neverWake
+	if p.timers.count > 0 {
+		at = p.timers.first()
+	}
+	if len(p.blocked) > 0 || p.sock.Room() == 0 {
+		at = min(at, p.now+blockedRetry)
+	}
+	if at < p.wakeAt {
+		p.wakeAt = at
+		p.sock.SetDeadline(p.born.Add(at))
+	}
+}
+
+// receive takes one packet. Called with mu held.
+func (p *netPort) receive(src netip.AddrPort, pkt *roce.Packet) {
+	if pkt.PKey&0x7fff != roce.DefaultPKey&0x7fff {
+		p.drops.PKey++
+		return
+	}
+	qpn := ib.QPN(pkt.DestQP)
+	if pkt.Opcode.Service() == roce.UD {
+		if u := p.uds[qpn]; u != nil {
+			u.receive(src, pkt)
+		} else {
+			p.drops.NoQP++
+		}
+		return
+	}
+	w := p.qps[qpn]
+	switch {
+	case w == nil:
+		p.drops.NoQP++
+		return
+	case w.addr != src.Addr():
+		p.drops.Source++
+		return
+	case w.service != pkt.Opcode.Service():
+		p.drops.Service++
+		return
+	}
+	w.receive(pkt)
+	if !w.touched {
+		w.touched = true
+		p.touched = append(p.touched, w)
+	}
+}
+
+// How often drive looks whether the pollers still poll: less and less often.
+const (
+	restPause    = 200 * time.Microsecond
+	restPauseMax = 2 * time.Millisecond
+)
+
+// drive moves packets when nobody else does.
+func (p *netPort) drive() {
+	defer close(p.ended)
+	pause := time.NewTimer(0)
+	defer pause.Stop()
+	var looks uint32
+	for {
+		// Pollers are left alone. They are gone if none has looked for a while; or somebody sleeps.
+		rest := restPause
+		for now := p.looks.Load(); now != looks && p.nic.sleepers.Load() == 0; now = p.looks.Load() {
+			looks = now
+			pause.Reset(rest)
+			rest = min(rest*3/2, restPauseMax)
+			select {
+			case <-p.wakeC:
+			case <-pause.C:
+			}
+		}
+		p.mu.Lock()
+		if p.closed {
+			p.mu.Unlock()
+			return
+		}
+		p.turn(true)
+		p.wakeAt = neverWake
+		p.now = time.Since(p.born)
+		p.sock.SetDeadline(time.Time{})
+		p.wakeInTime()
+		p.mu.Unlock()
+		p.run()
+		looks = p.looks.Load()
+		if p.sock.Wait() != nil {
+			return
+		}
+	}
+}
+
+// wake has drive look whether somebody sleeps.
+func (p *netPort) wake() {
+	select {
+	case p.wakeC <- struct{}{}:
+	default:
+	}
+}

@@ -1,0 +1,71 @@
+package softnic
+
+import "time"
+
+// A wheel holds the timers of a netPort: when which connection is to be looked at. A timer that is put off stays where it is, and
+// whoever finds it there puts it where it has to be by then; since nearly all are put off (by acknowledgements), setting one
+// again costs nothing. Guarded by the port's mu.
+type wheel struct {
+	slots [wheelSlots][]*wireQP
+	next  int64 // the tick that is looked at next
+	count int
+}
+
+const (
+	wheelTick  = 32 * time.Microsecond
+	wheelSlots = 1024 // a turn takes 33 ms; timers further away are put off once a turn
+)
+
+// set has w looked at once the time is at, or before. now is the time.
+func (h *wheel) set(w *wireQP, at, now time.Duration) {
+	if h.count == 0 {
+		h.next = int64(now / wheelTick)
+	}
+	t := int64(at/wheelTick) + 1
+	t = min(max(t, h.next), h.next+wheelSlots-1)
+	if w.tick != 0 && w.tick <= t {
+		return
+	}
+	w.tick = t // an entry of a later tick means nothing from now on
+	s := &h.slots[t%wheelSlots]
+	*s = append(*s, w)
+	h.count++
+}
+
+// due calls f for every timer that has come. f may set timers.
+func (h *wheel) due(now time.Duration, f func(*wireQP)) {
+	for last := int64(now / wheelTick); h.count > 0 && h.next <= last; {
+		t := h.next
+		h.next++
+		s := &h.slots[t%wheelSlots]
+		list := *s
+		if len(list) == 0 {
+			continue
+		}
+		*s = nil // f may set timers for a whole turn later, which is this slot
+		h.count -= len(list)
+		for i, w := range list {
+			list[i] = nil
+			if w.tick == t {
+				w.tick = 0
+				f(w)
+			}
+		}
+		if *s == nil {
+			*s = list[:0]
+		}
+	}
+}
+
+// first returns when the next timer comes; 0: there is none.
+func (h *wheel) first() time.Duration {
+	if h.count == 0 {
+		return 0
+	}
+	for t := h.next; t < h.next+wheelSlots; t++ {
+		if len(h.slots[t%wheelSlots]) > 0 {
+			return time.Duration(t) * wheelTick
+		}
+	}
+	return 0
+}

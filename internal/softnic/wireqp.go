@@ -1,0 +1,353 @@
+package softnic
+
+import (
+	"fmt"
+	"net/netip"
+	"sync/atomic"
+	"time"
+
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/internal/softnic/udp"
+	"github.com/ringside-rdma/ringside/internal/softnic/wire"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// A wireQP is the part of an RC or UC QP that is connected over a network: the requests in the QP's queue (pend) are given to a
+// wire.Requester, what the peer requests is executed by a wire.Responder on the QP's own block (see target), as a peer that shares
+// memory would write to it. So polling is the same for both.
+type wireQP struct {
+	q       *QP
+	port    *netPort
+	out     output
+	addr    netip.Addr // the peer's; packets from elsewhere are dropped
+	service roce.Service
+	epoch   uint32 // the QP's
+	cfg     wire.Config
+	queued  atomic.Bool // in port.ready
+
+	// Guarded by port.mu.
+	resp    *wire.Responder
+	uresp   *wire.UCResponder
+	t       target
+	touched bool
+	blocked bool
+	dead    bool  // the QP was reset
+	tick    int64 // of the wheel; 0: no timer is set
+
+	// Guarded by the QP's sq.
+	req   *wire.Requester // one of these from RTS on
+	ureq  *wire.UCRequester
+	given uint32 // requests at the head of pend that the requester has
+	first uint32 // the requester's number of the head
+	over  bool   // the QP flushes its queue: the requester's opinion does not count
+}
+
+// output is the peer's socket, without its sending when it is full: that would be a system call with a lock held.
+type output struct{ *udp.Peer }
+
+func (o output) Packet(h *roce.Packet, n int) ([]byte, bool) {
+	if o.Peer.Room() == 0 {
+		return nil, false
+	}
+	return o.Peer.Packet(h, n)
+}
+
+// toRTRWire is toRTR for a peer on a network.
+func (q *QP) toRTRWire(attr *ib.QPAttr, mask ib.QPAttrMask) error {
+	p, err := q.nic.netPortAt(attr.AH.SGIDIndex)
+	if err != nil {
+		return fmt.Errorf("%w: %w", driver.ErrUnreachable, err)
+	}
+	if err := p.checkMTU(attr.PathMTU); err != nil {
+		return err
+	}
+	to := peerAddr(&attr.AH)
+	peer, err := p.sock.Peer(to)
+	if err != nil {
+		return fmt.Errorf("%w: %w", driver.ErrUnreachable, err)
+	}
+	q.setAttr(attr, mask)
+	in, err := q.openInbound(p.link, uint32(attr.DestQPN))
+	if err != nil {
+		return err
+	}
+	w := &wireQP{q: q, port: p, out: output{peer}, addr: to.Addr(), service: roce.RC, epoch: q.epoch.Load()}
+	w.cfg = wire.Config{DestQP: uint32(attr.DestQPN), MTU: attr.PathMTU.Bytes(), RQPSN: attr.RQPSN, MinRNRTimer: attr.MinRNRTimer,
+		MaxDestRdAtomic: int(attr.MaxDestRdAtomic), SendDepth: q.cap.MaxSendWR}
+	w.t = target{q: q, v: q.ownView(in), epoch: w.epoch}
+	if q.typ == ib.UC {
+		w.service = roce.UC
+		w.uresp = wire.NewUCResponder(w.cfg, &w.t)
+	} else {
+		w.resp = wire.NewResponder(w.cfg, &w.t)
+	}
+	p.mu.Lock()
+	p.qps[q.qpn] = w
+	p.mu.Unlock()
+	q.sq.Lock()
+	q.wire = w
+	q.state.Store(uint32(ib.RTR))
+	q.sq.Unlock()
+	return nil
+}
+
+// checkMTU says whether packets of the path MTU fit the net device.
+func (p *netPort) checkMTU(m ib.MTU) error {
+	if most := wireMTU(p.mtu); m > most {
+		return fmt.Errorf("a path MTU of %d needs a net device whose MTU is larger than %d by the headers' %d: use %d",
+			m.Bytes(), p.mtu, wireOverhead, most.Bytes())
+	}
+	return nil
+}
+
+// wireOverhead is what a packet is longer than its payload, at most: IPv6, UDP, BTH and the largest extension headers, CRC.
+const wireOverhead = 40 + 8 + roce.MaxHeaderLen + roce.ICRCLen
+
+// wireMTU is the path MTU that a net device of the MTU has room for.
+func wireMTU(dev int) ib.MTU {
+	m := ib.MTU256
+	for m < ib.MTU4096 && (m+1).Bytes()+wireOverhead <= dev {
+		m++
+	}
+	return m
+}
+
+// peerAddr is where the packets for a destination go.
+func peerAddr(ah *ib.AHAttr) netip.AddrPort {
+	port := ah.UDPPort
+	if port == 0 {
+		port = roce.Port
+	}
+	return netip.AddrPortFrom(ah.DGID.Addr(), port)
+}
+
+// ownView is a view of a block of this NIC, as a peer would have it.
+func (q *QP) ownView(in *inbound) *peerView {
+	var wake func()
+	if ch := q.rcq.channel; ch != nil {
+		wake = ch.wake
+	}
+	var srq *srqView
+	if q.srq != nil {
+		srq = newSRQView(q.srq.mem, q.srq.ring, q.srq.sges, nil)
+	}
+	return newPeerView(in.link, &in.connect, q.qpn, in.blk.mem, newPortView(in.port.mem.mem, uint32(in.bit), wake), srq)
+}
+
+// toRTS makes the requester, with the attributes of the QP. Called with sq held.
+func (w *wireQP) toRTS() {
+	a := &w.q.attr
+	c := w.cfg
+	c.SQPSN, c.RetryCount, c.RNRRetry, c.MaxRdAtomic = a.SQPSN, a.RetryCount, a.RNRRetry, int(a.MaxRdAtomic)
+	if a.AckTimeout != 0 {
+		c.AckTimeout = a.AckTimeout.Duration()
+	}
+	switch {
+	case w.q.typ == ib.UC && w.ureq != nil:
+		w.ureq.Resume()
+	case w.q.typ == ib.UC:
+		w.ureq = wire.NewUCRequester(c, (*sendQueue)(w))
+	case w.req == nil:
+		w.req = wire.NewRequester(c, (*sendQueue)(w))
+	}
+}
+
+// feed gives the requester what is posted. Requests that are executed here, and those whose buffers are not what they should be,
+// wait until they are the oldest. Called with sq held.
+func (w *wireQP) feed() {
+	q := w.q
+	for w.given < q.pendLen && ib.QPState(q.state.Load()) == ib.RTS {
+		wr := &q.pend[(q.pendHead+w.given)&q.scMask].wr
+		var r wire.Request
+		st, here := w.request(&r, wr)
+		if st == ib.WCSuccess && !here {
+			w.given++
+			if w.ureq != nil {
+				w.ureq.Post(&r)
+			} else {
+				w.req.Post(&r)
+			}
+			continue
+		}
+		if w.given > 0 {
+			return
+		}
+		if here {
+			st, _, _ = q.exec(wr)
+		}
+		q.completePending(st, 0)
+	}
+}
+
+// request translates a work request. here: it is not for the peer.
+func (w *wireQP) request(r *wire.Request, wr *ib.SendWR) (st ib.WCStatus, here bool) {
+	need := ib.Access(0)
+	switch wr.Opcode {
+	case ib.OpLocalInv, ib.OpBindMW:
+		return ib.WCSuccess, true
+	case ib.OpRDMARead, ib.OpAtomicCmpSwap, ib.OpAtomicFetchAdd:
+		if w.q.attr.MaxRdAtomic == 0 {
+			return ib.WCLocalQPOpErr, false
+		}
+		need = ib.AccessLocalWrite
+	}
+	_, n, st := w.q.local(wr, need)
+	*r = wire.Request{Op: wr.Opcode, Solicited: wr.Flags&ib.SendSolicited != 0, Fence: wr.Flags&ib.SendFence != 0, Len: n,
+		Addr: wr.RemoteAddr, RKey: uint32(wr.RKey), Imm: wr.Imm, InvKey: uint32(wr.InvalidateRKey), CompareAdd: wr.CompareAdd, Swap: wr.Swap}
+	return st, false
+}
+
+// sendQueue is the wireQP as its requester sees it. Its methods are called with sq held.
+type sendQueue wireQP
+
+// wr returns the requester's request n.
+func (s *sendQueue) wr(n uint32) *ib.SendWR {
+	return &s.q.pend[(s.q.pendHead+n-s.first)&s.q.scMask].wr
+}
+
+func (s *sendQueue) Gather(n, off uint32, dst []byte) bool {
+	wr := s.wr(n)
+	if _, _, st := s.q.local(wr, 0); st != ib.WCSuccess { // a region has gone since it was posted
+		return false
+	}
+	s.q.gather(dst, wr, off)
+	return true
+}
+
+func (s *sendQueue) Scatter(n, off uint32, src []byte) bool {
+	wr := s.wr(n)
+	if _, _, st := s.q.local(wr, ib.AccessLocalWrite); st != ib.WCSuccess {
+		return false
+	}
+	s.q.scatter(wr, src, off)
+	return true
+}
+
+func (s *sendQueue) Complete(n uint32, st ib.WCStatus) {
+	if s.over || s.given == 0 {
+		s.first = n + 1
+		return // flushed with the rest of the queue
+	}
+	wr := s.wr(n)
+	length := uint32(ib.SGELen(wr.SGEs)) + uint32(len(wr.Inline))
+	s.first = n + 1
+	s.given--
+	s.q.completePending(st, length)
+}
+
+// stop has the requester forget everything: the queue is flushed. Called with sq held.
+func (w *wireQP) stop() {
+	w.over, w.given = true, 0
+	if w.req != nil {
+		w.req.Fail(ib.WCFlushErr)
+	}
+}
+
+// receive takes a packet of the peer. Called with port.mu held.
+func (w *wireQP) receive(pkt *roce.Packet) {
+	switch {
+	case w.dead:
+	case pkt.Opcode.IsResponse() && w.resp != nil:
+		w.q.sq.Lock()
+		if w.req != nil && !w.over {
+			w.req.Receive(pkt, w.port.now)
+		}
+		w.q.sq.Unlock()
+	case !w.t.v.enter():
+		w.port.drops.State++
+	default:
+		if w.resp != nil {
+			w.resp.Receive(pkt)
+		} else {
+			w.uresp.Receive(pkt)
+		}
+		w.t.v.leave()
+	}
+}
+
+// pump sends what can be sent, and shows what has completed. Called with port.mu held.
+func (w *wireQP) pump() {
+	if w.dead {
+		return
+	}
+	for w.resp != nil && w.resp.Pending() {
+		w.t.open = w.t.v.enter()
+		if !w.t.open && !w.resp.Failed() {
+			break // a QP that does not receive is silent, but for why it does not
+		}
+		full := w.resp.Pump(w.port.now, w.out)
+		if w.t.open {
+			w.t.v.leave()
+		}
+		if full && w.full() {
+			return
+		}
+	}
+	q := w.q
+	var at time.Duration
+	for {
+		q.sq.Lock()
+		full := false
+		if !w.over {
+			w.feed()
+			switch {
+			case w.req != nil:
+				full = w.req.Pump(w.port.now, w.out)
+				at = w.req.Deadline()
+			case w.ureq != nil:
+				full = w.ureq.Pump(w.port.now, w.out)
+			}
+			w.feed() // what waited for those before it
+		}
+		q.unlockSends()
+		if !full || w.full() {
+			break
+		}
+	}
+	if at != 0 {
+		w.port.timers.set(w, at, w.port.now)
+	}
+}
+
+// full makes room in the socket; true: there is none.
+func (w *wireQP) full() bool {
+	if w.port.sock.Flush() || w.port.sock.Room() > 0 {
+		return false
+	}
+	w.port.block(w)
+	return true
+}
+
+// expire is called when the connection's timer has come. Called with port.mu held.
+func (w *wireQP) expire() {
+	if w.dead {
+		return
+	}
+	w.q.sq.Lock()
+	if w.req != nil && !w.over {
+		w.req.Expire(w.port.now)
+	}
+	w.q.sq.Unlock()
+	w.pump()
+}
+
+// flushTaken completes a receive of an SRQ that a message was arriving in. The QP does not receive any more, and cfg is held. A
+// receive of the QP's own queue is flushed with the others.
+func (w *wireQP) flushTaken() {
+	w.port.mu.Lock()
+	defer w.port.mu.Unlock()
+	if v := w.t.v; v.geo.srq && w.resp != nil && w.resp.Release() {
+		v.complete(&v.slot, 0, 0, 0, ib.WCFlushErr, w.q.qpn)
+		v.port.notify(true)
+	}
+}
+
+// detach takes the QP off the network: nothing of it is sent or received any more when this returns. Called with cfg held.
+func (w *wireQP) detach() {
+	p := w.port
+	p.mu.Lock()
+	w.dead = true
+	delete(p.qps, w.q.qpn)
+	p.mu.Unlock()
+}

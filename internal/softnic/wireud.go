@@ -1,0 +1,187 @@
+package softnic
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"sync/atomic"
+
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// Datagrams over a network.
+
+// wireUD is where a netPort puts the datagrams for one UD QP: a block of the QP's own. Guarded by the port's mu.
+type wireUD struct {
+	port *netPort
+	q    *QP
+	v    *peerView
+}
+
+// attachNet opens the QP to the ports that are open. Called with cfg held, in RTR.
+func (q *QP) attachNet() error {
+	ports := q.nic.netPorts.Load()
+	if ports == nil {
+		return nil
+	}
+	for _, p := range *ports {
+		if err := q.attachPort(p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// attachPort opens the QP to a port. Called with cfg held.
+func (q *QP) attachPort(p *netPort) error {
+	p.mu.Lock()
+	there := p.uds[q.qpn] != nil
+	p.mu.Unlock()
+	if there {
+		return nil
+	}
+	in, err := q.openInbound(p.link, 0)
+	if err != nil {
+		return err
+	}
+	p.mu.Lock()
+	p.uds[q.qpn] = &wireUD{port: p, q: q, v: q.ownView(in)}
+	p.mu.Unlock()
+	return nil
+}
+
+// attachUDs opens a port to the UD QPs that were there before it.
+func (p *netPort) attachUDs() {
+	p.nic.eachQP(func(q *QP) {
+		if q.typ != ib.UD {
+			return
+		}
+		q.cfg.Lock()
+		defer q.cfg.Unlock()
+		if s := ib.QPState(q.state.Load()); !q.closed.Load() && s >= ib.RTR && s != ib.Err {
+			if err := q.attachPort(p); err != nil {
+				q.nic.raise(driver.AsyncEvent{Type: ib.EventQPFatal, QP: q})
+			}
+		}
+	})
+}
+
+// detachNet closes the QP to all ports. Called with cfg held.
+func (q *QP) detachNet() {
+	ports := q.nic.netPorts.Load()
+	if ports == nil {
+		return
+	}
+	for _, p := range *ports {
+		p.mu.Lock()
+		delete(p.uds, q.qpn)
+		p.mu.Unlock()
+	}
+}
+
+// resolveNet makes a an address on a network.
+func (a *AH) resolveNet(attr *ib.AHAttr) error {
+	p, err := a.nic.netPortAt(attr.SGIDIndex)
+	if err != nil {
+		return fmt.Errorf("%w: %w", driver.ErrUnreachable, err)
+	}
+	peer, err := p.sock.Peer(peerAddr(attr))
+	if err != nil {
+		return fmt.Errorf("%w: %w", driver.ErrUnreachable, err)
+	}
+	a.port, a.out = p, output{peer}
+	return nil
+}
+
+// sendNet sends a datagram of n bytes. Called with sq held: so it does not wait for the port, and leaves the system call to
+// whoever lets go of sq.
+func (q *QP) sendNet(a *AH, wr *ib.SendWR, n uint32) (ib.WCStatus, uint32, stallKind) {
+	p := a.port
+	if int(n) > wireMTU(p.mtu).Bytes() {
+		return ib.WCLocalLengthErr, 0, stallNone
+	}
+	if !p.mu.TryLock() {
+		return 0, 0, stallNet
+	}
+	defer p.mu.Unlock()
+	q.flushNet = p
+	p.again.Store(true)
+	key := wr.RemoteQKey
+	if key&(1<<31) != 0 {
+		key = q.attr.QKey
+	}
+	op := uint8(roce.SendOnly)
+	if wr.Opcode == ib.OpSendWithImm {
+		op = roce.SendOnlyImm
+	}
+	p.pkt = roce.Packet{Opcode: roce.Op(roce.UD, op), PKey: roce.DefaultPKey, DestQP: uint32(wr.RemoteQPN & ib.MaxQPN), PSN: q.attr.SQPSN,
+		Solicited: wr.Flags&ib.SendSolicited != 0, QKey: uint32(key), SrcQP: uint32(q.qpn), Imm: wr.Imm}
+	payload, ok := a.out.Packet(&p.pkt, int(n))
+	if !ok {
+		return 0, 0, stallNet
+	}
+	q.gather(payload, wr, 0)
+	a.out.Commit()
+	q.attr.SQPSN = q.attr.SQPSN.Add(1)
+	return ib.WCSuccess, n, stallNone
+}
+
+// receive puts a datagram, behind its GRH, into a receive of the QP, or drops it.
+func (u *wireUD) receive(src netip.AddrPort, pkt *roce.Packet) {
+	v, drops := u.v, &u.port.drops
+	if !v.enter() {
+		drops.State++
+		return
+	}
+	defer v.leave()
+	if atomic.LoadUint32(v.qkey) != pkt.QKey {
+		drops.QKey++
+		return
+	}
+	n := uint32(len(pkt.Payload))
+	for {
+		if !v.peek(&v.slot) || v.slot.length() < n+ib.GRHLen {
+			drops.Room++
+			return
+		}
+		if v.take(&v.slot) {
+			break
+		}
+	}
+	var h [ib.GRHLen]byte
+	netGRH(&h, src.Addr(), u.port.sock.Local().Addr(), int(n))
+	st := u.q.nic.putSlot(&v.slot, 0, h[:])
+	if st == ib.WCSuccess {
+		st = u.q.nic.putSlot(&v.slot, ib.GRHLen, pkt.Payload)
+	}
+	var flags uint8
+	if pkt.Opcode.HasImm() {
+		flags = cqeImm
+	}
+	if st != ib.WCSuccess {
+		st, flags = ib.WCLocalProtErr, 0
+	}
+	v.complete(&v.slot, n+ib.GRHLen, pkt.Imm, flags, st, ib.QPN(pkt.SrcQP))
+	v.port.notify(pkt.Solicited || st != ib.WCSuccess)
+}
+
+// netGRH builds what a datagram's receive buffer starts with: the IP header, an IPv4 one in the last 20 bytes (IBA A17.4.5.1). Of
+// it, the socket has told us the addresses.
+func netGRH(b *[ib.GRHLen]byte, src, dst netip.Addr, payload int) {
+	if !src.Is4() {
+		grh(b, src.As16(), dst.As16(), payload)
+		b[6] = protoUDP
+		return
+	}
+	h := b[ib.GRHLen-20:]
+	h[0] = 4<<4 | 5
+	binary.BigEndian.PutUint16(h[2:], uint16(20+payload))
+	h[9] = protoUDP
+	s, d := src.As4(), dst.As4()
+	copy(h[12:], s[:])
+	copy(h[16:], d[:])
+}
+
+const protoUDP = 17
