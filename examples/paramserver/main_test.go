@@ -341,7 +341,9 @@ func TestRefusesStrangers(t *testing.T) {
 	cutOff("a short token", []byte("x"), func(*transport.Conn) {})
 	cutOff("a message on a data connection", token, func(c *transport.Conn) { c.Send(ctx, []byte("hello")) })
 
-	// A worker that announces a gradient which it has not written.
+	// A worker that announces a gradient which it has not written. Its token is not that of before: the server may not have
+	// noticed yet that that connection has ended.
+	token[0]++
 	var m *JoinReply
 	cutOff("an empty gradient", token, func(c *transport.Conn) {
 		if m, err = rpc.Invoke[*JoinReply](ctx, client, methodJoin, &JoinRequest{Token: token}); err != nil {
