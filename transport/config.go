@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/ringside-rdma/ringside/verbs"
@@ -33,6 +34,10 @@ type Config struct {
 	// small slots and no send memory.
 	SharedReceive bool
 
+	// Path is how software NICs are to meet; other devices have one path, and refuse PathMemory and PathUDP. It counts for both
+	// sides: if one wants PathUDP, the other's PathAny follows.
+	Path Path
+
 	HandshakeTimeout time.Duration // of each handshake; default 5 s
 	MaxHandshakes    int           // a listener's handshakes in progress; default 64
 	Linger           time.Duration // how long Close waits for messages accepted earlier to go out; default 5 s
@@ -42,6 +47,15 @@ type Config struct {
 	// TLS will protect the bootstrap connection. It is not implemented yet: a Config that sets it is refused.
 	TLS *tls.Config
 }
+
+// A Path is a way for two software NICs to meet.
+type Path string
+
+const (
+	PathAny    Path = ""       // memory if the peers can share it, else UDP; or what the environment's RINGSIDE_PATH says
+	PathMemory Path = "memory" // within a process, or shared between processes of one user on one host; or not at all
+	PathUDP    Path = "udp"    // RoCEv2 over UDP, from the address that the bootstrap connection has
+)
 
 const (
 	defaultMaxMessage = 16 << 20
@@ -68,6 +82,12 @@ func (cfg *Config) populate() (*Config, error) {
 	if c.TLS != nil {
 		return nil, fmt.Errorf("transport: Config.TLS: %w: TLS on the bootstrap connection is not implemented; "+
 			"leave it nil and keep the listener on a trusted network", errors.ErrUnsupported)
+	}
+	if c.Path == PathAny {
+		c.Path = Path(os.Getenv("RINGSIDE_PATH"))
+	}
+	if c.Path != PathAny && c.Path != PathMemory && c.Path != PathUDP {
+		return nil, fmt.Errorf("transport: Config.Path (or RINGSIDE_PATH) is %q: want %q, %q, or nothing for whichever is better", c.Path, PathMemory, PathUDP)
 	}
 	orDefault(&c.MaxMessage, defaultMaxMessage)
 	orDefault(&c.MaxHandshakes, 64)

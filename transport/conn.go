@@ -40,7 +40,10 @@ type Conn struct {
 	q        *qp.QP
 	qpn      ib.QPN
 	tcp      net.Conn
-	sgid     int          // index of the own GID
+	sgid     int // index of the own GID
+	udpSGID  int // and of the one for UDP, if that was offered
+	viaUDP   bool
+	noUDP    error        // why it was not offered, though it may be
 	cm       *qp.CMConn   // nil: the queue pair was connected by hand
 	peerSync mr.RemoteKey // with cm: see Batch.seal
 	peer     PeerInfo

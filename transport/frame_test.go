@@ -181,6 +181,40 @@ func TestHelloGolden(t *testing.T) {
 	}
 }
 
+// With the feature bit for UDP, the hello ends with where.
+func TestHelloUDP(t *testing.T) {
+	h := sampleHello()
+	plain := h.append(nil)
+	h.Features = featureUDP | featureViaUDP
+	h.UDP = udpEnd{GID: ib.GID{10: 0xff, 11: 0xff, 12: 10, 15: 9}, Port: 4791, MTU: ib.MTU1024}
+	b := h.append(nil)
+	if want := append(append(unhex(t, "0600000000000000"), plain[8:]...), unhex(t, "00000000000000000000ffff0a000009"+"b712"+"03"+"00")...); !bytes.Equal(b, want) {
+		t.Errorf("hello is\n% x, want\n% x", b, want)
+	}
+	got, err := parseHello(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(h, got); d != "" {
+		t.Error(d)
+	}
+	for what, bad := range map[string]func(h *hello){
+		"no address":          func(h *hello) { h.UDP.GID = ib.GID{} },
+		"no port":             func(h *hello) { h.UDP.Port = 0 },
+		"no MTU":              func(h *hello) { h.UDP.MTU = 0 },
+		"wanted, not offered": func(h *hello) { h.Features = featureViaUDP },
+	} {
+		h := *h
+		bad(&h)
+		if _, err := parseHello(h.append(nil)); err == nil {
+			t.Errorf("accepted: %s", what)
+		}
+	}
+	if _, err := parseHello(b[:len(b)-1]); err == nil {
+		t.Error("accepted a truncated hello")
+	}
+}
+
 // With the connection manager's feature bit, the hello ends with where to connect.
 func TestHelloCM(t *testing.T) {
 	h := sampleHello()

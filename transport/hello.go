@@ -68,6 +68,14 @@ type hello struct {
 	CMPort      uint16 // featureCM, of the listener: where the dialler connects by the connection manager, at the address in GID
 	CMToken     cmToken
 	Sync        mr.RemoteKey // featureCM: a byte that means nothing, for the READ that makes writes certain (Batch.seal)
+	UDP         udpEnd       // featureUDP
+}
+
+// udpEnd is where a software NIC can be met by packets.
+type udpEnd struct {
+	GID  ib.GID // an address of the host
+	Port uint16
+	MTU  ib.MTU
 }
 
 // deviceName is the name of the device that the queue pair is on.
@@ -82,6 +90,10 @@ func (h *hello) deviceName() string {
 const (
 	// featureCM: the device is connected by the system's connection manager, and the hello ends with CMPort, CMToken and Sync.
 	featureCM uint64 = 1 << 0
+	// featureUDP: the device can be met over UDP as well, and the hello ends with where.
+	featureUDP uint64 = 1 << 1
+	// featureViaUDP: of the dialler, that it must be so; of the listener, that it is to be so.
+	featureViaUDP uint64 = 1 << 2
 )
 
 func appendFrame(b []byte, kind bootKind, body []byte) []byte {
@@ -134,6 +146,11 @@ func (h *hello) append(b []byte) []byte {
 		b = le.AppendUint16(b, h.CMPort)
 		b = append(b, h.CMToken[:]...)
 		b, _ = h.Sync.AppendBinary(b) // our own, or one that was parsed
+	}
+	if h.Features&featureUDP != 0 {
+		b = append(b, h.UDP.GID[:]...)
+		b = le.AppendUint16(b, h.UDP.Port)
+		b = append(b, byte(h.UDP.MTU), 0)
 	}
 	return b
 }
@@ -225,9 +242,19 @@ func parseHello(b []byte) (*hello, error) {
 			return nil, errors.New("no byte to read")
 		}
 	}
+	if h.Features&featureUDP != 0 {
+		copy(h.UDP.GID[:], r.bytes(16))
+		h.UDP.Port, h.UDP.MTU = r.u16(), ib.MTU(r.u8())
+		r.u8()
+		if !r.fail && (h.UDP.GID.IsZero() || h.UDP.Port == 0 || h.UDP.MTU.Bytes() == 0) {
+			return nil, fmt.Errorf("UDP at %v, port %d, MTU code %d", h.UDP.GID, h.UDP.Port, uint8(h.UDP.MTU))
+		}
+	}
 	switch {
 	case r.fail:
 		return nil, errTruncated
+	case h.Features&(featureUDP|featureViaUDP) == featureViaUDP:
+		return nil, errors.New("UDP is wanted, and not offered")
 	case len(r.b) != 0:
 		return nil, fmt.Errorf("%d bytes too many", len(r.b))
 	case !utf8.ValidString(h.Name):

@@ -270,9 +270,10 @@ func (l *Listener) accept(t net.Conn, body []byte) (*Conn, error) {
 		l.p.unref()
 		return nil, err
 	}
-	if err := c.agreeOn(ctx, mine, theirs); err != nil {
+	if err := c.choosePath(ctx, mine, theirs); err != nil {
 		return give(err)
 	}
+	c.agreeOn(mine, theirs)
 	var wait *cmWait
 	if l.p.needsCM() {
 		wait, err = c.awaitCM(mine)
@@ -366,9 +367,10 @@ func dial(ctx context.Context, p *Poller, cfg *Config, t net.Conn) (*Conn, error
 	if err != nil {
 		return give(refuse(RefusedProtocol, err, "hello: %v", err))
 	}
-	if err := c.agreeOn(ctx, mine, theirs); err != nil {
+	if err := c.followPath(ctx, mine, theirs); err != nil {
 		return give(err)
 	}
+	c.agreeOn(mine, theirs)
 	connect := c.connect
 	if p.needsCM() {
 		connect = c.dialCM
@@ -441,54 +443,38 @@ func prepare(ctx context.Context, p *Poller, cfg *Config, t net.Conn, near netip
 		h.MTU = ib.MTU4096
 	}
 	if p.needsCM() {
-		if err := c.describeCM(h, near); err != nil {
-			c.discard()
-			return nil, nil, err
-		}
+		err = c.describeCM(h, near)
+	} else {
+		err = c.offerUDP(h, gid.Type, addrOf(t.LocalAddr()))
+	}
+	if err != nil {
+		c.discard()
+		return nil, nil, err
 	}
 	return c, h, nil
 }
 
-// agreeOn decides, with both hellos known, how the peer is reached, and what both sides keep to.
-func (c *Conn) agreeOn(ctx context.Context, mine, theirs *hello) error {
-	sameHost := mine.HostID == theirs.HostID
-	reasons := choiceReasons(c.p.vctx)
-	if !sameHost {
-		reasons = append(reasons, "no shared memory: the peer is on another host")
-	}
-	if cm := mine.Features & featureCM; cm != theirs.Features&featureCM {
-		with, without := c.p.vctx.Name(), theirs.deviceName()
-		if cm == 0 {
-			with, without = without, with
-		}
-		return refuse(RefusedUnreachable, nil, "device %s is connected by the connection manager only (iWARP), and device %s is of another kind", with, without)
-	}
+// agreeOn notes, with both hellos known, who the peer is and what both sides keep to.
+func (c *Conn) agreeOn(mine, theirs *hello) {
 	c.peerSync = theirs.Sync
-	path, err := c.p.vctx.CheckReach(ctx, theirs.GID)
-	if errors.Is(err, errors.ErrUnsupported) {
-		err = nil // the device finds out when it connects
-	}
-	if err != nil {
-		why := hostReasons(mine, theirs)
-		if why != "" {
-			why = " (" + why + ")"
-		}
-		return refuse(RefusedUnreachable, err, "device %s cannot reach the peer's GID %v: %v%s", c.p.vctx.Name(), theirs.GID, err, why)
-	}
-	c.path = PathInfo{Rung: path, Device: c.p.vctx.Name(), Provider: c.p.vctx.Provider(), SameHost: sameHost, Reasons: reasons}
 	c.peer = PeerInfo{
 		Name: theirs.Name, PrivateData: theirs.PrivateData, Devices: theirs.Devices,
 		Host: HostInfo{ID: theirs.HostID, PIDNS: theirs.PIDNS, MountNS: theirs.MountNS, UID: theirs.UID, PID: theirs.PID},
 	}
 	c.agree(int(theirs.MaxMessage), int(theirs.Slot), int(theirs.Window), int(theirs.Rendezvous))
-	return nil
 }
 
 // connect takes the queue pair to the peer's.
 func (c *Conn) connect(ctx context.Context, mine, theirs *hello) error {
+	remote := qp.Endpoint{GID: theirs.GID, LID: theirs.LID, QPN: theirs.QPN, PSN: theirs.PSN}
+	sgid, mtu := c.sgid, min(mine.MTU, theirs.MTU)
+	if c.viaUDP {
+		remote.GID, remote.UDPPort = theirs.UDP.GID, theirs.UDP.Port
+		sgid, mtu = c.udpSGID, min(mine.UDP.MTU, theirs.UDP.MTU)
+	}
 	err := c.q.Connect(ctx, qp.ConnectParams{
-		Remote:   qp.Endpoint{GID: theirs.GID, LID: theirs.LID, QPN: theirs.QPN, PSN: theirs.PSN},
-		LocalPSN: mine.PSN, SGIDIndex: c.sgid, MTU: min(mine.MTU, theirs.MTU),
+		Remote:   remote,
+		LocalPSN: mine.PSN, SGIDIndex: sgid, MTU: mtu,
 		MaxRdAtomic:     clampReads(min(mine.ReadsOut, theirs.ReadsIn)),
 		MaxDestRdAtomic: clampReads(min(mine.ReadsIn, theirs.ReadsOut)),
 	})
@@ -518,26 +504,4 @@ func clampReads(n uint8) int {
 		return -1
 	}
 	return int(n)
-}
-
-// choiceReasons says why a better device was not taken.
-func choiceReasons(v *verbs.Context) []string {
-	var s []string
-	for _, p := range v.Choice().Passed {
-		s = append(s, p.String())
-	}
-	return s
-}
-
-// hostReasons says what the peers' identities tell about why they cannot share memory.
-func hostReasons(mine, theirs *hello) string {
-	switch {
-	case mine.HostID != theirs.HostID:
-		return "the peer is on another host"
-	case mine.UID != theirs.UID:
-		return fmt.Sprintf("the peer runs as user %d and this process as %d: memory is shared within one user only", theirs.UID, mine.UID)
-	case mine.PIDNS != theirs.PIDNS || mine.MountNS != theirs.MountNS:
-		return "the peer runs in another container (process or mount namespace)"
-	}
-	return ""
 }

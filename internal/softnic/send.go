@@ -171,7 +171,7 @@ func (q *QP) completePending(st ib.WCStatus, n uint32) {
 // enqueue copies a request to the end of those that wait.
 func (q *QP) enqueue(wr *ib.SendWR) {
 	if q.pend == nil {
-		q.pend = make([]pendingWR, q.cap.MaxSendWR)
+		q.makePending()
 	}
 	p := &q.pend[(q.pendHead+q.pendLen)&q.scMask]
 	q.pendLen++
@@ -182,6 +182,17 @@ func (q *QP) enqueue(wr *ib.SendWR) {
 	if wr.Bind != nil {
 		p.bind = *wr.Bind
 		p.wr.Bind = &p.bind
+	}
+}
+
+// makePending makes room for as many requests as the queue has, each of the largest kind.
+func (q *QP) makePending() {
+	n, sges, inline := q.cap.MaxSendWR, q.cap.MaxSendSGE, q.cap.MaxInline
+	q.pend = make([]pendingWR, n)
+	s, b := make([]ib.SGE, n*sges), make([]byte, n*inline)
+	for i := range q.pend {
+		q.pend[i].sges = s[i*sges : i*sges : (i+1)*sges]
+		q.pend[i].inline = b[i*inline : i*inline : (i+1)*inline]
 	}
 }
 

@@ -143,6 +143,9 @@ func (w *wireQP) toRTS() {
 	if a.AckTimeout != 0 {
 		c.AckTimeout = a.AckTimeout.Duration()
 	}
+	if w.q.pend == nil {
+		w.q.makePending()
+	}
 	switch {
 	case w.q.typ == ib.UC && w.ureq != nil:
 		w.ureq.Resume()

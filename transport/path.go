@@ -1,0 +1,173 @@
+package transport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/ringside-rdma/ringside/verbs"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// Software NICs can meet in memory or over UDP. Each side offers both in its hello, unless its configuration rules one out; the
+// listener, who has seen both hellos, chooses, and says so in its own.
+
+// offerUDP adds to the hello where a software NIC can be met by packets. t is the type of the GID that stands in the hello, near
+// the own address that the peer reaches.
+func (c *Conn) offerUDP(h *hello, t ib.GIDType, near netip.Addr) error {
+	want := c.cfg.Path
+	if t != ib.GIDSoft {
+		if want != PathAny {
+			return refuse(RefusedResources, nil, "Config.Path is %q, and device %s is no software NIC: it has one path", want, c.p.vctx.Name())
+		}
+		return nil
+	}
+	if want == PathMemory {
+		return nil
+	}
+	end, index, err := udpEndOf(c.p.vctx, near)
+	if err != nil {
+		if want == PathUDP {
+			return refuse(RefusedResources, err, "UDP from %v: %v", near, err)
+		}
+		c.noUDP = err
+		return nil
+	}
+	c.udpSGID = index
+	h.UDP = end
+	h.Features |= featureUDP
+	if want == PathUDP {
+		h.Features |= featureViaUDP
+	}
+	return nil
+}
+
+// udpEndOf opens the device to the network at near, an address of this host.
+func udpEndOf(v *verbs.Context, near netip.Addr) (udpEnd, int, error) {
+	g, err := v.SourceGIDOf(1, near, ib.GIDRoCEv2)
+	if err != nil {
+		return udpEnd{}, 0, err
+	}
+	if g.GID.Addr() != near.Unmap().WithZone("") {
+		return udpEnd{}, 0, fmt.Errorf("device %s has no GID for this address", v.Name())
+	}
+	port, err := v.UDPPort(1, g.Index)
+	if err != nil {
+		return udpEnd{}, 0, err
+	}
+	return udpEnd{GID: g.GID, Port: port, MTU: g.MTU}, g.Index, nil
+}
+
+// choosePath is the listener's decision. Its hello is to say so.
+func (c *Conn) choosePath(ctx context.Context, mine, theirs *hello) error {
+	var memory error
+	forced := (mine.Features|theirs.Features)&featureViaUDP != 0
+	if !forced {
+		if memory = c.meet(ctx, mine, theirs); memory == nil {
+			return nil
+		}
+	}
+	if mine.Features&theirs.Features&featureUDP == 0 {
+		if forced {
+			return refuse(RefusedUnreachable, c.noUDP, "UDP is wanted (Config.Path), and not offered by both sides%s", because(c.noUDP))
+		}
+		return memory
+	}
+	mine.Features |= featureViaUDP
+	c.takeUDP(mine, theirs, memory)
+	return nil
+}
+
+// followPath does as the listener has decided.
+func (c *Conn) followPath(ctx context.Context, mine, theirs *hello) error {
+	switch via := theirs.Features&featureViaUDP != 0; {
+	case via && mine.Features&featureUDP == 0:
+		return refuse(RefusedUnreachable, c.noUDP, "the listener wants UDP, and this side does not offer it%s", because(c.noUDP))
+	case via:
+		c.takeUDP(mine, theirs, nil)
+		return nil
+	case mine.Features&featureViaUDP != 0:
+		return refuse(RefusedUnreachable, nil, "UDP is wanted (Config.Path), and the listener does not offer it")
+	}
+	return c.meet(ctx, mine, theirs)
+}
+
+func because(err error) string {
+	if err == nil {
+		return ""
+	}
+	return ": " + err.Error()
+}
+
+// meet finds out whether the device reaches the GID in the peer's hello.
+func (c *Conn) meet(ctx context.Context, mine, theirs *hello) error {
+	if cm := mine.Features & featureCM; cm != theirs.Features&featureCM {
+		with, without := c.p.vctx.Name(), theirs.deviceName()
+		if cm == 0 {
+			with, without = without, with
+		}
+		return refuse(RefusedUnreachable, nil, "device %s is connected by the connection manager only (iWARP), and device %s is of another kind", with, without)
+	}
+	path, err := c.p.vctx.CheckReach(ctx, theirs.GID)
+	if errors.Is(err, errors.ErrUnsupported) {
+		err = nil // the device finds out when it connects
+	}
+	if err != nil {
+		why := hostReasons(mine, theirs)
+		if why != "" {
+			why = " (" + why + ")"
+		}
+		return refuse(RefusedUnreachable, err, "device %s cannot reach the peer's GID %v: %v%s", c.p.vctx.Name(), theirs.GID, err, why)
+	}
+	c.setPath(path, mine, theirs)
+	return nil
+}
+
+// takeUDP has the connection go over UDP. memory is why not through memory, if that was tried.
+func (c *Conn) takeUDP(mine, theirs *hello, memory error) {
+	c.viaUDP = true
+	c.setPath("udp", mine, theirs)
+	switch why := hostReasons(mine, theirs); {
+	case c.cfg.Path == PathUDP:
+		c.path.Reasons = append(c.path.Reasons, "no shared memory: Config.Path is udp")
+	case theirs.Features&featureViaUDP != 0 && memory == nil && why == "":
+		c.path.Reasons = append(c.path.Reasons, "no shared memory: the peer wants UDP")
+	case mine.HostID != theirs.HostID: // setPath has said so
+	case why != "":
+		c.path.Reasons = append(c.path.Reasons, "no shared memory: "+why)
+	case memory != nil:
+		c.path.Reasons = append(c.path.Reasons, "no shared memory: "+memory.Error())
+	}
+}
+
+func (c *Conn) setPath(rung string, mine, theirs *hello) {
+	same := mine.HostID == theirs.HostID
+	reasons := choiceReasons(c.p.vctx)
+	if !same {
+		reasons = append(reasons, "no shared memory: the peer is on another host")
+	}
+	c.path = PathInfo{Rung: rung, Device: c.p.vctx.Name(), Provider: c.p.vctx.Provider(), SameHost: same, Reasons: reasons}
+}
+
+// choiceReasons says why a better device was not taken.
+func choiceReasons(v *verbs.Context) []string {
+	var s []string
+	for _, p := range v.Choice().Passed {
+		s = append(s, p.String())
+	}
+	return s
+}
+
+// hostReasons says what the peers' identities tell about why they cannot share memory.
+func hostReasons(mine, theirs *hello) string {
+	switch {
+	case mine.HostID != theirs.HostID:
+		return "the peer is on another host"
+	case mine.UID != theirs.UID:
+		return fmt.Sprintf("the peer runs as user %d and this process as %d: memory is shared within one user only", theirs.UID, mine.UID)
+	case mine.PIDNS != theirs.PIDNS || mine.MountNS != theirs.MountNS:
+		return "the peer runs in another container (process or mount namespace)"
+	}
+	return ""
+}
