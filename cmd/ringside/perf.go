@@ -175,6 +175,7 @@ type testFlags struct {
 	poll      choiceValue
 	atomic    choiceValue
 	flow      choiceValue
+	path      choiceValue
 	clock     choiceValue
 	spawn     bool
 	serverCPU int
@@ -209,6 +210,8 @@ func newPerfTest(op perf.Op, kind perf.Kind) *cobra.Command {
 	fl.IntVar(&f.spec.Warmup, "warmup", 0, fmt.Sprintf("operations before that (default %d, at most --iters; fewer of large messages)", def.Warmup))
 	f.poll = choiceValue{v: def.Poll.String(), all: []string{"busy", "adaptive", "event"}}
 	fl.Var(&f.poll, "poll", "how both sides wait: busy, adaptive or event")
+	f.path = choiceValue{v: def.Path.String(), all: []string{"auto", "memory", "udp"}}
+	fl.Var(&f.path, "path", "how software NICs meet: auto (memory on one host, else udp), memory or udp")
 	fl.DurationVar(&f.spec.Spin, "spin", def.Spin, "how long --poll adaptive polls before it sleeps")
 	if op == perf.OpRPC {
 		if kind != perf.Lat {
@@ -241,7 +244,7 @@ func newPerfTest(op perf.Op, kind perf.Kind) *cobra.Command {
 	f.output = outputFlag(cmd)
 	fl.StringVar(&f.plot, "plot", "", "write a picture of the results to this SVG file")
 	hideDefault(cmd, "inline", "server-cpu")
-	for name, c := range map[string]*choiceValue{"poll": &f.poll, "flow": &f.flow, "op": &f.atomic, "clock": &f.clock} {
+	for name, c := range map[string]*choiceValue{"poll": &f.poll, "path": &f.path, "flow": &f.flow, "op": &f.atomic, "clock": &f.clock} {
 		if fl.Lookup(name) != nil {
 			_ = cmd.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(c.all, cobra.ShellCompDirectiveNoFileComp))
 		}
@@ -298,6 +301,9 @@ func (f *testFlags) config(cmd *cobra.Command, a []string) (*perf.Config, error)
 		cfg.Sizes = perf.PowersOfTwo(allMax)
 	}
 	var err error
+	if cfg.Spec.Path, err = perf.ParsePath(f.path.v); err != nil {
+		return nil, err
+	}
 	if cfg.Spec.Poll, err = perf.ParsePollMode(f.poll.v); err != nil {
 		return nil, err
 	}

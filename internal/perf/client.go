@@ -122,6 +122,10 @@ func Run(ctx context.Context, cfg *Config) (*Report, error) {
 	}
 	defer r.control.close()
 
+	for i := range specs {
+		specs[i].Path = specs[i].Path.between(&host, &peer)
+	}
+
 	choice := vctx.Choice()
 	rep := &Report{Schema: Schema, Started: time.Now().UTC().Truncate(time.Second), Test: testOf(&cfg.Spec, &specs[0], clk.name()),
 		Spawned: cfg.Spawned, Client: host, Server: peer, Choice: &choice, Results: []Result{}}
@@ -140,6 +144,14 @@ func Run(ctx context.Context, cfg *Config) (*Report, error) {
 		}
 	}
 	return rep.orNil(), nil
+}
+
+// between is the path, decided.
+func (p Path) between(client, server *Host) Path {
+	if p == PathAuto && client.Name != server.Name && client.Provider == "soft" && server.Provider == "soft" {
+		return PathUDP
+	}
+	return p
 }
 
 // orNil is r, or nil if it has no results.
@@ -211,7 +223,7 @@ func (r *runner) measure(ctx context.Context, spec *Spec, step, steps int) (*Res
 	if spec.Op == OpRPC {
 		return r.measureRPC(ctx, spec, step, steps)
 	}
-	s, err := newSide(r.vctx, *spec, false, portOptions{uint8(r.cfg.Port), r.cfg.GIDIndex})
+	s, err := newSide(r.vctx, *spec, false, portOptions{uint8(r.cfg.Port), r.cfg.GIDIndex, spec.Path, r.control.near()})
 	if err != nil {
 		return nil, "", err
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"sync"
 	"time"
@@ -37,6 +38,14 @@ type control struct {
 
 	alive context.Context // ends with the connection; its cause is why
 	end   context.CancelCauseFunc
+}
+
+// near is this host's address that the peer talks to.
+func (c *control) near() netip.Addr {
+	if a, ok := c.conn.LocalAddr().(*net.TCPAddr); ok {
+		return a.AddrPort().Addr().Unmap()
+	}
+	return netip.Addr{}
 }
 
 // newControl exchanges hellos on conn and returns the connection and what the peer said about itself. It closes conn

@@ -56,7 +56,7 @@ const (
 	maxText     = 1 << 10 // bytes of one string
 
 	helloMagic   = 0x46525052 // "RPRF"
-	protoVersion = 1
+	protoVersion = 2
 )
 
 var (
@@ -88,6 +88,7 @@ type endpoint struct {
 	gid     ib.GID
 	lid     ib.LID
 	mtu     ib.MTU
+	udpPort uint16
 	qps     []qpAddr // one for each of the spec's QPs
 	buffer  [24]byte // mr.RemoteKey of the whole region
 	service string   // rpc: where the server listens, "host:port"
@@ -194,7 +195,7 @@ func (h *Host) texts() []*string {
 
 func (m *setup) append(b []byte) []byte {
 	s := &m.spec
-	b = append(b, byte(s.Op), byte(s.Kind), byte(s.Poll), byte(s.Atomic), byte(s.Flow))
+	b = append(b, byte(s.Op), byte(s.Kind), byte(s.Poll), byte(s.Atomic), byte(s.Flow), byte(s.Path))
 	for _, v := range s.ints() {
 		b = binary.LittleEndian.AppendUint64(b, uint64(*v))
 	}
@@ -206,7 +207,7 @@ func (m *setup) append(b []byte) []byte {
 
 func (m *setup) decode(d *decoder) {
 	s := &m.spec
-	s.Op, s.Kind, s.Poll, s.Atomic, s.Flow = Op(d.u8()), Kind(d.u8()), PollMode(d.u8()), AtomicOp(d.u8()), Flow(d.u8())
+	s.Op, s.Kind, s.Poll, s.Atomic, s.Flow, s.Path = Op(d.u8()), Kind(d.u8()), PollMode(d.u8()), AtomicOp(d.u8()), Flow(d.u8()), Path(d.u8())
 	for _, v := range s.ints() {
 		n := int64(d.u64())
 		if *v = int(n); int64(*v) != n { // 32-bit platforms
@@ -236,6 +237,7 @@ func (e *endpoint) append(b []byte) []byte {
 	b = append(b, e.gid[:]...)
 	b = binary.LittleEndian.AppendUint16(b, uint16(e.lid))
 	b = append(b, byte(e.mtu))
+	b = binary.LittleEndian.AppendUint16(b, e.udpPort)
 	b = append(b, e.buffer[:]...)
 	b = appendText(b, e.service)
 	b = binary.LittleEndian.AppendUint16(b, uint16(len(e.qps)))
@@ -250,6 +252,7 @@ func (e *endpoint) decode(d *decoder) {
 	copy(e.gid[:], d.bytes(len(e.gid)))
 	e.lid = ib.LID(d.u16())
 	e.mtu = ib.MTU(d.u8())
+	e.udpPort = d.u16()
 	copy(e.buffer[:], d.bytes(len(e.buffer)))
 	e.service = d.text()
 	n := int(d.u16())

@@ -18,7 +18,7 @@ var allowUnexported = cmp.AllowUnexported(hello{}, setup{}, ready{}, endpoint{},
 	wireError{}, mark{}, marked{})
 
 func sampleEndpoint(n int) endpoint {
-	e := endpoint{gid: ib.GID{0xfe, 0x80, 15: 1}, lid: 7, mtu: ib.MTU4096, service: "127.0.0.1:9"}
+	e := endpoint{gid: ib.GID{0xfe, 0x80, 15: 1}, lid: 7, mtu: ib.MTU4096, udpPort: 4791, service: "127.0.0.1:9"}
 	for i := range e.buffer {
 		e.buffer[i] = byte(i)
 	}
@@ -88,8 +88,8 @@ func badFrames() []badFrame {
 		{"too few queue pairs", "offers 1 queue pairs", frame(frameSetup,
 			payload(&setup{spec: Spec{Op: OpSend, Kind: BW, QPs: 2}.WithDefaults(), endpoint: sampleEndpoint(1)}))},
 		{"bad MTU", "MTU code", frame(frameReady, edit(ep, 18, 99))},
-		{"many queue pairs, no bytes", "ends too early", frame(frameReady, edit(ep, 18+1+24+2+len("127.0.0.1:9"), 0, 4))},
-		{"too many queue pairs", "the limit is", frame(frameReady, edit(ep, 18+1+24+2+len("127.0.0.1:9"), 0xff, 0xff))},
+		{"many queue pairs, no bytes", "ends too early", frame(frameReady, edit(ep, 18+1+2+24+2+len("127.0.0.1:9"), 0, 4))},
+		{"too many queue pairs", "the limit is", frame(frameReady, edit(ep, 18+1+2+24+2+len("127.0.0.1:9"), 0xff, 0xff))},
 		{"queue pair 1", "is not valid", frame(frameReady, edit(ep, len(ep)-8, 1, 0, 0, 0))},
 		{"wide PSN", "is not valid", frame(frameReady, edit(ep, len(ep)-1, 1))},
 	}

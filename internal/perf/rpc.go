@@ -18,6 +18,7 @@ const echoMethod rpc.Method = 1
 // transportConfig is what both sides of an rpc test connect with.
 func transportConfig(spec *Spec) *transport.Config {
 	return &transport.Config{
+		Path:       map[Path]transport.Path{PathMemory: transport.PathMemory, PathUDP: transport.PathUDP}[spec.Path],
 		PollMode:   map[PollMode]transport.PollMode{PollBusy: transport.Busy, PollAdaptive: transport.Adaptive, PollEvent: transport.Event}[spec.Poll],
 		MaxMessage: max(16<<20, min(spec.Size+4096, MaxSize)), // the frame's header needs room too
 		SendDepth:  max(128, spec.InFlight+16),                // what is in flight must not wait for slots

@@ -42,7 +42,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w (`ringside devices` lists what there is)", err)
 	}
-	if _, err := choosePort(vctx, portOptions{uint8(cfg.Port), cfg.GIDIndex}); err != nil {
+	if _, err := choosePort(vctx, portOptions{port: uint8(cfg.Port), gidIndex: cfg.GIDIndex}); err != nil {
 		vctx.Close()
 		return nil, err
 	}
@@ -209,7 +209,7 @@ func (s *Server) test(ctx context.Context, c *control, t *setup) error {
 	if t.spec.Op == OpRPC {
 		return s.testRPC(ctx, c, t)
 	}
-	side, err := newSide(s.vctx, t.spec, true, portOptions{uint8(s.cfg.Port), s.cfg.GIDIndex})
+	side, err := newSide(s.vctx, t.spec, true, portOptions{uint8(s.cfg.Port), s.cfg.GIDIndex, t.spec.Path, c.near()})
 	if err != nil {
 		return err
 	}

@@ -18,6 +18,8 @@ import (
 type portOptions struct {
 	port     uint8
 	gidIndex int // -1 chooses
+	path     Path
+	near     netip.Addr // of this host, where the peer reaches it
 }
 
 // A port is where queue pairs send from.
@@ -26,6 +28,7 @@ type port struct {
 	attr  ib.PortAttr
 	index int
 	gid   ib.GID
+	udp   uint16 // where a software NIC receives for the GID; 0: it needs no telling
 }
 
 // choosePort finds the first active port, and the GID that peers are most likely to reach.
@@ -50,11 +53,9 @@ func choosePort(vctx *verbs.Context, opt portOptions) (port, error) {
 			down = fmt.Errorf("port %d of %s is %v, not ACTIVE: bring its link up, or choose another with --port or --device", n, vctx.Name(), p.attr.State)
 			continue
 		}
-		g, err := chooseGID(vctx, p.num, opt.gidIndex)
-		if err != nil {
+		if err := p.chooseGID(vctx, opt); err != nil {
 			return port{}, fmt.Errorf("port %d of %s: %w", n, vctx.Name(), err)
 		}
-		p.index, p.gid = g.Index, g.GID
 		return p, nil
 	}
 	if down == nil {
@@ -63,16 +64,38 @@ func choosePort(vctx *verbs.Context, opt portOptions) (port, error) {
 	return port{}, down
 }
 
-// chooseGID returns the entry with the wanted index; with want < 0, the best one.
-func chooseGID(vctx *verbs.Context, port uint8, want int) (ib.GIDEntry, error) {
-	if want < 0 {
-		return vctx.SourceGID(port, netip.Addr{})
+// chooseGID takes the GID with the wanted index, or the best one.
+func (p *port) chooseGID(vctx *verbs.Context, opt portOptions) error {
+	g, err := vctx.SourceGID(p.num, netip.Addr{})
+	switch {
+	case opt.gidIndex >= 0:
+		g, err = gidAt(vctx, p.num, opt.gidIndex)
+	case opt.path == PathUDP && err == nil && g.Type == ib.GIDSoft:
+		g, err = vctx.SourceGIDOf(p.num, opt.near, ib.GIDRoCEv2)
 	}
-	g, err := vctx.GID(port, want)
 	if err != nil {
-		err = fmt.Errorf("%w: ringside devices -v lists them", err)
+		return err
 	}
-	return ib.GIDEntry{Index: want, GID: g}, err
+	p.index, p.gid = g.Index, g.GID
+	if g.MTU != 0 { // a software NIC's, on a network
+		p.attr.ActiveMTU = min(p.attr.ActiveMTU, g.MTU)
+		p.udp, err = vctx.UDPPort(p.num, g.Index)
+	}
+	return err
+}
+
+// gidAt returns the entry at an index.
+func gidAt(vctx *verbs.Context, port uint8, index int) (ib.GIDEntry, error) {
+	gids, err := vctx.GIDs(port)
+	if err != nil {
+		return ib.GIDEntry{}, err
+	}
+	for _, g := range gids {
+		if g.Index == index {
+			return g, nil
+		}
+	}
+	return ib.GIDEntry{}, fmt.Errorf("there is no GID at index %d: ringside devices -v lists them", index)
 }
 
 // A lane is one queue pair of a bandwidth or rate test with its prepared work requests.
@@ -256,7 +279,7 @@ const creditDepth = 16
 
 // endpoint is what the peer has to know.
 func (s *side) endpoint() (endpoint, error) {
-	e := endpoint{gid: s.port.gid, lid: s.port.attr.LID, mtu: s.port.attr.ActiveMTU}
+	e := endpoint{gid: s.port.gid, lid: s.port.attr.LID, mtu: s.port.attr.ActiveMTU, udpPort: s.port.udp}
 	for i := range s.lanes {
 		e.qps = append(e.qps, qpAddr{s.lanes[i].q.QPN(), s.psns[i]})
 	}
@@ -283,7 +306,7 @@ func (s *side) connect(ctx context.Context, peer *endpoint) error {
 	}
 	for i := range s.lanes {
 		err := s.lanes[i].q.Connect(ctx, qp.ConnectParams{
-			Remote:    qp.Endpoint{GID: peer.gid, LID: peer.lid, QPN: peer.qps[i].qpn, PSN: peer.qps[i].psn},
+			Remote:    qp.Endpoint{GID: peer.gid, LID: peer.lid, QPN: peer.qps[i].qpn, PSN: peer.qps[i].psn, UDPPort: peer.udpPort},
 			LocalPSN:  s.psns[i],
 			SGIDIndex: s.port.index,
 			MTU:       min(s.port.attr.ActiveMTU, peer.mtu),

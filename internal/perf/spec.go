@@ -50,6 +50,26 @@ func (k Kind) String() string { return nameOf(kindNames, k) }
 // MarshalText encodes the name, for JSON.
 func (k Kind) MarshalText() ([]byte, error) { return []byte(k.String()), nil }
 
+// Path is how two software NICs meet. Other devices have one path, and do as they can.
+type Path uint8
+
+// Ways to meet.
+const (
+	PathAuto   Path = 1 // through memory on one host (going by the hosts' names), else by UDP
+	PathMemory Path = 2 // through memory
+	PathUDP    Path = 3 // by RoCEv2 over UDP, between the addresses that client and server talk to each other from
+)
+
+var pathNames = map[Path]string{PathAuto: "auto", PathMemory: "memory", PathUDP: "udp"}
+
+func (p Path) String() string { return nameOf(pathNames, p) }
+
+// MarshalText makes JSON of a Path its name.
+func (p Path) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
+
+// ParsePath returns the path called s.
+func ParsePath(s string) (Path, error) { return parseName(pathNames, "path", s) }
+
 // PollMode is how a side waits for completions.
 type PollMode uint8
 
@@ -182,6 +202,7 @@ type Spec struct {
 	Spin   time.Duration // how long PollAdaptive polls before it sleeps; default 20 us
 	Atomic AtomicOp      // default FetchAdd
 	Flow   Flow          // send bw and rate; default FlowCredit
+	Path   Path          // default PathAuto
 }
 
 // NoWarmup as Spec.Warmup starts the measurement with the first operation.
@@ -231,6 +252,9 @@ func (s Spec) WithDefaults() Spec {
 	if s.Flow == 0 {
 		s.Flow = FlowCredit
 	}
+	if s.Path == 0 {
+		s.Path = PathAuto
+	}
 	return s
 }
 
@@ -251,6 +275,9 @@ func (s *Spec) Validate() error {
 	}
 	if _, ok := flowNames[s.Flow]; !ok {
 		return fmt.Errorf("unknown flow control %d", s.Flow)
+	}
+	if _, ok := pathNames[s.Path]; !ok {
+		return fmt.Errorf("unknown path %d", s.Path)
 	}
 	for _, r := range []struct {
 		name        string
