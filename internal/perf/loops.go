@@ -247,6 +247,9 @@ func (s *side) pongSend() error {
 func (s *side) awaitByte() error {
 	for loadByte(s.poll) != s.seq {
 		s.rwait.spins++
+		if s.port.udp != 0 { // without completions to poll for, nothing else takes packets as soon as they come
+			s.pd.Context().Progress()
+		}
 		if s.rwait.spins%idleEvery == 0 {
 			if err := s.rwait.idle(); err != nil {
 				return err

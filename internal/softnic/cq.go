@@ -92,11 +92,7 @@ func (c *CQ) Poll(wcs []ib.WC) int {
 	if c.nic.stalled.Load() != 0 {
 		c.nic.progressStalled()
 	}
-	if ports := c.nic.netPorts.Load(); ports != nil {
-		for _, p := range *ports {
-			p.poll()
-		}
-	}
+	c.nic.pollPorts()
 	if q := c.single.Load(); q != nil && q.quiet() && c.err.Load() == nil {
 		return 0
 	}

@@ -32,6 +32,7 @@ type netPort struct {
 	link *link // with nobody: gives out the blocks that the port itself writes to
 
 	again atomic.Bool   // there is work that mu's holder may not have seen
+	users atomic.Int32  // QPs; without any, pollers stay away
 	looks atomic.Uint32 // times that somebody has polled; written with mu held
 	wakeC chan struct{} // for a drive that looks whether somebody polls
 	ended chan struct{} // drive has returned
@@ -137,6 +138,20 @@ func (p *netPort) poll() (some bool) {
 	some = p.turn(true)
 	p.mu.Unlock()
 	p.run()
+	return some
+}
+
+// pollPorts receives what there is at the ports that somebody uses, and reports whether there was anything.
+func (n *NIC) pollPorts() (some bool) {
+	ports := n.netPorts.Load()
+	if ports == nil {
+		return false
+	}
+	for _, p := range *ports {
+		if p.users.Load() > 0 && p.poll() {
+			some = true
+		}
+	}
 	return some
 }
 

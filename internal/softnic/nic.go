@@ -350,10 +350,8 @@ func (n *NIC) retrier() {
 
 // Progress implements driver.Progresser.
 func (n *NIC) Progress() bool {
-	if n.stalled.Load() == 0 {
-		return false
-	}
-	return n.progressStalled()
+	some := n.pollPorts()
+	return n.stalled.Load() != 0 && n.progressStalled() || some
 }
 
 // Close implements driver.Context.

@@ -8,6 +8,7 @@ import "time"
 type wheel struct {
 	slots [wheelSlots][]*wireQP
 	next  int64 // the tick that is looked at next
+	soon  int64 // there is no timer before
 	count int
 }
 
@@ -20,12 +21,14 @@ const (
 func (h *wheel) set(w *wireQP, at, now time.Duration) {
 	if h.count == 0 {
 		h.next = int64(now / wheelTick)
+		h.soon = h.next + wheelSlots
 	}
 	t := int64(at/wheelTick) + 1
 	t = min(max(t, h.next), h.next+wheelSlots-1)
 	if w.tick != 0 && w.tick <= t {
 		return
 	}
+	h.soon = min(h.soon, t)
 	w.tick = t // an entry of a later tick means nothing from now on
 	s := &h.slots[t%wheelSlots]
 	*s = append(*s, w)
@@ -62,8 +65,9 @@ func (h *wheel) first() time.Duration {
 	if h.count == 0 {
 		return 0
 	}
-	for t := h.next; t < h.next+wheelSlots; t++ {
+	for t := max(h.next, h.soon); t < h.next+wheelSlots; t++ {
 		if len(h.slots[t%wheelSlots]) > 0 {
+			h.soon = t
 			return time.Duration(t) * wheelTick
 		}
 	}

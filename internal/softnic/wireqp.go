@@ -84,6 +84,7 @@ func (q *QP) toRTRWire(attr *ib.QPAttr, mask ib.QPAttrMask) error {
 	}
 	p.mu.Lock()
 	p.qps[q.qpn] = w
+	p.users.Add(1)
 	p.mu.Unlock()
 	q.sq.Lock()
 	q.wire = w
@@ -352,5 +353,6 @@ func (w *wireQP) detach() {
 	p.mu.Lock()
 	w.dead = true
 	delete(p.qps, w.q.qpn)
+	p.users.Add(-1)
 	p.mu.Unlock()
 }

@@ -48,6 +48,7 @@ func (q *QP) attachPort(p *netPort) error {
 	}
 	p.mu.Lock()
 	p.uds[q.qpn] = &wireUD{port: p, q: q, v: q.ownView(in)}
+	p.users.Add(1)
 	p.mu.Unlock()
 	return nil
 }
@@ -76,7 +77,10 @@ func (q *QP) detachNet() {
 	}
 	for _, p := range *ports {
 		p.mu.Lock()
-		delete(p.uds, q.qpn)
+		if p.uds[q.qpn] != nil {
+			delete(p.uds, q.qpn)
+			p.users.Add(-1)
+		}
 		p.mu.Unlock()
 	}
 }

@@ -4,12 +4,12 @@ package udp
 
 import (
 	"errors"
+	"net"
 	"net/netip"
 	"os"
+	"sync/atomic"
 	"time"
 )
-
-func setOptions(int, bool) error { return nil }
 
 // batch is packets that are sent and received one by one.
 type batch struct {
@@ -44,27 +44,18 @@ type calls struct{}
 
 func (s *Socket) prepare() {}
 
-// sleep waits a moment: these systems have no way to look for packets without taking them.
-func (s *Socket) sleep() error {
-	time.Sleep(time.Millisecond)
-	return nil
-}
-
 func (s *Socket) send(first, n int) (sent int, err error) {
 	for i := first; i < first+n; i++ {
-		if _, err := s.conn.WriteToUDPAddrPort(s.tx.slot(i)[:s.tx.lens[i]], s.tx.addrs[i]); err != nil {
+		if _, err := s.sys.conn.WriteToUDPAddrPort(s.tx.slot(i)[:s.tx.lens[i]], s.tx.addrs[i]); err != nil {
 			return i - first, err
 		}
 	}
 	return n, nil
 }
 
-func (s *Socket) receive(deadline time.Time) (int, error) {
-	if deadline.IsZero() {
-		deadline = time.Now().Add(time.Microsecond)
-	}
-	s.conn.SetReadDeadline(deadline)
-	n, src, err := s.conn.ReadFromUDPAddrPort(s.rx.slot(0))
+func (s *Socket) receive() (int, error) {
+	s.sys.conn.SetReadDeadline(time.Now().Add(time.Microsecond))
+	n, src, err := s.sys.conn.ReadFromUDPAddrPort(s.rx.slot(0))
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return 0, nil
@@ -73,4 +64,48 @@ func (s *Socket) receive(deadline time.Time) (int, error) {
 	}
 	s.rx.set(0, n, netip.AddrPortFrom(src.Addr().Unmap(), src.Port()))
 	return 1, nil
+}
+
+// A sysSocket is the system's socket. There is no waiting without taking a packet: sleep looks again a moment later.
+type sysSocket struct {
+	conn   *net.UDPConn
+	closed atomic.Bool
+	until  atomic.Int64 // Unix nanoseconds; 0: no deadline
+}
+
+func (y *sysSocket) open(a netip.AddrPort) (netip.AddrPort, error) {
+	c, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(a))
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	c.SetReadBuffer(bufferLen)
+	c.SetWriteBuffer(bufferLen)
+	y.conn = c
+	local := c.LocalAddr().(*net.UDPAddr).AddrPort()
+	return netip.AddrPortFrom(local.Addr().Unmap(), local.Port()), nil
+}
+
+func (y *sysSocket) setDeadline(t time.Time) {
+	if t.IsZero() {
+		y.until.Store(0)
+	} else {
+		y.until.Store(t.UnixNano())
+	}
+}
+
+func (y *sysSocket) sleep() error {
+	if y.closed.Load() {
+		return net.ErrClosed
+	}
+	d := time.Millisecond
+	if u := y.until.Load(); u != 0 {
+		d = min(d, time.Until(time.Unix(0, u)))
+	}
+	time.Sleep(d)
+	return nil
+}
+
+func (y *sysSocket) close() error {
+	y.closed.Store(true)
+	return y.conn.Close()
 }

@@ -3,23 +3,13 @@ package udp
 import (
 	"encoding/binary"
 	"errors"
+	"net"
 	"net/netip"
-	"os"
-	"time"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
-
-// setOptions makes a socket one that RoCEv2 can leave from.
-func setOptions(fd int, v4 bool) error {
-	if v4 {
-		return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO)
-	}
-	// rxe sends no checksum over IPv6 either.
-	return errors.Join(unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_DO),
-		unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_NO_CHECK6_RX, 1))
-}
 
 // message is struct mmsghdr of sendmmsg(2) and recvmmsg(2).
 type message struct {
@@ -113,74 +103,59 @@ func again(err error) bool {
 
 // calls is what system calls are given, and give back: closures that are made once, since one a call would be garbage.
 type calls struct {
-	send, poll func(fd uintptr)
-	wait       func(fd uintptr) bool
-	ready      func(fd uintptr) bool // for Wait, which may run beside the others: uses nothing of what follows
-	first, n   int                   // packets to send
-	done       int                   // packets sent or received
-	err        error
+	send, recv func(fd uintptr)
+	first, n   int // packets to send
+	done       int // packets sent or received
+	errno      syscall.Errno
 }
 
+// The system calls do not wait, so that the runtime need not know of them: it would look for other work to do meanwhile, which
+// costs more than they do.
 func (s *Socket) prepare() {
 	c := &s.calls
 	c.send = func(fd uintptr) {
 		// Safe: the headers point to memory of the batch, and there are n of them.
-		r, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&s.tx.hdrs[c.first])), uintptr(c.n), unix.MSG_DONTWAIT, 0, 0)
-		if c.done = int(r); errno != 0 {
-			c.done, c.err = 0, errno
+		r, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&s.tx.hdrs[c.first])), uintptr(c.n), unix.MSG_DONTWAIT, 0, 0)
+		if c.done, c.errno = int(r), errno; errno != 0 {
+			c.done = 0
 		}
 	}
-	c.wait = func(fd uintptr) bool {
+	c.recv = func(fd uintptr) {
 		// Safe: the headers point to memory of the batch.
-		r, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&s.rx.hdrs[0])), uintptr(len(s.rx.hdrs)), unix.MSG_DONTWAIT, 0, 0)
-		switch {
-		case errno == 0:
-			c.done = int(r)
-		case errno == unix.EAGAIN:
-			return false
-		case errno != unix.EINTR && errno != unix.ECONNREFUSED && errno != unix.EHOSTUNREACH && errno != unix.ENETUNREACH: // news of what was sent
-			c.err = errno
+		r, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&s.rx.hdrs[0])), uintptr(len(s.rx.hdrs)), unix.MSG_DONTWAIT, 0, 0)
+		if c.done, c.errno = int(r), errno; errno != 0 {
+			c.done = 0
 		}
-		return true
-	}
-	c.poll = func(fd uintptr) { c.wait(fd) }
-	look := make([]unix.PollFd, 1)
-	c.ready = func(fd uintptr) bool {
-		look[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
-		n, err := unix.Poll(look, 0)
-		return n != 0 || err != nil
 	}
 }
-
-// sleep waits until there are packets, or the deadline that was set.
-func (s *Socket) sleep() error { return s.raw.Read(s.calls.ready) }
 
 // send sends n packets of s.tx from the first on, and returns how many are gone.
 func (s *Socket) send(first, n int) (sent int, err error) {
 	c := &s.calls
-	c.first, c.n, c.done, c.err = first, n, 0, nil
-	if err := s.raw.Control(c.send); err != nil {
-		return 0, err
+	c.first, c.n = first, n
+	if s.sys.raw.Control(c.send) != nil {
+		return 0, net.ErrClosed
 	}
-	return c.done, c.err
+	if c.errno != 0 {
+		err = c.errno
+	}
+	return c.done, err
 }
 
-// receive fills s.rx, and returns with how many packets.
-func (s *Socket) receive(deadline time.Time) (int, error) {
+// receive fills s.rx with what there is, and returns how many packets that is.
+func (s *Socket) receive() (int, error) {
 	c := &s.calls
-	c.done, c.err = 0, nil
-	for i := range s.rx.hdrs {
+	for i := range s.rx.hdrs[:s.dirty] { // the system has written to them
 		s.rx.hdrs[i].hdr.Namelen = uint32(unsafe.Sizeof(sockaddr{}))
 	}
-	var err error
-	if deadline.IsZero() {
-		err = s.raw.Control(c.poll)
-	} else {
-		s.conn.SetReadDeadline(deadline)
-		err = s.raw.Read(c.wait)
+	s.dirty = 0
+	if s.sys.raw.Control(c.recv) != nil {
+		return 0, net.ErrClosed
 	}
-	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-		return 0, err
+	switch c.errno {
+	case 0, unix.EAGAIN, unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH: // nothing, or news of what was sent
+		s.dirty = c.done
+		return c.done, nil
 	}
-	return c.done, c.err
+	return 0, c.errno
 }

@@ -1,13 +1,10 @@
 package udp
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
-	"syscall"
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/roce"
@@ -26,14 +23,14 @@ const (
 
 // A Socket sends and receives packets. It is for one goroutine at a time, but for Close, Local, Wait, SetDeadline and Wake.
 type Socket struct {
-	conn  *net.UDPConn
-	raw   syscall.RawConn
+	sys   sysSocket
 	local netip.AddrPort
 	tx    batch // packets to be sent: those below queued
 	rx    batch
 	qued  int
 	flows map[netip.AddrPort]*roce.ICRC
 	pkt   roce.Packet
+	dirty int // headers of rx that are not as they were made
 	calls calls
 
 	Counters Counters
@@ -56,30 +53,10 @@ func Listen(local netip.AddrPort) (*Socket, error) {
 	if !a.Addr().IsValid() || a.Addr().IsUnspecified() || a.Addr().IsMulticast() {
 		return nil, fmt.Errorf("udp: %v is not the address of an interface: the invariant CRC needs to know which it is", local)
 	}
-	network := "udp6"
-	if a.Addr().Is4() {
-		network = "udp4"
-	}
-	cfg := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		var err error
-		if e := c.Control(func(fd uintptr) { err = setOptions(int(fd), a.Addr().Is4()) }); e != nil {
-			return e
-		}
-		return err
-	}}
-	c, err := cfg.ListenPacket(context.Background(), network, a.String())
-	if err != nil {
-		return nil, fmt.Errorf("udp: %w", err)
-	}
-	s := &Socket{conn: c.(*net.UDPConn), flows: map[netip.AddrPort]*roce.ICRC{}}
-	// The system gives what it allows (net.core.rmem_max and wmem_max of Linux).
-	s.conn.SetReadBuffer(bufferLen)
-	s.conn.SetWriteBuffer(bufferLen)
-	s.local = s.conn.LocalAddr().(*net.UDPAddr).AddrPort()
-	s.local = netip.AddrPortFrom(s.local.Addr().Unmap(), s.local.Port())
-	if s.raw, err = s.conn.SyscallConn(); err != nil {
-		s.conn.Close()
-		return nil, fmt.Errorf("udp: %w", err)
+	s := &Socket{flows: map[netip.AddrPort]*roce.ICRC{}}
+	var err error
+	if s.local, err = s.sys.open(a); err != nil {
+		return nil, fmt.Errorf("udp: %v: %w", a, err)
 	}
 	s.prepare()
 	s.tx.init(batchLen, a.Addr().Is4())
@@ -90,19 +67,20 @@ func Listen(local netip.AddrPort) (*Socket, error) {
 // Local returns the address that packets leave from.
 func (s *Socket) Local() netip.AddrPort { return s.local }
 
-// Close ends the socket, and a Receive that waits.
-func (s *Socket) Close() error { return s.conn.Close() }
+// Close ends the socket, and a Receive or Wait that waits.
+func (s *Socket) Close() error { return s.sys.close() }
 
 // Wake ends a Receive or a Wait that waits.
-func (s *Socket) Wake() { s.conn.SetReadDeadline(time.Unix(1, 0)) }
+func (s *Socket) Wake() { s.sys.setDeadline(time.Unix(1, 0)) }
 
 // SetDeadline bounds a Wait, also one that waits already; a zero time does not.
-func (s *Socket) SetDeadline(t time.Time) { s.conn.SetReadDeadline(t) }
+func (s *Socket) SetDeadline(t time.Time) { s.sys.setDeadline(t) }
 
 // Wait waits until there are packets to receive, or until the deadline of SetDeadline. It takes none, and so may run beside a
-// goroutine that receives without waiting. It may return early. An error says that the socket was closed.
+// goroutine that receives without waiting. It may return early. An error says that the socket was closed. While nobody waits,
+// packets that come wake nobody.
 func (s *Socket) Wait() error {
-	err := s.sleep()
+	err := s.sys.sleep()
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return nil
 	}
@@ -186,7 +164,13 @@ func (s *Socket) Flush() bool {
 // waits until the deadline; without one (a zero time) it does not wait. It may return without any before that. Packets whose
 // invariant CRC does not match, and those that are none, are counted and dropped.
 func (s *Socket) Receive(deadline time.Time, fn func(src netip.AddrPort, p *roce.Packet)) (int, error) {
-	n, err := s.receive(deadline)
+	n, err := s.receive()
+	if n == 0 && err == nil && !deadline.IsZero() {
+		s.SetDeadline(deadline)
+		if err = s.Wait(); err == nil {
+			n, err = s.receive()
+		}
+	}
 	if err != nil {
 		return 0, err
 	}

@@ -1,0 +1,133 @@
+package udp
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A sysSocket is the socket's descriptor. It is none of the Go runtime's poller, which would wake a thread for each packet,
+// whether somebody waits or not: waiting is done on an epoll descriptor that looks at the socket when it is asked to.
+type sysSocket struct {
+	file  *os.File
+	raw   syscall.RawConn
+	epoll *os.File
+	look  syscall.RawConn
+	ready func(fd uintptr) bool
+}
+
+func (y *sysSocket) open(a netip.AddrPort) (local netip.AddrPort, err error) {
+	family := unix.AF_INET6
+	if a.Addr().Is4() {
+		family = unix.AF_INET
+	}
+	fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return local, os.NewSyscallError("socket", err)
+	}
+	y.file = os.NewFile(uintptr(fd), "udp")
+	defer func() {
+		if err != nil {
+			y.close()
+		}
+	}()
+	if err := setOptions(fd, a.Addr().Is4()); err != nil {
+		return local, os.NewSyscallError("setsockopt", err)
+	}
+	if err := unix.Bind(fd, sockaddrOf(a)); err != nil {
+		return local, os.NewSyscallError("bind", err)
+	}
+	name, err := unix.Getsockname(fd)
+	if err != nil {
+		return local, os.NewSyscallError("getsockname", err)
+	}
+	switch n := name.(type) {
+	case *unix.SockaddrInet4:
+		local = netip.AddrPortFrom(netip.AddrFrom4(n.Addr), uint16(n.Port))
+	case *unix.SockaddrInet6:
+		local = netip.AddrPortFrom(a.Addr(), uint16(n.Port))
+	}
+	if y.raw, err = y.file.SyscallConn(); err != nil {
+		return local, err
+	}
+	return local, y.openEpoll(fd)
+}
+
+func (y *sysSocket) openEpoll(fd int) error {
+	ep, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return os.NewSyscallError("epoll_create1", err)
+	}
+	unix.SetNonblock(ep, true) // so that the runtime waits for it
+	y.epoll = os.NewFile(uintptr(ep), "epoll")
+	if y.look, err = y.epoll.SyscallConn(); err != nil {
+		return err
+	}
+	if err := unix.EpollCtl(ep, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLONESHOT}); err != nil {
+		return os.NewSyscallError("epoll_ctl", err)
+	}
+	events := make([]unix.EpollEvent, 1)
+	armed := false
+	y.ready = func(ep uintptr) bool {
+		if !armed {
+			armed = true
+			if unix.EpollCtl(int(ep), unix.EPOLL_CTL_MOD, fd, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLONESHOT}) != nil {
+				return true
+			}
+		}
+		n, _ := unix.EpollWait(int(ep), events, 0)
+		armed = n == 0
+		return n > 0
+	}
+	return nil
+}
+
+func sockaddrOf(a netip.AddrPort) unix.Sockaddr {
+	if a.Addr().Is4() {
+		return &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}
+	}
+	s := &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
+	if z := a.Addr().Zone(); z != "" {
+		if dev, err := net.InterfaceByName(z); err == nil {
+			s.ZoneId = uint32(dev.Index)
+		}
+	}
+	return s
+}
+
+// setOptions makes a socket one that RoCEv2 can leave from.
+func setOptions(fd int, v4 bool) error {
+	// The system gives what it allows (net.core.rmem_max and wmem_max).
+	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, bufferLen)
+	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, bufferLen)
+	if v4 {
+		return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO)
+	}
+	// rxe sends no checksum over IPv6 either.
+	return errors.Join(unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_DO),
+		unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_NO_CHECK6_RX, 1),
+		unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1))
+}
+
+func (y *sysSocket) setDeadline(t time.Time) { y.epoll.SetReadDeadline(t) }
+
+// sleep waits until there are packets, or the deadline that was set. One goroutine at a time.
+func (y *sysSocket) sleep() error {
+	err := y.look.Read(y.ready)
+	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		return net.ErrClosed
+	}
+	return err
+}
+
+func (y *sysSocket) close() error {
+	if y.epoll != nil {
+		y.epoll.Close()
+	}
+	return y.file.Close()
+}
