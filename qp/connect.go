@@ -29,7 +29,7 @@ type Endpoint struct {
 	LID ib.LID // of the port; InfiniBand only
 	QPN ib.QPN
 	PSN ib.PSN // of the first packet that this side sends
-	// UDPPort is where a software NIC receives packets for the GID (verbs.Context.UDPPort); 0: the standard port.
+	// UDPPort is where a software NIC receives packets for the GID (verbs.Context.UDPPort); 0: it is another device.
 	UDPPort uint16
 }
 

@@ -50,6 +50,7 @@ type netPort struct {
 	touched []*wireQP     // have received something
 	blocked []*wireQP     // could not send: the socket was full
 	recv    func(netip.AddrPort, *roce.Packet)
+	urgent  bool          // the socket has packets that must not wait
 	now     time.Duration // of this turn
 	pkt     roce.Packet   // a datagram that is being sent
 
@@ -170,11 +171,11 @@ func (p *netPort) turn(receive bool) (some bool) {
 		p.timers.due(p.now, (*wireQP).expire)
 	}
 	for i := 0; receive && i < maxBatches; i++ {
-		n, err := p.sock.Receive(time.Time{}, p.recv)
+		n, more, err := p.sock.Receive(time.Time{}, p.recv)
 		if err != nil || n == 0 {
 			break
 		}
-		some = true
+		some, receive = true, more
 		for k, w := range p.touched {
 			p.touched[k] = nil
 			w.touched = false
@@ -182,9 +183,17 @@ func (p *netPort) turn(receive bool) (some bool) {
 		}
 		p.touched = p.touched[:0]
 	}
-	p.sock.Flush()
+	// Acknowledgements wait for what the pollers are about to post because of what came, or for the next turn that finds nothing.
+	if p.urgent || !some {
+		p.flush()
+	}
 	p.wakeInTime()
 	return some
+}
+
+func (p *netPort) flush() {
+	p.urgent = false
+	p.sock.Flush()
 }
 
 // sendReady sends what was posted, and what the socket had no room for.
@@ -216,7 +225,8 @@ func (p *netPort) block(w *wireQP) {
 	}
 }
 
-// blockedRetry is when the port looks again whether the socket has room, if nobody polls.
+// blockedRetry is when the port tries again to send what the socket had no room for, or what was to go with other packets, if
+// nobody polls.
 const blockedRetry = 200 * time.Microsecond
 
 // wakeInTime has drive wake up for the next timer.
@@ -225,7 +235,7 @@ func (p *netPort) wakeInTime() {
 	if p.timers.count > 0 {
 		at = p.timers.first()
 	}
-	if len(p.blocked) > 0 || p.sock.Room() == 0 {
+	if len(p.blocked) > 0 || p.sock.Queued() > 0 {
 		at = min(at, p.now+blockedRetry)
 	}
 	if at < p.wakeAt {
@@ -298,6 +308,7 @@ func (p *netPort) drive() {
 			return
 		}
 		p.turn(true)
+		p.flush()
 		p.wakeAt = neverWake
 		p.now = time.Since(p.born)
 		p.sock.SetDeadline(time.Time{})

@@ -44,11 +44,20 @@ type wireQP struct {
 }
 
 // output is the peer's socket, without its sending when it is full: that would be a system call with a lock held.
-type output struct{ *udp.Peer }
+type output struct{ *netPeer }
+
+// netPeer is a peer of a port's.
+type netPeer struct {
+	*udp.Peer
+	port *netPort
+}
 
 func (o output) Packet(h *roce.Packet, n int) ([]byte, bool) {
 	if o.Peer.Room() == 0 {
 		return nil, false
+	}
+	if h.Opcode.Op() != roce.Acknowledge || !h.Syndrome.IsAck() {
+		o.port.urgent = true
 	}
 	return o.Peer.Packet(h, n)
 }
@@ -67,12 +76,15 @@ func (q *QP) toRTRWire(attr *ib.QPAttr, mask ib.QPAttrMask) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", driver.ErrUnreachable, err)
 	}
+	if attr.AH.UDPPort != 0 {
+		peer.AllowPieces()
+	}
 	q.setAttr(attr, mask)
 	in, err := q.openInbound(p.link, uint32(attr.DestQPN))
 	if err != nil {
 		return err
 	}
-	w := &wireQP{q: q, port: p, out: output{peer}, addr: to.Addr(), service: roce.RC, epoch: q.epoch.Load()}
+	w := &wireQP{q: q, port: p, out: output{&netPeer{peer, p}}, addr: to.Addr(), service: roce.RC, epoch: q.epoch.Load()}
 	w.cfg = wire.Config{DestQP: uint32(attr.DestQPN), MTU: attr.PathMTU.Bytes(), RQPSN: attr.RQPSN, MinRNRTimer: attr.MinRNRTimer,
 		MaxDestRdAtomic: int(attr.MaxDestRdAtomic), SendDepth: q.cap.MaxSendWR}
 	w.t = target{q: q, v: q.ownView(in), epoch: w.epoch}

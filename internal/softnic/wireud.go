@@ -95,7 +95,10 @@ func (a *AH) resolveNet(attr *ib.AHAttr) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", driver.ErrUnreachable, err)
 	}
-	a.port, a.out = p, output{peer}
+	if attr.UDPPort != 0 {
+		peer.AllowPieces()
+	}
+	a.port, a.out = p, output{&netPeer{peer, p}}
 	return nil
 }
 

@@ -148,8 +148,8 @@ type AHAttr struct {
 	DLID         LID
 	SL           uint8
 	Port         uint8
-	// UDPPort is where the destination receives RoCEv2 packets, if it is a software NIC that does not have the standard port;
-	// 0: the standard port, 4791. Devices other than the software NIC have no other.
+	// UDPPort is where the destination receives RoCEv2 packets, if both are software NICs (verbs.Context.UDPPort of the
+	// destination's); these then do what others do not understand. 0: the destination is another device, at the standard port, 4791.
 	UDPPort uint16
 }
 

@@ -11,32 +11,41 @@ import (
 	"time"
 )
 
-// batch is packets that are sent and received one by one.
-type batch struct {
+// txBatch is packets that are sent one by one.
+type txBatch struct {
 	mem   []byte
 	lens  []int
-	addrs []netip.AddrPort
+	peers []*Peer
 }
 
-func (b *batch) init(n int, _ bool) {
-	*b = batch{mem: make([]byte, n*slotLen), lens: make([]int, n), addrs: make([]netip.AddrPort, n)}
+func (b *txBatch) init(n int) {
+	*b = txBatch{mem: make([]byte, n*slotLen), lens: make([]int, n), peers: make([]*Peer, n)}
 }
 
-func (b *batch) slot(i int) []byte { return b.mem[i*slotLen : (i+1)*slotLen : (i+1)*slotLen] }
+func (b *txBatch) slot(i int) []byte { return b.mem[i*slotLen : (i+1)*slotLen : (i+1)*slotLen] }
 
-func (b *batch) set(i, n int, to netip.AddrPort) { b.lens[i], b.addrs[i] = n, to }
+func (b *txBatch) set(i, n int, to *Peer) { b.lens[i], b.peers[i] = n, to }
 
-func (b *batch) get(i int) ([]byte, netip.AddrPort) { return b.slot(i)[:b.lens[i]], b.addrs[i] }
-
-func (b *batch) shift(done, n int) int {
+func (b *txBatch) shift(done, n int) int {
 	if done > 0 {
 		for i := done; i < n; i++ {
 			copy(b.slot(i-done), b.slot(i)[:b.lens[i]])
-			b.set(i-done, b.lens[i], b.addrs[i])
+			b.set(i-done, b.lens[i], b.peers[i])
 		}
 	}
 	return n - done
 }
+
+// rxBatch is the packet that was received last. There is room for one byte more than a packet has, so that what is cut off is too long.
+type rxBatch struct {
+	mem []byte
+	n   int
+	src netip.AddrPort
+}
+
+func (b *rxBatch) init(int, bool) { b.mem = make([]byte, slotLen) }
+
+func (b *rxBatch) get(int) ([]byte, int, netip.AddrPort) { return b.mem[:b.n], b.n, b.src }
 
 func again(error) bool { return false } // a write waits for room
 
@@ -46,7 +55,7 @@ func (s *Socket) prepare() {}
 
 func (s *Socket) send(first, n int) (sent int, err error) {
 	for i := first; i < first+n; i++ {
-		if _, err := s.sys.conn.WriteToUDPAddrPort(s.tx.slot(i)[:s.tx.lens[i]], s.tx.addrs[i]); err != nil {
+		if _, err := s.sys.conn.WriteToUDPAddrPort(s.tx.slot(i)[:s.tx.lens[i]], s.tx.peers[i].addr); err != nil {
 			return i - first, err
 		}
 	}
@@ -55,14 +64,14 @@ func (s *Socket) send(first, n int) (sent int, err error) {
 
 func (s *Socket) receive() (int, error) {
 	s.sys.conn.SetReadDeadline(time.Now().Add(time.Microsecond))
-	n, src, err := s.sys.conn.ReadFromUDPAddrPort(s.rx.slot(0))
+	n, src, err := s.sys.conn.ReadFromUDPAddrPort(s.rx.mem)
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return 0, nil
 	case err != nil:
 		return 0, err
 	}
-	s.rx.set(0, n, netip.AddrPortFrom(src.Addr().Unmap(), src.Port()))
+	s.rx.n, s.rx.src = n, netip.AddrPortFrom(src.Addr().Unmap(), src.Port())
 	return 1, nil
 }
 

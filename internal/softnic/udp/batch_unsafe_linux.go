@@ -20,80 +20,183 @@ type message struct {
 // sockaddr has room for struct sockaddr_in and sockaddr_in6, in words so that it is aligned for them.
 type sockaddr [unix.SizeofSockaddrInet6 / 4]uint32
 
-// batch is packets for one system call.
-type batch struct {
-	mem   []byte
-	hdrs  []message
-	iovs  []unix.Iovec
-	names []sockaddr
-	v4    bool
+// segment has room for a control message with the length of the packets that are sent or received in one piece (UDP_SEGMENT of
+// 2 bytes, UDP_GRO of 4), in words so that it is aligned for it.
+type segment struct {
+	hdr  unix.Cmsghdr
+	data [8]byte
 }
 
-func (b *batch) init(n int, v4 bool) {
-	*b = batch{mem: make([]byte, n*slotLen), hdrs: make([]message, n), iovs: make([]unix.Iovec, n), names: make([]sockaddr, n), v4: v4}
-	for i := range b.hdrs {
-		b.iovs[i].Base = &b.slot(i)[0]
-		b.iovs[i].SetLen(slotLen)
-		h := &b.hdrs[i].hdr
-		h.Iov = &b.iovs[i]
-		h.SetIovlen(1)
-		// Safe: the array is of as many bytes as the length says, and lives as long as the header that points to it.
-		h.Name = (*byte)(unsafe.Pointer(&b.names[i]))
-		h.Namelen = uint32(unsafe.Sizeof(b.names[i]))
-	}
+func (g *segment) bytes() *byte {
+	// Safe: the bytes of a struct without pointers.
+	return (*byte)(unsafe.Pointer(g))
 }
 
-func (b *batch) slot(i int) []byte { return b.mem[i*slotLen : (i+1)*slotLen : (i+1)*slotLen] }
-
-// name is the bytes of an address.
-func (b *batch) name(i int) []byte {
+// bytes is the bytes of an address.
+func (a *sockaddr) bytes() []byte {
 	// Safe: the bytes of an array.
-	return unsafe.Slice((*byte)(unsafe.Pointer(&b.names[i])), unsafe.Sizeof(b.names[i]))
+	return unsafe.Slice((*byte)(unsafe.Pointer(a)), unsafe.Sizeof(*a))
 }
 
-// set says how long packet i is, and where it goes.
-func (b *batch) set(i, n int, to netip.AddrPort) {
-	b.iovs[i].SetLen(n)
-	name := b.name(i)
+// set makes a struct sockaddr of an address, and returns its length.
+func (a *sockaddr) set(to netip.AddrPort) uint32 {
+	name := a.bytes()
 	binary.BigEndian.PutUint16(name[2:], to.Port())
-	if b.v4 {
+	if to.Addr().Is4() {
 		binary.NativeEndian.PutUint16(name, unix.AF_INET)
-		a := to.Addr().As4()
-		copy(name[4:], a[:])
-		b.hdrs[i].hdr.Namelen = unix.SizeofSockaddrInet4
-		return
+		b := to.Addr().As4()
+		copy(name[4:], b[:])
+		return unix.SizeofSockaddrInet4
 	}
 	binary.NativeEndian.PutUint16(name, unix.AF_INET6)
-	clear(name[4:8])
-	a := to.Addr().As16()
-	copy(name[8:], a[:])
-	clear(name[24:])
-	b.hdrs[i].hdr.Namelen = unix.SizeofSockaddrInet6
+	b := to.Addr().As16()
+	copy(name[8:], b[:])
+	return unix.SizeofSockaddrInet6
 }
 
-// get returns packet i, and where it came from.
-func (b *batch) get(i int) ([]byte, netip.AddrPort) {
-	name := b.name(i)
-	var a netip.Addr
-	if b.v4 {
-		a = netip.AddrFrom4([4]byte(name[4:8]))
-	} else {
-		a = netip.AddrFrom16([16]byte(name[8:24])).Unmap()
+// get is the address.
+func (a *sockaddr) get(v4 bool) netip.AddrPort {
+	name := a.bytes()
+	port := binary.BigEndian.Uint16(name[2:])
+	if v4 {
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte(name[4:8])), port)
 	}
-	return b.slot(i)[:min(b.hdrs[i].n, slotLen)], netip.AddrPortFrom(a, binary.BigEndian.Uint16(name[2:]))
+	return netip.AddrPortFrom(netip.AddrFrom16([16]byte(name[8:24])).Unmap(), port)
+}
+
+// txBatch is packets to be sent by one system call. Those in a row that go to one peer and are of one length (the last may be
+// shorter) leave in one piece, if the peer can be sent such: the system, or the network device, takes it apart.
+type txBatch struct {
+	mem    []byte
+	peers  []*Peer
+	iovs   []unix.Iovec
+	msgs   []message
+	counts []int // packets of each message
+	names  []sockaddr
+	segs   []segment
+}
+
+func (b *txBatch) init(n int) {
+	*b = txBatch{mem: make([]byte, n*slotLen), peers: make([]*Peer, n), iovs: make([]unix.Iovec, n), msgs: make([]message, n),
+		counts: make([]int, n), names: make([]sockaddr, n), segs: make([]segment, n)}
+	for i := range n {
+		b.iovs[i].Base = &b.slot(i)[0]
+		// Safe: the array is of as many bytes as the length that is set with it says, and lives as long as the header that points to it.
+		b.msgs[i].hdr.Name = (*byte)(unsafe.Pointer(&b.names[i]))
+	}
+}
+
+func (b *txBatch) slot(i int) []byte { return b.mem[i*slotLen : (i+1)*slotLen : (i+1)*slotLen] }
+
+// set says how long packet i is, and where it goes.
+func (b *txBatch) set(i, n int, to *Peer) {
+	b.iovs[i].SetLen(n)
+	b.peers[i] = to
 }
 
 // shift moves what is behind the first done of n packets to the front, and returns how many these are.
-func (b *batch) shift(done, n int) int {
+func (b *txBatch) shift(done, n int) int {
 	if done > 0 {
 		for i := done; i < n; i++ {
 			copy(b.slot(i-done), b.slot(i)[:b.iovs[i].Len])
-			b.names[i-done] = b.names[i]
-			b.iovs[i-done].Len = b.iovs[i].Len
-			b.hdrs[i-done].hdr.Namelen = b.hdrs[i].hdr.Namelen
+			b.set(i-done, int(b.iovs[i].Len), b.peers[i])
 		}
 	}
 	return n - done
+}
+
+const (
+	maxSegments = 64 // UDP_MAX_SEGMENTS
+	maxPiece    = 65000
+)
+
+// group makes messages of n packets from the first on, and returns how many.
+func (b *txBatch) group(first, n int, pieces bool) (messages int) {
+	for i := first; i < first+n; messages++ {
+		to, size := b.peers[i], b.iovs[i].Len
+		k, all := 1, size
+		for pieces && to.pieces && i+k < first+n && k < maxSegments && b.peers[i+k] == to && all+size <= maxPiece {
+			next := b.iovs[i+k].Len
+			if next > size {
+				break
+			}
+			k++
+			all += next
+			if next < size {
+				break
+			}
+		}
+		m := &b.msgs[messages].hdr
+		m.Namelen = b.names[messages].set(to.addr)
+		m.Iov = &b.iovs[i]
+		m.SetIovlen(k)
+		if k > 1 {
+			g := &b.segs[messages]
+			g.hdr.Level, g.hdr.Type = unix.SOL_UDP, unix.UDP_SEGMENT
+			g.hdr.SetLen(unix.CmsgLen(2))
+			binary.NativeEndian.PutUint16(g.data[:], uint16(size))
+			m.Control = g.bytes()
+			m.SetControllen(unix.CmsgSpace(2))
+		} else {
+			m.Control = nil
+			m.SetControllen(0)
+		}
+		b.counts[messages] = k
+		i += k
+	}
+	return messages
+}
+
+// rxBatch is room for packets that are received by one system call, in pieces of several.
+type rxBatch struct {
+	mem   []byte
+	msgs  []message
+	iovs  []unix.Iovec
+	names []sockaddr
+	segs  []segment
+	v4    bool
+	dirty int // messages that are not as they were made: the system has written to them
+}
+
+const pieceLen = 1 << 16 // room for a message that was received
+
+func (b *rxBatch) init(n int, v4 bool) {
+	*b = rxBatch{mem: make([]byte, n*pieceLen), msgs: make([]message, n), iovs: make([]unix.Iovec, n), names: make([]sockaddr, n),
+		segs: make([]segment, n), v4: v4, dirty: n}
+	for i := range b.msgs {
+		b.iovs[i].Base = &b.mem[i*pieceLen]
+		b.iovs[i].SetLen(pieceLen)
+		h := &b.msgs[i].hdr
+		h.Iov = &b.iovs[i]
+		h.SetIovlen(1)
+		// Safe: the arrays are of as many bytes as clean says, and live as long as the header that points to them.
+		h.Name = (*byte)(unsafe.Pointer(&b.names[i]))
+		h.Control = b.segs[i].bytes()
+	}
+	b.clean()
+}
+
+// clean makes the headers what they were.
+func (b *rxBatch) clean() {
+	for i := range b.msgs[:b.dirty] {
+		h := &b.msgs[i].hdr
+		h.Namelen = uint32(unsafe.Sizeof(sockaddr{}))
+		h.SetControllen(int(unsafe.Sizeof(segment{})))
+	}
+	b.dirty = 0
+}
+
+// get returns message i, the length of the packets that it is made of (of all but the last), and where they came from.
+func (b *rxBatch) get(i int) (piece []byte, size int, src netip.AddrPort) {
+	m := &b.msgs[i]
+	piece = b.mem[i*pieceLen:][:min(m.n, pieceLen)]
+	size = len(piece)
+	if g := &b.segs[i]; int(m.hdr.Controllen) >= unix.CmsgLen(4) && g.hdr.Level == unix.SOL_UDP && g.hdr.Type == unix.UDP_GRO {
+		if n := int(int32(binary.NativeEndian.Uint32(g.data[:]))); n > 0 {
+			size = n
+		}
+	}
+	return piece, size, b.names[i].get(b.v4)
 }
 
 // again reports whether the system will take more later.
@@ -104,9 +207,10 @@ func again(err error) bool {
 // calls is what system calls are given, and give back: closures that are made once, since one a call would be garbage.
 type calls struct {
 	send, recv func(fd uintptr)
-	first, n   int // packets to send
-	done       int // packets sent or received
+	n          int // messages to send
+	done       int // messages sent or received
 	errno      syscall.Errno
+	whole      bool // the network device does not take pieces
 }
 
 // The system calls do not wait, so that the runtime need not know of them: it would look for other work to do meanwhile, which
@@ -115,14 +219,14 @@ func (s *Socket) prepare() {
 	c := &s.calls
 	c.send = func(fd uintptr) {
 		// Safe: the headers point to memory of the batch, and there are n of them.
-		r, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&s.tx.hdrs[c.first])), uintptr(c.n), unix.MSG_DONTWAIT, 0, 0)
+		r, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&s.tx.msgs[0])), uintptr(c.n), unix.MSG_DONTWAIT, 0, 0)
 		if c.done, c.errno = int(r), errno; errno != 0 {
 			c.done = 0
 		}
 	}
 	c.recv = func(fd uintptr) {
 		// Safe: the headers point to memory of the batch.
-		r, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&s.rx.hdrs[0])), uintptr(len(s.rx.hdrs)), unix.MSG_DONTWAIT, 0, 0)
+		r, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&s.rx.msgs[0])), uintptr(len(s.rx.msgs)), unix.MSG_DONTWAIT, 0, 0)
 		if c.done, c.errno = int(r), errno; errno != 0 {
 			c.done = 0
 		}
@@ -132,29 +236,33 @@ func (s *Socket) prepare() {
 // send sends n packets of s.tx from the first on, and returns how many are gone.
 func (s *Socket) send(first, n int) (sent int, err error) {
 	c := &s.calls
-	c.first, c.n = first, n
+	c.n = s.tx.group(first, n, !c.whole)
 	if s.sys.raw.Control(c.send) != nil {
 		return 0, net.ErrClosed
 	}
+	for _, k := range s.tx.counts[:c.done] {
+		sent += k
+	}
 	if c.errno != 0 {
+		if s.tx.counts[0] > 1 && !again(c.errno) { // perhaps no checksums by the device, or a tunnel: udp(7), UDP_SEGMENT
+			c.whole = true
+			return s.send(first, n)
+		}
 		err = c.errno
 	}
-	return c.done, err
+	return sent, err
 }
 
-// receive fills s.rx with what there is, and returns how many packets that is.
+// receive fills s.rx with what there is, and returns how many messages that is.
 func (s *Socket) receive() (int, error) {
 	c := &s.calls
-	for i := range s.rx.hdrs[:s.dirty] { // the system has written to them
-		s.rx.hdrs[i].hdr.Namelen = uint32(unsafe.Sizeof(sockaddr{}))
-	}
-	s.dirty = 0
+	s.rx.clean()
 	if s.sys.raw.Control(c.recv) != nil {
 		return 0, net.ErrClosed
 	}
 	switch c.errno {
 	case 0, unix.EAGAIN, unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH: // nothing, or news of what was sent
-		s.dirty = c.done
+		s.rx.dirty = c.done
 		return c.done, nil
 	}
 	return 0, c.errno

@@ -50,7 +50,7 @@ func (e *benchEnd) turn(now, wait time.Duration, start time.Time) error {
 	if wait > 0 {
 		deadline = start.Add(now + wait)
 	}
-	_, err := e.sock.Receive(deadline, func(_ netip.AddrPort, p *roce.Packet) {
+	_, _, err := e.sock.Receive(deadline, func(_ netip.AddrPort, p *roce.Packet) {
 		if p.Opcode.IsResponse() {
 			e.req.Receive(p, now)
 		} else {

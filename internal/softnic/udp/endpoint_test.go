@@ -90,7 +90,7 @@ func (e *endpoint) run(done func() bool) {
 		if d := e.req.Deadline(); d != 0 {
 			wait = min(wait, max(0, d-now))
 		}
-		_, err := e.sock.Receive(time.Now().Add(wait), func(_ netip.AddrPort, p *roce.Packet) {
+		_, _, err := e.sock.Receive(time.Now().Add(wait), func(_ netip.AddrPort, p *roce.Packet) {
 			if e.lose != nil && e.lose() || p.DestQP != e.qpn {
 				return
 			}

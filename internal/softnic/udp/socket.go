@@ -11,9 +11,11 @@ import (
 )
 
 const (
-	// batchLen is how many packets a system call moves at most.
-	batchLen = 32
-	// slotLen is the length of a packet's buffer: one more than a packet and its CRC can have, so that what is cut off is too long.
+	// batchLen is how many packets a system call sends at most.
+	batchLen = 128
+	// messages is how many messages a system call receives at most; a message is a packet, or several of one length.
+	messages = 16
+	// slotLen is the length of a packet's buffer.
 	slotLen = roce.MaxPacket + roce.ICRCLen + 4
 	// maxFlows bounds the peers whose addresses are remembered for checking.
 	maxFlows = 1 << 12
@@ -25,12 +27,13 @@ const (
 type Socket struct {
 	sys   sysSocket
 	local netip.AddrPort
-	tx    batch // packets to be sent: those below queued
-	rx    batch
+	tx    txBatch // packets to be sent: those below queued
+	rx    rxBatch
 	qued  int
 	flows map[netip.AddrPort]*roce.ICRC
 	pkt   roce.Packet
-	dirty int // headers of rx that are not as they were made
+	last  netip.AddrPort // where the last packet came from
+	check *roce.ICRC     // and what checks it
 	calls calls
 
 	Counters Counters
@@ -59,8 +62,8 @@ func Listen(local netip.AddrPort) (*Socket, error) {
 		return nil, fmt.Errorf("udp: %v: %w", a, err)
 	}
 	s.prepare()
-	s.tx.init(batchLen, a.Addr().Is4())
-	s.rx.init(batchLen, a.Addr().Is4())
+	s.tx.init(batchLen)
+	s.rx.init(messages, a.Addr().Is4())
 	return s, nil
 }
 
@@ -93,7 +96,10 @@ type Peer struct {
 	s    *Socket
 	addr netip.AddrPort
 	icrc roce.ICRC
-	n    int // bytes of the packet that is being made
+	// pieces: packets may leave in one piece, and be taken apart on their way. The IPv4 identifications count up then, of which the
+	// invariant CRC knows nothing. This library does not mind; others do.
+	pieces bool
+	n      int // bytes of the packet that is being made
 }
 
 // Peer returns the peer at an address, which is of the family of the socket's.
@@ -106,6 +112,9 @@ func (s *Socket) Peer(addr netip.AddrPort) (*Peer, error) {
 	p.icrc.Init(s.local, a)
 	return p, nil
 }
+
+// AllowPieces says that the peer is one of this library's.
+func (p *Peer) AllowPieces() { p.pieces = true }
 
 // Room returns how many packets can be committed before the socket's Flush.
 func (p *Peer) Room() int { return p.s.Room() }
@@ -129,12 +138,15 @@ func (p *Peer) Packet(h *roce.Packet, n int) ([]byte, bool) {
 // Commit implements wire.Output.
 func (p *Peer) Commit() {
 	b := p.icrc.Put(p.s.tx.slot(p.s.qued)[:p.n])
-	p.s.tx.set(p.s.qued, len(b), p.addr)
+	p.s.tx.set(p.s.qued, len(b), p)
 	p.s.qued++
 }
 
 // Abort implements wire.Output.
 func (p *Peer) Abort() {}
+
+// Queued returns how many packets wait for a Flush.
+func (s *Socket) Queued() int { return s.qued }
 
 // Room returns how many packets can be committed before a Flush is needed.
 func (s *Socket) Room() int { return batchLen - s.qued }
@@ -160,10 +172,10 @@ func (s *Socket) Flush() bool {
 	return s.qued == 0
 }
 
-// Receive hands packets to fn, which may use them until it returns, and returns how many these were. If there are none, it
+// Receive hands packets to fn, which may use them until it returns, and returns how many these were, and whether there may be more. If there are none, it
 // waits until the deadline; without one (a zero time) it does not wait. It may return without any before that. Packets whose
 // invariant CRC does not match, and those that are none, are counted and dropped.
-func (s *Socket) Receive(deadline time.Time, fn func(src netip.AddrPort, p *roce.Packet)) (int, error) {
+func (s *Socket) Receive(deadline time.Time, fn func(src netip.AddrPort, p *roce.Packet)) (packets int, more bool, err error) {
 	n, err := s.receive()
 	if n == 0 && err == nil && !deadline.IsZero() {
 		s.SetDeadline(deadline)
@@ -172,24 +184,37 @@ func (s *Socket) Receive(deadline time.Time, fn func(src netip.AddrPort, p *roce
 		}
 	}
 	if err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	for i := range n {
-		b, src := s.rx.get(i)
-		s.Counters.Received++
-		pkt, err := s.flow(src).Split(b, true)
-		if err == nil {
-			err = s.pkt.Decode(pkt)
+		piece, size, src := s.rx.get(i)
+		for left := true; left; left = len(piece) > 0 { // an empty packet is one, too
+			b := piece[:min(size, len(piece))]
+			piece = piece[len(b):]
+			packets++
+			s.take(b, src, fn)
 		}
-		if err != nil {
-			if d, ok := err.(roce.Drop); ok && int(d) < len(s.Counters.Dropped) {
-				s.Counters.Dropped[d]++
-			}
-			continue
-		}
-		fn(src, &s.pkt)
 	}
-	return n, nil
+	return packets, n == messages, nil
+}
+
+// take takes one packet.
+func (s *Socket) take(b []byte, src netip.AddrPort, fn func(src netip.AddrPort, p *roce.Packet)) {
+	s.Counters.Received++
+	if src != s.last || s.check == nil {
+		s.last, s.check = src, s.flow(src)
+	}
+	pkt, err := s.check.Split(b, true)
+	if err == nil {
+		err = s.pkt.Decode(pkt)
+	}
+	if err != nil {
+		if d, ok := err.(roce.Drop); ok && int(d) < len(s.Counters.Dropped) {
+			s.Counters.Dropped[d]++
+		}
+		return
+	}
+	fn(src, &s.pkt)
 }
 
 // flow returns what checks packets from src.

@@ -151,7 +151,7 @@ func TestJunk(t *testing.T) {
 	}
 	came := 0
 	for deadline := time.Now().Add(testutil.Patience); s.Counters.Received < 9 && time.Now().Before(deadline); {
-		if _, err := s.Receive(deadline, func(src netip.AddrPort, p *roce.Packet) {
+		if _, _, err := s.Receive(deadline, func(src netip.AddrPort, p *roce.Packet) {
 			came++
 			if p.DestQP != 7 || src != c.LocalAddr().(*net.UDPAddr).AddrPort() {
 				t.Errorf("%+v from %v", p, src)
@@ -190,7 +190,7 @@ func TestCloseWakes(t *testing.T) {
 		s := listen(t, "127.0.0.1:0")
 		ended := make(chan error)
 		go func() {
-			_, err := s.Receive(time.Now().Add(time.Hour), nil)
+			_, _, err := s.Receive(time.Now().Add(time.Hour), nil)
 			ended <- err
 		}()
 		time.Sleep(10 * time.Millisecond)
@@ -219,7 +219,7 @@ func TestNothingAllocates(t *testing.T) {
 		}
 		a.Flush()
 		for range 4 {
-			if _, err := b.Receive(time.Time{}, count); err != nil {
+			if _, _, err := b.Receive(time.Time{}, count); err != nil {
 				t.Error(err)
 			}
 		}

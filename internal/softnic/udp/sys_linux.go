@@ -19,6 +19,8 @@ type sysSocket struct {
 	epoll *os.File
 	look  syscall.RawConn
 	ready func(fd uintptr) bool
+	armed bool          // the epoll descriptor looks at the socket: a packet would wake somebody. For who sleeps
+	rest  func(uintptr) // has it look away
 }
 
 func (y *sysSocket) open(a netip.AddrPort) (local netip.AddrPort, err error) {
@@ -72,17 +74,20 @@ func (y *sysSocket) openEpoll(fd int) error {
 		return os.NewSyscallError("epoll_ctl", err)
 	}
 	events := make([]unix.EpollEvent, 1)
-	armed := false
 	y.ready = func(ep uintptr) bool {
-		if !armed {
-			armed = true
+		if !y.armed {
+			y.armed = true
 			if unix.EpollCtl(int(ep), unix.EPOLL_CTL_MOD, fd, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLONESHOT}) != nil {
 				return true
 			}
 		}
 		n, _ := unix.EpollWait(int(ep), events, 0)
-		armed = n == 0
+		y.armed = n == 0
 		return n > 0
+	}
+	y.rest = func(ep uintptr) {
+		y.armed = false
+		unix.EpollCtl(int(ep), unix.EPOLL_CTL_MOD, fd, &unix.EpollEvent{Events: unix.EPOLLONESHOT})
 	}
 	return nil
 }
@@ -105,6 +110,7 @@ func setOptions(fd int, v4 bool) error {
 	// The system gives what it allows (net.core.rmem_max and wmem_max).
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, bufferLen)
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, bufferLen)
+	unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1) // older systems do not have it
 	if v4 {
 		return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO)
 	}
@@ -119,6 +125,9 @@ func (y *sysSocket) setDeadline(t time.Time) { y.epoll.SetReadDeadline(t) }
 // sleep waits until there are packets, or the deadline that was set. One goroutine at a time.
 func (y *sysSocket) sleep() error {
 	err := y.look.Read(y.ready)
+	if y.armed { // the deadline has come
+		y.look.Control(y.rest)
+	}
 	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 		return net.ErrClosed
 	}

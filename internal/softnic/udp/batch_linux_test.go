@@ -1,0 +1,59 @@
+package udp
+
+import (
+	"net/netip"
+	"slices"
+	"testing"
+)
+
+// Which packets leave in one piece.
+func TestGroup(t *testing.T) {
+	ours := &Peer{addr: netip.MustParseAddrPort("10.0.0.1:4791"), pieces: true}
+	too := &Peer{addr: netip.MustParseAddrPort("10.0.0.2:4791"), pieces: true}
+	theirs := &Peer{addr: netip.MustParseAddrPort("10.0.0.3:4791")}
+	type pkt struct {
+		to *Peer
+		n  int
+	}
+	repeat := func(p pkt, n int) (all []pkt) {
+		for range n {
+			all = append(all, p)
+		}
+		return all
+	}
+	for _, tc := range []struct {
+		what string
+		pkts []pkt
+		want []int
+	}{
+		{"one", []pkt{{ours, 100}}, []int{1}},
+		{"of one length", repeat(pkt{ours, 100}, 5), []int{5}},
+		{"the last is shorter", []pkt{{ours, 100}, {ours, 100}, {ours, 60}}, []int{3}},
+		{"one in between is shorter", []pkt{{ours, 100}, {ours, 60}, {ours, 100}}, []int{2, 1}},
+		{"longer and longer", []pkt{{ours, 100}, {ours, 104}, {ours, 108}}, []int{1, 1, 1}},
+		{"to several peers", []pkt{{ours, 100}, {too, 100}, {too, 100}, {ours, 100}}, []int{1, 2, 1}},
+		{"not one of ours", repeat(pkt{theirs, 100}, 3), []int{1, 1, 1}},
+		{"many small", repeat(pkt{ours, 60}, 100), []int{64, 36}},
+		{"many large", repeat(pkt{ours, 4120}, 20), []int{15, 5}},
+	} {
+		var b txBatch
+		b.init(128)
+		const skip = 3 // the first of those to be sent
+		for i, p := range tc.pkts {
+			b.set(skip+i, p.n, p.to)
+		}
+		n := b.group(skip, len(tc.pkts), true)
+		if got := b.counts[:n]; !slices.Equal(got, tc.want) {
+			t.Errorf("%s: messages of %v, want %v", tc.what, got, tc.want)
+		}
+		for i, at := 0, skip; i < n; i++ {
+			if m := &b.msgs[i].hdr; m.Iov != &b.iovs[at] || int(m.Iovlen) != b.counts[i] || (m.Control != nil) != (b.counts[i] > 1) {
+				t.Errorf("%s: message %d is %+v", tc.what, i, m)
+			}
+			at += b.counts[i]
+		}
+		if n := b.group(skip, len(tc.pkts), false); n != len(tc.pkts) {
+			t.Errorf("%s: %d messages where no pieces are possible", tc.what, n)
+		}
+	}
+}
