@@ -23,7 +23,7 @@ stage = @printf '\n=== %s\n' "$(1)"
 # Commands and examples, by folder name.
 PROGRAMS = $(notdir $(patsubst %/,%,$(dir $(wildcard cmd/*/main.go examples/*/main.go))))
 
-.PHONY: all test check build demo lint unit race fuzz cross vm vm-conformance matrix pgo bench bench-vm bench-once bench-quick demo-check clean
+.PHONY: all test check build demo lint unit udp race fuzz cross vm vm-conformance matrix pgo bench bench-vm bench-once bench-quick demo-check clean
 
 all: build
 
@@ -93,6 +93,13 @@ unit:
 	$(GO) test -v -count=1 -timeout 15m ./... 2>&1 | tee bin/test.log || { $(call summary,bin/test.log); exit 1; }
 	$(GO) -C bench test -count=1 ./...
 	$(call summary,bin/test.log)
+
+# The same programs where software NICs do not share memory; then on a network that loses packets.
+udp:
+	$(call stage,udp: transport$(comma) rpc and the examples over RoCEv2 on UDP)
+	.ci/setup go
+	RINGSIDE_PATH=udp $(GO) test -count=1 ./transport ./rpc ./examples/...
+	RINGSIDE_PATH=udp RINGSIDE_SOFT_FAULTS=loss=0.5%,duplicate=0.5%,reorder=2% $(GO) test -short -count=1 ./transport ./rpc ./examples/kv
 
 race:
 	$(call stage,race: all tests under the race detector)

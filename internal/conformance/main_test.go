@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -78,6 +79,28 @@ func TestProcessesSwapped(t *testing.T) { runTable(t, pathProcessesBA) }
 
 // TestUDP runs the table between two software NICs that meet on a network.
 func TestUDP(t *testing.T) { runUDP(t, pathUDP) }
+
+// lossy is what makes the software NIC's network lose packets (softnic.EnvFaults).
+var lossy = os.Getenv("RINGSIDE_SOFT_FAULTS")
+
+// TestUDPLossy is TestUDP on networks that lose packets, deliver them twice, and out of order; SEEDS says on how many.
+func TestUDPLossy(t *testing.T) {
+	if testing.Short() {
+		t.Skip("short")
+	}
+	seeds := 1
+	if n, err := strconv.Atoi(os.Getenv("SEEDS")); err == nil {
+		seeds = n
+	}
+	for seed := range seeds {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			lossy = fmt.Sprintf("loss=2%%,duplicate=2%%,reorder=5%%,seed=%d", seed)
+			t.Setenv("RINGSIDE_SOFT_FAULTS", lossy)
+			defer func() { lossy = os.Getenv("RINGSIDE_SOFT_FAULTS") }()
+			runUDP(t, pathUDP)
+		})
+	}
+}
 
 // TestUDPProcesses is TestUDP with a process for each.
 func TestUDPProcesses(t *testing.T) { runUDP(t, pathUDPProcs) }

@@ -54,7 +54,8 @@ type netPort struct {
 	now     time.Duration // of this turn
 	pkt     roce.Packet   // a datagram that is being sent
 
-	drops dropCounters
+	drops  dropCounters
+	faults *faults // nil: none
 }
 
 // dropCounters say why packets that were well-formed were dropped.
@@ -85,6 +86,13 @@ func openPort(n *NIC, addr netip.Addr, mtu int) (*netPort, error) {
 	p.link.full, p.link.net = !asymmetric(), true
 	p.link.out = &nobody{p.link}
 	p.recv = p.receive
+	if p.faults, err = faultsFromEnv(); err != nil {
+		sock.Close()
+		return nil, err
+	}
+	if p.faults != nil {
+		p.recv = func(src netip.AddrPort, pkt *roce.Packet) { p.faults.pass(src, pkt, p.receive) }
+	}
 	go p.drive()
 	return p, nil
 }
@@ -172,6 +180,10 @@ func (p *netPort) turn(receive bool) (some bool) {
 	}
 	for i := 0; receive && i < maxBatches; i++ {
 		n, more, err := p.sock.Receive(time.Time{}, p.recv)
+		if n == 0 && p.faults != nil && len(p.faults.held) > 0 {
+			n = len(p.faults.held)
+			p.faults.late(true, p.receive)
+		}
 		if err != nil || n == 0 {
 			break
 		}
