@@ -11,7 +11,8 @@ import (
 type end struct {
 	*Side
 	*QP
-	mem *Mem
+	mem   *Mem
+	turns int32 // times that it was taken out of RESET
 }
 
 // link is two ends that are connected.
@@ -117,6 +118,7 @@ func (c *C) connect(l link, o linkOpts) {
 
 func (e *end) toInit(o linkOpts, qkey ib.QKey) {
 	e.c.Helper()
+	e.turns++
 	if o.typ == ib.UD {
 		e.modify(ib.QPAttr{State: ib.Init, Port: 1, QKey: qkey}, ib.AttrState|ib.AttrPort|ib.AttrPKeyIndex|ib.AttrQKey)
 		return
@@ -166,8 +168,9 @@ func orNone(n uint8) int {
 	return int(n)
 }
 
-// psn is the first PSN that the end sends: just before the counter wraps, and different for each QP.
-func (e *end) psn() ib.PSN { return ib.MaxPSN.Add(-int32(e.QPN % 8)) }
+// psn is the first PSN that the end sends: just before the counter wraps, and different for each QP, and each time that it is
+// connected, lest what is on its way from before be taken for something new.
+func (e *end) psn() ib.PSN { return ib.MaxPSN.Add(-int32(e.QPN%8) - 2*e.turns) }
 
 func (e *end) rtrAttr(o linkOpts, to *end) (ib.QPAttr, ib.QPAttrMask) {
 	if o.typ == ib.UD {

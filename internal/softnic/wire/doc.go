@@ -31,10 +31,16 @@ type Config struct {
 
 	SendDepth int // requests that can be queued, a power of two
 	Window    int // packets on their way; 0: defaultWindow
+	// Selective: both sides are this package's, and know it. What is lost is then sent again by itself, and not all that was sent
+	// behind it: see selective.go.
+	Selective bool
 }
 
 // defaultWindow is how many packets may be on their way. rxe has 128 as well (RXE_MAX_UNACKED_PSNS).
 const defaultWindow = 128
+
+// chunk is how many packets a READ asks for at a time: there is room for some in the window, as far as there may be some.
+func (c *Config) chunk() uint32 { return uint32(max(1, c.Window/min(4, max(1, c.MaxRdAtomic)))) }
 
 // maxMessage is the length of the longest message (IBA 9.4.1).
 const maxMessage = 1 << 31

@@ -41,7 +41,7 @@ type SendQueue interface {
 //
 // Requests take their PSNs when they are posted. Those from head on have not ended. Of request cur, the packet nxt is to be
 // sent next; what is behind it was not sent yet, or is sent again. una is the oldest PSN that was not acknowledged, end the one
-// behind the newest that was ever sent.
+// behind the newest that was ever sent. A READ is asked for in parts (Config.chunk), so that what is on its way has a bound.
 type Requester struct {
 	cfg  Config
 	q    SendQueue
@@ -57,16 +57,18 @@ type Requester struct {
 	failed  bool
 	bad     ib.WCStatus // if not success, request badAt cannot be sent for it
 	badAt   uint32
-	reading int   // READs and atomics that wait for their response
-	unasked int   // packets since the last one that asked for an acknowledgement
-	asked   bool  // what was lost behind una was asked for again already
-	retries uint8 // left, until something is acknowledged
+	asks    []ib.PSN // ends of what was asked for, by READs and atomics, and has not come: oldest first
+	unasked int      // packets since the last one that asked for an acknowledgement
+	asked   bool     // what was lost behind una was asked for again already
+	retries uint8    // left, until something is acknowledged
 	rnr     uint8
 
 	pkt      roce.Packet   // the one that is being sent: an Output would have it on the heap
 	old      [8]byte       // the same for what an atomic has found
 	deadline time.Duration // when una must have been acknowledged; 0: nothing is on its way
 	rnrUntil time.Duration // nothing is sent before; 0: the peer has not asked for that
+
+	sel selective
 
 	Counters RequesterCounters
 }
@@ -79,6 +81,7 @@ type RequesterCounters struct {
 	SeqNAKs  uint64 // the peer has missed a packet
 	RNRNAKs  uint64 // the peer had no receive posted
 	Implied  uint64 // a response was missing
+	Single   uint64 // of those sent again, packets that were sent again by themselves (Config.Selective)
 	Dropped  uint64 // packets that say nothing new, or make no sense
 }
 
@@ -87,7 +90,7 @@ type entry struct {
 	first   ib.PSN
 	packets uint32 // PSNs that it takes
 	got     uint32 // bytes of the response that have come
-	again   bool   // what comes of the response next is the start of one
+	again   bool   // the response was asked for again: what comes of it next is the start of one
 	done    bool   // the response is whole
 }
 
@@ -99,8 +102,10 @@ func NewRequester(cfg Config, q SendQueue) *Requester {
 	if cfg.Window == 0 {
 		cfg.Window = defaultWindow
 	}
-	return &Requester{cfg: cfg, q: q, reqs: make([]entry, cfg.SendDepth), una: cfg.SQPSN, nxt: cfg.SQPSN, end: cfg.SQPSN, free: cfg.SQPSN,
-		retries: cfg.RetryCount, rnr: cfg.RNRRetry}
+	r := &Requester{cfg: cfg, q: q, reqs: make([]entry, cfg.SendDepth), una: cfg.SQPSN, nxt: cfg.SQPSN, end: cfg.SQPSN, free: cfg.SQPSN,
+		asks: make([]ib.PSN, 0, cfg.MaxRdAtomic), retries: cfg.RetryCount, rnr: cfg.RNRRetry}
+	r.sel.init(&cfg)
+	return r
 }
 
 func (r *Requester) at(n uint32) *entry { return &r.reqs[n&uint32(len(r.reqs)-1)] }
@@ -150,6 +155,9 @@ func (r *Requester) Expire(now time.Duration) {
 	}
 	r.deadline = 0
 	r.Counters.Timeouts++
+	if r.cfg.Selective && r.patient(now) {
+		return
+	}
 	r.retry()
 }
 
@@ -160,16 +168,19 @@ func (r *Requester) retry() {
 		return
 	}
 	r.retries--
-	r.seek(r.una)
+	r.rewind()
 }
 
 // Pump sends what may be sent. It reports whether out was full.
 func (r *Requester) Pump(now time.Duration, out Output) (full bool) {
+	if r.sel.lost.n > 0 && r.resend(now, out) {
+		return true
+	}
 	for r.cur != r.tail && !r.failed && r.rnrUntil == 0 {
 		e := r.at(r.cur)
 		fresh := r.nxt == r.end
 		if e.packets > maxPackets {
-			r.spoil(ib.WCLocalLengthErr)
+			r.spoil(r.cur, ib.WCLocalLengthErr)
 			return false
 		}
 		if r.bad != ib.WCSuccess && r.cur == r.badAt || fresh && !r.may(e) {
@@ -177,10 +188,12 @@ func (r *Requester) Pump(now time.Duration, out Output) (full bool) {
 		}
 		n, sent := uint32(1), false
 		if e.response() {
-			n = e.packets - uint32(distance(e.first, r.nxt))
-			sent = r.ask(e, out)
+			n = r.part(e, r.nxt)
+			if sent = r.ask(e, r.nxt, n, out); sent {
+				r.asks = append(r.asks, r.nxt.Add(int32(n)))
+			}
 		} else {
-			sent, full = r.send(e, out)
+			sent, full = r.send(r.cur, r.nxt, out)
 			if !sent && !full {
 				return false // it cannot be sent at all
 			}
@@ -198,11 +211,29 @@ func (r *Requester) Pump(now time.Duration, out Output) (full bool) {
 		if r.nxt == e.end() {
 			r.cur++
 		}
-		if r.deadline == 0 && r.cfg.AckTimeout != 0 {
-			r.deadline = now + r.cfg.AckTimeout
+		if fresh && r.cfg.Selective {
+			r.sel.sent(r.nxt, now, r.una.Add(int32(n)) == r.nxt)
 		}
+		r.watch(now)
 	}
 	return false
+}
+
+// watch sets the timer, if it is not set.
+func (r *Requester) watch(now time.Duration) {
+	switch {
+	case r.deadline != 0 || r.cfg.AckTimeout == 0:
+	case r.cfg.Selective:
+		r.deadline = now + r.timeout(now)
+	default:
+		r.deadline = now + r.cfg.AckTimeout
+	}
+}
+
+// part is how many packets of e's response the next request asks for, from psn on: to the end of a chunk.
+func (r *Requester) part(e *entry, psn ib.PSN) uint32 {
+	at, chunk := uint32(distance(e.first, psn)), r.cfg.chunk()
+	return min(e.packets, at/chunk*chunk+chunk) - at
 }
 
 // may reports whether the next packet, of e, may be sent for the first time.
@@ -211,25 +242,27 @@ func (r *Requester) may(e *entry) bool {
 	switch {
 	case outstanding >= r.cfg.Window:
 		return false
+	case e.response():
+		if e.Fence && r.nxt == e.first && len(r.asks) > 0 {
+			return false
+		}
+		// The packets of a response take room, too.
+		return len(r.asks) < r.cfg.MaxRdAtomic && (outstanding == 0 || outstanding+int(r.part(e, r.nxt)) <= r.cfg.Window)
 	case r.nxt != e.first:
 		return true // in the middle of a message
-	case e.Fence && r.reading > 0:
-		return false
-	case e.response():
-		// The packets of a response take room, too, even if it is too long for any window.
-		return r.reading < r.cfg.MaxRdAtomic && (outstanding == 0 || outstanding+int(e.packets) <= r.cfg.Window)
 	}
-	return true
+	return !e.Fence || len(r.asks) == 0
 }
 
-// send sends the next packet of a SEND or WRITE.
-func (r *Requester) send(e *entry, out Output) (sent, full bool) {
-	i := uint32(distance(e.first, r.nxt))
+// send sends the packet psn of a SEND or WRITE, request n.
+func (r *Requester) send(n uint32, psn ib.PSN, out Output) (sent, full bool) {
+	e := r.at(n)
+	i := uint32(distance(e.first, psn))
 	off := i * uint32(r.cfg.MTU)
 	size := min(e.Len-off, uint32(r.cfg.MTU))
 	first, last := i == 0, i == e.packets-1
 	p := &r.pkt
-	*p = roce.Packet{PKey: roce.DefaultPKey, DestQP: r.cfg.DestQP, PSN: r.nxt, Opcode: roce.Op(roce.RC, opcodeOf(e.Op, first, last))}
+	*p = roce.Packet{PKey: roce.DefaultPKey, DestQP: r.cfg.DestQP, PSN: psn, Opcode: roce.Op(roce.RC, opcodeOf(e.Op, first, last))}
 	if last {
 		p.Solicited = e.Solicited
 		p.Imm, p.InvKey = e.Imm, e.InvKey
@@ -239,14 +272,14 @@ func (r *Requester) send(e *entry, out Output) (sent, full bool) {
 	}
 	// What is sent last is always asked about, so that no timer is needed to find out about it; and of many packets some,
 	// so that the window opens again.
-	p.AckReq = last && r.cur+1 == r.tail || r.unasked+1 >= min(maxUnasked, r.cfg.Window/4) || r.nxt != r.end
+	p.AckReq = last && n+1 == r.tail || r.unasked+1 >= min(maxUnasked, r.cfg.Window/4) || psn != r.end
 	payload, ok := out.Packet(p, int(size))
 	if !ok {
 		return false, true
 	}
-	if !r.q.Gather(r.cur, off, payload) {
+	if !r.q.Gather(n, off, payload) {
 		out.Abort()
-		r.spoil(ib.WCLocalProtErr)
+		r.spoil(n, ib.WCLocalProtErr)
 		return false, false
 	}
 	out.Commit()
@@ -286,15 +319,16 @@ func opcodeOf(op ib.Opcode, first, last bool) uint8 {
 	return base + middle
 }
 
-// ask sends the request of a READ or an atomic: of a READ, for what has not come yet.
-func (r *Requester) ask(e *entry, out Output) (sent bool) {
+// ask sends the request of a READ, for n packets from psn on, or of an atomic.
+func (r *Requester) ask(e *entry, psn ib.PSN, n uint32, out Output) (sent bool) {
 	p := &r.pkt
-	*p = roce.Packet{PKey: roce.DefaultPKey, DestQP: r.cfg.DestQP, PSN: r.nxt, AckReq: true, Addr: e.Addr, RKey: e.RKey}
+	*p = roce.Packet{PKey: roce.DefaultPKey, DestQP: r.cfg.DestQP, PSN: psn, AckReq: true, Addr: e.Addr, RKey: e.RKey}
 	switch e.Op {
 	case ib.OpRDMARead:
 		p.Opcode = roce.Op(roce.RC, roce.ReadRequest)
-		p.Addr += uint64(e.got)
-		p.Len = e.Len - e.got
+		off := uint32(distance(e.first, psn)) * uint32(r.cfg.MTU)
+		p.Addr += uint64(off)
+		p.Len = min(e.Len-off, n*uint32(r.cfg.MTU))
 	case ib.OpAtomicCmpSwap:
 		p.Opcode = roce.Op(roce.RC, roce.CompareSwap)
 		p.Swap, p.Cmp = e.Swap, e.CompareAdd
@@ -306,9 +340,7 @@ func (r *Requester) ask(e *entry, out Output) (sent bool) {
 		return false
 	}
 	out.Commit()
-	e.again = true
 	r.unasked = 0
-	r.reading++
 	return true
 }
 
@@ -324,21 +356,15 @@ func (r *Requester) find(psn ib.PSN) uint32 {
 	return n
 }
 
-// seek makes psn the packet that is sent next.
-func (r *Requester) seek(psn ib.PSN) {
-	r.cur, r.nxt = r.find(psn), psn
+// rewind has everything from una on sent again.
+func (r *Requester) rewind() {
+	r.cur, r.nxt = r.find(r.una), r.una
 	if r.cur != r.tail {
-		if e := r.at(r.cur); e.response() && distance(e.first, psn) > 0 {
-			r.nxt = r.reached(e)
-		}
+		r.at(r.cur).again = true
 	}
 	r.unasked = 0
-	r.reading = 0
-	for n := r.head; n != r.cur; n++ {
-		if e := r.at(n); e.response() && !e.done {
-			r.reading++
-		}
-	}
+	r.asks = r.asks[:0]
+	r.sel.forget(r.una)
 }
 
 // acked notes that the peer has everything before psn; una and end are its limits.
@@ -346,6 +372,9 @@ func (r *Requester) acked(psn ib.PSN, now time.Duration) {
 	lost, moved := false, false
 	for r.head != r.tail {
 		e := r.at(r.head)
+		if r.cfg.Selective {
+			r.arrived(e)
+		}
 		if e.response() && !e.done {
 			if at := r.reached(e); distance(at, psn) > 0 {
 				psn, lost = at, true // the peer is further, and has answered: that was lost
@@ -357,25 +386,28 @@ func (r *Requester) acked(psn ib.PSN, now time.Duration) {
 		}
 		n := r.head
 		r.head++
-		if e.response() {
-			r.reading--
-		}
 		r.q.Complete(n, ib.WCSuccess)
 	}
 	if distance(r.una, psn) > 0 {
 		r.una, moved = psn, true
 	}
+	done := 0
+	for done < len(r.asks) && distance(r.asks[done], r.una) >= 0 {
+		done++
+	}
+	r.asks = append(r.asks[:0], r.asks[done:]...)
 	if moved {
 		r.retries, r.rnr, r.asked = r.cfg.RetryCount, r.cfg.RNRRetry, false
 		r.deadline = 0
-		if r.una != r.end && r.cfg.AckTimeout != 0 {
-			r.deadline = now + r.cfg.AckTimeout
+		r.sel.progress(r.una, now)
+		if r.una != r.end {
+			r.watch(now)
 		}
 		if distance(r.nxt, r.una) > 0 { // what was to be sent again had come after all
-			r.seek(r.una)
+			r.rewind()
 		}
 	}
-	if lost {
+	if lost && !r.cfg.Selective {
 		r.askAgain()
 	}
 	r.settle()
@@ -388,7 +420,7 @@ func (r *Requester) askAgain() {
 	}
 	r.asked = true
 	r.Counters.Implied++
-	r.seek(r.una)
+	r.rewind()
 }
 
 // Receive takes an acknowledgement or a response. The packet has been checked by roce.Packet.Decode, nothing else of it.
@@ -409,11 +441,13 @@ func (r *Requester) Receive(p *roce.Packet, now time.Duration) {
 
 func (r *Requester) acknowledge(p *roce.Packet, now time.Duration) {
 	if p.Syndrome.IsAck() {
+		r.executed(p.PSN.Add(1))
 		r.acked(p.PSN.Add(1), now)
 		return
 	}
+	r.executed(p.PSN)
 	r.acked(p.PSN, now)
-	if r.failed || r.una != p.PSN {
+	if r.failed || r.una != p.PSN && !(r.cfg.Selective && p.Syndrome == roce.NakPSN) {
 		return // it waits for something else first
 	}
 	if timer, ok := p.Syndrome.IsRNR(); ok {
@@ -430,10 +464,14 @@ func (r *Requester) acknowledge(p *roce.Packet, now time.Duration) {
 		}
 		r.rnrUntil = now + timer.Duration()
 		r.deadline = 0
-		r.seek(r.una)
+		r.rewind()
 		return
 	}
 	if p.Syndrome == roce.NakPSN {
+		if r.cfg.Selective {
+			r.missed(p)
+			return
+		}
 		if r.nxt != r.una { // else it has been heard
 			r.Counters.SeqNAKs++
 			r.retry()
@@ -455,12 +493,17 @@ func (r *Requester) response(p *roce.Packet, now time.Duration) {
 		r.Counters.Dropped++
 		return
 	}
+	if r.cfg.Selective {
+		r.anyOrder(n, p, now)
+		return
+	}
 	r.acked(e.first, now) // so the peer has executed what came before
 	if r.failed || r.head != n {
 		return
 	}
 	want := r.reached(e)
-	if d := distance(want, p.PSN); d != 0 || !e.again && p.Opcode.First() || e.again && !p.Opcode.First() {
+	begins := e.again || e.Op == ib.OpRDMARead && uint32(distance(e.first, want))%r.cfg.chunk() == 0
+	if d := distance(want, p.PSN); d != 0 || e.Op == ib.OpRDMARead && begins != p.Opcode.First() {
 		if d > 0 {
 			r.askAgain()
 		}
@@ -479,7 +522,7 @@ func (r *Requester) response(p *roce.Packet, now time.Duration) {
 	}
 	left := e.Len - e.got
 	size := min(left, uint32(r.cfg.MTU))
-	if uint32(len(p.Payload)) != size || p.Opcode.Last() != (size == left) {
+	if uint32(len(p.Payload)) != size || p.Opcode.Last() != (r.part(e, want) == 1) {
 		r.fail(ib.WCBadRespErr)
 		return
 	}
@@ -493,9 +536,9 @@ func (r *Requester) response(p *roce.Packet, now time.Duration) {
 	r.acked(p.PSN.Add(1), now)
 }
 
-// spoil notes that request cur cannot be sent: it fails once those before it have ended.
-func (r *Requester) spoil(st ib.WCStatus) {
-	r.bad, r.badAt = st, r.cur
+// spoil notes that request n cannot be sent: it fails once those before it have ended.
+func (r *Requester) spoil(n uint32, st ib.WCStatus) {
+	r.bad, r.badAt = st, n
 	r.settle()
 }
 
@@ -510,6 +553,7 @@ func (r *Requester) settle() {
 func (r *Requester) fail(st ib.WCStatus) {
 	r.failed = true
 	r.deadline, r.rnrUntil = 0, 0
+	r.sel.lost.n = 0
 	for r.head != r.tail {
 		n := r.head
 		r.head++

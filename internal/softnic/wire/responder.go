@@ -17,6 +17,7 @@ type Responder struct {
 	nakked  bool   // the peer was told that want is missing
 	failed  bool
 	msg     assembly
+	ahead   aheads   // Config.Selective
 	results []result // of the newest READs and atomics, by number
 	nresult uint32   // of them, ever
 	out     []response
@@ -57,6 +58,7 @@ type response struct {
 	result   bool
 	atomic   bool
 	begun    bool // a packet of it was sent
+	repeat   bool // it was sent before
 	old      uint64
 	addr     uint64 // of the next packet
 	rkey     uint32
@@ -65,8 +67,15 @@ type response struct {
 
 // NewResponder returns a Responder that expects the first packet.
 func NewResponder(cfg Config, t Target) *Responder {
+	if cfg.Window == 0 {
+		cfg.Window = defaultWindow
+	}
+	least := 2*cfg.MaxDestRdAtomic + 4 // acknowledgements between READs, and one behind
+	if cfg.Selective {
+		least = 4*cfg.MaxDestRdAtomic + 32 // what is missing, and what was asked for again
+	}
 	n := 1
-	for n < 2*cfg.MaxDestRdAtomic+4 { // acknowledgements between READs, and one behind
+	for n < least {
 		n *= 2
 	}
 	return &Responder{cfg: cfg, t: t, msg: assembly{mtu: cfg.MTU, t: t}, want: cfg.RQPSN, results: make([]result, max(cfg.MaxDestRdAtomic, 1)), out: make([]response, n)}
@@ -98,11 +107,18 @@ func (r *Responder) Receive(p *roce.Packet) {
 		r.duplicate(p)
 	case d > 0:
 		r.Counters.Missed++
-		if !r.nakked { // once, until it comes (IBA 9.7.5.2.8)
+		if r.cfg.Selective {
+			r.early(p, d)
+		} else if !r.nakked { // once, until it comes (IBA 9.7.5.2.8)
 			r.nakked = r.say(r.want, roce.NakPSN)
 		}
 	default:
-		r.execute(p)
+		if r.execute(p); r.cfg.Selective {
+			if r.nakked {
+				r.ahead.drop(r.want)
+			}
+			r.catchUp()
+		}
 	}
 }
 
@@ -186,20 +202,20 @@ func (r *Responder) keep(x result) {
 	x.msn = r.msn
 	r.results[r.nresult%uint32(len(r.results))] = x
 	r.nresult++
-	r.answer(&x, 0)
+	r.answer(&x, 0, x.len, false)
 }
 
 // full reports whether no more responses can be queued: a place is left for what is said last.
 func (r *Responder) full() bool { return r.outTail-r.outHead >= uint32(len(r.out))-2 }
 
-// answer queues what a result has to say, from byte skip of a READ on.
-func (r *Responder) answer(x *result, skip uint32) {
+// answer queues what a result has to say, from byte skip of a READ on, n bytes.
+func (r *Responder) answer(x *result, skip, n uint32, repeat bool) {
 	if r.full() {
 		r.Counters.Dropped++ // it will be asked for again
 		return
 	}
 	*r.push() = response{psn: x.first.Add(int32(skip / uint32(r.cfg.MTU))), msn: x.msn, syndrome: roce.Ack, result: true, atomic: !x.read, old: x.old,
-		addr: x.addr + uint64(skip), rkey: x.rkey, left: x.len - skip}
+		addr: x.addr + uint64(skip), rkey: x.rkey, left: n, repeat: repeat}
 }
 
 func (r *Responder) at(n uint32) *response { return &r.out[n&uint32(len(r.out)-1)] }
@@ -228,17 +244,21 @@ func (r *Responder) say(psn ib.PSN, s roce.Syndrome) bool {
 
 // refuse ends the connection: the peer hears why (IBA 9.7.5.2).
 func (r *Responder) refuse(p *roce.Packet, st ib.WCStatus) {
-	s := roce.NakOperation
-	switch st {
-	case ib.WCRemoteAccessErr:
-		s = roce.NakAccess
-	case ib.WCRemoteInvalidReqErr:
-		s = roce.NakInvalid
-	}
 	r.Counters.Refused++
 	r.failed = true
-	r.say(p.PSN, s)
+	r.say(p.PSN, nakOf(st))
 	r.t.Fail(st)
+}
+
+// nakOf is how a peer hears of a status.
+func nakOf(st ib.WCStatus) roce.Syndrome {
+	switch st {
+	case ib.WCRemoteAccessErr:
+		return roce.NakAccess
+	case ib.WCRemoteInvalidReqErr:
+		return roce.NakInvalid
+	}
+	return roce.NakOperation
 }
 
 // duplicate takes a packet that was executed before: what was said to it must have been lost (IBA 9.7.5.1.4).
@@ -265,10 +285,16 @@ func (r *Responder) repeat(p *roce.Packet) {
 			continue
 		}
 		skip := uint32(at) * uint32(r.cfg.MTU)
-		if x.read && (p.RKey != x.rkey || p.Addr != x.addr+uint64(skip) || p.Len != x.len-skip) {
+		part := r.cfg.Selective && p.Len < x.len-skip
+		if x.read && (p.RKey != x.rkey || p.Addr != x.addr+uint64(skip) || p.Len != x.len-skip && !part) {
 			break // not what was asked for then
 		}
-		r.answerOnce(x, skip)
+		switch {
+		case !r.cfg.Selective:
+			r.answerOnce(x, skip)
+		case r.outTail-r.outHead < uint32(len(r.out))/2: // there must be room for new ones
+			r.answer(x, skip, min(p.Len, x.len-skip), true)
+		}
 		return
 	}
 	r.Counters.Dropped++
@@ -290,7 +316,7 @@ func (r *Responder) answerOnce(x *result, skip uint32) {
 		}
 		return
 	}
-	r.answer(x, skip)
+	r.answer(x, skip, x.len-skip, true)
 }
 
 // Pump sends what there is to say. It reports whether out was full.
@@ -338,11 +364,19 @@ func (r *Responder) emit(q *response, out Output) (sent, done bool) {
 	}
 	if n > 0 {
 		if st := r.t.Read(q.rkey, q.addr, payload); st != ib.WCSuccess {
-			// It was withdrawn meanwhile. What is queued behind it will not be heard.
 			out.Abort()
+			if q.repeat {
+				// The requester may have it already, and have said so before its question came that another packet had overtaken:
+				// then the memory is rightly gone.
+				r.Counters.Dropped++
+				return true, true
+			}
+			// It was withdrawn meanwhile. What is queued behind it will not be heard.
 			psn := q.psn
 			r.outTail = r.outHead
-			if !r.failed {
+			if r.failed { // for what came behind it: the first to fail is to be heard of
+				r.say(psn, nakOf(st))
+			} else {
 				r.refuse(&roce.Packet{PSN: psn}, st)
 			}
 			return true, false

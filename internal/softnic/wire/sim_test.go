@@ -131,8 +131,8 @@ const (
 
 func (x *node) String() string {
 	r := x.req
-	return fmt.Sprintf("node %d: requests %d..%d, cur %d, una %d, nxt %d, end %d, reading %d, rnr until %v, %+v; wants %d, %d receives, %+v", x.id, r.head, r.tail, r.cur,
-		r.una, r.nxt, r.end, r.reading, r.rnrUntil, r.Counters, x.resp.want, x.recvs, x.resp.Counters)
+	return fmt.Sprintf("node %d: requests %d..%d, cur %d, una %d, nxt %d, end %d, %d asked for, rnr until %v, %+v; wants %d, %d receives, %+v", x.id, r.head, r.tail, r.cur,
+		r.una, r.nxt, r.end, len(r.asks), r.rnrUntil, r.Counters, x.resp.want, x.recvs, x.resp.Counters)
 }
 
 // Packet implements Output.

@@ -90,7 +90,7 @@ func (x *node) random(r *rand.Rand, peer *node, e *expected) {
 // Random requests both ways over a network that loses, doubles, delays, overtakes and changes packets, a receiver that is
 // late, and an output that is full now and then: each is executed once, in order, and all succeed.
 func runRandom(t *testing.T, seed uint64, ops int, trace bool) *network {
-	n := newNetwork(t, seed, nil)
+	n := newNetwork(t, seed, func(c *Config) { c.Selective = seed%2 == 1 })
 	r := n.r
 	if trace {
 		n.trace = t.Logf
@@ -174,18 +174,19 @@ func TestRandom(t *testing.T) {
 		seeds = 30
 	}
 	seeds = max(seeds, number("SEEDS"))
-	var resent, naks, rnr, implied, timeouts uint64
+	var resent, naks, rnr, implied, timeouts, single uint64
 	for seed := range seeds {
 		for _, x := range runRandom(t, uint64(seed), 200, false).nodes {
 			c := &x.req.Counters
-			resent, naks, rnr, implied, timeouts = resent+c.Resent, naks+c.SeqNAKs, rnr+c.RNRNAKs, implied+c.Implied, timeouts+c.Timeouts
+			resent, naks, rnr, implied, timeouts, single = resent+c.Resent, naks+c.SeqNAKs, rnr+c.RNRNAKs, implied+c.Implied, timeouts+c.Timeouts, single+c.Single
 		}
 		if t.Failed() {
 			t.Fatalf("to repeat: SEED=%d", seed)
 		}
 	}
-	if resent == 0 || naks == 0 || rnr == 0 || implied == 0 || timeouts == 0 {
-		t.Errorf("not all was tried: %d packets sent again, %d sequence NAKs, %d RNR NAKs, %d responses asked for again, %d timeouts", resent, naks, rnr, implied, timeouts)
+	if resent == 0 || naks == 0 || rnr == 0 || implied == 0 || timeouts == 0 || single == 0 {
+		t.Errorf("not all was tried: %d packets sent again (%d by themselves), %d sequence NAKs, %d RNR NAKs, %d responses asked for again, %d timeouts",
+			resent, single, naks, rnr, implied, timeouts)
 	}
 }
 
@@ -315,6 +316,29 @@ func TestReadWithdrawn(t *testing.T) {
 	n.run(n.ended)
 	if a.done[0] != ib.WCRemoteAccessErr || b.fatal != ib.WCRemoteAccessErr {
 		t.Errorf("READ ends with %v, the responder with %v", a.done[0], b.fatal)
+	}
+}
+
+// A READ that is asked for once more, when its memory has been withdrawn because it had ended, harms nothing.
+func TestReadAgainWithdrawn(t *testing.T) {
+	for _, selective := range []bool{false, true} {
+		n := newNetwork(t, 1, func(c *Config) { c.Selective = selective })
+		a, b := n.nodes[0], n.nodes[1]
+		a.post(Request{Op: ib.OpRDMARead, Len: 3 * simMTU, RKey: roKey, Addr: 16}, nil)
+		first := a.req.nxt
+		a.pump()
+		n.run(n.ended)
+		b.withdraw = true
+		late := roce.Packet{Opcode: roce.Op(roce.RC, roce.ReadRequest), PSN: first, RKey: roKey, Addr: 16, Len: 3 * simMTU}
+		b.resp.Receive(&late)
+		b.pump()
+		b.withdraw, b.recvs = false, 1
+		a.post(Request{Op: ib.OpSend, Len: 8}, payloadOf(8))
+		a.pump()
+		n.run(n.ended)
+		if a.done[0] != ib.WCSuccess || a.done[1] != ib.WCSuccess || b.resp.Failed() {
+			t.Errorf("selective %v: requests end with %v, the responder with %v", selective, a.done, b.fatal)
+		}
 	}
 }
 
@@ -475,7 +499,7 @@ func FuzzPackets(f *testing.F) {
 		if !bytes.Equal(was, x.readOnly) {
 			t.Error("memory that is only readable was written")
 		}
-		if d := distance(x.req.una, x.req.nxt); d < 0 || d > defaultWindow+16 || x.req.reading < 0 || x.req.reading > x.req.cfg.MaxRdAtomic {
+		if d := distance(x.req.una, x.req.nxt); d < 0 || d > defaultWindow+16 || len(x.req.asks) > x.req.cfg.MaxRdAtomic {
 			t.Errorf("%v", x)
 		}
 	})

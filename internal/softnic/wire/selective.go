@@ -1,0 +1,373 @@
+package wire
+
+import (
+	"encoding/binary"
+	"time"
+
+	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// Selective repeat, between two of this package's (Config.Selective). It differs from go-back-N in this:
+//
+//   - A responder keeps requests that come before one that is missing, and executes them when that has come. When it finds that
+//     some are missing, it says at once which: in a NAK (PSN sequence error), whose PSN is as ever the one that is expected, the
+//     MSN field says how far behind that the gap begins (12 bits) and how many PSNs it has (12 bits).
+//   - A requester sends what is in a gap again, and nothing else.
+//   - It places responses as they come, and asks again for the packets that others have overtaken: a request for a part of what was
+//     asked for before, which the responder answers from where its memory is then (as it does in any case for a READ that is
+//     asked for again, IBA 9.7.5.1.4).
+//   - What is lost for a second time, or at the end, is found out by a timer that goes by how long answers take, not by
+//     Config.AckTimeout: that remains what a retry is counted by.
+//
+// Who believes to talk to its like, and does not, gets by: a NAK of another's means a gap that is not there, and then timers count.
+
+// A span is PSNs in a row.
+type span struct {
+	first ib.PSN
+	n     uint32
+}
+
+// spans is a queue of them.
+type spans struct {
+	buf  [32]span
+	head int
+	n    int
+}
+
+func (q *spans) front() *span { return &q.buf[q.head] }
+
+func (q *spans) pop() {
+	q.head = (q.head + 1) % len(q.buf)
+	q.n--
+}
+
+// push adds one; without room it is dropped, and a timer finds it.
+func (q *spans) push(s span) {
+	if q.n < len(q.buf) && s.n > 0 {
+		q.buf[(q.head+q.n)%len(q.buf)] = s
+		q.n++
+	}
+}
+
+// selective is what a Requester knows besides.
+type selective struct {
+	lost  spans
+	seen  []uint64 // responses that have come before others: bits by PSN
+	top   ib.PSN   // responses before it have come or are in lost, or have been
+	known ib.PSN   // what is before it has been executed
+
+	since   time.Duration // of the last progress, or the last timeout that was counted
+	backoff uint          // timeouts since the last progress
+	probe   ib.PSN        // when it is acknowledged, that took from probeAt until then
+	probeAt time.Duration
+	probing bool
+	rtt     time.Duration // smoothed; 0: unknown
+}
+
+func (s *selective) init(cfg *Config) {
+	s.top, s.known = cfg.SQPSN, cfg.SQPSN
+	if cfg.Selective {
+		words := 1
+		for words*64 < 2*cfg.Window {
+			words *= 2
+		}
+		s.seen = make([]uint64, words)
+	}
+}
+
+func (s *selective) bit(psn ib.PSN) (*uint64, uint64) {
+	i := uint32(psn) % uint32(64*len(s.seen))
+	return &s.seen[i/64], 1 << (i % 64)
+}
+
+func (s *selective) has(psn ib.PSN) bool {
+	w, b := s.bit(psn)
+	return *w&b != 0
+}
+
+// forget is called when everything from una on is sent again.
+func (s *selective) forget(una ib.PSN) {
+	s.lost.n = 0
+	s.top = una
+	s.probing = false
+}
+
+// sent notes that what is before psn was sent for the first time; idle: nothing else was on its way.
+func (s *selective) sent(psn ib.PSN, now time.Duration, idle bool) {
+	if idle {
+		s.since, s.backoff = now, 0
+	}
+	if !s.probing {
+		s.probe, s.probeAt, s.probing = psn, now, true
+	}
+}
+
+// progress notes that what is before una was acknowledged.
+func (s *selective) progress(una ib.PSN, now time.Duration) {
+	s.since, s.backoff = now, 0
+	if s.probing && distance(s.probe, una) >= 0 {
+		s.probing = false
+		took := now - s.probeAt
+		if s.rtt == 0 {
+			s.rtt = took
+		}
+		s.rtt += (took - s.rtt) / 8
+	}
+}
+
+// patience is how long an answer may take beyond what it took before. Pollers that pause are late by about that much.
+const patience = time.Millisecond
+
+// timeout is how long to wait before something is sent again that nobody has asked for.
+func (r *Requester) timeout(time.Duration) time.Duration {
+	return min((patience+4*r.sel.rtt)<<min(r.sel.backoff, 8), r.cfg.AckTimeout)
+}
+
+// patient sends the oldest that is missing again, when the time for an answer is over; false: AckTimeout is, too.
+func (r *Requester) patient(now time.Duration) bool {
+	s := &r.sel
+	s.probing = false
+	if now-s.since >= r.cfg.AckTimeout {
+		s.since, s.backoff = now, 0
+		return false
+	}
+	s.backoff++
+	n := r.find(r.una)
+	if n == r.tail || distance(r.una, r.nxt) <= 0 {
+		return false
+	}
+	if e := r.at(n); e.response() {
+		to := e.end()
+		if distance(to, r.nxt) < 0 {
+			to = r.nxt
+		}
+		s.top = r.una
+		r.holes(to)
+	} else {
+		s.lost.push(span{r.una, 1})
+	}
+	r.watch(now)
+	return true
+}
+
+// executed notes that the peer has executed what is before psn, and so has sent its responses.
+func (r *Requester) executed(psn ib.PSN) {
+	if r.cfg.Selective && distance(r.sel.known, psn) > 0 {
+		r.sel.known = psn
+		r.holes(psn)
+	}
+}
+
+// holes finds responses before psn that have not come.
+func (r *Requester) holes(psn ib.PSN) {
+	s := &r.sel
+	for n := r.head; n != r.tail && distance(r.at(n).first, psn) > 0; n++ {
+		e := r.at(n)
+		if !e.response() || e.done {
+			continue
+		}
+		from, to := r.reached(e), e.end()
+		if distance(from, s.top) > 0 {
+			from = s.top
+		}
+		if distance(psn, to) > 0 {
+			to = psn
+		}
+		gap := span{first: from}
+		for at := from; distance(at, to) > 0; at = at.Add(1) {
+			if s.has(at) {
+				s.lost.push(gap)
+				gap = span{first: at.Add(1)}
+			} else {
+				gap.n++
+			}
+		}
+		s.lost.push(gap)
+	}
+	if distance(s.top, psn) > 0 {
+		s.top = psn
+	}
+}
+
+// missed takes a NAK that says what is missing.
+func (r *Requester) missed(p *roce.Packet) {
+	first := p.PSN.Add(int32(p.MSN >> 12))
+	n := max(1, p.MSN&0xfff)
+	if d := distance(first, r.nxt); d <= 0 {
+		return // it is sent again anyway, or it makes no sense
+	} else {
+		n = min(n, uint32(d))
+	}
+	r.Counters.SeqNAKs++
+	r.sel.lost.push(span{first, n})
+}
+
+// resend sends what is lost. It reports whether out was full.
+func (r *Requester) resend(now time.Duration, out Output) (full bool) {
+	q := &r.sel.lost
+	for q.n > 0 && !r.failed && r.rnrUntil == 0 {
+		g := q.front()
+		if d := distance(g.first, r.una); d > 0 { // acknowledged meanwhile
+			d = min(d, int32(g.n))
+			g.first, g.n = g.first.Add(d), g.n-uint32(d)
+		}
+		if g.n == 0 || distance(g.first, r.nxt) <= 0 {
+			q.pop()
+			continue
+		}
+		n := r.find(g.first)
+		e := r.at(n)
+		k, sent := uint32(1), true
+		switch {
+		case !e.response():
+			if sent, full = r.send(n, g.first, out); full {
+				return true
+			} else if !sent {
+				return false
+			}
+		case e.done || distance(g.first, r.reached(e)) > 0 || r.sel.has(g.first):
+			sent = false // it has come
+		default:
+			for most := min(g.n, r.part(e, g.first)); k < most && !r.sel.has(g.first.Add(int32(k))); {
+				k++
+			}
+			if !r.ask(e, g.first, k, out) {
+				return true
+			}
+		}
+		if sent {
+			r.Counters.Sent++
+			r.Counters.Resent++
+			r.Counters.Single++
+			r.sel.probing = false
+			r.watch(now)
+		}
+		g.first, g.n = g.first.Add(int32(k)), g.n-k
+	}
+	return false
+}
+
+// anyOrder takes a packet of the response to request n, wherever in it that is.
+func (r *Requester) anyOrder(n uint32, p *roce.Packet, now time.Duration) {
+	e := r.at(n)
+	r.executed(p.PSN)
+	if distance(r.reached(e), p.PSN) < 0 || r.sel.has(p.PSN) {
+		r.Counters.Dropped++ // it has come before
+		r.acked(r.sel.known, now)
+		return
+	}
+	off, payload := uint32(0), r.old[:]
+	if e.Op == ib.OpRDMARead {
+		off, payload = uint32(distance(e.first, p.PSN))*uint32(r.cfg.MTU), p.Payload
+		if uint32(len(payload)) != min(e.Len-off, uint32(r.cfg.MTU)) {
+			r.fail(ib.WCBadRespErr)
+			return
+		}
+	} else {
+		binary.NativeEndian.PutUint64(r.old[:], p.Original)
+	}
+	if !r.q.Scatter(n, off, payload) {
+		r.fail(ib.WCLocalProtErr)
+		return
+	}
+	w, b := r.sel.bit(p.PSN)
+	*w |= b
+	r.executed(p.PSN.Add(1))
+	r.acked(r.sel.known, now)
+}
+
+// arrived takes what has come of the response to the oldest request, as far as nothing is missing.
+func (r *Requester) arrived(e *entry) {
+	for e.response() && !e.done {
+		w, b := r.sel.bit(r.reached(e))
+		if *w&b == 0 {
+			return
+		}
+		*w &^= b
+		left := e.Len - e.got
+		if e.Op != ib.OpRDMARead || left <= uint32(r.cfg.MTU) {
+			e.got, e.done = e.Len, true
+		} else {
+			e.got += uint32(r.cfg.MTU)
+		}
+	}
+}
+
+// An early packet waits for those before it.
+type early struct {
+	there bool
+	pkt   roce.Packet
+	buf   []byte
+}
+
+// aheads are a Responder's early packets, by PSN. There are none until the first comes.
+type aheads struct {
+	slots []early
+	top   ib.PSN // the PSN behind the last packet that has come
+}
+
+func (a *aheads) at(psn ib.PSN) *early { return &a.slots[uint32(psn)%uint32(len(a.slots))] }
+
+// early takes a packet that is d PSNs before its time.
+func (r *Responder) early(p *roce.Packet, d int32) {
+	a := &r.ahead
+	if r.nakked || int(d) >= 2*r.cfg.Window {
+		r.Counters.Dropped++ // it will come again: after the wait for a receive, or because of a timer
+		return
+	}
+	if a.slots == nil {
+		n := 1
+		for n < 2*r.cfg.Window {
+			n *= 2
+		}
+		a.slots = make([]early, n)
+		a.top = r.want
+	}
+	if distance(a.top, r.want) > 0 {
+		a.top = r.want
+	}
+	x := a.at(p.PSN)
+	if x.there {
+		r.Counters.Duplicates++
+		return
+	}
+	x.there, x.pkt = true, *p
+	x.buf = append(x.buf[:0], p.Payload...)
+	x.pkt.Payload = x.buf
+	behind := p.PSN.Add(1)
+	if p.Opcode.Op() == roce.ReadRequest {
+		behind = p.PSN.Add(int32(min(packets(p.Len, r.cfg.MTU), maxPackets)))
+	}
+	if gap := distance(a.top, p.PSN); gap > 0 && r.outTail-r.outHead < uint32(len(r.out))/2 {
+		*r.push() = response{psn: r.want, msn: uint32(distance(r.want, a.top))<<12 | uint32(gap), syndrome: roce.NakPSN}
+	}
+	if distance(a.top, behind) > 0 {
+		a.top = behind
+	}
+}
+
+// catchUp executes the early packets whose time has come.
+func (r *Responder) catchUp() {
+	a := &r.ahead
+	for a.slots != nil && !r.failed {
+		x := a.at(r.want)
+		if !x.there || x.pkt.PSN != r.want {
+			break
+		}
+		x.there = false
+		r.execute(&x.pkt)
+		if r.nakked { // no receive: the requester goes back to it
+			a.drop(r.want)
+			break
+		}
+	}
+}
+
+// drop forgets all early packets.
+func (a *aheads) drop(want ib.PSN) {
+	for i := range a.slots {
+		a.slots[i].there = false
+	}
+	a.top = want
+}
