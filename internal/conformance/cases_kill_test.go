@@ -308,13 +308,13 @@ func killBeforeConnect(c *C) {
 // restart gives side B a new process.
 func (c *C) restart() {
 	c.Helper()
-	p, err := startPeer()
+	p, err := startPeer(c.B.remote.namespace)
 	if err != nil {
 		c.Fatal(err)
 	}
 	c.Cleanup(p.kill)
 	c.B.remote, c.B.listener, c.B.spare = p, nil, nil
-	c.B.dev = do(c.B, opOpen, openArgs{c.B.dev.Name, c.B.dev.Net})
+	c.B.dev = do(c.B, opOpen, openArgs{c.B.dev.Name, c.B.dev.netAddr()})
 	c.B.pd = do(c.B, opPD, none{})
 }
 

@@ -312,7 +312,7 @@ func closeWhileUsed(c *C) {
 // Contexts of one device are independent (IBA 11.2.1.1): their objects do not mix.
 func manyContexts(c *C) {
 	third := &Side{c: c, name: "A2", local: newHost()}
-	third.dev = do(third, opOpen, openArgs{*device, c.A.dev.Net})
+	third.dev = do(third, opOpen, openArgs{c.A.dev.Name, c.A.dev.netAddr()})
 	defer func() {
 		if _, err := call(third, opCloseAll, none{}); err != nil && !c.Failed() {
 			c.Error(err)

@@ -38,7 +38,7 @@ func TestControlFrames(t *testing.T) {
 // A side in another process gives the script the same answers and errors as one here.
 func TestControlPeer(t *testing.T) {
 	testutil.CheckLeaks(t)
-	p, err := startPeer()
+	p, err := startPeer("")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -102,10 +102,18 @@ type deviceInfo struct {
 	Net            bool       // the software NIC, over a network
 }
 
-// openArgs name a device. Net: of the software NIC, the part that meets a network, at a loopback address.
+// netAddr is where the software NIC meets a network; not valid if it does not.
+func (d *deviceInfo) netAddr() netip.Addr {
+	if !d.Net {
+		return netip.Addr{}
+	}
+	return d.GID.Addr()
+}
+
+// openArgs name a device. Net: of the software NIC, the part that meets a network, at this address.
 type openArgs struct {
 	Device string
-	Net    bool
+	Net    netip.Addr
 }
 
 var opOpen = newOp("open", func(h *host, a openArgs) (deviceInfo, error) {
@@ -124,8 +132,8 @@ var opOpen = newOp("open", func(h *host, a openArgs) (deviceInfo, error) {
 		return d, err
 	}
 	best, err := c.SourceGID(1, netip.Addr{})
-	if d.Net = a.Net; a.Net {
-		if best, err = c.SourceGIDOf(1, netip.AddrFrom4([4]byte{127, 0, 0, 1}), ib.GIDRoCEv2); err == nil {
+	if d.Net = a.Net.IsValid(); d.Net {
+		if best, err = c.SourceGIDOf(1, a.Net, ib.GIDRoCEv2); err == nil {
 			d.UDPPort, err = c.UDPPort(1, best.Index)
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
+	"net/netip"
 	"os"
 	"runtime"
 	"strconv"
@@ -58,13 +59,20 @@ type path struct {
 	twoProcesses bool
 	remoteIsA    bool
 	soft         string // what the software NIC calls it
+	// Of two different devices: their names, where the software NIC among them meets the other, and the network namespace of the
+	// process that it is in, the other side's.
+	devices   [2]string
+	net       netip.Addr
+	namespace string
 }
+
+var localhost = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 
 var (
 	pathInProcess   = path{name: "in-process", soft: "inproc"}
 	pathProcesses   = path{name: "processes", twoProcesses: true, soft: "shm"}
-	pathUDP         = path{name: "udp", soft: "udp"}
-	pathUDPProcs    = path{name: "udp", twoProcesses: true, soft: "udp"}
+	pathUDP         = path{name: "udp", soft: "udp", net: localhost}
+	pathUDPProcs    = path{name: "udp", twoProcesses: true, soft: "udp", net: localhost}
 	pathProcessesBA = path{name: "processes", twoProcesses: true, remoteIsA: true, soft: "shm"}
 )
 
@@ -135,8 +143,8 @@ func runTable(t *testing.T, p path) {
 func warmUp(c *C) {
 	l := c.pair(ib.RC)
 	l.alive(c)
-	if c.A.dev.Provider == "soft" {
-		for _, e := range []*end{l.a, l.b} {
+	for _, e := range []*end{l.a, l.b} {
+		if e.dev.Provider == "soft" {
 			if got := e.query().Path; got != currentPath(c) {
 				c.Fatalf("%s: path %q, want %q", e.name, got, currentPath(c))
 			}
@@ -145,7 +153,7 @@ func warmUp(c *C) {
 }
 
 func currentPath(c *C) string {
-	if c.A.dev.Net {
+	if c.A.dev.Net || c.B.dev.Net {
 		return pathUDP.soft
 	}
 	if c.A.local != nil && c.B.local != nil {
@@ -174,7 +182,7 @@ func (r *runner) peerFor(t *testing.T, own bool) *peer {
 			return r.shared
 		}
 	}
-	p, err := startPeer()
+	p, err := startPeer(r.namespace)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -212,10 +220,17 @@ func (r *runner) run(t *testing.T, tc testCase) {
 			do(s, opSnapshot, none{})
 		}
 		name := *device
-		if i == 1 && *peerDevice != "" {
+		switch {
+		case r.devices[i] != "":
+			name = r.devices[i]
+		case i == 1 && *peerDevice != "":
 			name = *peerDevice
 		}
-		s.dev = do(s, opOpen, openArgs{name, r.soft == "udp"})
+		net := r.net
+		if name != "soft0" {
+			net = netip.Addr{}
+		}
+		s.dev = do(s, opOpen, openArgs{name, net})
 	}
 	column = columnOf(c.A.dev.Provider, r.name)
 	t.Cleanup(func() {

@@ -226,7 +226,9 @@ const controlTimeout = 3 * patience
 
 // A peer is a process that serves as the other side.
 type peer struct {
-	cmd  *exec.Cmd
+	cmd       *exec.Cmd
+	namespace string // that it runs in; empty: this process's
+
 	in   io.WriteCloser
 	gone chan struct{} // closed when the process has ended
 	log  lockedBuffer
@@ -257,12 +259,17 @@ func (l *lockedBuffer) String() string {
 	return string(l.b)
 }
 
-func startPeer() (*peer, error) {
+// startPeer starts the other process, in a network namespace if it has a name.
+func startPeer(namespace string) (*peer, error) {
 	exe, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
 	p := &peer{cmd: exec.Command(exe), gone: make(chan struct{}), waiting: map[uint64]chan *response{}}
+	if namespace != "" {
+		p.cmd = exec.Command("ip", "netns", "exec", namespace, exe)
+	}
+	p.namespace = namespace
 	p.cmd.Env = append(os.Environ(), peerEnv+"=1")
 	p.cmd.Stderr = &p.log
 	if p.in, err = p.cmd.StdinPipe(); err != nil {

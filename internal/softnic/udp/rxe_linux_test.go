@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
-	"os"
-	"os/exec"
 	"runtime"
 	"sync/atomic"
 	"testing"
@@ -15,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ringside-rdma/ringside/internal/roce"
 	"github.com/ringside-rdma/ringside/internal/softnic/udp"
 	"github.com/ringside-rdma/ringside/internal/softnic/wire"
 	"github.com/ringside-rdma/ringside/internal/testutil"
@@ -24,20 +23,8 @@ import (
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// The network that joins the kernel's rxe to this package: a veth pair, whose other end is in a network namespace of its own,
-// since rxe has the port on all addresses of its namespace.
-const (
-	rxeAddr  = "10.99.0.1"
-	softAddr = "10.99.0.2"
-	space    = "ringside-udp"
-)
-
-func command(t *testing.T, args ...string) {
-	t.Helper()
-	if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
-		t.Fatalf("%v: %v: %s", args, err, out)
-	}
-}
+// rxeNet is the network that joins the kernel's rxe to this package.
+var rxeNet *testutil.RXENet
 
 // inNamespace opens a socket on the other end.
 func inNamespace(t *testing.T, addr netip.AddrPort) *udp.Socket {
@@ -49,7 +36,7 @@ func inNamespace(t *testing.T, addr netip.AddrPort) *udp.Socket {
 	c := make(chan result)
 	go func() {
 		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
-		fd, err := unix.Open("/var/run/netns/"+space, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		fd, err := unix.Open("/var/run/netns/"+rxeNet.Namespace, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err == nil {
 			err = unix.Setns(fd, unix.CLONE_NEWNET)
 			unix.Close(fd)
@@ -93,7 +80,7 @@ func pairWithRXE(t *testing.T, typ ib.QPType, mtu ib.MTU, change func(*qp.Connec
 			}
 		})
 	}
-	ctx, err := verbs.Open("rxe-udp")
+	ctx, err := verbs.Open(rxeNet.Device)
 	must(err)
 	closes(ctx)
 	pd, err := ctx.AllocPD()
@@ -113,17 +100,17 @@ func pairWithRXE(t *testing.T, typ ib.QPType, mtu ib.MTU, change func(*qp.Connec
 		access = ib.AccessRemoteWrite
 	}
 	must(q.Init(t.Context(), 1, access))
-	src, err := ctx.SourceGID(1, netip.MustParseAddr(softAddr))
+	src, err := ctx.SourceGID(1, rxeNet.Soft)
 	must(err)
 	const ours, ourPSN, theirPSN = 0x123456, ib.MaxPSN - 3, 77
-	p := qp.ConnectParams{Remote: qp.Endpoint{GID: ib.GIDFromAddr(netip.MustParseAddr(softAddr)), QPN: ours, PSN: ourPSN}, LocalPSN: theirPSN, MTU: mtu,
+	p := qp.ConnectParams{Remote: qp.Endpoint{GID: ib.GIDFromAddr(rxeNet.Soft), QPN: ours, PSN: ourPSN}, LocalPSN: theirPSN, MTU: mtu,
 		SGIDIndex: src.Index, MaxRdAtomic: 4, MaxDestRdAtomic: 4}
 	if change != nil {
 		change(&p)
 	}
 	must(q.Connect(t.Context(), p))
-	sock := inNamespace(t, netip.MustParseAddrPort(softAddr+":4791"))
-	e := newEndpoint(t, sock, netip.MustParseAddrPort(rxeAddr+":4791"), ours, wire.Config{DestQP: uint32(q.QPN()), MTU: mtu.Bytes(), SQPSN: ourPSN, RQPSN: theirPSN,
+	sock := inNamespace(t, netip.AddrPortFrom(rxeNet.Soft, roce.Port))
+	e := newEndpoint(t, sock, netip.AddrPortFrom(rxeNet.RXE, roce.Port), ours, wire.Config{DestQP: uint32(q.QPN()), MTU: mtu.Bytes(), SQPSN: ourPSN, RQPSN: theirPSN,
 		AckTimeout: 67 * time.Millisecond, RetryCount: 250, RNRRetry: ib.RNRRetryForever, MinRNRTimer: 12, MaxRdAtomic: 4, MaxDestRdAtomic: 4, SendDepth: 256})
 	e.uc = typ == ib.UC
 	return e, &rxeSide{t, q, cq, m}
@@ -160,29 +147,9 @@ func oneIn(n int) func() bool {
 	return func() bool { return r.IntN(n) == 0 }
 }
 
-func setUpRXE(t *testing.T) {
-	if os.Getenv("RINGSIDE_SOFT_ROCE") == "" {
-		testutil.Skip(t, "go run ./test/soft-roce -- go test ./internal/softnic/udp has a kernel to talk to")
-	}
-	remove := func() {
-		exec.Command("rdma", "link", "delete", "rxe-udp").Run()
-		exec.Command("ip", "link", "delete", "udp-a").Run()
-		exec.Command("ip", "netns", "delete", space).Run()
-	}
-	remove()
-	t.Cleanup(remove)
-	command(t, "ip", "netns", "add", space)
-	command(t, "ip", "link", "add", "udp-a", "mtu", "9000", "type", "veth", "peer", "name", "udp-b", "netns", space)
-	command(t, "ip", "address", "add", rxeAddr+"/24", "dev", "udp-a")
-	command(t, "ip", "link", "set", "udp-a", "up")
-	command(t, "ip", "-n", space, "address", "add", softAddr+"/24", "dev", "udp-b")
-	command(t, "ip", "-n", space, "link", "set", "udp-b", "mtu", "9000", "up")
-	command(t, "rdma", "link", "add", "rxe-udp", "type", "rxe", "netdev", "udp-a")
-}
-
 // Requests of either side, of every kind, and of lengths around the path MTU.
 func TestRXE(t *testing.T) {
-	setUpRXE(t)
+	rxeNet = testutil.NewRXENet(t)
 	for _, mtu := range []ib.MTU{ib.MTU256, ib.MTU1024, ib.MTU4096} {
 		t.Run(fmt.Sprint(mtu.Bytes()), func(t *testing.T) {
 			sizes := []int{0, 1, 3, 64, mtu.Bytes() - 1, mtu.Bytes(), mtu.Bytes() + 1, 8191}
