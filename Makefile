@@ -23,7 +23,7 @@ stage = @printf '\n=== %s\n' "$(1)"
 # Commands and examples, by folder name.
 PROGRAMS = $(notdir $(patsubst %/,%,$(dir $(wildcard cmd/*/main.go examples/*/main.go))))
 
-.PHONY: all test check build demo lint unit udp race fuzz cross vm vm-conformance matrix pgo bench bench-vm bench-once bench-quick demo-check clean
+.PHONY: all test check build demo lint unit udp race fuzz cross vm vm-conformance matrix pgo bench bench-vm bench-net bench-once bench-quick demo-check clean
 
 all: build
 
@@ -188,6 +188,16 @@ bench-vm:
 	$(GO) build -o bin/ ./test/soft-roce
 	$(GO) -C bench $(PROFILED) -o ../bin/ringside-bench .
 	./bin/ringside-bench perftest -ringside bin/ringside -soft-roce bin/soft-roce -results bench/RESULTS.md $(BENCHARGS)
+
+# Side by side with UCX and grpc-go over TCP, between network namespaces; takes root. That it works: BENCHARGS=-quick
+bench-net:
+	$(call stage,bench-net: the software NIC over UDP)
+	.ci/setup go
+	.ci/setup -optional ucx_perftest
+	mkdir -p bin
+	$(GO) $(PROFILED) -o bin/ ./cmd/ringside
+	$(GO) -C bench $(PROFILED) -o ../bin/ringside-bench .
+	./bin/ringside-bench net -ringside bin/ringside -results bench/RESULTS.md $(BENCHARGS)
 
 # The compiler inlines along the calls that these profiles show: go build takes a default.pgo by itself. What is compared
 # is profiled alike.

@@ -56,7 +56,7 @@ func grpcServer(raw json.RawMessage) error {
 	if err := json.Unmarshal(raw, &a); err != nil {
 		return err
 	}
-	addr := "127.0.0.1:0"
+	addr := net.JoinHostPort(listenHost(), "0")
 	if a.Network == "unix" {
 		dir, err := os.MkdirTemp("", "ringside-bench")
 		if err != nil {

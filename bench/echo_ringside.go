@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
@@ -34,7 +35,7 @@ func ringsideServer(raw json.RawMessage) error {
 		return err
 	}
 	ctx := context.Background()
-	l, err := transport.Listen(ctx, "127.0.0.1:0", cfg)
+	l, err := transport.Listen(ctx, net.JoinHostPort(listenHost(), "0"), cfg)
 	if err != nil {
 		return err
 	}

@@ -10,6 +10,10 @@
 // software RDMA devices, and writes that section of the results:
 //
 //	ringside-bench perftest -ringside bin/ringside -soft-roce bin/soft-roce -results bench/RESULTS.md
+//
+// With net, it runs ringside over UDP side by side with UCX and grpc-go over TCP between two network namespaces, which takes root:
+//
+//	ringside-bench net -ringside bin/ringside -results bench/RESULTS.md
 package main
 
 import (
@@ -46,6 +50,9 @@ func main() {
 	}
 	if len(os.Args) > 1 && os.Args[1] == "perftest" {
 		exit(perftestMain(os.Args[2:]))
+	}
+	if len(os.Args) > 1 && os.Args[1] == "net" {
+		exit(netMain(os.Args[2:]))
 	}
 	if len(os.Args) == 3 && os.Args[1] == vmCommand {
 		exit(measureInVM(os.Args[2]))
@@ -115,7 +122,7 @@ func bench(c *config, write bool) error {
 	}
 	conditions.set("duration", time.Since(begin).Round(time.Second).String())
 	was, _ := os.ReadFile(c.results) // if it cannot be read, writing it will say so
-	text := withRXESection(report(c, conditions, results), rxeSection(string(was)))
+	text := rxePart.in(netPart.in(report(c, conditions, results), netPart.of(string(was))), rxePart.of(string(was)))
 	if !write {
 		fmt.Print("\n", text)
 	} else if err := os.WriteFile(c.results, []byte(text), 0o644); err != nil {

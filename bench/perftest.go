@@ -89,7 +89,7 @@ func perftestMain(args []string) error {
 		if err != nil && !os.IsNotExist(err) {
 			return err
 		}
-		if err := os.WriteFile(*results, []byte(withRXESection(string(was), section)), 0o644); err != nil {
+		if err := os.WriteFile(*results, []byte(rxePart.in(string(was), section)), 0o644); err != nil {
 			return err
 		}
 		fmt.Printf("\n%s\nwritten to %s\n", section, *results)

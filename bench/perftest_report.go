@@ -6,41 +6,6 @@ import (
 	"strings"
 )
 
-// What `make bench-vm` writes stands between these lines of the results, at the end of what `make bench` writes; neither
-// touches the other's.
-const (
-	rxeBegin = "<!-- written by make bench-vm, to the end of this part -->"
-	rxeEnd   = "<!-- end of what make bench-vm has written -->"
-)
-
-// rxeSection returns the part of a results file that make bench-vm has written, with its markers; "" if there is none.
-func rxeSection(text string) string {
-	i := strings.Index(text, rxeBegin)
-	if i < 0 {
-		return ""
-	}
-	text = text[i:]
-	if j := strings.Index(text, rxeEnd); j >= 0 {
-		text = text[:j+len(rxeEnd)]
-	}
-	return strings.TrimSpace(text) + "\n"
-}
-
-// withRXESection returns text with section in the place of its own, or at its end if it has none.
-func withRXESection(text, section string) string {
-	before, after := text, ""
-	if was := strings.TrimSpace(rxeSection(text)); was != "" {
-		before, after, _ = strings.Cut(text, was)
-	}
-	var parts []string
-	for _, part := range []string{before, section, after} {
-		if part = strings.TrimSpace(part); part != "" {
-			parts = append(parts, part)
-		}
-	}
-	return strings.Join(parts, "\n\n") + "\n"
-}
-
 // rxeLimits are the numbers to reach against perftest.
 var rxeLimits = map[string]target{"lat": {limit: 1.1}, "bw": {atLeast: true, limit: 0.95}}
 
@@ -53,7 +18,7 @@ var perftestNotes string
 func rxeReport(plan *vmPlan, host *conditions, r *results) string {
 	var b strings.Builder
 	p := func(format string, a ...any) { fmt.Fprintf(&b, format+"\n", a...) }
-	p("%s\n", rxeBegin)
+	p("%s\n", rxePart.begin)
 	p("## Kernel software RDMA (rxe), against perftest\n")
 	p("`ringside perf` and perftest's programs in one virtual machine, in turn, each between a client on rxe0 and a server on")
 	p("rxe1: processes of their own for each run. RC, GID index 1, busy polling, nothing inline, no warm-up. Latency: one work")
@@ -88,7 +53,7 @@ func rxeReport(plan *vmPlan, host *conditions, r *results) string {
 	if len(r.errs) > 0 {
 		p("\nRuns that are missing above:\n\n%s", strings.TrimSpace(notMeasured(r)))
 	}
-	p("\n%s\n\n%s", strings.TrimSpace(perftestNotes), rxeEnd)
+	p("\n%s\n\n%s", strings.TrimSpace(perftestNotes), rxePart.end)
 	return b.String()
 }
 

@@ -71,30 +71,30 @@ func TestParsePerftestRefuses(t *testing.T) {
 // Neither of the two programs that write the results file loses what the other has written.
 func TestResultsFileSections(t *testing.T) {
 	const first = "# Side by side\n\ntable\n"
-	section := func(text string) string { return rxeBegin + "\n\n" + text + "\n\n" + rxeEnd + "\n" }
-	if got := rxeSection(first); got != "" {
+	section := func(text string) string { return rxePart.begin + "\n\n" + text + "\n\n" + rxePart.end + "\n" }
+	if got := rxePart.of(first); got != "" {
 		t.Errorf("a section where there is none: %q", got)
 	}
-	if got := withRXESection(first, ""); got != first {
+	if got := rxePart.in(first, ""); got != first {
 		t.Errorf("no section changes the text: %q", got)
 	}
-	both := withRXESection(first, section("one"))
+	both := rxePart.in(first, section("one"))
 	if want := first + "\n" + section("one"); both != want {
 		t.Errorf("%q, want %q", both, want)
 	}
-	if got := rxeSection(both); got != section("one") {
+	if got := rxePart.of(both); got != section("one") {
 		t.Errorf("%q", got)
 	}
 	// make bench-vm again, then make bench again.
-	both = withRXESection(both, section("two"))
+	both = rxePart.in(both, section("two"))
 	if want := first + "\n" + section("two"); both != want {
 		t.Errorf("%q, want %q", both, want)
 	}
-	both = withRXESection("# New\n", rxeSection(both))
+	both = rxePart.in("# New\n", rxePart.of(both))
 	if want := "# New\n\n" + section("two"); both != want {
 		t.Errorf("%q, want %q", both, want)
 	}
-	if got := withRXESection(both+"\nby hand\n", section("three")); got != "# New\n\n"+section("three")+"\nby hand\n" {
+	if got := rxePart.in(both+"\nby hand\n", section("three")); got != "# New\n\n"+section("three")+"\nby hand\n" {
 		t.Errorf("%q", got)
 	}
 }
@@ -124,7 +124,7 @@ func TestRXEReport(t *testing.T) {
 			t.Errorf("no %q in\n%s", want, text)
 		}
 	}
-	if rxeSection(text) != text {
+	if rxePart.of(text) != text {
 		t.Error("the report is not one section")
 	}
 	if n := r.failures(); n != 1 {

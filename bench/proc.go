@@ -121,7 +121,28 @@ func start(role string, args any) (*proc, error) {
 	if err != nil {
 		return nil, err
 	}
-	return startCmd(role, exec.Command(exe, "-role", role, string(b)))
+	return startCmd(role, elsewhere(strings.HasSuffix(role, "-server"), exe, "-role", role, string(b)))
+}
+
+// serverSpace is the network namespace that servers run in; empty: this one.
+var serverSpace string
+
+// listenEnv has servers listen at another address than 127.0.0.1.
+const listenEnv = "RINGSIDE_BENCH_LISTEN"
+
+func listenHost() string {
+	if h := os.Getenv(listenEnv); h != "" {
+		return h
+	}
+	return "127.0.0.1"
+}
+
+// elsewhere is exec.Command, in the servers' namespace if it is a server.
+func elsewhere(server bool, args ...string) *exec.Cmd {
+	if server && serverSpace != "" {
+		args = append([]string{"ip", "netns", "exec", serverSpace}, args...)
+	}
+	return exec.Command(args[0], args[1:]...)
 }
 
 func startCmd(role string, cmd *exec.Cmd) (*proc, error) {

@@ -62,7 +62,9 @@ func (t *target) measured(r *results) (float64, series) {
 	return r.ratio(t.num, t.den)
 }
 
-func targetTable(r *results) string {
+func targetTable(r *results) string { return targetTableOf(targets, r) }
+
+func targetTableOf(targets []target, r *results) string {
 	var b strings.Builder
 	b.WriteString("| what | target | measured | spread | |\n|---|---|---|---|---|\n")
 	for _, t := range targets {

@@ -1,0 +1,332 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	_ "embed"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// The comparison over a network: servers in a network namespace of their own, clients in this one, joined by a pair of virtual
+// Ethernet devices.
+const (
+	netSpace   = "ringside-bench"
+	netDevA    = "rsbench-a"
+	netDevB    = "rsbench-b"
+	netClient  = "10.98.0.1"
+	netServer  = "10.98.0.2"
+	netService = 18599 // where ringside perf and ucx_perftest listen
+)
+
+func netMain(args []string) error {
+	var c config
+	fs := flag.NewFlagSet("net", flag.ExitOnError)
+	fs.IntVar(&c.rounds, "rounds", 7, "how often each measurement is made")
+	fs.BoolVar(&c.quick, "quick", false, "one round with small counts: shows that everything runs, and nothing else")
+	fs.StringVar(&c.ringside, "ringside", "bin/ringside", "the ringside command")
+	fs.StringVar(&c.results, "results", "bench/RESULTS.md", "where the results go")
+	mtu := fs.Int("mtu", 1500, "of the network devices")
+	only := fs.String("only", "", "measure only what matches this regular expression; prints, and leaves the results file alone")
+	fs.Parse(args)
+	if c.quick {
+		c.rounds = 1
+	}
+	var err error
+	if c.only, err = regexp.Compile(*only); err != nil {
+		return err
+	}
+	remove, err := netSetUp(*mtu)
+	if err != nil {
+		return err
+	}
+	defer remove()
+	defer stopAll()
+	serverSpace = netSpace
+	os.Setenv(listenEnv, netServer)
+	os.Setenv("RINGSIDE_PATH", "udp")
+
+	begin := time.Now()
+	host := hostConditions(&c)
+	host.set("network", fmt.Sprintf("two namespaces, joined by veth devices with an MTU of %d", *mtu))
+	r := newResults()
+	for round := range c.rounds {
+		fmt.Printf("round %d of %d, load average %s\n", round+1, c.rounds, loadAverage())
+		for _, m := range netMeasurements(&c) {
+			if !c.only.MatchString(m.name) {
+				continue
+			}
+			t := time.Now()
+			v, err := m.run(&c)
+			if err != nil {
+				r.fail(m.name, err)
+				fmt.Printf("  %-34s FAILED: %v\n", m.name, err)
+				continue
+			}
+			r.add(m.name, round, v)
+			fmt.Printf("  %-34s %s  (%.1f s)\n", m.name, v, time.Since(t).Seconds())
+		}
+		r.endRound(loadAverage())
+	}
+	host.set("duration", time.Since(begin).Round(time.Second).String())
+	section := netReport(&c, host, r)
+	if *only != "" || c.quick {
+		fmt.Print("\n", section)
+	} else {
+		was, _ := os.ReadFile(c.results)
+		if err := os.WriteFile(c.results, []byte(netPart.in(string(was), section)), 0o644); err != nil {
+			return err
+		}
+		fmt.Printf("\nwritten to %s\n", c.results)
+	}
+	if n := r.failures(); n > 0 {
+		return fmt.Errorf("%d measurements failed", n)
+	}
+	return nil
+}
+
+// netSetUp makes the network, and returns what takes it away.
+func netSetUp(mtu int) (remove func(), err error) {
+	remove = func() {
+		exec.Command("ip", "link", "delete", netDevA).Run()
+		exec.Command("ip", "netns", "delete", netSpace).Run()
+	}
+	remove()
+	for _, line := range []string{
+		"netns add " + netSpace,
+		"link add " + netDevA + " type veth peer name " + netDevB + " netns " + netSpace,
+		"address add " + netClient + "/24 dev " + netDevA,
+		"link set " + netDevA + " mtu " + strconv.Itoa(mtu) + " up",
+		"-n " + netSpace + " address add " + netServer + "/24 dev " + netDevB,
+		"-n " + netSpace + " link set " + netDevB + " mtu " + strconv.Itoa(mtu) + " up",
+		"-n " + netSpace + " link set lo up",
+	} {
+		if out, err := exec.Command("ip", strings.Fields(line)...).CombinedOutput(); err != nil {
+			remove()
+			return nil, fmt.Errorf("ip %s: %w: %s (this takes root)", line, err, bytes.TrimSpace(out))
+		}
+	}
+	return remove, nil
+}
+
+// netMeasurements are all of them, in the order of a round.
+func netMeasurements(c *config) []measurement {
+	var all []measurement
+	ucx := func(test string, size, full int) {
+		all = append(all, measurement{ucxName(test, size), netUCX{test, size, c.scale(full, full/20)}.run})
+	}
+	perf := func(name, op, kind string, size, full int, faults string) {
+		all = append(all, measurement{name, netPerf{op, kind, size, c.scale(full, full/20), faults}.run})
+	}
+	ours := func(op, kind string, size, full int) { perf(perfName(op, kind, size), op, kind, size, full, "") }
+	ucx("tag_lat", 64, 100_000)
+	ours("send", "lat", 64, 100_000)
+	ucx("tag_bw", 64, 1_000_000)
+	ours("send", "rate", 64, 2_000_000)
+	ucx("ucp_put_bw", mib, 2_000)
+	ours("write", "bw", mib, 4_000)
+	perf(lossyWrite, "write", "bw", mib, 4_000, "loss=1%")
+	ours("read", "bw", mib, 4_000)
+	perf(lossyRead, "read", "bw", mib, 4_000, "loss=1%")
+	perf(lossySend, "send", "rate", 64, 2_000_000, "loss=1%")
+	for _, e := range netEchoes {
+		all = append(all, measurement{e.name, func(c *config) (values, error) {
+			a := e.args
+			a.Size = 64
+			a.InFlight = max(a.InFlight, 1)
+			a.Calls = c.scale(e.calls, e.calls/20)
+			a.Warmup = a.Calls / 10
+			if a.API == "" {
+				return echoRun("grpc-server", grpcServerArgs{a.Network}, "grpc-client", a)
+			}
+			return echoRun("ringside-server", ringsideServerArgs{a.Poll}, "ringside-client", a)
+		}})
+	}
+	return all
+}
+
+const (
+	lossyWrite = "ringside write bw 1 MiB, 1% lost"
+	lossyRead  = "ringside read bw 1 MiB, 1% lost"
+	lossySend  = "ringside send rate 64 B, 1% lost"
+)
+
+var netEchoes = []struct {
+	name, what string
+	args       echoArgs
+	calls      int
+}{
+	{"grpc tcp x1", "grpc-go, TCP", echoArgs{Network: "tcp"}, 20_000},
+	{"rpc adaptive x1", "ringside, Adaptive", echoArgs{API: "blocking", Poll: "adaptive"}, 100_000},
+	{"rpc event x1", "ringside, Event", echoArgs{API: "blocking", Poll: "event"}, 30_000},
+	{"grpc tcp x64", "grpc-go, TCP", echoArgs{Network: "tcp", InFlight: 64}, 100_000},
+	{"rpc async x64", "ringside, Adaptive, one goroutine with a Queue, Batch 16", echoArgs{API: "async", Poll: "adaptive", InFlight: 64}, 1_000_000},
+	{"rpc blocking x64", "ringside, Adaptive, 64 goroutines", echoArgs{API: "blocking", Poll: "adaptive", InFlight: 64}, 300_000},
+}
+
+// netPerf is one run of `ringside perf` between the namespaces.
+type netPerf struct {
+	op, kind   string
+	size, iter int
+	faults     string // RINGSIDE_SOFT_FAULTS of both
+}
+
+func (p netPerf) run(c *config) (values, error) {
+	server := elsewhere(true, c.ringside, "perf", "server", "--listen", fmt.Sprint(netServer, ":", netService), "--once")
+	client := exec.Command(c.ringside, "perf", p.op, p.kind, fmt.Sprint(netServer, ":", netService), "--path", "udp", "-o", "json",
+		"--iters", strconv.Itoa(p.iter), "--size", strconv.Itoa(p.size))
+	server.Env = append(os.Environ(), "RINGSIDE_SOFT_FAULTS="+p.faults)
+	client.Env = server.Env
+	out, cpu, err := clientAndServer(client, server)
+	if err != nil {
+		return nil, err
+	}
+	v, err := parsePerf(out, "udp")
+	if err == nil && p.kind == "bw" {
+		v["cpu"] = float64(cpu.Nanoseconds()) / float64(p.iter) / float64(p.size) // ns a byte, both, start and end included
+	}
+	return v, err
+}
+
+// netUCX is one run of ucx_perftest over TCP between the namespaces.
+type netUCX struct {
+	test       string
+	size, iter int
+}
+
+func (u netUCX) run(*config) (values, error) {
+	if _, err := exec.LookPath("ucx_perftest"); err != nil {
+		return nil, fmt.Errorf("%w: ucx_perftest is not installed (Debian package ucx-utils)", errSkipped)
+	}
+	port := strconv.Itoa(netService)
+	server := elsewhere(true, "ucx_perftest", "-p", port)
+	client := exec.Command("ucx_perftest", netServer, "-p", port, "-v", "-t", u.test, "-s", strconv.Itoa(u.size), "-n", strconv.Itoa(u.iter),
+		"-w", strconv.Itoa(max(100, u.iter/20)))
+	client.Env = append(os.Environ(), "UCX_TLS=tcp,self", "UCX_NET_DEVICES="+netDevA, "UCX_WARN_UNUSED_ENV_VARS=n")
+	server.Env = append(os.Environ(), "UCX_TLS=tcp,self", "UCX_NET_DEVICES="+netDevB, "UCX_WARN_UNUSED_ENV_VARS=n")
+	out, cpu, err := clientAndServer(client, server)
+	if err != nil {
+		return nil, err
+	}
+	v, err := parseUCX(out)
+	if err == nil && u.size == mib {
+		v["cpu"] = float64(cpu.Nanoseconds()) / float64(u.iter+u.iter/20) / float64(u.size)
+	}
+	return v, err
+}
+
+// clientAndServer runs both, and returns what the client has written and the CPU time of both.
+func clientAndServer(client, server *exec.Cmd) (out []byte, cpu time.Duration, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	var serverOut, stdout, stderr bytes.Buffer
+	server.Stdout, server.Stderr = &serverOut, &serverOut
+	if err := server.Start(); err != nil {
+		return nil, 0, err
+	}
+	defer context.AfterFunc(ctx, func() { server.Process.Kill(); client.Process.Kill() })()
+	stopped := false
+	stop := func() {
+		if !stopped {
+			stopped = true
+			server.Process.Signal(syscall.SIGTERM)
+			server.Wait()
+		}
+	}
+	defer stop()
+	if err := netListening(5 * time.Second); err != nil {
+		return nil, 0, fmt.Errorf("%v: %w: %s", server.Args, err, serverOut.Bytes())
+	}
+	client.Stdout, client.Stderr = &stdout, &stderr
+	if err := client.Run(); err != nil {
+		return nil, 0, fmt.Errorf("%v: %w: %s%s", client.Args, err, stdout.Bytes(), stderr.Bytes())
+	}
+	stop()
+	used := func(c *exec.Cmd) time.Duration { return c.ProcessState.UserTime() + c.ProcessState.SystemTime() }
+	return stdout.Bytes(), used(client) + used(server), nil
+}
+
+// netListening waits until somebody in the servers' namespace listens at netService.
+func netListening(patience time.Duration) error {
+	want := fmt.Sprintf(":%04X", netService)
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		table, err := exec.Command("ip", "netns", "exec", netSpace, "cat", "/proc/net/tcp", "/proc/net/tcp6").Output()
+		if err != nil {
+			return err
+		}
+		for line := range strings.Lines(string(table)) {
+			if f := strings.Fields(line); len(f) > 3 && f[3] == "0A" && strings.HasSuffix(f[1], want) {
+				return nil
+			}
+		}
+	}
+	return errors.New("nobody listens")
+}
+
+var netTargets = []target{
+	{what: "64 B SEND, half round trip / UCX tag_lat", num: ref{name: perfName("send", "lat", 64), metric: "p50"},
+		den: ref{name: ucxName("tag_lat", 64), metric: "p50"}, limit: 0.7},
+	{what: "64 B SEND rate, one QP / UCX tag_bw", num: ref{name: perfName("send", "rate", 64), metric: "rate"},
+		den: ref{name: ucxName("tag_bw", 64), metric: "rate"}, atLeast: true, limit: 3},
+	{what: "1 MiB WRITE bandwidth / UCX ucp_put_bw", num: ref{name: perfName("write", "bw", mib), metric: "bw"},
+		den: ref{name: ucxName("ucp_put_bw", mib), metric: "bw"}, atLeast: true, limit: 1},
+	{what: "64 B RPC p50: grpc-go / ringside Adaptive", num: ref{name: "grpc tcp x1", metric: "p50"}, den: ref{name: "rpc adaptive x1", metric: "p50"},
+		atLeast: true, limit: 5},
+	{what: "64 in flight, calls/s: ringside (Queue) / grpc-go", num: ref{name: "rpc async x64", metric: "rate"}, den: ref{name: "grpc tcp x64", metric: "rate"},
+		atLeast: true, limit: 10},
+	{what: "1 MiB WRITE bandwidth with 1 % of the packets lost / without", num: ref{name: lossyWrite, metric: "bw"},
+		den: ref{name: perfName("write", "bw", mib), metric: "bw"}, atLeast: true, limit: 0.6},
+	{what: "1 MiB READ bandwidth with 1 % of the packets lost / without", num: ref{name: lossyRead, metric: "bw"},
+		den: ref{name: perfName("read", "bw", mib), metric: "bw"}, atLeast: true, limit: 0.6},
+	{what: "64 B SEND rate with 1 % of the packets lost / without", num: ref{name: lossySend, metric: "rate"},
+		den: ref{name: perfName("send", "rate", 64), metric: "rate"}, atLeast: true, limit: 0.6},
+}
+
+// netNotes is written by hand.
+//
+//go:embed notes-net.md
+var netNotes string
+
+// netReport returns the part on the network, with its lines.
+func netReport(c *config, host *conditions, r *results) string {
+	var b strings.Builder
+	p := func(format string, a ...any) { fmt.Fprintf(&b, format+"\n", a...) }
+	p("%s\n", netPart.begin)
+	p("## The software NIC over UDP, against TCP\n")
+	p("`ringside perf` on soft0 over RoCEv2 and UDP, `ucx_perftest` with `UCX_TLS=tcp`, and grpc-go over TCP, between two network")
+	p("namespaces of one host: in turn, in processes of their own for each run, not pinned. As above otherwise. Losses are made by the")
+	p("receiving software NIC (`RINGSIDE_SOFT_FAULTS=loss=1%%`). CPU is of client and server together, in nanoseconds a byte.\n")
+	b.WriteString(circumstances(c.rounds, c.quick, host, "load average after each round", r.loads))
+	p("%s", targetTableOf(netTargets, r))
+	p("| | ringside | UCX over TCP | |\n|---|---|---|---|")
+	row := func(what, ours, metric, theirs string, scale float64) {
+		ratio, _ := r.ratio(ref{name: ours, metric: metric}, ref{name: theirs, metric: metric})
+		p("| %s | %s | %s | %s x |", what, r.series(ours, metric, scale), r.series(theirs, metric, scale), number(ratio))
+	}
+	row("64 B SEND / tag_lat, p50, us", perfName("send", "lat", 64), "p50", ucxName("tag_lat", 64), 1)
+	row("64 B SEND / tag_bw, messages/s", perfName("send", "rate", 64), "rate", ucxName("tag_bw", 64), 1)
+	row("1 MiB WRITE / ucp_put_bw, GB/s", perfName("write", "bw", mib), "bw", ucxName("ucp_put_bw", mib), 1)
+	row("the same, CPU, ns a byte", perfName("write", "bw", mib), "cpu", ucxName("ucp_put_bw", mib), 1)
+	p("| 1 MiB WRITE, 1 %% lost, GB/s | %s | | |", r.series(lossyWrite, "bw", 1))
+	p("| 1 MiB READ, GB/s | %s | | |", r.series(perfName("read", "bw", mib), "bw", 1))
+	p("| 1 MiB READ, 1 %% lost, GB/s | %s | | |", r.series(lossyRead, "bw", 1))
+	p("| 64 B SEND, 1 %% lost, messages/s | %s | | |", r.series(lossySend, "rate", 1))
+	p("\n| 64 B echo calls | in flight | p50, us | p99 | p99.9 | calls/s | CPU us a call |\n|---|---|---|---|---|---|---|")
+	for _, e := range netEchoes {
+		s := func(metric string) series { return r.series(e.name, metric, 1) }
+		p("| %s | %d | %s | %s | %s | %s | %s |", e.what, max(1, e.args.InFlight), s("p50"), s("p99"), s("p999"), s("rate"), s("cpu"))
+	}
+	if len(r.errs) > 0 {
+		p("\nMissing above:\n\n%s", strings.TrimSpace(notMeasured(r)))
+	}
+	p("\n%s\n\n%s", strings.TrimSpace(netNotes), netPart.end)
+	return b.String()
+}

@@ -1,0 +1,40 @@
+package main
+
+import "strings"
+
+// A part is what one of the commands writes into the results file, between two lines of its own. None touches another's, and
+// what `make bench` writes is what is left.
+type part struct{ begin, end string }
+
+var (
+	rxePart = part{"<!-- written by make bench-vm, to the end of this part -->", "<!-- end of what make bench-vm has written -->"}
+	netPart = part{"<!-- written by make bench-net, to the end of this part -->", "<!-- end of what make bench-net has written -->"}
+)
+
+// of returns the part in a results file, with its lines; "" if there is none.
+func (p part) of(text string) string {
+	i := strings.Index(text, p.begin)
+	if i < 0 {
+		return ""
+	}
+	text = text[i:]
+	if j := strings.Index(text, p.end); j >= 0 {
+		text = text[:j+len(p.end)]
+	}
+	return strings.TrimSpace(text) + "\n"
+}
+
+// in returns text with section in the place of the part, or at its end if it has none.
+func (p part) in(text, section string) string {
+	before, after := text, ""
+	if was := strings.TrimSpace(p.of(text)); was != "" {
+		before, after, _ = strings.Cut(text, was)
+	}
+	var parts []string
+	for _, part := range []string{before, section, after} {
+		if part = strings.TrimSpace(part); part != "" {
+			parts = append(parts, part)
+		}
+	}
+	return strings.Join(parts, "\n\n") + "\n"
+}
