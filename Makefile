@@ -32,7 +32,7 @@ test:
 	.ci/setup go gcc
 	.ci/setup -optional ucx_perftest
 	.ci/setup -optional tshark
-	for target in build lint cross unit race fuzz bench-once demo-check bench-quick vm; do
+	for target in build lint cross unit udp race fuzz bench-once demo-check bench-quick vm; do
 		t=$$SECONDS
 		$(MAKE) $$target
 		printf -- '--- %s passed in %d s\n' $$target $$((SECONDS - t))
