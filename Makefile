@@ -157,10 +157,11 @@ MATRICES = $(subst $(space),$(comma),$(foreach d,soft rxe siw,$(CURDIR)/bin/vm/$
 
 vm-conformance:
 	mkdir -p bin/vm
-	$(GO) test -count=1 ./internal/conformance -run 'TestInProcess|TestProcesses$$|TestZMatrix' -matrix $(CURDIR)/bin/vm/soft.json
+	$(GO) test -count=1 ./internal/conformance -run 'TestInProcess|TestProcesses$$|TestUDP$$|TestZMatrix' -matrix $(CURDIR)/bin/vm/soft.json
 	$(VMTEST) $(CONFORM) -device rxe0 -peer-device rxe1 -matrix /out/rxe.json
 	$(VMTEST) $(CONFORM) -device siw0 -peer-device siw1 -matrix /out/siw.json
 	$(VMTEST) ./internal/conformance -run 'TestProcesses$$/kill' -device rxe0 -peer-device rxe1
+	$(VMTEST) ./internal/conformance -run 'TestSoftAndRXE/.*/(warm-up|rc|uc|ud|atomic|srq|rnr|remote|local)'
 
 # The README's table of what each device can do, from what the conformance suite finds.
 matrix: vm-conformance

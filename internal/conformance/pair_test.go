@@ -170,7 +170,7 @@ func orNone(n uint8) int {
 
 // psn is the first PSN that the end sends: just before the counter wraps, and different for each QP, and each time that it is
 // connected, lest what is on its way from before be taken for something new.
-func (e *end) psn() ib.PSN { return ib.MaxPSN.Add(-int32(e.QPN%8) - 2*e.turns) }
+func (e *end) psn() ib.PSN { return ib.MaxPSN.Add(-int32(e.QPN%8) - (e.turns-1)<<12) }
 
 func (e *end) rtrAttr(o linkOpts, to *end) (ib.QPAttr, ib.QPAttrMask) {
 	if o.typ == ib.UD {

@@ -36,7 +36,9 @@ func (s *Side) instead(want, got ib.WCStatus) bool {
 	if got == ib.WCFlushErr && s.dev.Provider == "rxe" && !running.before(oneTask) { // see lostReason
 		return want == ib.WCLocalProtErr || want == ib.WCLocalLengthErr || want == ib.WCLocalQPOpErr
 	}
-	return slices.Contains(saysInstead[s.dev.Provider][want], got)
+	says := func(s *Side) bool { return slices.Contains(saysInstead[s.dev.Provider][want], got) }
+	remote := want == ib.WCRemoteInvalidReqErr || want == ib.WCRemoteAccessErr || want == ib.WCRemoteOpErr // the other side's word
+	return says(s) || remote && (says(s.c.A) || says(s.c.B))
 }
 
 // A kernel is a version of Linux.

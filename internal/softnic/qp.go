@@ -472,7 +472,7 @@ func (q *QP) peerLeft(l *link, peer ib.QPN) {
 // linkDown: the peer's NIC is gone. The request under way gets RETRY_EXC_ERR, later ones and receives are flushed.
 func (q *QP) linkDown(l *link, _ error) {
 	if q.typ == ib.UD {
-		q.dropPeer(l)
+		q.dropPeer(l, time.Millisecond)
 		return
 	}
 	q.sq.Lock()

@@ -278,13 +278,21 @@ func (q *QP) attachPeer(l *link) (*connectMsg, error) {
 	return &in.connect, nil
 }
 
-// dropPeer closes the block of a peer that has gone; datagrams of it that were not polled are lost.
-func (q *QP) dropPeer(l *link) {
+// dropPeer closes the block of a peer that has gone, once the datagrams that had arrived before have been polled. wait is how
+// long to wait if some have not.
+func (q *QP) dropPeer(l *link, wait time.Duration) {
 	q.cfg.Lock()
 	defer q.cfg.Unlock()
 	var gone *inbound
 	q.rcq.mu.Lock()
 	if ins := q.ins.Load(); ins != nil {
+		for _, in := range *ins {
+			if in.link == l && !in.broken && in.at(in.head) == in.head+1 {
+				q.rcq.mu.Unlock()
+				time.AfterFunc(wait, func() { q.nic.later(func() { q.dropPeer(l, min(2*wait, time.Second)) }) })
+				return
+			}
+		}
 		keep := make([]*inbound, 0, len(*ins))
 		for _, in := range *ins {
 			if in.link == l {

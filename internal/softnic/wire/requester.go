@@ -90,7 +90,6 @@ type entry struct {
 	first   ib.PSN
 	packets uint32 // PSNs that it takes
 	got     uint32 // bytes of the response that have come
-	again   bool   // the response was asked for again: what comes of it next is the start of one
 	done    bool   // the response is whole
 }
 
@@ -359,9 +358,6 @@ func (r *Requester) find(psn ib.PSN) uint32 {
 // rewind has everything from una on sent again.
 func (r *Requester) rewind() {
 	r.cur, r.nxt = r.find(r.una), r.una
-	if r.cur != r.tail {
-		r.at(r.cur).again = true
-	}
 	r.unasked = 0
 	r.asks = r.asks[:0]
 	r.sel.forget(r.una)
@@ -502,8 +498,8 @@ func (r *Requester) response(p *roce.Packet, now time.Duration) {
 		return
 	}
 	want := r.reached(e)
-	begins := e.again || e.Op == ib.OpRDMARead && uint32(distance(e.first, want))%r.cfg.chunk() == 0
-	if d := distance(want, p.PSN); d != 0 || e.Op == ib.OpRDMARead && begins != p.Opcode.First() {
+	// Whether a response begins is not looked at: rxe continues with MIDDLE when it is asked again for the rest of one.
+	if d := distance(want, p.PSN); d != 0 {
 		if d > 0 {
 			r.askAgain()
 		}
@@ -530,7 +526,6 @@ func (r *Requester) response(p *roce.Packet, now time.Duration) {
 		r.fail(ib.WCLocalProtErr)
 		return
 	}
-	e.again = false
 	e.got += size
 	e.done = size == left
 	r.acked(p.PSN.Add(1), now)
