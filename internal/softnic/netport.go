@@ -50,7 +50,7 @@ type netPort struct {
 	touched []*wireQP     // have received something
 	blocked []*wireQP     // could not send: the socket was full
 	recv    func(netip.AddrPort, *roce.Packet)
-	urgent  bool          // the socket has packets that must not wait
+	owing   []*wireQP     // have an acknowledgement that waits for company
 	now     time.Duration // of this turn
 	pkt     roce.Packet   // a datagram that is being sent
 
@@ -191,21 +191,26 @@ func (p *netPort) turn(receive bool) (some bool) {
 		for k, w := range p.touched {
 			p.touched[k] = nil
 			w.touched = false
-			w.pump()
+			w.pump(true)
 		}
 		p.touched = p.touched[:0]
 	}
-	// Acknowledgements wait for what the pollers are about to post because of what came, or for the next turn that finds nothing.
-	if p.urgent || !some {
-		p.flush()
+	if !some {
+		p.settle()
 	}
+	p.sock.Flush()
 	p.wakeInTime()
 	return some
 }
 
-func (p *netPort) flush() {
-	p.urgent = false
-	p.sock.Flush()
+// settle sends the acknowledgements that have waited for what the pollers were about to post because of what came: nothing was.
+func (p *netPort) settle() {
+	for i, w := range p.owing {
+		p.owing[i] = nil
+		w.owing = false
+		w.pump(false)
+	}
+	p.owing = p.owing[:0]
 }
 
 // sendReady sends what was posted, and what the socket had no room for.
@@ -216,7 +221,7 @@ func (p *netPort) sendReady() {
 		p.blocked = nil
 		for _, w := range again {
 			w.blocked = false
-			w.pump()
+			w.pump(false)
 		}
 	}
 	p.readyMu.Lock()
@@ -225,7 +230,7 @@ func (p *netPort) sendReady() {
 	for i, w := range p.taken {
 		p.taken[i] = nil
 		w.queued.Store(false)
-		w.pump()
+		w.pump(false)
 	}
 }
 
@@ -247,7 +252,7 @@ func (p *netPort) wakeInTime() {
 	if p.timers.count > 0 {
 		at = p.timers.first()
 	}
-	if len(p.blocked) > 0 || p.sock.Queued() > 0 {
+	if len(p.blocked) > 0 || len(p.owing) > 0 || p.sock.Queued() > 0 {
 		at = min(at, p.now+blockedRetry)
 	}
 	if at < p.wakeAt {
@@ -320,7 +325,8 @@ func (p *netPort) drive() {
 			return
 		}
 		p.turn(true)
-		p.flush()
+		p.settle()
+		p.sock.Flush()
 		p.wakeAt = neverWake
 		p.now = time.Since(p.born)
 		p.sock.SetDeadline(time.Time{})

@@ -32,6 +32,7 @@ type wireQP struct {
 	t       target
 	touched bool
 	blocked bool
+	owing   bool  // in port.owing
 	dead    bool  // the QP was reset
 	tick    int64 // of the wheel; 0: no timer is set
 
@@ -44,20 +45,11 @@ type wireQP struct {
 }
 
 // output is the peer's socket, without its sending when it is full: that would be a system call with a lock held.
-type output struct{ *netPeer }
-
-// netPeer is a peer of a port's.
-type netPeer struct {
-	*udp.Peer
-	port *netPort
-}
+type output struct{ *udp.Peer }
 
 func (o output) Packet(h *roce.Packet, n int) ([]byte, bool) {
 	if o.Peer.Room() == 0 {
 		return nil, false
-	}
-	if h.Opcode.Op() != roce.Acknowledge || !h.Syndrome.IsAck() {
-		o.port.urgent = true
 	}
 	return o.Peer.Packet(h, n)
 }
@@ -84,7 +76,7 @@ func (q *QP) toRTRWire(attr *ib.QPAttr, mask ib.QPAttrMask) error {
 	if err != nil {
 		return err
 	}
-	w := &wireQP{q: q, port: p, out: output{&netPeer{peer, p}}, addr: to.Addr(), service: roce.RC, epoch: q.epoch.Load()}
+	w := &wireQP{q: q, port: p, out: output{peer}, addr: to.Addr(), service: roce.RC, epoch: q.epoch.Load()}
 	w.cfg = wire.Config{DestQP: uint32(attr.DestQPN), MTU: attr.PathMTU.Bytes(), RQPSN: attr.RQPSN, MinRNRTimer: attr.MinRNRTimer,
 		MaxDestRdAtomic: int(attr.MaxDestRdAtomic), SendDepth: q.cap.MaxSendWR, Selective: attr.AH.UDPPort != 0}
 	w.t = target{q: q, v: q.ownView(in), epoch: w.epoch}
@@ -282,23 +274,11 @@ func (w *wireQP) receive(pkt *roce.Packet) {
 	}
 }
 
-// pump sends what can be sent, and shows what has completed. Called with port.mu held.
-func (w *wireQP) pump() {
+// pump sends what can be sent, and shows what has completed. With wait, an acknowledgement that has nothing to go with waits for
+// what is posted next. Called with port.mu held.
+func (w *wireQP) pump(wait bool) {
 	if w.dead {
 		return
-	}
-	for w.resp != nil && w.resp.Pending() {
-		w.t.open = w.t.v.enter()
-		if !w.t.open && !w.resp.Failed() {
-			break // a QP that does not receive is silent, but for why it does not
-		}
-		full := w.resp.Pump(w.port.now, w.out)
-		if w.t.open {
-			w.t.v.leave()
-		}
-		if full && w.full() {
-			return
-		}
 	}
 	q := w.q
 	var at time.Duration
@@ -317,12 +297,40 @@ func (w *wireQP) pump() {
 			w.feed() // what waited for those before it
 		}
 		q.unlockSends()
-		if !full || w.full() {
+		if !full {
 			break
+		}
+		if w.full() {
+			return
 		}
 	}
 	if at != 0 {
 		w.port.timers.set(w, at, w.port.now)
+	}
+	w.respond(wait)
+}
+
+// respond sends what there is to say to requests: after our own, so that an acknowledgement leaves in one piece with them.
+func (w *wireQP) respond(wait bool) {
+	for w.resp != nil && w.resp.Pending() {
+		if wait && w.resp.OnlyAck() {
+			if !w.owing {
+				w.owing = true
+				w.port.owing = append(w.port.owing, w)
+			}
+			return
+		}
+		w.t.open = w.t.v.enter()
+		if !w.t.open && !w.resp.Failed() {
+			return // a QP that does not receive is silent, but for why it does not
+		}
+		full := w.resp.Pump(w.port.now, w.out)
+		if w.t.open {
+			w.t.v.leave()
+		}
+		if full && w.full() {
+			return
+		}
 	}
 }
 
@@ -345,7 +353,7 @@ func (w *wireQP) expire() {
 		w.req.Expire(w.port.now)
 	}
 	w.q.sq.Unlock()
-	w.pump()
+	w.pump(false)
 }
 
 // flushTaken completes a receive of an SRQ that a message was arriving in. The QP does not receive any more, and cfg is held. A

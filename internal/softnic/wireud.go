@@ -98,7 +98,7 @@ func (a *AH) resolveNet(attr *ib.AHAttr) error {
 	if attr.UDPPort != 0 {
 		peer.AllowPieces()
 	}
-	a.port, a.out = p, output{&netPeer{peer, p}}
+	a.port, a.out = p, output{peer}
 	return nil
 }
 

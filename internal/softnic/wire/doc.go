@@ -30,7 +30,7 @@ type Config struct {
 	MaxDestRdAtomic int           // and of the peer
 
 	SendDepth int // requests that can be queued, a power of two
-	Window    int // packets on their way; 0: defaultWindow
+	Window    int // packets on their way; 0: defaultWindow, or selectiveWindow
 	// Selective: both sides are this package's, and know it. What is lost is then sent again by itself, and not all that was sent
 	// behind it: see selective.go.
 	Selective bool
@@ -38,6 +38,19 @@ type Config struct {
 
 // defaultWindow is how many packets may be on their way. rxe has 128 as well (RXE_MAX_UNACKED_PSNS).
 const defaultWindow = 128
+
+// selectiveWindow is how many with Config.Selective: while one that was lost is sent again, others go on.
+const selectiveWindow = 512
+
+func (c *Config) fill() {
+	switch {
+	case c.Window != 0:
+	case c.Selective:
+		c.Window = selectiveWindow
+	default:
+		c.Window = defaultWindow
+	}
+}
 
 // chunk is how many packets a READ asks for at a time: there is room for some in the window, as far as there may be some.
 func (c *Config) chunk() uint32 { return uint32(max(1, c.Window/min(4, max(1, c.MaxRdAtomic)))) }

@@ -98,9 +98,7 @@ func (e *entry) end() ib.PSN { return e.first.Add(int32(e.packets)) }
 
 // NewRequester returns a Requester without requests.
 func NewRequester(cfg Config, q SendQueue) *Requester {
-	if cfg.Window == 0 {
-		cfg.Window = defaultWindow
-	}
+	cfg.fill()
 	r := &Requester{cfg: cfg, q: q, reqs: make([]entry, cfg.SendDepth), una: cfg.SQPSN, nxt: cfg.SQPSN, end: cfg.SQPSN, free: cfg.SQPSN,
 		asks: make([]ib.PSN, 0, cfg.MaxRdAtomic), retries: cfg.RetryCount, rnr: cfg.RNRRetry}
 	r.sel.init(&cfg)

@@ -67,9 +67,7 @@ type response struct {
 
 // NewResponder returns a Responder that expects the first packet.
 func NewResponder(cfg Config, t Target) *Responder {
-	if cfg.Window == 0 {
-		cfg.Window = defaultWindow
-	}
+	cfg.fill()
 	least := 2*cfg.MaxDestRdAtomic + 4 // acknowledgements between READs, and one behind
 	if cfg.Selective {
 		least = 4*cfg.MaxDestRdAtomic + 32 // what is missing, and what was asked for again
@@ -89,6 +87,11 @@ func (r *Responder) Release() bool {
 	taken := r.msg.taken
 	r.msg.taken, r.failed = false, true
 	return taken
+}
+
+// OnlyAck reports whether all that Pump has to send is an acknowledgement, which can wait for something that it can go with.
+func (r *Responder) OnlyAck() bool {
+	return r.outTail-r.outHead == 1 && !r.at(r.outHead).result && r.at(r.outHead).syndrome == roce.Ack
 }
 
 // Pending reports whether there is something for Pump to send.

@@ -298,13 +298,30 @@ func (r *Requester) arrived(e *entry) {
 type early struct {
 	there bool
 	pkt   roce.Packet
-	buf   []byte
 }
 
 // aheads are a Responder's early packets, by PSN. There are none until the first comes.
 type aheads struct {
 	slots []early
-	top   ib.PSN // the PSN behind the last packet that has come
+	free  [][]byte // for payloads: as many as were ever needed at once, in all
+	top   ib.PSN   // the PSN behind the last packet that has come
+}
+
+// keep copies a payload.
+func (a *aheads) keep(payload []byte, mtu int) []byte {
+	var b []byte
+	if n := len(a.free); n > 0 {
+		b, a.free = a.free[n-1], a.free[:n-1]
+	} else {
+		b = make([]byte, 0, mtu)
+	}
+	return append(b[:0], payload...)
+}
+
+// release gives the place of an early packet back.
+func (a *aheads) release(x *early) {
+	x.there = false
+	a.free = append(a.free, x.pkt.Payload)
 }
 
 func (a *aheads) at(psn ib.PSN) *early { return &a.slots[uint32(psn)%uint32(len(a.slots))] }
@@ -333,8 +350,7 @@ func (r *Responder) early(p *roce.Packet, d int32) {
 		return
 	}
 	x.there, x.pkt = true, *p
-	x.buf = append(x.buf[:0], p.Payload...)
-	x.pkt.Payload = x.buf
+	x.pkt.Payload = a.keep(p.Payload, r.cfg.MTU)
 	behind := p.PSN.Add(1)
 	if p.Opcode.Op() == roce.ReadRequest {
 		behind = p.PSN.Add(int32(min(packets(p.Len, r.cfg.MTU), maxPackets)))
@@ -355,8 +371,8 @@ func (r *Responder) catchUp() {
 		if !x.there || x.pkt.PSN != r.want {
 			break
 		}
-		x.there = false
 		r.execute(&x.pkt)
+		a.release(x)
 		if r.nakked { // no receive: the requester goes back to it
 			a.drop(r.want)
 			break
@@ -367,7 +383,9 @@ func (r *Responder) catchUp() {
 // drop forgets all early packets.
 func (a *aheads) drop(want ib.PSN) {
 	for i := range a.slots {
-		a.slots[i].there = false
+		if x := &a.slots[i]; x.there {
+			a.release(x)
+		}
 	}
 	a.top = want
 }
