@@ -221,7 +221,7 @@ func (r *Requester) watch(now time.Duration) {
 	switch {
 	case r.deadline != 0 || r.cfg.AckTimeout == 0:
 	case r.cfg.Selective:
-		r.deadline = now + r.timeout(now)
+		r.deadline = now + r.timeout()
 	default:
 		r.deadline = now + r.cfg.AckTimeout
 	}

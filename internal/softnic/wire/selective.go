@@ -120,7 +120,7 @@ func (s *selective) progress(una ib.PSN, now time.Duration) {
 const patience = time.Millisecond
 
 // timeout is how long to wait before something is sent again that nobody has asked for.
-func (r *Requester) timeout(time.Duration) time.Duration {
+func (r *Requester) timeout() time.Duration {
 	return min((patience+4*r.sel.rtt)<<min(r.sel.backoff, 8), r.cfg.AckTimeout)
 }
 
@@ -345,9 +345,12 @@ func (r *Responder) early(p *roce.Packet, d int32) {
 		a.top = r.want
 	}
 	x := a.at(p.PSN)
-	if x.there {
+	if x.there && x.pkt.PSN == p.PSN {
 		r.Counters.Duplicates++
 		return
+	}
+	if x.there { // it came before its time, and its time has passed: a READ has taken its PSN
+		a.release(x)
 	}
 	x.there, x.pkt = true, *p
 	x.pkt.Payload = a.keep(p.Payload, r.cfg.MTU)

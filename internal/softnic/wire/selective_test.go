@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ringside-rdma/ringside/internal/roce"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -58,5 +59,28 @@ func TestSelective(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// An early packet whose PSN turns out to be a READ's is not kept for ever in the place of those that come a turn later.
+func TestEarlyThatNeverComes(t *testing.T) {
+	n := newNetwork(t, 1, func(c *Config) { c.Selective = true })
+	r := n.nodes[1].resp
+	n.nodes[1].recvs = 10
+	first := r.want
+	write := func(psn ib.PSN) {
+		r.Receive(&roce.Packet{Opcode: roce.Op(roce.RC, roce.SendOnly), PSN: psn, Payload: make([]byte, 4)})
+	}
+	write(first.Add(1)) // lies in the middle of what follows
+	r.Receive(&roce.Packet{Opcode: roce.Op(roce.RC, roce.ReadRequest), PSN: first, RKey: roKey, Len: 3 * simMTU})
+	if r.want != first.Add(3) {
+		t.Fatalf("it expects %d", distance(first, r.want))
+	}
+	turn := int32(len(r.ahead.slots))
+	r.want = first.Add(turn) // as if all between had come
+	write(first.Add(turn + 1))
+	write(first.Add(turn))
+	if r.want != first.Add(turn+2) {
+		t.Errorf("the early packet of a turn later was not kept: it expects %d", distance(first, r.want)-turn)
 	}
 }
