@@ -100,7 +100,25 @@ func exit(err error) {
 func bench(c *config, write bool) error {
 	begin := time.Now()
 	conditions := hostConditions(c)
-	all := measurements(c)
+	results := measure(c, measurements(c))
+	conditions.set("duration", time.Since(begin).Round(time.Second).String())
+	was, _ := os.ReadFile(c.results) // if it cannot be read, writing it will say so
+	text := rxePart.in(netPart.in(report(c, conditions, results), netPart.of(string(was))), rxePart.of(string(was)))
+	if !write {
+		fmt.Print("\n", text)
+	} else if err := os.WriteFile(c.results, []byte(text), 0o644); err != nil {
+		return err
+	} else {
+		fmt.Printf("\n%s\nwritten to %s\n", targetTable(results), c.results)
+	}
+	if n := results.failures(); n > 0 {
+		return fmt.Errorf("%d measurements failed", n)
+	}
+	return nil
+}
+
+// measure makes the measurements, round after round.
+func measure(c *config, all []measurement) *results {
 	results := newResults()
 	for round := range c.rounds {
 		fmt.Printf("round %d of %d, load average %s\n", round+1, c.rounds, loadAverage())
@@ -120,18 +138,5 @@ func bench(c *config, write bool) error {
 		}
 		results.endRound(loadAverage())
 	}
-	conditions.set("duration", time.Since(begin).Round(time.Second).String())
-	was, _ := os.ReadFile(c.results) // if it cannot be read, writing it will say so
-	text := rxePart.in(netPart.in(report(c, conditions, results), netPart.of(string(was))), rxePart.of(string(was)))
-	if !write {
-		fmt.Print("\n", text)
-	} else if err := os.WriteFile(c.results, []byte(text), 0o644); err != nil {
-		return err
-	} else {
-		fmt.Printf("\n%s\nwritten to %s\n", targetTable(results), c.results)
-	}
-	if n := results.failures(); n > 0 {
-		return fmt.Errorf("%d measurements failed", n)
-	}
-	return nil
+	return results
 }

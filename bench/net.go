@@ -57,25 +57,7 @@ func netMain(args []string) error {
 	begin := time.Now()
 	host := hostConditions(&c)
 	host.set("network", fmt.Sprintf("two namespaces, joined by veth devices with an MTU of %d", *mtu))
-	r := newResults()
-	for round := range c.rounds {
-		fmt.Printf("round %d of %d, load average %s\n", round+1, c.rounds, loadAverage())
-		for _, m := range netMeasurements(&c) {
-			if !c.only.MatchString(m.name) {
-				continue
-			}
-			t := time.Now()
-			v, err := m.run(&c)
-			if err != nil {
-				r.fail(m.name, err)
-				fmt.Printf("  %-34s FAILED: %v\n", m.name, err)
-				continue
-			}
-			r.add(m.name, round, v)
-			fmt.Printf("  %-34s %s  (%.1f s)\n", m.name, v, time.Since(t).Seconds())
-		}
-		r.endRound(loadAverage())
-	}
+	r := measure(&c, netMeasurements(&c))
 	host.set("duration", time.Since(begin).Round(time.Second).String())
 	section := netReport(&c, host, r)
 	if *only != "" || c.quick {
