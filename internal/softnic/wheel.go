@@ -6,9 +6,9 @@ import "time"
 // whoever finds it there puts it where it has to be by then; since nearly all are put off (by acknowledgements), setting one
 // again costs nothing. Guarded by the port's mu.
 type wheel struct {
-	slots [wheelSlots][]*wireQP
-	next  int64 // the tick that is looked at next
-	soon  int64 // there is no timer before
+	slots [wheelSlots]*wireQP // the first of those in it
+	next  int64               // the tick that is looked at next
+	soon  int64               // there is no timer before
 	count int
 }
 
@@ -29,10 +29,30 @@ func (h *wheel) set(w *wireQP, at, now time.Duration) {
 		return
 	}
 	h.soon = min(h.soon, t)
-	w.tick = t // an entry of a later tick means nothing from now on
+	if w.tick != 0 {
+		h.remove(w)
+	}
 	s := &h.slots[t%wheelSlots]
-	*s = append(*s, w)
+	w.tick, w.after = t, *s
+	if w.after != nil {
+		w.after.before = w
+	}
+	*s = w
 	h.count++
+}
+
+// remove takes w, whose timer is set, out of its slot.
+func (h *wheel) remove(w *wireQP) {
+	if w.before == nil {
+		h.slots[w.tick%wheelSlots] = w.after
+	} else {
+		w.before.after = w.after
+	}
+	if w.after != nil {
+		w.after.before = w.before
+	}
+	w.tick, w.before, w.after = 0, nil, nil
+	h.count--
 }
 
 // due calls f for every timer that has come. f may set timers.
@@ -41,21 +61,14 @@ func (h *wheel) due(now time.Duration, f func(*wireQP)) {
 		t := h.next
 		h.next++
 		s := &h.slots[t%wheelSlots]
-		list := *s
-		if len(list) == 0 {
-			continue
-		}
-		*s = nil // f may set timers for a whole turn later, which is this slot
-		h.count -= len(list)
-		for i, w := range list {
-			list[i] = nil
-			if w.tick == t {
-				w.tick = 0
-				f(w)
-			}
-		}
-		if *s == nil {
-			*s = list[:0]
+		w := *s
+		*s = nil // f may set timers for a whole turn later, which is this slot. Those of t it does not move: they are due
+		for w != nil {
+			x := w
+			w = x.after
+			x.tick, x.before, x.after = 0, nil, nil
+			h.count--
+			f(x)
 		}
 	}
 }
@@ -66,7 +79,7 @@ func (h *wheel) first() time.Duration {
 		return 0
 	}
 	for t := max(h.next, h.soon); t < h.next+wheelSlots; t++ {
-		if len(h.slots[t%wheelSlots]) > 0 {
+		if h.slots[t%wheelSlots] != nil {
 			h.soon = t
 			return time.Duration(t) * wheelTick
 		}

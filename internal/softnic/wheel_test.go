@@ -63,3 +63,21 @@ func TestWheel(t *testing.T) {
 		t.Errorf("%d timers are left, the first at %v", h.count, h.first())
 	}
 }
+
+// Setting timers, at times that no timer had before, allocates nothing.
+func TestWheelAllocatesNothing(t *testing.T) {
+	var h wheel
+	var w wireQP
+	now := time.Second
+	if n := testing.AllocsPerRun(100, func() {
+		now += 7 * wheelTick
+		h.set(&w, now+500*wheelTick, now)
+		h.set(&w, now+5*wheelTick, now) // sooner
+		if h.count != 1 {
+			t.Errorf("%d timers", h.count)
+		}
+		h.due(now+6*wheelTick, func(*wireQP) {})
+	}); n != 0 || h.count != 0 {
+		t.Errorf("%v allocations, %d timers are left", n, h.count)
+	}
+}

@@ -35,6 +35,8 @@ type wireQP struct {
 	owing   bool  // in port.owing
 	dead    bool  // the QP was reset
 	tick    int64 // of the wheel; 0: no timer is set
+	before  *wireQP
+	after   *wireQP // in the same slot of the wheel
 
 	// Guarded by the QP's sq.
 	req   *wire.Requester // one of these from RTS on
