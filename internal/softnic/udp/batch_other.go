@@ -49,10 +49,6 @@ func (b *rxBatch) get(int) ([]byte, int, netip.AddrPort) { return b.mem[:b.n], b
 
 func again(error) bool { return false } // a write waits for room
 
-type calls struct{}
-
-func (s *Socket) prepare() {}
-
 func (s *Socket) send(first, n int) (sent int, err error) {
 	for i := first; i < first+n; i++ {
 		if _, err := s.sys.conn.WriteToUDPAddrPort(s.tx.slot(i)[:s.tx.lens[i]], s.tx.peers[i].addr); err != nil {
@@ -62,7 +58,7 @@ func (s *Socket) send(first, n int) (sent int, err error) {
 	return n, nil
 }
 
-func (s *Socket) receive() (int, error) {
+func (s *Socket) receive(int) (int, error) {
 	s.sys.conn.SetReadDeadline(time.Now().Add(time.Microsecond))
 	n, src, err := s.sys.conn.ReadFromUDPAddrPort(s.rx.mem)
 	switch {

@@ -204,66 +204,72 @@ func again(err error) bool {
 	return errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.EINTR)
 }
 
-// calls is what system calls are given, and give back: closures that are made once, since one a call would be garbage.
-type calls struct {
-	send, recv func(fd uintptr)
-	n          int // messages to send
-	done       int // messages sent or received
-	errno      syscall.Errno
-	whole      bool // the network device does not take pieces
+// The system calls do not wait, so that the runtime need not know of them: it would look for other work to do meanwhile, which
+// costs more than they do. One message has calls of its own, which are faster.
+
+// sendMessages sends n messages from the first on, and returns how many are gone.
+func (b *txBatch) sendMessages(fd, n int) (int, syscall.Errno) {
+	if n == 1 {
+		// Safe: the header points to memory of the batch.
+		_, _, errno := unix.RawSyscall(unix.SYS_SENDMSG, uintptr(fd), uintptr(unsafe.Pointer(&b.msgs[0].hdr)), unix.MSG_DONTWAIT)
+		if errno != 0 {
+			return 0, errno
+		}
+		return 1, 0
+	}
+	// Safe: the headers point to memory of the batch, and there are n of them.
+	r, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, uintptr(fd), uintptr(unsafe.Pointer(&b.msgs[0])), uintptr(n), unix.MSG_DONTWAIT, 0, 0)
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(r), 0
 }
 
-// The system calls do not wait, so that the runtime need not know of them: it would look for other work to do meanwhile, which
-// costs more than they do.
-func (s *Socket) prepare() {
-	c := &s.calls
-	c.send = func(fd uintptr) {
-		// Safe: the headers point to memory of the batch, and there are n of them.
-		r, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&s.tx.msgs[0])), uintptr(c.n), unix.MSG_DONTWAIT, 0, 0)
-		if c.done, c.errno = int(r), errno; errno != 0 {
-			c.done = 0
+// receiveMessages receives at most n messages, and returns how many.
+func (b *rxBatch) receiveMessages(fd, n int) (int, syscall.Errno) {
+	if n == 1 {
+		// Safe: the header points to memory of the batch.
+		r, _, errno := unix.RawSyscall(unix.SYS_RECVMSG, uintptr(fd), uintptr(unsafe.Pointer(&b.msgs[0].hdr)), unix.MSG_DONTWAIT)
+		if errno != 0 {
+			return 0, errno
 		}
+		b.msgs[0].n = uint32(r)
+		return 1, 0
 	}
-	c.recv = func(fd uintptr) {
-		// Safe: the headers point to memory of the batch.
-		r, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&s.rx.msgs[0])), uintptr(len(s.rx.msgs)), unix.MSG_DONTWAIT, 0, 0)
-		if c.done, c.errno = int(r), errno; errno != 0 {
-			c.done = 0
-		}
+	// Safe: the headers point to memory of the batch, and there are n of them.
+	r, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&b.msgs[0])), uintptr(n), unix.MSG_DONTWAIT, 0, 0)
+	if errno != 0 {
+		return 0, errno
 	}
+	return int(r), 0
 }
 
 // send sends n packets of s.tx from the first on, and returns how many are gone.
 func (s *Socket) send(first, n int) (sent int, err error) {
-	c := &s.calls
-	c.n = s.tx.group(first, n, !c.whole)
-	if s.sys.raw.Control(c.send) != nil {
-		return 0, net.ErrClosed
-	}
-	for _, k := range s.tx.counts[:c.done] {
+	done, errno := s.tx.sendMessages(s.sys.fd, s.tx.group(first, n, !s.sys.whole))
+	for _, k := range s.tx.counts[:done] {
 		sent += k
 	}
-	if c.errno != 0 {
-		if s.tx.counts[0] > 1 && !again(c.errno) { // perhaps no checksums by the device, or a tunnel: udp(7), UDP_SEGMENT
-			c.whole = true
+	if errno != 0 {
+		if s.tx.counts[0] > 1 && !again(errno) { // perhaps no checksums by the device, or a tunnel: udp(7), UDP_SEGMENT
+			s.sys.whole = true
 			return s.send(first, n)
 		}
-		err = c.errno
+		err = errno
 	}
 	return sent, err
 }
 
-// receive fills s.rx with what there is, and returns how many messages that is.
-func (s *Socket) receive() (int, error) {
-	c := &s.calls
+// receive fills s.rx with at most n messages of what there is, and returns how many that is.
+func (s *Socket) receive(n int) (int, error) {
 	s.rx.clean()
-	if s.sys.raw.Control(c.recv) != nil {
+	done, errno := s.rx.receiveMessages(s.sys.fd, n)
+	switch errno {
+	case 0, unix.EAGAIN, unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH: // nothing, or news of what was sent
+		s.rx.dirty = done
+		return done, nil
+	case unix.EBADF:
 		return 0, net.ErrClosed
 	}
-	switch c.errno {
-	case 0, unix.EAGAIN, unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH: // nothing, or news of what was sent
-		s.rx.dirty = c.done
-		return c.done, nil
-	}
-	return 0, c.errno
+	return 0, errno
 }

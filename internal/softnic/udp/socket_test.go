@@ -184,14 +184,14 @@ func TestListenRefuses(t *testing.T) {
 	}
 }
 
-// Close ends a Receive that waits, and Wake does.
+// Close ends a Wait, and Wake does.
 func TestCloseWakes(t *testing.T) {
 	for what, f := range map[string]func(*udp.Socket){"close": func(s *udp.Socket) { s.Close() }, "wake": (*udp.Socket).Wake} {
 		s := listen(t, "127.0.0.1:0")
 		ended := make(chan error)
 		go func() {
-			_, _, err := s.Receive(time.Now().Add(time.Hour), nil)
-			ended <- err
+			s.SetDeadline(time.Now().Add(time.Hour))
+			ended <- s.Wait()
 		}()
 		time.Sleep(10 * time.Millisecond)
 		f(s)

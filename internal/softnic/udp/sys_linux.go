@@ -14,8 +14,8 @@ import (
 // A sysSocket is the socket's descriptor. It is none of the Go runtime's poller, which would wake a thread for each packet,
 // whether somebody waits or not: waiting is done on an epoll descriptor that looks at the socket when it is asked to.
 type sysSocket struct {
-	file  *os.File
-	raw   syscall.RawConn
+	fd    int  // -1: closed
+	whole bool // the network device does not take pieces
 	epoll *os.File
 	look  syscall.RawConn
 	ready func(fd uintptr) bool
@@ -32,7 +32,7 @@ func (y *sysSocket) open(a netip.AddrPort) (local netip.AddrPort, err error) {
 	if err != nil {
 		return local, os.NewSyscallError("socket", err)
 	}
-	y.file = os.NewFile(uintptr(fd), "udp")
+	y.fd = fd
 	defer func() {
 		if err != nil {
 			y.close()
@@ -53,9 +53,6 @@ func (y *sysSocket) open(a netip.AddrPort) (local netip.AddrPort, err error) {
 		local = netip.AddrPortFrom(netip.AddrFrom4(n.Addr), uint16(n.Port))
 	case *unix.SockaddrInet6:
 		local = netip.AddrPortFrom(a.Addr(), uint16(n.Port))
-	}
-	if y.raw, err = y.file.SyscallConn(); err != nil {
-		return local, err
 	}
 	return local, y.openEpoll(fd)
 }
@@ -135,8 +132,13 @@ func (y *sysSocket) sleep() error {
 }
 
 func (y *sysSocket) close() error {
+	if y.fd < 0 {
+		return net.ErrClosed
+	}
 	if y.epoll != nil {
 		y.epoll.Close()
 	}
-	return y.file.Close()
+	fd := y.fd
+	y.fd = -1
+	return unix.Close(fd)
 }
