@@ -51,6 +51,8 @@ type netPort struct {
 	blocked []*wireQP     // could not send: the socket was full
 	recv    func(netip.AddrPort, *roce.Packet)
 	owing   []*wireQP     // have an acknowledgement that waits for company
+	late    []*wireQP     // have something to acknowledge that the peer does not wait for
+	lateAt  time.Duration // when that is to be done, if late is not empty
 	now     time.Duration // of this turn
 	pkt     roce.Packet   // a datagram that is being sent
 
@@ -178,6 +180,9 @@ func (p *netPort) turn(receive bool) (some bool) {
 	if p.timers.count > 0 {
 		p.timers.due(p.now, (*wireQP).expire)
 	}
+	if len(p.late) > 0 && p.now >= p.lateAt {
+		p.acknowledge()
+	}
 	for i := 0; receive && i < maxBatches; i++ {
 		n, more, err := p.sock.Receive(time.Time{}, p.recv)
 		if n == 0 && p.faults != nil && len(p.faults.held) > 0 {
@@ -211,6 +216,30 @@ func (p *netPort) settle() {
 		w.pump(false)
 	}
 	p.owing = p.owing[:0]
+}
+
+// lateAck is how long an acknowledgement takes that the peer does not wait for: much less than a requester's patience, and longer
+// than a few messages with which one may be asked for.
+const lateAck = 100 * time.Microsecond
+
+// lately has what w has received acknowledged in a moment.
+func (p *netPort) lately(w *wireQP) {
+	if len(p.late) == 0 {
+		p.lateAt = p.now + lateAck
+	}
+	w.late = true
+	p.late = append(p.late, w)
+}
+
+// acknowledge sends the acknowledgements of late.
+func (p *netPort) acknowledge() {
+	for i, w := range p.late {
+		p.late[i] = nil
+		w.late = false
+		w.resp.Acknowledge()
+		w.pump(false)
+	}
+	p.late = p.late[:0]
 }
 
 // sendReady sends what was posted, and what the socket had no room for.
@@ -251,6 +280,9 @@ func (p *netPort) wakeInTime() {
 	at := neverWake
 	if p.timers.count > 0 {
 		at = p.timers.first()
+	}
+	if len(p.late) > 0 {
+		at = min(at, p.lateAt)
 	}
 	if len(p.blocked) > 0 || len(p.owing) > 0 || p.sock.Queued() > 0 {
 		at = min(at, p.now+blockedRetry)
@@ -326,6 +358,7 @@ func (p *netPort) drive() {
 		}
 		p.turn(true)
 		p.settle()
+		p.acknowledge() // to wake up for it again would cost more than it saves
 		p.sock.Flush()
 		p.wakeAt = neverWake
 		p.now = time.Since(p.born)

@@ -33,6 +33,7 @@ type wireQP struct {
 	touched bool
 	blocked bool
 	owing   bool  // in port.owing
+	late    bool  // in port.late
 	dead    bool  // the QP was reset
 	tick    int64 // of the wheel; 0: no timer is set
 	before  *wireQP
@@ -203,7 +204,8 @@ func (w *wireQP) request(r *wire.Request, wr *ib.SendWR) (st ib.WCStatus, here b
 		need = ib.AccessLocalWrite
 	}
 	_, n, st := w.q.local(wr, need)
-	*r = wire.Request{Op: wr.Opcode, Solicited: wr.Flags&ib.SendSolicited != 0, Fence: wr.Flags&ib.SendFence != 0, Len: n,
+	*r = wire.Request{Op: wr.Opcode, Solicited: wr.Flags&ib.SendSolicited != 0, Fence: wr.Flags&ib.SendFence != 0,
+		Quiet: wr.Flags&ib.SendSignaled == 0 && !w.q.sigAll, Len: n,
 		Addr: wr.RemoteAddr, RKey: uint32(wr.RKey), Imm: wr.Imm, InvKey: uint32(wr.InvalidateRKey), CompareAdd: wr.CompareAdd, Swap: wr.Swap}
 	return st, false
 }
@@ -333,6 +335,9 @@ func (w *wireQP) respond(wait bool) {
 		if full && w.full() {
 			return
 		}
+	}
+	if w.resp != nil && w.resp.Late() && !w.late {
+		w.port.lately(w)
 	}
 }
 

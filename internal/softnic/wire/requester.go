@@ -13,6 +13,7 @@ type Request struct {
 	Op         ib.Opcode
 	Solicited  bool
 	Fence      bool
+	Quiet      bool   // nobody waits for it to end: it may be acknowledged with a later one
 	Len        uint32 // bytes to send or to read; 8 of an atomic
 	Addr       uint64
 	RKey       uint32
@@ -209,7 +210,7 @@ func (r *Requester) Pump(now time.Duration, out Output) (full bool) {
 			r.cur++
 		}
 		if fresh && r.cfg.Selective {
-			r.sel.sent(r.nxt, now, r.una.Add(int32(n)) == r.nxt)
+			r.sel.sent(r.nxt, now, r.una.Add(int32(n)) == r.nxt, r.unasked == 0)
 		}
 		r.watch(now)
 	}
@@ -267,9 +268,9 @@ func (r *Requester) send(n uint32, psn ib.PSN, out Output) (sent, full bool) {
 	if first {
 		p.Addr, p.RKey, p.Len = e.Addr, e.RKey, e.Len
 	}
-	// What is sent last is always asked about, so that no timer is needed to find out about it; and of many packets some,
-	// so that the window opens again.
-	p.AckReq = last && n+1 == r.tail || r.unasked+1 >= min(maxUnasked, r.cfg.Window/4) || psn != r.end
+	// What is sent last is asked about, so that no timer is needed to find out about it; and of many packets some, so that the
+	// window opens again. A peer of our kind acknowledges what nobody waits for in its own time.
+	p.AckReq = last && n+1 == r.tail && !(e.Quiet && r.cfg.Selective) || r.unasked+1 >= min(maxUnasked, r.cfg.Window/4) || psn != r.end
 	payload, ok := out.Packet(p, int(size))
 	if !ok {
 		return false, true

@@ -15,6 +15,7 @@ type Responder struct {
 	want    ib.PSN // of the packet that is expected next
 	msn     uint32 // messages that were executed, 24 bits
 	nakked  bool   // the peer was told that want is missing
+	late    bool   // Config.Selective: something was executed that no acknowledgement was asked for
 	failed  bool
 	msg     assembly
 	ahead   aheads   // Config.Selective
@@ -97,6 +98,17 @@ func (r *Responder) OnlyAck() bool {
 // Pending reports whether there is something for Pump to send.
 func (r *Responder) Pending() bool { return r.outHead != r.outTail }
 
+// Late reports whether there is something to acknowledge that the peer does not wait for: Acknowledge is to be called in a moment.
+func (r *Responder) Late() bool { return r.late }
+
+// Acknowledge has Pump acknowledge what is left to acknowledge.
+func (r *Responder) Acknowledge() {
+	if r.late && !r.failed {
+		r.say(r.want.Add(-1), roce.Ack)
+	}
+	r.late = false
+}
+
 // Receive takes a packet of a request, which roce.Packet.Decode has checked. Pump sends what is to be said to it.
 func (r *Responder) Receive(p *roce.Packet) {
 	r.Counters.Received++
@@ -148,8 +160,11 @@ func (r *Responder) execute(p *roce.Packet) {
 	if r.accept(1); p.Opcode.Last() {
 		r.msn = (r.msn + 1) & 0xffffff
 	}
-	if p.AckReq {
+	switch {
+	case p.AckReq:
 		r.say(p.PSN, roce.Ack)
+	case r.cfg.Selective:
+		r.late = true
 	}
 }
 
@@ -231,6 +246,7 @@ func (r *Responder) push() *response {
 // say queues an acknowledgement of everything up to psn, or what is wrong with psn. One that has not been sent yet and says
 // less is replaced. false: there is no room, which only a peer that repeats itself can bring about.
 func (r *Responder) say(psn ib.PSN, s roce.Syndrome) bool {
+	r.late = false
 	if r.outHead != r.outTail {
 		if last := r.at(r.outTail - 1); !last.result && last.syndrome == roce.Ack {
 			last.psn, last.msn, last.syndrome = psn, r.msn, s

@@ -17,6 +17,8 @@ import (
 //   - It places responses as they come, and asks again for the packets that others have overtaken: a request for a part of what was
 //     asked for before, which the responder answers from where its memory is then (as it does in any case for a READ that is
 //     asked for again, IBA 9.7.5.1.4).
+//   - A SEND or WRITE that nobody waits for (Request.Quiet) asks for no acknowledgement by itself. The responder sends one
+//     a moment later if none has been asked for since (Responder.Late), so that the requester's timer need not find out.
 //   - What is lost for a second time, or at the end, is found out by a timer that goes by how long answers take, not by
 //     Config.AckTimeout: that remains what a retry is counted by.
 //
@@ -93,12 +95,13 @@ func (s *selective) forget(una ib.PSN) {
 	s.probing = false
 }
 
-// sent notes that what is before psn was sent for the first time; idle: nothing else was on its way.
-func (s *selective) sent(psn ib.PSN, now time.Duration, idle bool) {
+// sent notes that what is before psn was sent for the first time; idle: nothing else was on its way; asked: it will be
+// acknowledged at once.
+func (s *selective) sent(psn ib.PSN, now time.Duration, idle, asked bool) {
 	if idle {
 		s.since, s.backoff = now, 0
 	}
-	if !s.probing {
+	if !s.probing && asked {
 		s.probe, s.probeAt, s.probing = psn, now, true
 	}
 }

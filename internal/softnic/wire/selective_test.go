@@ -84,3 +84,47 @@ func TestEarlyThatNeverComes(t *testing.T) {
 		t.Errorf("the early packet of a turn later was not kept: it expects %d", distance(first, r.want)-turn)
 	}
 }
+
+// What nobody waits for is acknowledged by the way, or a moment later, and never because a timer has come; what somebody waits for,
+// at once.
+func TestQuiet(t *testing.T) {
+	n := newNetwork(t, 1, func(c *Config) { c.Selective, c.AckTimeout = true, 67*time.Millisecond })
+	a, b := n.nodes[0], n.nodes[1]
+	acks := 0
+	n.trace = func(_ string, args ...any) {
+		if args[2].(roce.Opcode).Op() == roce.Acknowledge {
+			acks++
+		}
+	}
+	send := func(quiet bool) {
+		b.recvs++
+		a.post(Request{Op: ib.OpSend, Len: 64, Quiet: quiet}, make([]byte, 64))
+		a.pump()
+	}
+	began := n.now
+	for i := range 3 { // one after another
+		n.after(time.Duration(i)*12*time.Microsecond, func() { send(true) })
+	}
+	n.run(func() bool { return len(a.done) == 3 })
+	if took := n.now - began; acks != 1 || took < lateAck || took > lateAck+100*time.Microsecond {
+		t.Errorf("three that nobody waits for: %d acknowledgements, the last after %v", acks, took)
+	}
+	acks, began = 0, n.now
+	send(true)
+	send(false)
+	n.run(func() bool { return len(a.done) == 5 })
+	if took := n.now - began; acks != 1 || took >= lateAck {
+		t.Errorf("one that somebody waits for, behind one: %d acknowledgements after %v", acks, took)
+	}
+	acks = 0
+	for range 3 * maxUnasked {
+		send(true)
+	}
+	n.run(func() bool { return len(a.done) == 5+3*maxUnasked })
+	if acks < 3 {
+		t.Errorf("%d that nobody waits for: %d acknowledgements", 3*maxUnasked, acks)
+	}
+	if c := a.req.Counters; c.Timeouts != 0 || c.Resent != 0 {
+		t.Errorf("%+v", c)
+	}
+}

@@ -46,7 +46,7 @@ func (x *node) random(r *rand.Rand, peer *node, e *expected) {
 	for i := range data {
 		data[i] = byte(r.Uint32())
 	}
-	req := Request{Len: uint32(size), Solicited: r.IntN(4) == 0, Fence: r.IntN(8) == 0}
+	req := Request{Len: uint32(size), Solicited: r.IntN(4) == 0, Fence: r.IntN(8) == 0, Quiet: r.IntN(2) == 0}
 	i := len(x.sends)
 	switch kind := r.IntN(9); kind {
 	case 0, 1, 2: // SEND
