@@ -69,6 +69,20 @@ func PutMAD(b []byte, tid uint64, m CMMessage) {
 	binary.BigEndian.PutUint64(b[8:], tid)
 	binary.BigEndian.PutUint16(b[16:], uint16(m.Attr()))
 	m.put(b[madHeaderLen:])
+	if o := vendorOptions(m); o != nil {
+		binary.BigEndian.PutUint32(b[20:], *o)
+	}
+}
+
+// vendorOptions is what stands in the header's attribute modifier of a REQ and a REP; nil: nothing does.
+func vendorOptions(m CMMessage) *uint32 {
+	switch m := m.(type) {
+	case *REQ:
+		return &m.VendorOptions
+	case *REP:
+		return &m.VendorOptions
+	}
+	return nil
 }
 
 // DecodeMAD takes a datagram apart. Private data has its full length always: the message does not say how much was meant.
@@ -103,17 +117,23 @@ func DecodeMAD(b []byte) (tid uint64, m CMMessage, err error) {
 		return tid, nil, fmt.Errorf("roce: %v is not known", a)
 	}
 	m.get(b[madHeaderLen:])
+	if o := vendorOptions(m); o != nil {
+		*o = binary.BigEndian.Uint32(b[20:])
+	}
 	return tid, m, nil
 }
 
 // A REQ asks for a connection (IBA 12.6.5). Only reliable and unreliable connections on one path, without an end-to-end
 // context, are spoken.
 type REQ struct {
-	LocalID   uint32 // the sender's name of the connection
-	ServiceID uint64
-	CAGUID    uint64 // the sender's node
-	QKey      uint32
-	QPN       uint32 // 24 bits: the sender's queue pair
+	LocalID uint32 // the sender's name of the connection
+	// VendorID (24 bits) and VendorOptions are the enhanced connection establishment: what the sender's vendor calls by these bits
+	// is offered, and taken by a REP with the same VendorID and some of the bits. Who does not know the vendor answers 0.
+	VendorID, VendorOptions uint32
+	ServiceID               uint64
+	CAGUID                  uint64 // the sender's node
+	QKey                    uint32
+	QPN                     uint32 // 24 bits: the sender's queue pair
 	// ResponderResources is how many READs and atomics the sender takes at once, InitiatorDepth how many it would like to
 	// send. The receiver's are the other way round.
 	ResponderResources, InitiatorDepth uint8
@@ -148,6 +168,7 @@ func (*REQ) Attr() CMAttr { return CMREQ }
 func (m *REQ) put(b []byte) {
 	be := binary.BigEndian
 	be.PutUint32(b, m.LocalID)
+	be.PutUint32(b[4:], m.VendorID&mask24)
 	be.PutUint64(b[8:], m.ServiceID)
 	be.PutUint64(b[16:], m.CAGUID)
 	be.PutUint32(b[28:], m.QKey)
@@ -173,6 +194,7 @@ func (m *REQ) put(b []byte) {
 func (m *REQ) get(b []byte) {
 	be := binary.BigEndian
 	m.LocalID = be.Uint32(b)
+	m.VendorID = be.Uint32(b[4:]) & mask24
 	m.ServiceID = be.Uint64(b[8:])
 	m.CAGUID = be.Uint64(b[16:])
 	m.QKey = be.Uint32(b[28:])
@@ -208,6 +230,7 @@ func (m *REQ) get(b []byte) {
 // A REP accepts a REQ (IBA 12.6.8). Names and numbers are the sender's, as in REQ.
 type REP struct {
 	LocalID, RemoteID                  uint32 // the sender's and the receiver's name of the connection
+	VendorID, VendorOptions            uint32 // as in REQ
 	QKey                               uint32
 	QPN                                uint32 // 24 bits
 	StartingPSN                        ib.PSN // what the receiver of this message is to start with
@@ -228,8 +251,9 @@ func (m *REP) put(b []byte) {
 	be.PutUint32(b, m.LocalID)
 	be.PutUint32(b[4:], m.RemoteID)
 	be.PutUint32(b[8:], m.QKey)
-	put24(b[12:], m.QPN, 0)
-	put24(b[20:], uint32(m.StartingPSN), 0)
+	put24(b[12:], m.QPN, uint8(m.VendorID>>16))
+	b[19] = uint8(m.VendorID >> 8)
+	put24(b[20:], uint32(m.StartingPSN), uint8(m.VendorID))
 	b[24] = m.ResponderResources
 	b[25] = m.InitiatorDepth
 	b[26] = m.TargetAckDelay<<3 | m.FailoverAccepted&3<<1 | bit(m.FlowControl, 0)
@@ -243,8 +267,10 @@ func (m *REP) get(b []byte) {
 	m.LocalID = be.Uint32(b)
 	m.RemoteID = be.Uint32(b[4:])
 	m.QKey = be.Uint32(b[8:])
-	m.QPN, _ = get24(b[12:])
-	psn, _ := get24(b[20:])
+	qpn, high := get24(b[12:])
+	psn, low := get24(b[20:])
+	m.QPN = qpn
+	m.VendorID = uint32(high)<<16 | uint32(b[19])<<8 | uint32(low)
 	m.StartingPSN = ib.PSN(psn)
 	m.ResponderResources = b[24]
 	m.InitiatorDepth = b[25]

@@ -23,21 +23,21 @@ var goldenCM = map[string]struct {
 	fields  []at
 }{
 	"REQ": {&REQ{
-		LocalID: 0x01020304, ServiceID: 0x0000000001061234, CAGUID: 0x1112131415161718, QKey: 0x21222324, QPN: 0x313233, ResponderResources: 0x34,
+		LocalID: 0x01020304, VendorID: 0x929394, VendorOptions: 0x95969798, ServiceID: 0x0000000001061234, CAGUID: 0x1112131415161718, QKey: 0x21222324, QPN: 0x313233, ResponderResources: 0x34,
 		InitiatorDepth: 0x35, RemoteResponseTimeout: 20, LocalResponseTimeout: 19, Transport: TransportUC, FlowControl: true, StartingPSN: 0x414243,
 		RetryCount: 7, RNRRetryCount: 6, PKey: 0xffff, MTU: ib.MTU1024, SRQ: true, MaxCMRetries: 15, LocalLID: 0x5152, RemoteLID: 0x5354,
 		LocalGID: ib.GID{0x61, 15: 0x62}, RemoteGID: ib.GID{0x63, 15: 0x64}, FlowLabel: 0x71727, PacketRate: 0x23, TrafficClass: 0x74, HopLimit: 0x40, SL: 5,
 		SubnetLocal: true, LocalAckTimeout: 18, Private: [92]byte{0x81, 91: 0x82},
 	}, "0010", []at{
-		{0, "01020304"}, {8, "0000000001061234"}, {16, "1112131415161718"}, {24, "00000000"}, {28, "21222324"}, {32, "31323334"}, {36, "00000035"},
+		{-4, "95969798"}, {0, "01020304"}, {4, "00929394"}, {8, "0000000001061234"}, {16, "1112131415161718"}, {24, "00000000"}, {28, "21222324"}, {32, "31323334"}, {36, "00000035"},
 		{40, "000000" + "a3"}, {44, "414243" + "9f"}, {48, "ffff"}, {50, "36"}, {51, "f8"}, {52, "51525354"}, {56, "61"}, {71, "62"}, {72, "63"}, {87, "64"},
 		{88, "71727023"}, {92, "7440"}, {94, "58"}, {95, "90"}, {140, "81"}, {231, "82"},
 	}},
 	"REP": {&REP{
-		LocalID: 0x01020304, RemoteID: 0x05060708, QKey: 0x21222324, QPN: 0x313233, StartingPSN: 0x414243, ResponderResources: 0x34, InitiatorDepth: 0x35,
+		LocalID: 0x01020304, RemoteID: 0x05060708, VendorID: 0x929394, VendorOptions: 0x95969798, QKey: 0x21222324, QPN: 0x313233, StartingPSN: 0x414243, ResponderResources: 0x34, InitiatorDepth: 0x35,
 		TargetAckDelay: 15, FailoverAccepted: 1, FlowControl: true, RNRRetryCount: 7, SRQ: true, CAGUID: 0x1112131415161718, Private: [196]byte{0x81, 195: 0x82},
 	}, "0013", []at{
-		{0, "0102030405060708"}, {8, "21222324"}, {12, "31323300"}, {16, "00000000"}, {20, "41424300"}, {24, "3435"}, {26, "7b"}, {27, "f0"},
+		{-4, "95969798"}, {0, "0102030405060708"}, {8, "21222324"}, {12, "31323392"}, {16, "00000093"}, {20, "41424394"}, {24, "3435"}, {26, "7b"}, {27, "f0"},
 		{28, "1112131415161718"}, {36, "81"}, {231, "82"},
 	}},
 	"RTU":  {&RTU{LocalID: 1, RemoteID: 2, Private: [224]byte{0x81, 223: 0x82}}, "0014", []at{{0, "0000000100000002"}, {8, "81"}, {231, "82"}}},
@@ -59,8 +59,8 @@ func TestGoldenMADs(t *testing.T) {
 	for name, c := range goldenCM {
 		var b [MADLen]byte
 		PutMAD(b[:], 0x0102030405060708, c.message)
-		if want := unhex(t, "01070203"+"00000000"+"0102030405060708"+c.id+"0000"+"00000000"); !bytes.Equal(b[:madHeaderLen], want) {
-			t.Errorf("%s: header %x, want %x", name, b[:madHeaderLen], want)
+		if want := unhex(t, "01070203"+"00000000"+"0102030405060708"+c.id+"0000"); !bytes.Equal(b[:len(want)], want) {
+			t.Errorf("%s: header %x, want %x", name, b[:len(want)], want)
 		}
 		for _, f := range c.fields {
 			want := unhex(t, f.hex)
