@@ -14,8 +14,8 @@ import (
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// Connections by IP address, through the system's connection manager (on Linux rdma_cm): instead of exchanging numbers and
-// calling Init and Connect, one side listens and the other dials.
+// Connections by IP address, through the system's connection manager (on Linux rdma_cm), or the software NIC's own, which speaks
+// the same protocol: instead of exchanging numbers and calling Init and Connect, one side listens and the other dials.
 //
 //	l, err := qp.Listen(vctx, addr, 0)                      q, err := qp.New(pd, cfg)
 //	req, err := l.Accept(ctx)                               // Init and post receives
@@ -23,6 +23,9 @@ import (
 //	conn, err := req.Accept(ctx, q, params)                 defer conn.Close()
 //
 // It is the only way on devices with ib.CapCMOnly, and the way to peers that speak it (librdmacm, NVMe over Fabrics).
+//
+// A software NIC can do it at the addresses of its host at which it has UDP port 4791, which of all processes and contexts there can
+// be one for each address; at others it fails with verbs.ErrUnreachable and syscall.EADDRINUSE.
 
 // CMParams is what one side wants of a connection. Zero fields take their defaults; what device, peer or wire cannot do is
 // lowered: Query tells.
@@ -86,8 +89,8 @@ type Listener struct {
 
 // Listen listens on addr, which must be an address of the device's network interface, or unspecified; with port 0 the system
 // chooses one, which Addr tells. Up to backlog requests wait for Accept (0: 128), and further ones are refused. It fails with
-// errors.ErrUnsupported on devices without a connection manager, such as the software NIC, and with verbs.ErrUnreachable if the
-// address belongs to another RDMA device.
+// errors.ErrUnsupported on devices without a connection manager, and with verbs.ErrUnreachable if the address is not the device's.
+// An unspecified address stands, on the software NIC, for the addresses that the host has at that moment.
 func Listen(c *verbs.Context, addr netip.AddrPort, backlog int) (*Listener, error) {
 	const op = "rdma_listen"
 	m, err := connManager(c, op)
@@ -217,13 +220,13 @@ type CMConn struct {
 
 // Dial connects q, an RC queue pair in state Reset or Init, with who listens on remote, and takes it to RTS. local is the address
 // to dial from, of the device's network interface; the zero AddrPort leaves it to the routing table, and port 0 to the system.
-// ctx bounds all of it; without a deadline the system gives up after about a minute.
+// ctx bounds all of it; without a deadline the system gives up on a silent peer after about a minute, the software NIC after 7 s.
 //
 // A refusal matches syscall.ECONNREFUSED, and RejectData has what the peer has said to it; an address that cannot be reached, or
 // that leads to another RDMA device, matches verbs.ErrUnreachable. After a failure q may be in any state: Reset it if the device
 // can, or Close it. Over iWARP, Close of a queue pair whose Dial was ended by ctx may wait until TCP gives up on the peer.
 //
-// It fails with errors.ErrUnsupported on devices without a connection manager, such as the software NIC.
+// It fails with errors.ErrUnsupported on devices without a connection manager.
 func (q *QP) Dial(ctx context.Context, local, remote netip.AddrPort, p CMParams) (*CMConn, error) {
 	const op = "rdma_connect"
 	m, err := connManager(q.pd.Context(), op)
@@ -280,7 +283,8 @@ func (c *CMConn) RemoteAddr() netip.AddrPort { return c.drv.RemoteAddr() }
 
 // Done is closed when the connection is over: either side has disconnected, the peer's process has ended, or the device has gone.
 // The queue pair is in Err then, and what was posted to it completes with ib.WCFlushErr. That a peer's host has vanished is
-// noticed by requests that fail, not here.
+// noticed by requests that fail, not here; so is the end of a process that was the peer's software NIC, unless it has closed the
+// connection.
 func (c *CMConn) Done() <-chan struct{} { return c.drv.Done() }
 
 // Err is nil until Done is closed, and says why then.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -19,33 +20,34 @@ import (
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// The software NIC has no connection manager.
-func TestCMUnsupported(t *testing.T) {
-	ctx, err := verbs.Open("soft0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ctx.Close()
-	if _, err := qp.Listen(ctx, netip.MustParseAddrPort("127.0.0.1:0"), 0); !errors.Is(err, errors.ErrUnsupported) {
-		t.Errorf("Listen: %v", err)
-	}
-	a, _ := nodes(t)
-	q := a.qp(t, qp.Config{})
-	if _, err := q.Dial(t.Context(), netip.AddrPort{}, netip.MustParseAddrPort("127.0.0.1:1"), qp.CMParams{}); !errors.Is(err, errors.ErrUnsupported) {
-		t.Errorf("Dial: %v", err)
-	}
-	if data, ok := qp.RejectData(err); ok || data != nil {
-		t.Error("no rejection, but data of one")
+// A cmPair is two devices, with their addresses.
+type cmPair struct {
+	here, there string
+	from, to    netip.Addr
+}
+
+// cmPairs are those of test/soft-roce, or, where softCM is set, two software NICs at its addresses.
+var cmPairs = []cmPair{
+	{"rxe0", "rxe1", netip.MustParseAddr("10.77.0.1"), netip.MustParseAddr("10.77.0.2")},
+	{"siw0", "siw1", netip.MustParseAddr("10.78.0.1"), netip.MustParseAddr("10.78.0.2")},
+}
+
+// softCM names the environment variable with the addresses.
+const softCM = "RINGSIDE_TEST_SOFT_CM"
+
+func init() {
+	if a, b, ok := strings.Cut(os.Getenv(softCM), ","); ok {
+		cmPairs = []cmPair{{"soft0", "soft0", netip.MustParseAddr(a), netip.MustParseAddr(b)}}
 	}
 }
 
-// The devices of test/soft-roce, with their addresses.
-var cmPairs = []struct {
-	here, there string
-	from, to    netip.Addr
-}{
-	{"rxe0", "rxe1", netip.MustParseAddr("10.77.0.1"), netip.MustParseAddr("10.77.0.2")},
-	{"siw0", "siw1", netip.MustParseAddr("10.78.0.1"), netip.MustParseAddr("10.78.0.2")},
+// The same tests between software NICs, where nobody else has their UDP port; then on a network that loses datagrams.
+func TestCMSoft(t *testing.T) {
+	n := testutil.NewNetwork(t)
+	at := softCM + "=" + n.Addrs[0].String() + "," + n.Second.String()
+	for name, env := range map[string]string{"clean": "", "bad": "RINGSIDE_SOFT_FAULTS=loss=15%,duplicate=10%,reorder=15%"} {
+		t.Run(name, func(t *testing.T) { n.RunAgain(t, "^TestCM(Connection|Refused|Soft[A-Z].*)$", at, env) })
+	}
 }
 
 // A cmNode is a device with what queue pairs are made on.

@@ -44,6 +44,7 @@ type netPort struct {
 	closed  bool
 	qps     map[ib.QPN]*wireQP
 	uds     map[ib.QPN]*wireUD
+	gsi     *gsi // queue pair 1; nil: nobody has used it
 	timers  wheel
 	wakeAt  time.Duration // what drive waits for at most; neverWake: nothing
 	taken   []*wireQP     // what ready was swapped with
@@ -115,6 +116,9 @@ func (w *nobody) close(error) {}
 func (p *netPort) close() {
 	p.mu.Lock()
 	p.closed = true
+	if p.gsi != nil {
+		p.gsi.engine.Close()
+	}
 	p.sock.Close()
 	p.mu.Unlock()
 	p.wake()
@@ -182,6 +186,9 @@ func (p *netPort) turn(receive bool) (some bool) {
 	}
 	if len(p.late) > 0 && p.now >= p.lateAt {
 		p.acknowledge()
+	}
+	if p.gsi != nil {
+		p.gsi.expire()
 	}
 	for i := 0; receive && i < maxBatches; i++ {
 		n, more, err := p.sock.Receive(time.Time{}, p.recv)
@@ -284,6 +291,11 @@ func (p *netPort) wakeInTime() {
 	if len(p.late) > 0 {
 		at = min(at, p.lateAt)
 	}
+	if p.gsi != nil {
+		if d := p.gsi.engine.Deadline(); d != 0 {
+			at = min(at, d)
+		}
+	}
 	if len(p.blocked) > 0 || len(p.owing) > 0 || p.sock.Queued() > 0 {
 		at = min(at, p.now+blockedRetry)
 	}
@@ -303,6 +315,8 @@ func (p *netPort) receive(src netip.AddrPort, pkt *roce.Packet) {
 	if pkt.Opcode.Service() == roce.UD {
 		if u := p.uds[qpn]; u != nil {
 			u.receive(src, pkt)
+		} else if qpn == roce.GSIQP {
+			p.receiveMAD(src, pkt)
 		} else {
 			p.drops.NoQP++
 		}

@@ -160,3 +160,25 @@ func TestTakenReceiveIsFlushed(t *testing.T) {
 		t.Errorf("%+v", wc)
 	}
 }
+
+// Queue pair 1 takes what connection managers send each other, and is there only where they look for it.
+func TestStrangersAtQP1(t *testing.T) {
+	x := newNetTest(t, false)
+	mad := func(change func(*roce.Packet), n int) {
+		p := &roce.Packet{Opcode: roce.Op(roce.UD, roce.SendOnly), PKey: roce.DefaultPKey, DestQP: roce.GSIQP, SrcQP: roce.GSIQP, QKey: roce.GSIQKey}
+		change(p)
+		x.send(x.sock, p, n)
+	}
+	d := &x.port.drops
+	if x.port.sock.Local().Port() != roce.Port { // another process has it
+		mad(func(*roce.Packet) {}, roce.MADLen)
+		x.counts("no connection manager", &d.NoQP)
+		return
+	}
+	mad(func(p *roce.Packet) { p.QKey = 1 }, roce.MADLen)
+	x.counts("another Q_Key", &d.QKey)
+	mad(func(p *roce.Packet) { p.SrcQP = 2 }, roce.MADLen)
+	x.counts("another queue pair", &d.Source)
+	mad(func(*roce.Packet) {}, 16)
+	x.counts("no message", &x.port.gsi.engine.Counters.Malformed)
+}

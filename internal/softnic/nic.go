@@ -56,9 +56,10 @@ type NIC struct {
 	work   *mailbox[func()]
 	done   chan struct{} // the worker has ended
 
-	gids     gidTable
-	netPorts atomic.Pointer[[]*netPort] // that are open; replaced under gids.mu
-	sleepers atomic.Int32               // CQs that are armed
+	gids      gidTable
+	netPorts  atomic.Pointer[[]*netPort] // that are open; replaced under gids.mu
+	listeners []*cmListener              // guarded by mu
+	sleepers  atomic.Int32               // CQs that are armed
 
 	stalled   atomic.Int32 // QPs whose head request waits
 	stalledMu sync.Mutex
@@ -368,13 +369,19 @@ func (n *NIC) Close() error {
 		return err
 	}
 	n.closed = true
+	listeners := slices.Clone(n.listeners)
 	n.mu.Unlock()
+	for _, l := range listeners {
+		l.Close()
+	}
 	registryMu.Lock()
 	delete(registry, n.gid)
 	registryMu.Unlock()
 	n.closeShared()
 	if ports := n.netPorts.Load(); ports != nil {
+		until := time.Now().Add(linger)
 		for _, p := range *ports {
+			p.sayGoodbye(until)
 			p.close()
 		}
 	}

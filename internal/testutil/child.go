@@ -78,11 +78,20 @@ func StartChild(t testing.TB, name string, args ...string) *Child {
 // StartChildEnv is StartChild with additional environment entries (KEY=value).
 func StartChildEnv(t testing.TB, env []string, name string, args ...string) *Child {
 	t.Helper()
+	return StartChildIn(t, "", env, name, args...)
+}
+
+// StartChildIn is StartChildEnv in a network namespace (see NewNetwork) if it has a name.
+func StartChildIn(t testing.TB, namespace string, env []string, name string, args ...string) *Child {
+	t.Helper()
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	c := &Child{t: t, name: name, cmd: exec.Command(exe, args...), lines: make(chan string, 4096), done: make(chan struct{})}
+	if namespace != "" {
+		c.cmd = exec.Command("ip", append([]string{"netns", "exec", namespace, exe}, args...)...)
+	}
 	c.cmd.Env = append(append(os.Environ(), childEnv+"="+name), env...)
 	if c.stdin, err = c.cmd.StdinPipe(); err != nil {
 		t.Fatal(err)

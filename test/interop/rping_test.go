@@ -117,8 +117,8 @@ func TestArgumentsOfRpingThatMakeNoSense(t *testing.T) {
 		{"rping -s -C -1", "-1 pings"},
 		{"rping -s 10.77.0.1", "unknown command"},
 		{"rping -s --ib-dev nothing", "no such device"},
-		{"rping -s --ib-dev soft0", "no connection manager"},
-		{"rping -c -a 127.0.0.1 --ib-dev soft0", "no connection manager"},
+		{"rping -s -a 192.0.2.1 --ib-dev soft0", "none of this software NIC's addresses"},
+		{"rping -c -a 127.0.0.1 -I 192.0.2.1 --ib-dev soft0", "none of this software NIC's addresses"},
 	} {
 		t.Run(c.args, func(t *testing.T) { fails(t, c.args, c.want) })
 	}

@@ -18,7 +18,7 @@ func TestArgumentsOfUcmatoseThatMakeNoSense(t *testing.T) {
 		{"ucmatose -p 65536", "port 65536"},
 		{"ucmatose 10.77.0.1", "unknown command"},
 		{"ucmatose --ib-dev nothing", "no such device"},
-		{"ucmatose --ib-dev soft0", "no connection manager"},
+		{"ucmatose -b 192.0.2.1 --ib-dev soft0", "none of this software NIC's addresses"},
 	} {
 		t.Run(c.args, func(t *testing.T) { fails(t, c.args, c.want) })
 	}

@@ -271,7 +271,7 @@ func TestAbandon(t *testing.T) {
 				who, other = other, who
 			}
 			who.c.Abandon(n.now)
-			n.run(10 * time.Second)
+			n.run(time.Second)
 			if fmt.Sprint(other.end()) != fmt.Sprint(c.want) || who.end() != nil {
 				t.Errorf("%v, and who has given up has heard %v", other.end(), who.end())
 			}
@@ -404,6 +404,15 @@ func TestStrangers(t *testing.T) {
 		}
 		if r, ok := send(from, &roce.DREQ{LocalID: remote, RemoteID: id, RemoteQPN: server.c.qpn}).(*roce.DREP); !ok || r.LocalID != id || r.RemoteID != remote {
 			t.Errorf("DREQ: %+v", r)
+		}
+	}
+	a.dial(b, nil)
+	n.run(time.Millisecond)
+	waits := s.came[1]
+	for _, m := range []*roce.REJ{{LocalID: waits.c.remoteID, RemoteID: waits.c.localID, Reason: roce.RejectConsumer},
+		{LocalID: waits.c.remoteID, Reason: roce.RejectTimeout, InfoLen: 8, Info: [72]byte{7: 1}}} {
+		if send(addrs[2], m); waits.end() != nil {
+			t.Errorf("a stranger has ended a request: %+v, %v", m, waits.end())
 		}
 	}
 	if r := send(a.addr, &roce.DREQ{LocalID: remote, RemoteID: local, RemoteQPN: server.c.qpn + 1}); r != nil {

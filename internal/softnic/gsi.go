@@ -1,0 +1,148 @@
+package softnic
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"syscall"
+	"time"
+
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/internal/softnic/cm"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// A gsi is queue pair 1 of a netPort: the connection manager's. There is one once somebody has used it, here or a peer. Guarded by
+// the port's mu.
+type gsi struct {
+	port   *netPort
+	engine *cm.Engine
+	psn    ib.PSN
+}
+
+// openGSI returns the port's queue pair 1. Only a port that has the standard UDP port has one: peers look for it nowhere else.
+// Called with mu held.
+func (p *netPort) openGSI() *gsi {
+	if p.gsi == nil && p.sock.Local().Port() == roce.Port {
+		g := &gsi{port: p}
+		g.engine = cm.New(cm.Config{Local: p.sock.Local().Addr(), GUID: p.nic.guid, MTU: wireMTU(p.mtu), Rand: rand.Uint32, Out: g})
+		p.gsi = g
+	}
+	return p.gsi
+}
+
+// receiveMAD takes a packet to queue pair 1. Called with mu held.
+func (p *netPort) receiveMAD(src netip.AddrPort, pkt *roce.Packet) {
+	switch g := p.openGSI(); {
+	case g == nil:
+		p.drops.NoQP++
+	case pkt.QKey != roce.GSIQKey:
+		p.drops.QKey++
+	case pkt.SrcQP != roce.GSIQP:
+		p.drops.Source++
+	default:
+		g.engine.Receive(src.Addr(), pkt.Payload, p.now)
+	}
+}
+
+// expire does what is due.
+func (g *gsi) expire() {
+	if at := g.engine.Deadline(); at != 0 && at <= g.port.now {
+		g.engine.Expire(g.port.now)
+	}
+}
+
+// Send implements cm.Output. What the socket has no room for is lost, as it could be on the way.
+func (g *gsi) Send(to netip.Addr, b *[roce.MADLen]byte) {
+	sock := g.port.sock
+	peer, err := sock.Peer(netip.AddrPortFrom(to, roce.Port))
+	if err != nil {
+		return
+	}
+	pkt := roce.Packet{Opcode: roce.Op(roce.UD, roce.SendOnly), PKey: roce.DefaultPKey, DestQP: roce.GSIQP, PSN: g.psn, QKey: roce.GSIQKey, SrcQP: roce.GSIQP}
+	payload, ok := peer.Packet(&pkt, roce.MADLen)
+	if !ok {
+		return
+	}
+	g.psn = g.psn.Add(1)
+	copy(payload, b[:])
+	peer.Commit()
+}
+
+// manage has f do something with the connection manager.
+func (p *netPort) manage(f func(e *cm.Engine, now time.Duration) error) error {
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return driver.ErrClosed
+	}
+	p.now = time.Since(p.born)
+	err := f(p.openGSI().engine, p.now)
+	p.sock.Flush()
+	p.wakeInTime()
+	p.mu.Unlock()
+	p.run()
+	return err
+}
+
+// linger is how long the NIC's end waits for peers to hear of the end of their connections.
+const linger = 500 * time.Millisecond
+
+// sayGoodbye waits for that.
+func (p *netPort) sayGoodbye(until time.Time) {
+	for pause := 100 * time.Microsecond; time.Now().Before(until); pause = min(2*pause, 10*time.Millisecond) {
+		p.mu.Lock()
+		left := p.gsi != nil && p.gsi.engine.Leaving() > 0
+		p.mu.Unlock()
+		if !left {
+			return
+		}
+		time.Sleep(pause)
+	}
+}
+
+// cmPort returns the port of an address for the connection manager, and the index of the GID.
+func (n *NIC) cmPort(a netip.Addr) (*netPort, int, error) {
+	index := n.gids.indexOf(a)
+	if index == 0 {
+		return nil, 0, fmt.Errorf("%w: %v is none of this software NIC's addresses, which are those of the host's interfaces but for link-local ones",
+			driver.ErrUnreachable, a)
+	}
+	p, err := n.netPortAt(index)
+	if err != nil {
+		return nil, 0, fmt.Errorf("%w: %w", driver.ErrUnreachable, err)
+	}
+	if p.sock.Local().Port() != roce.Port {
+		return nil, 0, fmt.Errorf("%w: UDP port %d at %v, where connection managers look for each other, belongs to another process or software NIC "+
+			"(the kernel's rxe has it on all addresses): use another address, or end who has it and open the device again: %w",
+			driver.ErrUnreachable, roce.Port, a, syscall.EADDRINUSE)
+	}
+	return p, index, nil
+}
+
+// indexOf returns the index of an address; 0: there is none.
+func (t *gidTable) indexOf(a netip.Addr) int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.refresh()
+	for i, s := range t.slots {
+		if s.there && s.addr == a.Unmap() {
+			return i + 1
+		}
+	}
+	return 0
+}
+
+// addresses returns all of a family, or all.
+func (t *gidTable) addresses(all, v4 bool) (list []netip.Addr) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.refresh()
+	for _, s := range t.slots {
+		if s.there && (all || s.addr.Is4() == v4) {
+			list = append(list, s.addr)
+		}
+	}
+	return list
+}
