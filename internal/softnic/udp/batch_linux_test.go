@@ -4,6 +4,10 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ringside-rdma/ringside/internal/testutil"
 )
 
 // Which packets leave in one piece.
@@ -54,6 +58,26 @@ func TestGroup(t *testing.T) {
 		}
 		if n := b.group(skip, len(tc.pkts), false); n != len(tc.pkts) {
 			t.Errorf("%s: %d messages where no pieces are possible", tc.what, n)
+		}
+	}
+}
+
+// The socket holds what it asks for, also where net.core.rmem_max is Linux' usual 208 KiB, if the process may have that.
+func TestBuffers(t *testing.T) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 4096); err != nil {
+		testutil.Skip(t, "this process may not administer the network: "+err.Error())
+	}
+	if err := setOptions(fd, true); err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range []int{unix.SO_RCVBUF, unix.SO_SNDBUF} {
+		if n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, o); err != nil || n < bufferLen {
+			t.Errorf("option %d: %d bytes, %v; asked for %d", o, n, err, bufferLen)
 		}
 	}
 }

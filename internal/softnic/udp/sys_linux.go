@@ -104,9 +104,13 @@ func sockaddrOf(a netip.AddrPort) unix.Sockaddr {
 
 // setOptions makes a socket one that RoCEv2 can leave from.
 func setOptions(fd int, v4 bool) error {
-	// The system gives what it allows (net.core.rmem_max and wmem_max).
-	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, bufferLen)
-	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, bufferLen)
+	// The system gives what it allows (net.core.rmem_max and wmem_max), and who may administer the network (CAP_NET_ADMIN) as
+	// much as it asks for. What several peers send at once overruns Linux' usual 208 KiB.
+	for _, b := range [...]struct{ force, ask int }{{unix.SO_RCVBUFFORCE, unix.SO_RCVBUF}, {unix.SO_SNDBUFFORCE, unix.SO_SNDBUF}} {
+		if unix.SetsockoptInt(fd, unix.SOL_SOCKET, b.force, bufferLen) != nil {
+			unix.SetsockoptInt(fd, unix.SOL_SOCKET, b.ask, bufferLen)
+		}
+	}
 	unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1) // older systems do not have it
 	if v4 {
 		return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO)
