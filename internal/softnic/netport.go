@@ -54,7 +54,8 @@ type netPort struct {
 	owing   []*wireQP     // have an acknowledgement that waits for company
 	late    []*wireQP     // have something to acknowledge that the peer does not wait for
 	lateAt  time.Duration // when that is to be done, if late is not empty
-	now     time.Duration // of this turn
+	now     time.Duration // of this turn, or this part of it
+	putOff  int           // turns that timers have waited for packets that are left in the socket
 	pkt     roce.Packet   // a datagram that is being sent
 
 	drops  dropCounters
@@ -170,10 +171,17 @@ func (n *NIC) pollPorts() (some bool) {
 	return some
 }
 
-// maxBatches bounds how much one turn receives.
-const maxBatches = 4
+const (
+	// maxBatches bounds how much one turn receives.
+	maxBatches = 4
+	// maxPutOff bounds for how many turns timers wait for packets that are left in the socket: as many turns as a full one takes.
+	maxPutOff = 64
+)
 
 // turn moves packets. Called with mu held.
+//
+// A timer is looked at only when the socket has been emptied, since what it waits for may lie there: who was away, or busy, for
+// longer than a peer has to answer would send everything again, and be busy with that.
 func (p *netPort) turn(receive bool) (some bool) {
 	p.again.Store(false)
 	if p.closed {
@@ -181,21 +189,23 @@ func (p *netPort) turn(receive bool) (some bool) {
 	}
 	p.now = time.Since(p.born)
 	p.sendReady()
-	if p.timers.count > 0 {
-		p.timers.due(p.now, (*wireQP).expire)
-	}
 	if len(p.late) > 0 && p.now >= p.lateAt {
 		p.acknowledge()
 	}
 	if p.gsi != nil {
 		p.gsi.expire()
 	}
+	timers, left := receive && p.timers.count > 0, false
 	for i := 0; receive && i < maxBatches; i++ {
+		if i > 0 {
+			p.now = time.Since(p.born)
+		}
 		n, more, err := p.sock.Receive(time.Time{}, p.recv)
 		if n == 0 && p.faults != nil && len(p.faults.held) > 0 {
 			n = len(p.faults.held)
 			p.faults.late(true, p.receive)
 		}
+		left = err == nil && n > 0
 		if err != nil || n == 0 {
 			break
 		}
@@ -206,6 +216,14 @@ func (p *netPort) turn(receive bool) (some bool) {
 			w.pump(true)
 		}
 		p.touched = p.touched[:0]
+	}
+	switch {
+	case !timers:
+	case left && p.putOff < maxPutOff:
+		p.putOff++
+	default:
+		p.putOff = 0
+		p.timers.due(p.now, (*wireQP).expire)
 	}
 	if !some {
 		p.settle()
@@ -264,6 +282,9 @@ func (p *netPort) sendReady() {
 	p.ready, p.taken = p.taken[:0], p.ready
 	p.readyMu.Unlock()
 	for i, w := range p.taken {
+		if i > 0 { // sending for many takes long: who is served late has the whole time for an answer, too
+			p.now = time.Since(p.born)
+		}
 		p.taken[i] = nil
 		w.queued.Store(false)
 		w.pump(false)

@@ -182,3 +182,34 @@ func TestStrangersAtQP1(t *testing.T) {
 	mad(func(*roce.Packet) {}, 16)
 	x.counts("no message", &x.port.gsi.engine.Counters.Malformed)
 }
+
+// What the timer waits for may lie in the socket, when nobody has looked there for a while.
+func TestAcknowledgementBeforeTimer(t *testing.T) {
+	const timeout = 4 * time.Millisecond
+	x := newNetTest(t, false)
+	err := x.e.q.Modify(t.Context(), &ib.QPAttr{State: ib.RTS, AckTimeout: ib.AckTimeoutFor(timeout), RetryCount: 7, RNRRetry: 7, MaxRdAtomic: 1},
+		ib.AttrState|ib.AttrAckTimeout|ib.AttrRetryCount|ib.AttrRNRRetry|ib.AttrSQPSN|ib.AttrMaxRdAtomic)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The port is this test's until both are there: the acknowledgement, and the end of the time for it.
+	x.port.mu.Lock()
+	x.e.send(ib.SendWR{ID: 9, Opcode: ib.OpSend, Flags: ib.SendSignaled, SGEs: x.e.sge(0, 8)})
+	x.port.turn(false)
+	w := x.port.qps[x.e.q.QPN()]
+	if n := w.req.Counters.Sent; n != 1 {
+		t.Errorf("%d packets were sent", n)
+	}
+	ack := x.packet(roce.Acknowledge)
+	ack.PSN, ack.AckReq, ack.Syndrome, ack.MSN = 0, false, roce.Ack, 1
+	x.send(x.sock, ack, 0)
+	time.Sleep(3 * timeout)
+	x.port.turn(true)
+	if n := w.req.Counters.Timeouts; n != 0 {
+		t.Errorf("%d timeouts", n)
+	}
+	x.port.mu.Unlock()
+	if wc := x.e.poll(); wc.ID != 9 || wc.Status != ib.WCSuccess {
+		t.Errorf("%+v", wc)
+	}
+}
