@@ -188,10 +188,26 @@ func role(goServes bool) string {
 
 func pingPongWithC(t *testing.T, o pingPong, name string, d pairing, goServes bool) {
 	o.device, o.gidIndex = d.ours, gidSlot
-	o.fill = 0x7b // what the C programs' buffers are full of
-	if o.service == srq {
-		o.fill = 0
+	o.fill = fillOfC(o.service)
+	m := meeting{pairing: d, goServes: goServes, program: name, args: pingPongArgs(o),
+		run: func(ctx context.Context, l net.Listener, addr string, port int, wait func()) (fmt.Stringer, error) {
+			o := o
+			o.listener, o.server, o.port, o.beforeClose = l, addr, port, wait
+			return o.run(ctx)
+		}}
+	tolerant(t, o.service == uc || o.service == ud, func(limit time.Duration) error { return m.hold(t, limit) })
+}
+
+// fillOfC is what the buffers of the C programs are full of.
+func fillOfC(s service) int {
+	if s == srq {
+		return 0
 	}
+	return 0x7b
+}
+
+// pingPongArgs are the arguments of the C program that the same options give.
+func pingPongArgs(o pingPong) []string {
 	args := []string{"-c", "-s", strconv.Itoa(o.size), "-n", strconv.Itoa(o.iters), "-r", strconv.Itoa(o.rxDepth)}
 	if o.events {
 		args = append(args, "-e")
@@ -199,20 +215,22 @@ func pingPongWithC(t *testing.T, o pingPong, name string, d pairing, goServes bo
 	if o.service != ud {
 		args = append(args, "-m", strconv.Itoa(o.mtu))
 	}
-	m := meeting{pairing: d, goServes: goServes, program: name, args: args,
-		run: func(ctx context.Context, l net.Listener, addr string, port int, wait func()) (fmt.Stringer, error) {
-			o := o
-			o.listener, o.server, o.port, o.beforeClose = l, addr, port, wait
-			return o.run(ctx)
-		}}
-	// A datagram that is dropped, which UC and UD allow, ends the game: nobody sends it again, and both wait for ever. Only
-	// that is tried again; data that is wrong is wrong the first time.
+	if o.service == srq {
+		args = append(args, "-q", strconv.Itoa(o.numQP))
+	}
+	return args
+}
+
+// tolerant runs something that datagrams which are lost may end, which UC and UD allow: nobody sends them again, and both sides
+// wait for ever. Only that is tried again; data that is wrong is wrong the first time.
+func tolerant(t *testing.T, datagrams bool, run func(limit time.Duration) error) {
+	t.Helper()
 	tries, limit := 1, 2*testutil.Patience
-	if o.service == uc || o.service == ud {
+	if datagrams {
 		tries, limit = 3, testutil.Patience
 	}
 	for {
-		err := m.hold(t, limit)
+		err := run(limit)
 		if err == nil {
 			return
 		}
