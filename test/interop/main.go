@@ -1,10 +1,11 @@
-// Interop talks RDMA with programs that were not written here. It has three parts:
+// Interop talks RDMA with programs that were not written here. It has four parts:
 //
 //   - rc, uc, ud and srq are the examples ibv_rc_pingpong, ibv_uc_pingpong, ibv_ud_pingpong and ibv_srq_pingpong of
 //     rdma-core, in both roles, over ringside's public packages: the same options, the same words over TCP, the same
 //     messages. Either side can be the C program.
 //   - rping and ucmatose are the examples of librdmacm by these names, in both roles: their options, and their messages on
 //     connections that the system's connection manager makes, which is how iWARP devices are connected.
+//   - perftest is ib_send_lat, ib_write_bw and their kin of perftest, in both roles, with one queue pair.
 //   - integrity does random reads, writes, sends and atomics with a peer that computes the same sequence, which is this
 //     program or testdata/integrity.c, and compares all memory with a model.
 //
@@ -22,6 +23,8 @@ import (
 	"os/signal"
 
 	"github.com/spf13/cobra"
+
+	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
 func main() {
@@ -41,7 +44,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		SilenceErrors: true,
 	}
 	root.AddCommand(newPingPong(rc, "RC"), newPingPong(uc, "UC"), newPingPong(ud, "UD"),
-		newPingPong(srq, "RC over one shared receive queue"), newRping(), newUcmatose(), newIntegrity())
+		newPingPong(srq, "RC over one shared receive queue"), newRping(), newUcmatose(), newPerftest(), newIntegrity())
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
@@ -163,6 +166,50 @@ func cmFlags(cmd *cobra.Command, o *cmSide) {
 	f.IntVarP(&o.port, "port", "p", o.port, "port to listen on, 0 for any, or to dial")
 	f.StringVar(&o.device, "ib-dev", "", "RDMA device, which must be the address's; default the best that there is")
 	f.BoolVarP(&o.events, "events", "e", false, "sleep until a completion event instead of polling")
+}
+
+func newPerftest() *cobra.Command {
+	cmd := &cobra.Command{Use: "perftest", Short: "As perftest's ib_send_lat and its kin"}
+	for _, program := range perftestPrograms {
+		cmd.AddCommand(newPerftestProgram(program))
+	}
+	return cmd
+}
+
+func newPerftestProgram(program string) *cobra.Command {
+	o := perftestDefaults(program)
+	typ := "RC"
+	cmd := &cobra.Command{
+		Use:   program + " [SERVER]",
+		Short: "As ib_" + program,
+		Args:  cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				o.server = args[0]
+			}
+			var ok bool
+			if o.typ, ok = map[string]ib.QPType{"RC": ib.RC, "UC": ib.UC, "UD": ib.UD}[typ]; !ok {
+				return fmt.Errorf("connection %q: there are RC, UC and UD", typ)
+			}
+			r, err := o.run(cmd.Context())
+			if err != nil {
+				return err
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), r)
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	deviceFlags(cmd, &o.port, &o.device, &o.ibPort, &o.gid, &o.events)
+	f.StringVar(&typ, "connection", typ, "RC, UC or UD; the same on both sides, as are size and iters")
+	f.IntVarP(&o.size, "size", "s", o.size, "bytes of a message")
+	f.IntVarP(&o.iters, "iters", "n", o.iters, "messages")
+	f.IntVarP(&o.mtu, "mtu", "m", o.mtu, "path MTU in bytes, default the port's; the smaller one counts")
+	f.IntVarP(&o.txDepth, "tx-depth", "t", o.txDepth, "requests in flight")
+	f.IntVarP(&o.rxDepth, "rx-depth", "r", o.rxDepth, "receives to post at a time")
+	f.IntVarP(&o.reads, "outs", "o", o.reads, "RDMA READs and atomics in flight that the peer may have")
+	f.BoolVarP(&o.check, "chk", "c", false, "compare what comes with what perftest fills its memory with")
+	return cmd
 }
 
 func newIntegrity() *cobra.Command {

@@ -38,6 +38,17 @@ func TestArgumentsThatMakeNoSense(t *testing.T) {
 		{"srq -d soft0 -g 0 -q 10 -r 9", "9 receives are too few"},
 		{"rc one two", "at most 1 arg"},
 		{"integrity -d soft0", "-g"},
+		{"perftest send_lat -d soft0", "-g"},
+		{"perftest send_lat -d soft0 -g 0 -s 0", "messages of 0 bytes"},
+		{"perftest send_lat -d soft0 -g 0 -c", "it takes 8"},
+		{"perftest send_lat -d soft0 -g 0 --connection XRC", "RC, UC and UD"},
+		{"perftest read_bw -d soft0 -g 0 --connection UC", "another transport service"},
+		{"perftest write_bw -d soft0 -g 0 -m 1000", "an MTU of 1000 bytes"},
+		{"perftest atomic_bw -d soft0 -g 0 -s 16", "such of 8"},
+		{"perftest write_lat -d soft0 -g 0 -e", "there are no events"},
+		{"perftest read_lat -d soft0 -g 0 -o 0", "0 READs"},
+		{"perftest send_bw -d soft0 -g 0 -n 0", "0 messages"},
+		{"perftest send_bw -d soft0 -g 0 -r 0", "0 receives"},
 	} {
 		t.Run(c.args, func(t *testing.T) {
 			var out, errs strings.Builder

@@ -17,6 +17,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/verbs"
+	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
 // The software NIC against the kernel's rxe: this side of a run is in a process of its own, in the network namespace at the other
@@ -26,7 +27,7 @@ func init() { testutil.RegisterChild("interop-runs", serveRuns) }
 
 // An order asks the process for one run. Each becomes the options of what it names.
 type order struct {
-	What   string // rc, uc, ud, srq or integrity
+	What   string // rc, uc, ud, srq, integrity, or one of perftestPrograms
 	Server string // where the C program serves; empty: be the server
 	Port   int    // ... and its TCP port
 	Limit  time.Duration
@@ -34,6 +35,8 @@ type order struct {
 	Size, MTU, RxDepth, Iters, NumQP, Fill int
 	Events                                 bool
 	Seed                                   uint64
+	Type                                   ib.QPType // of perftest
+	TxDepth                                int       // ... and this
 }
 
 // What the process answers, a line each: the TCP port that it listens on, that it is done but still answers the peer, and how it
@@ -119,6 +122,11 @@ func (o *order) run(ctx context.Context, addr netip.Addr, gid int, wait func()) 
 		}
 		fmt.Println(sayPort + strconv.Itoa(l.Addr().(*net.TCPAddr).Port))
 	}
+	if p := perftestDefaults(o.What); p != nil {
+		p.device, p.gid, p.listener, p.server, p.port, p.beforeClose = "soft0", gid, l, o.Server, o.Port, wait
+		p.typ, p.size, p.iters, p.txDepth, p.events, p.check = o.Type, o.Size, o.Iters, o.TxDepth, o.Events, true
+		return p.run(ctx)
+	}
 	switch o.What {
 	case "integrity":
 		i := integrityDefaults()
@@ -159,6 +167,7 @@ func newSoftPeer(t *testing.T) *softPeer {
 // (whose flag is gidFlag), port and server.
 func (p *softPeer) meet(t *testing.T, o order, goServes bool, limit time.Duration, program, gidFlag string, args []string) error {
 	t.Helper()
+	limit = min(limit, testutil.Patience*4/5) // the process says that time is up before this side stops waiting for a line
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
 	o.Limit = limit
@@ -237,7 +246,7 @@ func found(t *testing.T, program string) string {
 func TestSoftPingPongWithC(t *testing.T) {
 	p := newSoftPeer(t)
 	eachRun(t, func(t *testing.T, o pingPong) {
-		if testing.Short() && (o.size > 4096) != o.events && o.service != ud {
+		if testing.Short() && (o.size == 1 || (o.size > 4096) != o.events && o.service != ud) {
 			t.Skip("left out by -short")
 		}
 		name := found(t, "ibv_"+string(o.service)+"_pingpong")
@@ -266,6 +275,9 @@ func TestSoftIntegrityWithC(t *testing.T) {
 	random := uint64(time.Now().UnixNano()) // told in the log
 	for _, goServes := range []bool{true, false} {
 		for i, seed := range []uint64{1, 2, random} {
+			if testing.Short() && i == 0 {
+				continue
+			}
 			t.Run(fmt.Sprintf("%s/%d", role(goServes), i+1), func(t *testing.T) {
 				t.Logf("seed %#x", seed)
 				o := order{What: "integrity", Iters: integrityRounds, MTU: 512, Seed: seed, Events: i == 1}
@@ -282,4 +294,40 @@ func TestSoftIntegrityWithC(t *testing.T) {
 			})
 		}
 	}
+}
+
+// perftestArgs are the arguments of the C program that the same options give.
+func perftestArgs(o perftest) []string {
+	args := []string{"-F", "-n", strconv.Itoa(o.iters), "-c", o.typ.String()} // -F: whatever the processor's frequency does
+	if o.verb != "atomic" {
+		args = append(args, "-s", strconv.Itoa(o.size))
+	}
+	if o.bw {
+		args = append(args, "-t", strconv.Itoa(o.txDepth))
+	}
+	return args
+}
+
+// The software NIC and perftest on rxe. What the C programs send, and what they let be read, is compared with what they have in
+// their memory; they themselves compare nothing. They always poll: with events, theirs hang (they take one completion for each
+// event, of whichever queue it is). With -short, one size with each program, and only RC in both roles.
+func TestSoftPerftestWithC(t *testing.T) {
+	p := newSoftPeer(t)
+	eachPerftest(t, func(t *testing.T, o perftest) {
+		if testing.Short() && (o.size != 1500 && o.verb != "atomic" || o.events != (o.typ == ib.UC && o.program() != "write_lat")) {
+			t.Skip("left out by -short")
+		}
+		name := found(t, "ib_"+o.program())
+		for _, goServes := range []bool{true, false} {
+			if testing.Short() && o.typ != ib.RC && goServes != o.bw {
+				continue
+			}
+			t.Run(role(goServes), func(t *testing.T) {
+				order := order{What: o.program(), Type: o.typ, Size: o.size, Iters: o.iters, TxDepth: o.txDepth, Events: o.events}
+				tolerant(t, o.typ != ib.RC, func(limit time.Duration) error {
+					return p.meet(t, order, goServes, limit, name, "-x", perftestArgs(o))
+				})
+			})
+		}
+	})
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"strconv"
@@ -70,6 +71,21 @@ func both(t *testing.T, server, client func() (fmt.Stringer, error)) {
 	}
 }
 
+// together returns what two sides call before they close: neither closes before the other is done.
+func together(ctx context.Context) (a, b func()) {
+	doneA, doneB := make(chan struct{}), make(chan struct{})
+	meet := func(mine, theirs chan struct{}) func() {
+		return func() {
+			close(mine)
+			select {
+			case <-theirs:
+			case <-ctx.Done():
+			}
+		}
+	}
+	return meet(doneA, doneB), meet(doneB, doneA)
+}
+
 func TestPingPongOnSoftwareNIC(t *testing.T) {
 	eachRun(t, func(t *testing.T, o pingPong) {
 		ctx := patient(t)
@@ -77,22 +93,7 @@ func TestPingPongOnSoftwareNIC(t *testing.T) {
 		server, client := o, o
 		server.listener, client.port = local(t)
 		client.server = "127.0.0.1"
-		// Neither side closes before the other is done: see pingPong.beforeClose.
-		served, asked := make(chan struct{}), make(chan struct{})
-		server.beforeClose = func() {
-			close(served)
-			select {
-			case <-asked:
-			case <-ctx.Done():
-			}
-		}
-		client.beforeClose = func() {
-			close(asked)
-			select {
-			case <-served:
-			case <-ctx.Done():
-			}
-		}
+		server.beforeClose, client.beforeClose = together(ctx)
 		both(t, func() (fmt.Stringer, error) { return server.run(ctx) }, func() (fmt.Stringer, error) { return client.run(ctx) })
 	})
 }
