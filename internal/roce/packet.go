@@ -51,7 +51,7 @@ const (
 	DropShort   Drop = iota + 1 // shorter than the headers that its opcode has
 	DropVersion                 // a transport version other than 0
 	DropOpcode                  // an opcode that does not exist, or that this library does not speak
-	DropPad                     // padding that the payload does not have, or where there can be none
+	DropPad                     // padding that the payload does not have, or of none
 	DropLength                  // a payload where there can be none, or of a length that there cannot be
 	DropICRC                    // the invariant CRC does not match
 	Drops                       // how many reasons there are, and one
@@ -85,7 +85,8 @@ const (
 )
 
 // Decode takes a packet apart. b is what stands between the UDP header and the invariant CRC; p.Payload refers to it.
-// Decode checks all that can be checked without knowing the queue pair. Its error is a Drop; p is then as it was.
+// Decode checks that the packet is one. What is wrong with one that a responder has to answer, such as a packet in the middle of a
+// message that is not full, it leaves to that. Its error is a Drop; p is then as it was.
 func (p *Packet) Decode(b []byte) error {
 	if len(b) < BTHLen {
 		return DropShort
@@ -110,15 +111,12 @@ func (p *Packet) Decode(b []byte) error {
 		if pad != 0 {
 			return DropPad
 		}
-	case pad > len(payload), pad != 0 && info.has&isLast == 0:
+	case pad > len(payload):
 		return DropPad
 	case len(payload)&3 != 0, op == Op(RC, AtomicWrite) && len(payload) != 8:
 		return DropLength
 	}
 	payload = payload[:len(payload)-pad]
-	if len(payload) == 0 && info.has&hasPayload != 0 && info.has&isOnly != isOnly {
-		return DropLength // only a message of one packet can be empty
-	}
 	p.Opcode = op
 	p.Solicited = b[1]&bitSE != 0
 	p.Migrated = b[1]&bitM != 0

@@ -125,11 +125,9 @@ func TestDecodeRefuses(t *testing.T) {
 		"UC READ":                       {"2c00ffff0000001180123456" + "00000000000000000000000000000000", DropOpcode},
 		"UD SEND_FIRST":                 {"6000ffff0000001180123456" + "0000000000000000", DropOpcode},
 		"more padding than payload":     {"0430ffff0000001180123456", DropPad},
-		"padding in the first packet":   {"0010ffff0000001180123456" + "6865cc00", DropPad},
 		"padding of no payload":         {"1110ffff0000001180123456" + "1f000000", DropPad},
 		"payload of an acknowledgement": {"1100ffff0000001180123456" + "1f000000" + "00000000", DropLength},
 		"not a multiple of four":        {"0420ffff0000001180123456" + "68656c6c6f20726f6365", DropLength},
-		"last of nothing":               {"0200ffff0000001180123456", DropLength},
 		"ATOMIC_WRITE of four bytes":    {"1d00ffff0000001180123456" + "00000000000000000000000000000000" + "01020304", DropLength},
 	} {
 		var p Packet

@@ -34,9 +34,7 @@ func (p *netPort) openGSI() *gsi {
 
 // receiveMAD takes a packet to queue pair 1. Called with mu held.
 func (p *netPort) receiveMAD(src netip.AddrPort, pkt *roce.Packet) {
-	switch g := p.openGSI(); {
-	case g == nil:
-		p.drops.NoQP++
+	switch g := p.gsi; {
 	case pkt.QKey != roce.GSIQKey:
 		p.drops.QKey++
 	case pkt.SrcQP != roce.GSIQP:

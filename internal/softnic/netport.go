@@ -51,6 +51,9 @@ type netPort struct {
 	touched []*wireQP     // have received something
 	blocked []*wireQP     // could not send: the socket was full
 	recv    func(netip.AddrPort, *roce.Packet)
+	conn    *wireQP       // of the packet that the socket has asked about (expect)
+	ud      *wireUD       // the same
+	mad     bool          // it is for queue pair 1
 	owing   []*wireQP     // have an acknowledgement that waits for company
 	late    []*wireQP     // have something to acknowledge that the peer does not wait for
 	lateAt  time.Duration // when that is to be done, if late is not empty
@@ -59,18 +62,8 @@ type netPort struct {
 	pkt     roce.Packet   // a datagram that is being sent
 
 	drops  dropCounters
-	faults *faults // nil: none
-}
-
-// dropCounters say why packets that were well-formed were dropped.
-type dropCounters struct {
-	NoQP    uint64 // no such queue pair, or one that is not connected
-	Source  uint64 // the connection's peer has another address
-	PKey    uint64
-	Service uint64 // a packet of another transport service than the QP's
-	QKey    uint64
-	Room    uint64 // datagrams without a receive, or longer than it
-	State   uint64 // the QP does not receive
+	left   connCounters // of connections that have ended
+	faults *faults      // nil: none
 }
 
 const neverWake time.Duration = math.MaxInt64
@@ -89,7 +82,7 @@ func openPort(n *NIC, addr netip.Addr, mtu int) (*netPort, error) {
 	p.link = newLink(n, n.gid, pathInproc)
 	p.link.full, p.link.net = !asymmetric(), true
 	p.link.out = &nobody{p.link}
-	p.recv = p.receive
+	p.recv, sock.Expect = p.deliver, p.expect
 	if p.faults, err = faultsFromEnv(); err != nil {
 		sock.Close()
 		return nil, err
@@ -326,35 +319,57 @@ func (p *netPort) wakeInTime() {
 	}
 }
 
-// receive takes one packet. Called with mu held.
-func (p *netPort) receive(src netip.AddrPort, pkt *roce.Packet) {
+// expect finds whom a packet is for, before its invariant CRC is looked at; false: for nobody. Called with mu held.
+func (p *netPort) expect(src netip.AddrPort, pkt *roce.Packet) bool {
+	p.conn, p.ud, p.mad = nil, nil, false
 	if pkt.PKey&0x7fff != roce.DefaultPKey&0x7fff {
 		p.drops.PKey++
-		return
+		return false
 	}
 	qpn := ib.QPN(pkt.DestQP)
 	if pkt.Opcode.Service() == roce.UD {
-		if u := p.uds[qpn]; u != nil {
-			u.receive(src, pkt)
-		} else if qpn == roce.GSIQP {
-			p.receiveMAD(src, pkt)
-		} else {
+		p.ud = p.uds[qpn]
+		p.mad = p.ud == nil && qpn == roce.GSIQP && p.openGSI() != nil
+		if p.ud == nil && !p.mad {
 			p.drops.NoQP++
+			return false
 		}
-		return
+		return true
 	}
 	w := p.qps[qpn]
 	switch {
 	case w == nil:
 		p.drops.NoQP++
-		return
+		return false
 	case w.addr != src.Addr():
 		p.drops.Source++
-		return
+		return false
 	case w.service != pkt.Opcode.Service():
 		p.drops.Service++
+		return false
+	}
+	p.conn = w
+	return true
+}
+
+// receive takes one packet that was expected when it came, and comes later. Called with mu held.
+func (p *netPort) receive(src netip.AddrPort, pkt *roce.Packet) {
+	if p.expect(src, pkt) {
+		p.deliver(src, pkt)
+	}
+}
+
+// deliver takes the packet that expect has said yes to. Called with mu held.
+func (p *netPort) deliver(src netip.AddrPort, pkt *roce.Packet) {
+	switch {
+	case p.ud != nil:
+		p.ud.receive(src, pkt)
+		return
+	case p.mad:
+		p.receiveMAD(src, pkt)
 		return
 	}
+	w := p.conn
 	w.receive(pkt)
 	if !w.touched {
 		w.touched = true

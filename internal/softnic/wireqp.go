@@ -264,6 +264,8 @@ func (w *wireQP) receive(pkt *roce.Packet) {
 		w.q.sq.Lock()
 		if w.req != nil && !w.over {
 			w.req.Receive(pkt, w.port.now)
+		} else {
+			w.port.drops.State++
 		}
 		w.q.sq.Unlock()
 	case !w.t.v.enter():
@@ -380,6 +382,7 @@ func (w *wireQP) detach() {
 	p.mu.Lock()
 	w.dead = true
 	delete(p.qps, w.q.qpn)
+	p.left.add(w)
 	p.users.Add(-1)
 	p.mu.Unlock()
 }

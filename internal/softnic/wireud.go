@@ -148,6 +148,10 @@ func (u *wireUD) receive(src netip.AddrPort, pkt *roce.Packet) {
 		return
 	}
 	n := uint32(len(pkt.Payload))
+	if int(n) > ib.MTU4096.Bytes() { // more than a packet can have (IBA 9.8.1.2.2)
+		drops.Room++
+		return
+	}
 	for {
 		if !v.peek(&v.slot) || v.slot.length() < n+ib.GRHLen {
 			drops.Room++

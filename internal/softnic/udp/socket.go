@@ -1,6 +1,7 @@
 package udp
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -17,8 +18,8 @@ const (
 	messages = 16
 	// slotLen is the length of a packet's buffer.
 	slotLen = roce.MaxPacket + roce.ICRCLen + 4
-	// maxFlows bounds the peers whose addresses are remembered for checking.
-	maxFlows = 1 << 12
+	// flowSlots is how many senders' addresses are remembered for checking, a power of two.
+	flowSlots = 1 << 8
 	// bufferLen is what the socket is to hold in each direction, bytes: a few windows of packets.
 	bufferLen = 4 << 20
 )
@@ -31,11 +32,13 @@ type Socket struct {
 	tx    txBatch // packets to be sent: those below queued
 	rx    rxBatch
 	qued  int
-	flows map[netip.AddrPort]*roce.ICRC
+	flows []flow // by hash of the address: who makes up addresses costs no memory
 	pkt   roce.Packet
-	last  netip.AddrPort // where the last packet came from
-	check *roce.ICRC     // and what checks it
-	ask   int            // how many messages to receive next
+	ask   int // how many messages to receive next
+
+	// Expect, if it is set, is asked of each packet before its invariant CRC is computed, which costs more than the rest: false
+	// drops the packet, and whoever said so counts it. It is set before the first Receive.
+	Expect func(src netip.AddrPort, p *roce.Packet) bool
 
 	Counters Counters
 }
@@ -50,6 +53,12 @@ type Counters struct {
 	Dropped  [roce.Drops]uint64 // received packets that are none, by why
 }
 
+// A flow is where packets come from, and what checks them.
+type flow struct {
+	src  netip.AddrPort
+	icrc roce.ICRC
+}
+
 // Listen opens a socket on an address of this host, which must be a certain one: the invariant CRC covers it. Port 0 is any
 // that is free; roce.Port is where others expect it.
 func Listen(local netip.AddrPort) (*Socket, error) {
@@ -57,7 +66,7 @@ func Listen(local netip.AddrPort) (*Socket, error) {
 	if !a.Addr().IsValid() || a.Addr().IsUnspecified() || a.Addr().IsMulticast() {
 		return nil, fmt.Errorf("udp: %v is not the address of an interface: the invariant CRC needs to know which it is", local)
 	}
-	s := &Socket{flows: map[netip.AddrPort]*roce.ICRC{}}
+	s := &Socket{flows: make([]flow, flowSlots)}
 	var err error
 	if s.local, err = s.sys.open(a); err != nil {
 		return nil, fmt.Errorf("udp: %v: %w", a, err)
@@ -175,7 +184,7 @@ func (s *Socket) Flush() bool {
 
 // Receive hands packets to fn, which may use them until it returns, and returns how many these were, and whether there may be more. If there are none, it
 // waits until the deadline; without one (a zero time) it does not wait. It may return without any before that. Packets whose
-// invariant CRC does not match, and those that are none, are counted and dropped.
+// invariant CRC does not match, and those that are none, are counted and dropped; those that nobody expects (Expect) are dropped.
 func (s *Socket) Receive(deadline time.Time, fn func(src netip.AddrPort, p *roce.Packet)) (packets int, more bool, err error) {
 	// To look for a second message when there is but one costs a tenth of the way from one program to another. So where none
 	// was, one is asked for, and many behind it.
@@ -205,15 +214,15 @@ func (s *Socket) Receive(deadline time.Time, fn func(src netip.AddrPort, p *roce
 	return packets, more, nil
 }
 
-// take takes one packet.
+// take takes one packet. What is cheap to see is looked at first: a flood of packets for nobody, or of none, is to cost little.
 func (s *Socket) take(b []byte, src netip.AddrPort, fn func(src netip.AddrPort, p *roce.Packet)) {
 	s.Counters.Received++
-	if src != s.last || s.check == nil {
-		s.last, s.check = src, s.flow(src)
-	}
-	pkt, err := s.check.Split(b, true)
+	err := s.pkt.Decode(b[:max(0, len(b)-roce.ICRCLen)])
 	if err == nil {
-		err = s.pkt.Decode(pkt)
+		if s.Expect != nil && !s.Expect(src, &s.pkt) {
+			return
+		}
+		_, err = s.flow(src).Split(b, true)
 	}
 	if err != nil {
 		if d, ok := err.(roce.Drop); ok && int(d) < len(s.Counters.Dropped) {
@@ -226,14 +235,12 @@ func (s *Socket) take(b []byte, src netip.AddrPort, fn func(src netip.AddrPort, 
 
 // flow returns what checks packets from src.
 func (s *Socket) flow(src netip.AddrPort) *roce.ICRC {
-	if f := s.flows[src]; f != nil {
-		return f
+	a := src.Addr().As16()
+	h := binary.BigEndian.Uint32(a[12:])*0x9e3779b1 ^ uint32(src.Port())*0x85ebca6b
+	f := &s.flows[h>>16&(flowSlots-1)]
+	if f.src != src {
+		f.src = src
+		f.icrc.Init(src, s.local)
 	}
-	if len(s.flows) == maxFlows { // somebody makes up addresses: those that are real come back
-		clear(s.flows)
-	}
-	f := new(roce.ICRC)
-	f.Init(src, s.local)
-	s.flows[src] = f
-	return f
+	return &f.icrc
 }

@@ -161,7 +161,8 @@ func TestJunk(t *testing.T) {
 		}
 	}
 	d := &s.Counters.Dropped
-	if came != 1 || s.Counters.Received != 9 || d[roce.DropShort] != 4 || d[roce.DropICRC] != 2 || d[roce.DropLength] != 1 || d[roce.DropOpcode] != 1 {
+	if came != 1 || s.Counters.Received != 9 || d[roce.DropShort] != 4 || d[roce.DropICRC] != 1 || d[roce.DropLength] != 1 || d[roce.DropOpcode] != 1 ||
+		d[roce.DropVersion] != 1 {
 		t.Errorf("%d packets came, %+v", came, s.Counters)
 	}
 }

@@ -108,6 +108,9 @@ func (a *assembly) fits(p *roce.Packet) bool {
 	if int(a.doing) != doing {
 		return false
 	}
+	if n == 0 && !(p.Opcode.First() && p.Opcode.Last()) {
+		return false // only a message of one packet can be empty
+	}
 	return n <= a.mtu && (n == a.mtu || p.Opcode.Last()) && a.off <= maxMessage-uint32(n)
 }
 

@@ -86,6 +86,18 @@ type RequesterCounters struct {
 	Dropped  uint64 // packets that say nothing new, or make no sense
 }
 
+// Add adds o.
+func (c *RequesterCounters) Add(o *RequesterCounters) {
+	c.Sent += o.Sent
+	c.Resent += o.Resent
+	c.Timeouts += o.Timeouts
+	c.SeqNAKs += o.SeqNAKs
+	c.RNRNAKs += o.RNRNAKs
+	c.Implied += o.Implied
+	c.Single += o.Single
+	c.Dropped += o.Dropped
+}
+
 type entry struct {
 	Request
 	first   ib.PSN

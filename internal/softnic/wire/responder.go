@@ -35,8 +35,22 @@ type ResponderCounters struct {
 	Duplicates uint64 // of those, that were executed before
 	Missed     uint64 // that came before one that is missing
 	NoReceive  uint64 // messages without a receive
-	Refused    uint64 // requests that ended the connection
-	Dropped    uint64 // that nothing could be done with
+	// Requests that ended the connection, by what the peer was told: what they asked for may not be; they make no sense; they
+	// could not be done.
+	Access, Invalid, Operation uint64
+	Dropped                    uint64 // that nothing could be done with
+}
+
+// Add adds o.
+func (c *ResponderCounters) Add(o *ResponderCounters) {
+	c.Received += o.Received
+	c.Duplicates += o.Duplicates
+	c.Missed += o.Missed
+	c.NoReceive += o.NoReceive
+	c.Access += o.Access
+	c.Invalid += o.Invalid
+	c.Operation += o.Operation
+	c.Dropped += o.Dropped
 }
 
 // A result is kept of a READ or an atomic, in case that its response is lost.
@@ -263,9 +277,17 @@ func (r *Responder) say(psn ib.PSN, s roce.Syndrome) bool {
 
 // refuse ends the connection: the peer hears why (IBA 9.7.5.2).
 func (r *Responder) refuse(p *roce.Packet, st ib.WCStatus) {
-	r.Counters.Refused++
+	nak := nakOf(st)
+	switch nak {
+	case roce.NakAccess:
+		r.Counters.Access++
+	case roce.NakInvalid:
+		r.Counters.Invalid++
+	default:
+		r.Counters.Operation++
+	}
 	r.failed = true
-	r.say(p.PSN, nakOf(st))
+	r.say(p.PSN, nak)
 	r.t.Fail(st)
 }
 

@@ -102,8 +102,25 @@ type UCResponder struct {
 	skip   bool // the message is one that has never been
 	failed bool
 
-	Received uint64 // packets
-	Dropped  uint64 // of those, that were not of a message that was taken whole
+	Counters UCResponderCounters
+}
+
+// UCResponderCounters say what a UCResponder has met.
+type UCResponderCounters struct {
+	Received  uint64 // packets
+	Missed    uint64 // of those, that came behind one that is missing
+	NoReceive uint64 // messages without a receive
+	Refused   uint64 // messages that may not be what they are, or where they want to
+	Dropped   uint64 // packets that were not of a message that was taken whole
+}
+
+// Add adds o.
+func (c *UCResponderCounters) Add(o *UCResponderCounters) {
+	c.Received += o.Received
+	c.Missed += o.Missed
+	c.NoReceive += o.NoReceive
+	c.Refused += o.Refused
+	c.Dropped += o.Dropped
 }
 
 // NewUCResponder returns a UCResponder that expects the first packet.
@@ -116,26 +133,34 @@ func (r *UCResponder) Failed() bool { return r.failed }
 
 // Receive takes a packet, which roce.Packet.Decode has checked.
 func (r *UCResponder) Receive(p *roce.Packet) {
-	r.Received++
+	r.Counters.Received++
 	if r.failed {
-		r.Dropped++
+		r.Counters.Dropped++
 		return
 	}
 	missed := p.PSN != r.want
+	if missed {
+		r.Counters.Missed++
+	}
 	r.want = p.PSN.Add(1)
 	if missed || p.Opcode.First() {
 		r.msg.drop()
 		r.skip = !p.Opcode.First()
 	}
 	if r.skip {
-		r.Dropped++
+		r.Counters.Dropped++
 		return
 	}
 	st, there := r.msg.add(p)
 	if st == ib.WCSuccess && there {
 		return
 	}
-	r.Dropped++
+	r.Counters.Dropped++
+	if there {
+		r.Counters.Refused++
+	} else {
+		r.Counters.NoReceive++
+	}
 	r.skip = true
 	r.msg.drop()
 	if r.msg.spoilt { // which is the end of the queue pair (IBA 9.9.3.1)

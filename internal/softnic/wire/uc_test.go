@@ -107,7 +107,7 @@ func TestUCRefused(t *testing.T) {
 	send(Request{Op: ib.OpRDMAWrite, RKey: roKey}, 600)         // not allowed
 	send(Request{Op: ib.OpRDMAWrite, RKey: 0x99}, 600)          // no such key
 	send(Request{Op: ib.OpRDMAWriteWithImm, RKey: memKey}, 600) // written, but nobody is told
-	if len(u.b.got) != 0 || u.resp.Failed() || u.b.fatal != ib.WCSuccess || u.resp.Dropped == 0 {
+	if len(u.b.got) != 0 || u.resp.Failed() || u.b.fatal != ib.WCSuccess || u.resp.Counters.Dropped == 0 {
 		t.Errorf("%d messages, failed: %v", len(u.b.got), u.b.fatal)
 	}
 	u.b.recvs = 2
