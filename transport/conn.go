@@ -44,6 +44,10 @@ type Conn struct {
 	udpSGID  int // and of the one for UDP, if that was offered
 	viaUDP   bool
 	noUDP    error        // why it was not offered, though it may be
+	narrow   string       // what was found out about its path MTU, if it is less than the devices'
+	udpTo    *ib.AHAttr   // with viaUDP: the peer
+	udpQPN   ib.QPN       // its queue pair
+	udpMTU   ib.MTU       // of the path
 	cm       *qp.CMConn   // nil: the queue pair was connected by hand
 	peerSync mr.RemoteKey // with cm: see Batch.seal
 	peer     PeerInfo

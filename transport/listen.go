@@ -470,7 +470,7 @@ func (c *Conn) connect(ctx context.Context, mine, theirs *hello) error {
 	sgid, mtu := c.sgid, min(mine.MTU, theirs.MTU)
 	if c.viaUDP {
 		remote.GID, remote.UDPPort = theirs.UDP.GID, theirs.UDP.Port
-		sgid, mtu = c.udpSGID, min(mine.UDP.MTU, theirs.UDP.MTU)
+		sgid, mtu = c.udpSGID, c.udpMTU
 	}
 	err := c.q.Connect(ctx, qp.ConnectParams{
 		Remote:   remote,

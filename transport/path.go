@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"time"
 
 	"github.com/ringside-rdma/ringside/verbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -74,10 +75,53 @@ func (c *Conn) choosePath(ctx context.Context, mine, theirs *hello) error {
 		}
 		return memory
 	}
+	if err := c.probeUDP(ctx, mine, theirs); err != nil {
+		if memory != nil {
+			return refuse(RefusedUnreachable, err, "%v; and no shared memory: %v", err, memory)
+		}
+		return refuse(RefusedUnreachable, err, "%v", err)
+	}
 	mine.Features |= featureViaUDP
 	c.takeUDP(mine, theirs, memory)
 	return nil
 }
+
+// probeUDP has the device find out whether packets pass between both sides, and of which path MTU: the hello says so. A rung that
+// does not carry must not be taken: the connection would end with the first message, and nobody would know why.
+func (c *Conn) probeUDP(ctx context.Context, mine, theirs *hello) error {
+	most := min(mine.UDP.MTU, theirs.UDP.MTU)
+	m, err := c.p.vctx.ProbePath(ctx, c.udpPeer(theirs), theirs.QPN, most)
+	if err != nil {
+		return err
+	}
+	if m < most {
+		c.narrow = fmt.Sprintf("path MTU %d, though the devices have room for %d: longer packets do not arrive", m.Bytes(), most.Bytes())
+	}
+	mine.UDP.MTU = m
+	return nil
+}
+
+// udpPeer is where the peer is met by packets.
+func (c *Conn) udpPeer(theirs *hello) *ib.AHAttr {
+	return &ib.AHAttr{DGID: theirs.UDP.GID, SGIDIndex: c.udpSGID, UDPPort: theirs.UDP.Port, Port: 1}
+}
+
+// lostReason says why a peer that was reached over UDP does not answer any more, if that is the network.
+func (c *Conn) lostReason() string {
+	ctx, cancel := context.WithTimeout(context.Background(), lostTime)
+	defer cancel()
+	switch m, err := c.p.vctx.ProbePath(ctx, c.udpTo, c.udpQPN, c.udpMTU); {
+	case err != nil:
+		return err.Error()
+	case m < c.udpMTU:
+		return fmt.Sprintf("packets of path MTU %d do not arrive any more, those of %d do: a link on the way has changed; a new connection finds out what fits",
+			c.udpMTU.Bytes(), m.Bytes())
+	}
+	return "" // what stopped them is over, or the peer was stopped for too long, or it is another error that ends the connection
+}
+
+// lostTime bounds lostReason: the connection has ended already.
+const lostTime = 500 * time.Millisecond
 
 // followPath does as the listener has decided.
 func (c *Conn) followPath(ctx context.Context, mine, theirs *hello) error {
@@ -127,7 +171,11 @@ func (c *Conn) meet(ctx context.Context, mine, theirs *hello) error {
 // takeUDP has the connection go over UDP. memory is why not through memory, if that was tried.
 func (c *Conn) takeUDP(mine, theirs *hello, memory error) {
 	c.viaUDP = true
+	c.udpTo, c.udpQPN, c.udpMTU = c.udpPeer(theirs), theirs.QPN, min(mine.UDP.MTU, theirs.UDP.MTU)
 	c.setPath("udp", mine, theirs)
+	if c.narrow != "" {
+		c.path.Reasons = append(c.path.Reasons, c.narrow)
+	}
 	switch why := hostReasons(mine, theirs); {
 	case c.cfg.Path == PathUDP:
 		c.path.Reasons = append(c.path.Reasons, "no shared memory: Config.Path is udp")

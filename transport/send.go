@@ -456,6 +456,10 @@ func (c *Conn) failLater(err *CloseError) {
 	time.AfterFunc(peerGrace, func() {
 		if cause := c.cause.Load(); cause != nil {
 			err = cause
+		} else if c.viaUDP && !c.ended.Load() {
+			if why := c.lostReason(); why != "" {
+				err.Reason += ": " + why
+			}
 		}
 		c.fail(err)
 	})

@@ -1,6 +1,7 @@
 package verbs
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -50,6 +51,19 @@ func (c *Context) UDPPort(port uint8, gidIndex int) (uint16, error) {
 	}
 	n, err := p.UDPPort(port, gidIndex)
 	return n, c.err("query_gid", err)
+}
+
+// ProbePath finds out whether packets pass, both ways, between this device and a queue pair of a peer's device, and how long they
+// may be: it returns the largest path MTU, up to most, that they have room for. The queue pair may be in any state; nothing of it
+// changes. An error that matches ErrUnreachable says that nothing passes, and what to do about it; that takes 1.5 s at most. Only
+// software NICs can probe, and only each other (to.UDPPort is set): all else answers errors.ErrUnsupported. Safe for concurrent use.
+func (c *Context) ProbePath(ctx context.Context, to *ib.AHAttr, qpn ib.QPN, most ib.MTU) (ib.MTU, error) {
+	p, ok := c.drv.(driver.PathProber)
+	if !ok || to.UDPPort == 0 {
+		return 0, c.err("probe_path", errors.ErrUnsupported)
+	}
+	m, err := p.ProbePath(ctx, to, qpn, most)
+	return m, c.err("probe_path", err)
 }
 
 var errNoGID = errors.New("the GID table is empty: does its net device have an address, and is it up?")

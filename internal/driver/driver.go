@@ -278,6 +278,13 @@ type UDPPorter interface {
 	UDPPort(port uint8, index int) (uint16, error)
 }
 
+// PathProber is an optional part of Context: devices that can find out what passes between them and a peer of their kind.
+type PathProber interface {
+	// ProbePath finds the largest path MTU, up to most, of which packets pass both ways between this device and the queue pair qpn
+	// of the peer's, in whatever state. The error matches ErrUnreachable if none do, and says what to do about it.
+	ProbePath(ctx context.Context, to *ib.AHAttr, qpn ib.QPN, most ib.MTU) (ib.MTU, error)
+}
+
 // Progresser is an optional part of Context: providers whose data path needs CPU time of this process say how to give it.
 type Progresser interface {
 	// Progress lets the provider do pending work; it returns whether there was any. It never blocks.

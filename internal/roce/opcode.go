@@ -49,6 +49,15 @@ const CNP Opcode = 0x81
 
 const cnpLen = 16
 
+// Probes is a service of this library's own, of opcodes that are the manufacturer's to define (table 38): a Probe of some length
+// is answered by a ProbeAnswer of that length, with the same number (in the place of the Q_Key), if its queue pair exists. So a
+// software NIC finds out whether packets of that length pass both ways between it and another.
+const (
+	Probes      Service = 0xc0
+	Probe       Opcode  = 0xc0
+	ProbeAnswer Opcode  = 0xc1
+)
+
 // Op makes an Opcode.
 func Op(s Service, op uint8) Opcode { return Opcode(s) | Opcode(op) }
 
@@ -173,6 +182,8 @@ var opcodes = func() (t [256]opcodeInfo) {
 	add(RC, AtomicWrite, "RC_", "ATOMIC_WRITE", hasRETH|hasPayload|isOnly)
 	add(UD, SendOnly, "UD_", "SEND_ONLY", hasDETH|hasPayload|isOnly)
 	add(UD, SendOnlyImm, "UD_", "SEND_ONLY_WITH_IMMEDIATE", hasDETH|hasImm|hasPayload|isOnly)
+	add(Probes, Probe.Op(), "", "PROBE", hasDETH|hasPayload|isOnly)
+	add(Probes, ProbeAnswer.Op(), "", "PROBE_ANSWER", hasDETH|hasPayload|isOnly)
 	t[CNP] = opcodeInfo{name: "CNP", has: isOnly, headerLen: BTHLen + cnpLen}
 	return t
 }()

@@ -158,7 +158,7 @@ func TestOpcodes(t *testing.T) {
 			t.Errorf("%v is a response with what only requests have", o)
 		}
 	}
-	if known != 12+12+13+2+1 {
+	if known != 12+12+13+2+1+2 {
 		t.Errorf("%d opcodes", known)
 	}
 }

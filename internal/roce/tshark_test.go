@@ -80,7 +80,7 @@ func TestTsharkPackets(t *testing.T) {
 	var rows []row
 	for i := range 256 {
 		o := roce.Opcode(i)
-		if !o.Known() || o.Op() == roce.Flush || o.Op() == roce.AtomicWrite { // which this dissector does not know
+		if !o.Known() || o.Service() == roce.Probes || o.Op() == roce.Flush || o.Op() == roce.AtomicWrite { // which this dissector does not know
 			continue
 		}
 		p := roce.Packet{Opcode: o, Solicited: i%2 == 0, AckReq: i%3 == 0, PKey: roce.DefaultPKey, DestQP: 0x100000 + uint32(i), PSN: ib.PSN(0x200000 + i),

@@ -61,6 +61,9 @@ type netPort struct {
 	putOff  int           // turns that timers have waited for packets that are left in the socket
 	pkt     roce.Packet   // a datagram that is being sent
 
+	probes   map[uint32]*probe // on their way, by number
+	answerTo *udp.Peer         // who has probed last
+
 	drops  dropCounters
 	left   connCounters // of connections that have ended
 	faults *faults      // nil: none
@@ -327,6 +330,9 @@ func (p *netPort) expect(src netip.AddrPort, pkt *roce.Packet) bool {
 		return false
 	}
 	qpn := ib.QPN(pkt.DestQP)
+	if pkt.Opcode.Service() == roce.Probes {
+		return p.expectProbe(src, pkt)
+	}
 	if pkt.Opcode.Service() == roce.UD {
 		p.ud = p.uds[qpn]
 		p.mad = p.ud == nil && qpn == roce.GSIQP && p.openGSI() != nil
@@ -367,6 +373,9 @@ func (p *netPort) deliver(src netip.AddrPort, pkt *roce.Packet) {
 		return
 	case p.mad:
 		p.receiveMAD(src, pkt)
+		return
+	case p.conn == nil:
+		p.probed(src, pkt)
 		return
 	}
 	w := p.conn

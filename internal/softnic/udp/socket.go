@@ -118,9 +118,15 @@ func (s *Socket) Peer(addr netip.AddrPort) (*Peer, error) {
 	if a.Addr().Is4() != s.local.Addr().Is4() || a.Port() == 0 || a.Addr().IsUnspecified() {
 		return nil, fmt.Errorf("udp: packets do not go from %v to %v", s.local, addr)
 	}
-	p := &Peer{s: s, addr: a}
-	p.icrc.Init(s.local, a)
+	p := &Peer{s: s}
+	p.Move(a)
 	return p, nil
+}
+
+// Move has the peer be at another address, of the socket's family. Nothing for it may be queued.
+func (p *Peer) Move(addr netip.AddrPort) {
+	p.addr = addr
+	p.icrc.Init(p.s.local, addr)
 }
 
 // AllowPieces says that the peer is one of this library's.
