@@ -233,3 +233,57 @@ func TestNothingAllocates(t *testing.T) {
 		t.Errorf("%d packets came", came)
 	}
 }
+
+// Packets from many addresses leave nothing in memory, whether anybody expects them or not; and those that
+// nobody expects are not handed on.
+func TestStrangersCostNoMemory(t *testing.T) {
+	s := listen(t, "127.0.0.1:0")
+	known := listen(t, "127.0.0.1:0")
+	var senders []*udp.Socket
+	var peers []*udp.Peer
+	for i := range 20 {
+		x := listen(t, netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 1, byte(i + 1)}), 0).String())
+		p, err := x.Peer(s.Local())
+		if err != nil {
+			t.Fatal(err)
+		}
+		senders, peers = append(senders, x), append(peers, p)
+	}
+	p, err := known.Peer(s.Local())
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked, came := 0, 0
+	s.Expect = func(src netip.AddrPort, _ *roce.Packet) bool {
+		asked++
+		return src == known.Local() || src.Port()%2 == 0
+	}
+	take := func(src netip.AddrPort, _ *roce.Packet) {
+		if came++; src != known.Local() && src.Port()%2 != 0 {
+			t.Errorf("a packet from %v is handed on", src)
+		}
+	}
+	h := &roce.Packet{Opcode: roce.Op(roce.RC, roce.SendOnly)}
+	round := func() {
+		for i := range senders {
+			peers[i].Packet(h, 100)
+			peers[i].Commit()
+			senders[i].Flush()
+		}
+		p.Packet(h, 100)
+		p.Commit()
+		known.Flush()
+		for range 4 {
+			if _, _, err := s.Receive(time.Time{}, take); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	round()
+	if n := testing.AllocsPerRun(50, round); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+	if asked < 50*21 || came < 50 || s.Counters.Dropped[roce.DropICRC] != 0 {
+		t.Errorf("asked of %d packets, %d came, %+v", asked, came, s.Counters)
+	}
+}
