@@ -14,16 +14,29 @@ func TestGolden(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := w.Packet(time.Unix(1, 2), []byte{0x45, 1, 2, 3, 4}, ""); err != nil {
+	for n, i := range []Interface{{}, {Name: "soft", Description: "a NIC"}} {
+		if got, err := w.AddInterface(i); got != n || err != nil {
+			t.Fatalf("interface %d, %v, want %d", got, err, n)
+		}
+	}
+	if err := w.Packet(&Packet{Time: time.Unix(1, 2), Data: []byte{0x45, 1, 2, 3, 4}}); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.Packet(time.Unix(5, 0), []byte{0x60, 1, 2, 3}, "why"); err != nil {
+	if err := w.Packet(&Packet{Interface: 1, Time: time.Unix(5, 0), Direction: Out, Data: []byte{0x60, 1, 2, 3}, Length: 9, Lost: 7, Comment: "why"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Statistics(1, time.Unix(5, 1), 8, 7); err != nil {
 		t.Fatal(err)
 	}
 	want := "0a0d0d0a" + "28000000" + "4d3c2b1a" + "01000000" + "ffffffffffffffff" + "04000400" + "74657374" + "00000000" + "28000000" +
 		"01000000" + "20000000" + "6500" + "0000" + "00000000" + "09000100" + "09000000" + "00000000" + "20000000" +
+		"01000000" + "34000000" + "6500" + "0000" + "00000000" + "02000400" + "736f6674" + "03000500" + "61204e4943000000" +
+		"09000100" + "09000000" + "00000000" + "34000000" +
 		"06000000" + "28000000" + "00000000" + "00000000" + "02ca9a3b" + "05000000" + "05000000" + "4501020304000000" + "28000000" +
-		"06000000" + "30000000" + "00000000" + "01000000" + "00f2052a" + "04000000" + "04000000" + "60010203" + "01000300" + "77687900" + "00000000" + "30000000"
+		"06000000" + "44000000" + "01000000" + "01000000" + "00f2052a" + "04000000" + "09000000" + "60010203" +
+		"01000300" + "77687900" + "02000400" + "02000000" + "04000800" + "0700000000000000" + "00000000" + "44000000" +
+		"05000000" + "34000000" + "01000000" + "01000000" + "01f2052a" + "04000800" + "0800000000000000" + "05000800" + "0700000000000000" +
+		"00000000" + "34000000"
 	if got := hex.EncodeToString(b.Bytes()); got != want {
 		t.Errorf("wrote\n%s, want\n%s", got, want)
 	}
@@ -44,11 +57,14 @@ func TestWriteFails(t *testing.T) {
 	if _, err := NewWriter(&full{0}, "test"); !errors.Is(err, errFull) {
 		t.Error(err)
 	}
-	w, err := NewWriter(&full{1}, "test")
+	w, err := NewWriter(&full{2}, "test")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := w.Packet(time.Now(), make([]byte, 10), ""); !errors.Is(err, errFull) {
+	if _, err := w.AddInterface(Interface{}); err != nil {
+		t.Error(err)
+	}
+	if err := w.Packet(&Packet{Time: time.Now(), Data: make([]byte, 10)}); !errors.Is(err, errFull) {
 		t.Error(err)
 	}
 }
@@ -58,8 +74,8 @@ func TestPacketsDoNotAllocate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ip, now := make([]byte, 1000), time.Now()
-	if n := testing.AllocsPerRun(100, func() { w.Packet(now, ip, "a comment") }); n != 0 {
+	k := &Packet{Time: time.Now(), Data: make([]byte, 1000), Comment: "a comment", Direction: In, Lost: 1}
+	if n := testing.AllocsPerRun(100, func() { w.Packet(k) }); n != 0 {
 		t.Errorf("%v allocations", n)
 	}
 }

@@ -14,9 +14,9 @@ const (
 )
 
 // AppendDatagram appends the IP packet that carries a UDP payload, as Linux sends it and the invariant CRC expects it: of IPv4 not
-// to be fragmented, with the identification 0. The addresses are of one family. The checksum of UDP is 0, for none, over IPv4,
-// as rxe has it.
-func AppendDatagram(b []byte, src, dst netip.AddrPort, payload []byte) []byte {
+// to be fragmented, with the identification id, which is usually 0. The addresses are of one family. The checksum of UDP is 0, for
+// none, over IPv4, as rxe has it.
+func AppendDatagram(b []byte, src, dst netip.AddrPort, id uint16, payload []byte) []byte {
 	s, d := src.Addr().Unmap(), dst.Addr().Unmap()
 	at := len(b)
 	n := udpLen + len(payload)
@@ -24,7 +24,8 @@ func AppendDatagram(b []byte, src, dst netip.AddrPort, payload []byte) []byte {
 		s4, d4 := s.As4(), d.As4()
 		b = append(b, 4<<4|ip4Len/4, 0)
 		b = binary.BigEndian.AppendUint16(b, uint16(ip4Len+n))
-		b = append(b, 0, 0, dontFragment, 0, hops, protoUDP, 0, 0)
+		b = binary.BigEndian.AppendUint16(b, id)
+		b = append(b, dontFragment, 0, hops, protoUDP, 0, 0)
 		b = append(append(b, s4[:]...), d4[:]...)
 		binary.BigEndian.PutUint16(b[at+10:], ^sum(0, b[at:]))
 	} else {

@@ -3,6 +3,7 @@ package roce
 import (
 	"encoding/binary"
 	"hash/crc32"
+	"math/bits"
 	"net/netip"
 	"sync"
 )
@@ -96,25 +97,44 @@ func (c *ICRC) Split(udp []byte, anyID bool) ([]byte, error) {
 		return nil, DropLength
 	}
 	pkt := udp[:n:n]
-	diff := c.Sum(pkt) ^ binary.LittleEndian.Uint32(udp[n:])
-	if diff == 0 || anyID && c.n == ip4Len && isID(diff, n) {
+	if _, ok := c.idOf(pkt, udp[n:], anyID); ok {
 		return pkt, nil
 	}
 	return nil, DropICRC
 }
 
+// ID returns the IPv4 identification with which the invariant CRC at the end of a UDP payload matches: of a packet that was
+// received, it is the only trace of it. false: none makes it match.
+func (c *ICRC) ID(udp []byte) (id uint16, ok bool) {
+	n := len(udp) - ICRCLen
+	if n < BTHLen || n > MaxPacket {
+		return 0, false
+	}
+	return c.idOf(udp[:n], udp[n:], true)
+}
+
+// idOf is ID; any: others than 0 will do.
+func (c *ICRC) idOf(pkt, crc []byte, any bool) (id uint16, ok bool) {
+	diff := c.Sum(pkt) ^ binary.LittleEndian.Uint32(crc)
+	if diff == 0 || !any || c.n != ip4Len {
+		return 0, diff == 0
+	}
+	return idFor(diff, len(pkt))
+}
+
 // MaxPacket is the length of the longest packet, of a path MTU of 4,096 bytes, from the BTH to the padding.
 const MaxPacket = MaxHeaderLen + 4096
 
-// isID reports whether the CRC of an IPv4 packet of n bytes, from BTH to padding, can differ by diff for no other reason than
-// the identification.
+// idFor returns the identification, if there is one, that makes the CRC of an IPv4 packet of n bytes, from BTH to padding, differ by
+// diff from what it is with the identification 0.
 //
 // A CRC is linear. Its register is a polynomial, which each byte multiplies by x^8 (modulo the generator) after the byte was added to
 // its eight highest powers. So the identification, which is two bytes, adds a polynomial of the sixteen highest powers,
 // multiplied by x^8 for itself and each byte that follows. That is taken back, and what is left must be of those powers only.
-func isID(diff uint32, n int) bool {
+func idFor(diff uint32, n int) (id uint16, ok bool) {
 	const before = 4 // bytes of the IP header before the identification
-	return multiply(diff, inverses()[ip4Len-before+udpLen+n])>>16 == 0
+	v := multiply(diff, inverses()[ip4Len-before+udpLen+n])
+	return bits.ReverseBytes16(uint16(v)), v>>16 == 0
 }
 
 // poly is the generator without x^32, its highest powers in the lowest bits, as in all that follows.

@@ -54,6 +54,9 @@ func TestGoldenICRC(t *testing.T) {
 		if got, want := c.sum(pkt, id), binary.LittleEndian.Uint32(udp[len(pkt):]); got != want {
 			t.Errorf("%s: ICRC %08x, want %08x", name, got, want)
 		}
+		if got, ok := c.ID(udp); !ok || got != id {
+			t.Errorf("%s: identification %#x, %v, want %#x", name, got, ok, id)
+		}
 		if id != 0 {
 			if _, err := c.Split(udp, false); err != DropICRC {
 				t.Errorf("%s: an identification of %#x was accepted where 0 was expected: %v", name, id, err)
@@ -83,17 +86,17 @@ func TestAnyIdentification(t *testing.T) {
 					continue
 				}
 				diff := c.sum(pkt, uint16(id)) ^ zero
-				if !isID(diff, n) {
-					t.Fatalf("identification %#x was refused", id)
+				if got, ok := idFor(diff, n); !ok || got != uint16(id) {
+					t.Fatalf("identification %#x was taken for %#x, %v", id, got, ok)
 				}
-				if bad := diff ^ 1<<(id%32); isID(bad, n) {
+				if _, ok := idFor(diff^1<<(id%32), n); ok {
 					t.Fatalf("a wrong bit was not seen beside identification %#x", id)
 				}
 			}
 			const tries = 1 << 20
 			passed := 0
 			for range tries {
-				if isID(r.Uint32(), n) {
+				if _, ok := idFor(r.Uint32(), n); ok {
 					passed++
 				}
 			}
@@ -210,7 +213,7 @@ func TestAppendDatagram(t *testing.T) {
 	for _, name := range []string{"IPv4", "IPv6"} {
 		want := unhex(t, goldenICRC[name])
 		src, dst, _, udp := addresses(want)
-		got := AppendDatagram([]byte("before"), src, dst, udp)
+		got := AppendDatagram([]byte("before"), src, dst, 0, udp)
 		if string(got[:6]) != "before" {
 			t.Errorf("%s: what was there is %q", name, got[:6])
 		}
@@ -226,6 +229,9 @@ func TestAppendDatagram(t *testing.T) {
 		if !bytes.Equal(got, want) {
 			t.Errorf("%s: %x, want %x", name, got, want)
 		}
+	}
+	if got := AppendDatagram(nil, src4, dst4, 0xabcd, make([]byte, 16)); binary.BigEndian.Uint16(got[4:]) != 0xabcd || sum(0, got[:ip4Len]) != 0xffff {
+		t.Errorf("with an identification: % x", got[:ip4Len])
 	}
 	for _, c := range []struct {
 		hex  string

@@ -35,6 +35,9 @@ func newCapture(t *testing.T) *capture {
 	if c.w, err = pcap.NewWriter(&c.out, "ringside"); err != nil {
 		t.Fatal(err)
 	}
+	if _, err := c.w.AddInterface(pcap.Interface{Name: "test"}); err != nil {
+		t.Fatal(err)
+	}
 	return c
 }
 
@@ -46,7 +49,7 @@ func (c *capture) add(p *roce.Packet, payload []byte) (sums []string) {
 	for _, e := range ends {
 		c.icrc.Init(e[0], e[1])
 		udp := c.icrc.Put(bytes.Clone(b))
-		if err := c.w.Packet(time.Unix(1, 0), roce.AppendDatagram(nil, e[0], e[1], udp), p.Opcode.String()); err != nil {
+		if err := c.w.Packet(&pcap.Packet{Time: time.Unix(1, 0), Data: roce.AppendDatagram(nil, e[0], e[1], 0, udp), Comment: p.Opcode.String()}); err != nil {
 			c.t.Fatal(err)
 		}
 		sums = append(sums, fmt.Sprintf("0x%08x", binary.BigEndian.Uint32(udp[len(b):])))

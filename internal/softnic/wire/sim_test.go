@@ -163,7 +163,7 @@ func (x *node) Commit() {
 	n := x.net
 	pkt := x.icrc[0].Put(bytes.Clone(x.buf))
 	if n.tap != nil {
-		if err := n.tap.Packet(time.Unix(0, int64(n.now)), roce.AppendDatagram(nil, ends[x.id], ends[1-x.id], pkt), ""); err != nil {
+		if err := n.tap.Packet(&pcap.Packet{Time: time.Unix(0, int64(n.now)), Data: roce.AppendDatagram(nil, ends[x.id], ends[1-x.id], 0, pkt)}); err != nil {
 			n.t.Error(err)
 		}
 	}

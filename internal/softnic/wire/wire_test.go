@@ -398,6 +398,9 @@ func TestTshark(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if _, err := w.AddInterface(pcap.Interface{Name: "sim"}); err != nil {
+		t.Fatal(err)
+	}
 	n := newNetwork(t, 1, nil)
 	n.tap, n.loss, n.duplicate = w, 0.05, 0.05
 	var exp expected
