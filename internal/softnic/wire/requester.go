@@ -63,6 +63,8 @@ type Requester struct {
 	asked   bool     // what was lost behind una was asked for again already
 	retries uint8    // left, until something is acknowledged
 	rnr     uint8
+	why     Reason // of the last rewind
+	again   Reason // why the packet that is being sent is sent again
 
 	pkt      roce.Packet   // the one that is being sent: an Output would have it on the heap
 	old      [8]byte       // the same for what an atomic has found
@@ -84,6 +86,8 @@ type RequesterCounters struct {
 	Implied  uint64 // a response was missing
 	Single   uint64 // of those sent again, packets that were sent again by themselves (Config.Selective)
 	Dropped  uint64 // packets that say nothing new, or make no sense
+
+	Again [Reasons]uint64 // Resent, by why
 }
 
 // Add adds o.
@@ -168,17 +172,17 @@ func (r *Requester) Expire(now time.Duration) {
 	if r.cfg.Selective && r.patient(now) {
 		return
 	}
-	r.retry()
+	r.retry(Timeout)
 }
 
 // retry sends everything from una on again, if it has not been sent too often.
-func (r *Requester) retry() {
+func (r *Requester) retry(why Reason) {
 	if r.retries == 0 {
 		r.fail(ib.WCRetryExceeded)
 		return
 	}
 	r.retries--
-	r.rewind()
+	r.rewind(why)
 }
 
 // Pump sends what may be sent. It reports whether out was full.
@@ -197,6 +201,9 @@ func (r *Requester) Pump(now time.Duration, out Output) (full bool) {
 			return false
 		}
 		n, sent := uint32(1), false
+		if r.again = First; !fresh {
+			r.again = r.why
+		}
 		if e.response() {
 			n = r.part(e, r.nxt)
 			if sent = r.ask(e, r.nxt, n, out); sent {
@@ -211,9 +218,7 @@ func (r *Requester) Pump(now time.Duration, out Output) (full bool) {
 		if !sent {
 			return true
 		}
-		if r.Counters.Sent++; !fresh {
-			r.Counters.Resent++
-		}
+		r.count()
 		r.nxt = r.nxt.Add(int32(n))
 		if distance(r.end, r.nxt) > 0 {
 			r.end = r.nxt
@@ -367,7 +372,8 @@ func (r *Requester) find(psn ib.PSN) uint32 {
 }
 
 // rewind has everything from una on sent again.
-func (r *Requester) rewind() {
+func (r *Requester) rewind(why Reason) {
+	r.why = why
 	r.cur, r.nxt = r.find(r.una), r.una
 	r.unasked = 0
 	r.asks = r.asks[:0]
@@ -411,7 +417,7 @@ func (r *Requester) acked(psn ib.PSN, now time.Duration) {
 			r.watch(now)
 		}
 		if distance(r.nxt, r.una) > 0 { // what was to be sent again had come after all
-			r.rewind()
+			r.rewind(r.why)
 		}
 	}
 	if lost && !r.cfg.Selective {
@@ -427,7 +433,7 @@ func (r *Requester) askAgain() {
 	}
 	r.asked = true
 	r.Counters.Implied++
-	r.rewind()
+	r.rewind(MissingResponse)
 }
 
 // Receive takes an acknowledgement or a response. The packet has been checked by roce.Packet.Decode, nothing else of it.
@@ -471,7 +477,7 @@ func (r *Requester) acknowledge(p *roce.Packet, now time.Duration) {
 		}
 		r.rnrUntil = now + timer.Duration()
 		r.deadline = 0
-		r.rewind()
+		r.rewind(NoReceive)
 		return
 	}
 	if p.Syndrome == roce.NakPSN {
@@ -481,7 +487,7 @@ func (r *Requester) acknowledge(p *roce.Packet, now time.Duration) {
 		}
 		if r.nxt != r.una { // else it has been heard
 			r.Counters.SeqNAKs++
-			r.retry()
+			r.retry(SequenceNAK)
 		}
 		return
 	}

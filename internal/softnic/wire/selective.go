@@ -28,6 +28,7 @@ import (
 type span struct {
 	first ib.PSN
 	n     uint32
+	why   Reason // it is sent again
 }
 
 // spans is a queue of them.
@@ -146,9 +147,9 @@ func (r *Requester) patient(now time.Duration) bool {
 			to = r.nxt
 		}
 		s.top = r.una
-		r.holes(to)
+		r.holes(to, Timeout)
 	} else {
-		s.lost.push(span{r.una, 1})
+		s.lost.push(span{r.una, 1, Timeout})
 	}
 	r.watch(now)
 	return true
@@ -158,12 +159,12 @@ func (r *Requester) patient(now time.Duration) bool {
 func (r *Requester) executed(psn ib.PSN) {
 	if r.cfg.Selective && distance(r.sel.known, psn) > 0 {
 		r.sel.known = psn
-		r.holes(psn)
+		r.holes(psn, MissingResponse)
 	}
 }
 
-// holes finds responses before psn that have not come.
-func (r *Requester) holes(psn ib.PSN) {
+// holes finds responses before psn that have not come, and has them asked for again.
+func (r *Requester) holes(psn ib.PSN, why Reason) {
 	s := &r.sel
 	for n := r.head; n != r.tail && distance(r.at(n).first, psn) > 0; n++ {
 		e := r.at(n)
@@ -177,11 +178,11 @@ func (r *Requester) holes(psn ib.PSN) {
 		if distance(psn, to) > 0 {
 			to = psn
 		}
-		gap := span{first: from}
+		gap := span{first: from, why: why}
 		for at := from; distance(at, to) > 0; at = at.Add(1) {
 			if s.has(at) {
 				s.lost.push(gap)
-				gap = span{first: at.Add(1)}
+				gap = span{first: at.Add(1), why: why}
 			} else {
 				gap.n++
 			}
@@ -203,7 +204,7 @@ func (r *Requester) missed(p *roce.Packet) {
 		n = min(n, uint32(d))
 	}
 	r.Counters.SeqNAKs++
-	r.sel.lost.push(span{first, n})
+	r.sel.lost.push(span{first, n, SequenceNAK})
 }
 
 // resend sends what is lost. It reports whether out was full.
@@ -222,6 +223,7 @@ func (r *Requester) resend(now time.Duration, out Output) (full bool) {
 		n := r.find(g.first)
 		e := r.at(n)
 		k, sent := uint32(1), true
+		r.again = g.why
 		switch {
 		case !e.response():
 			if sent, full = r.send(n, g.first, out); full {
@@ -240,8 +242,7 @@ func (r *Requester) resend(now time.Duration, out Output) (full bool) {
 			}
 		}
 		if sent {
-			r.Counters.Sent++
-			r.Counters.Resent++
+			r.count()
 			r.Counters.Single++
 			r.sel.probing = false
 			r.watch(now)

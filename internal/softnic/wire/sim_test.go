@@ -115,8 +115,15 @@ type node struct {
 	message  []byte
 	got      []received
 	fatal    ib.WCStatus
-	badAt    int  // request whose memory may not be read; -1: none
+	badAt    int // request whose memory may not be read; -1: none
+	sent     []sentPacket
 	withdraw bool // roKey is gone
+}
+
+// sentPacket is of a request.
+type sentPacket struct {
+	psn ib.PSN
+	why Reason
 }
 
 type received struct {
@@ -161,6 +168,9 @@ func (x *node) Abort() {}
 
 func (x *node) Commit() {
 	n := x.net
+	if x.uc == nil && !roce.Opcode(x.buf[0]).IsResponse() {
+		x.sent = append(x.sent, sentPacket{ib.PSN(binary.BigEndian.Uint32(x.buf[8:])) & ib.MaxPSN, x.req.Again()})
+	}
 	pkt := x.icrc[0].Put(bytes.Clone(x.buf))
 	if n.tap != nil {
 		if err := n.tap.Packet(&pcap.Packet{Time: time.Unix(0, int64(n.now)), Data: roce.AppendDatagram(nil, ends[x.id], ends[1-x.id], 0, pkt)}); err != nil {
