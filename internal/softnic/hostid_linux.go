@@ -10,8 +10,7 @@ import (
 	"strings"
 	"sync"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/ringside-rdma/ringside/internal/softnic/unixmsg"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -46,7 +45,7 @@ func socketName(g ib.GID) *net.UnixAddr {
 // being visible in our PID namespace; the rest is the peer's own word, and only serves to find mistakes.
 func checkPeer(c *net.UnixConn, h *hello) error {
 	me := identity()
-	cred, err := peerCred(c)
+	cred, err := unixmsg.PeerCred(c)
 	if err != nil {
 		return err
 	}
@@ -73,19 +72,6 @@ func checkUser(uid uint32) error {
 
 // fromHere reports whether the other end of c is in this process.
 func fromHere(c *net.UnixConn) bool {
-	cred, err := peerCred(c)
+	cred, err := unixmsg.PeerCred(c)
 	return err == nil && int(cred.Pid) == os.Getpid()
-}
-
-func peerCred(c *net.UnixConn) (*unix.Ucred, error) {
-	rc, err := c.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	var cred *unix.Ucred
-	var cerr error
-	if err := rc.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
-		return nil, err
-	}
-	return cred, cerr
 }

@@ -6,6 +6,7 @@ import (
 	"sync"
 
 	"github.com/ringside-rdma/ringside/internal/mem"
+	"github.com/ringside-rdma/ringside/internal/softnic/unixmsg"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -166,7 +167,7 @@ func (w *peerWaker) close() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.fd >= 0 {
-		closeFDs([]int{w.fd})
+		unixmsg.Close([]int{w.fd})
 		w.fd = -1
 	}
 }

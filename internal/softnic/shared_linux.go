@@ -17,6 +17,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/mem"
+	"github.com/ringside-rdma/ringside/internal/softnic/unixmsg"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -129,7 +130,7 @@ func (n *NIC) answerDoor() {
 			continue
 		}
 		// Only processes of one user get as far as to wait.
-		if cred, err := peerCred(c); err == nil {
+		if cred, err := unixmsg.PeerCred(c); err == nil {
 			if err := checkUser(cred.Uid); err != nil {
 				refuse(c, err.Error())
 				continue
@@ -152,13 +153,13 @@ func refuse(c *net.UnixConn, why string) {
 func (n *NIC) answer(c *net.UnixConn) {
 	refuse := func(why string) { refuse(c, why) }
 	var h hello
-	b, fd, err := readPacket(c, make([]byte, helloSize+1))
+	b, fd, err := unixmsg.Read(c, make([]byte, helloSize+1))
 	n.door.leave(c)
 	if err != nil {
 		c.Close()
 		return
 	}
-	defer closeFDs(fdList(fd))
+	defer unixmsg.Close(fdList(fd))
 	if err := h.decode(b); err != nil {
 		refuse(err.Error())
 		return
@@ -317,9 +318,9 @@ func (n *NIC) dialOnce(ctx context.Context, g ib.GID) (l *link, again bool, err 
 	if err := n.sendHello(c, g); err != nil && !errors.Is(err, syscall.EPIPE) { // refused already: the reason can be read
 		return nil, false, err
 	}
-	b, fd, err := readPacket(c, make([]byte, 512))
+	b, fd, err := unixmsg.Read(c, make([]byte, 512))
 	if errors.Is(err, syscall.ECONNRESET) { // it hung up before it read the greeting: its reason comes behind this error
-		b, fd, err = readPacket(c, make([]byte, 512))
+		b, fd, err = unixmsg.Read(c, make([]byte, 512))
 	}
 	if err != nil {
 		if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) {
@@ -327,7 +328,7 @@ func (n *NIC) dialOnce(ctx context.Context, g ib.GID) (l *link, again bool, err 
 		}
 		return nil, false, err
 	}
-	defer closeFDs(fdList(fd))
+	defer unixmsg.Close(fdList(fd))
 	if why, ok := strings.CutPrefix(string(b), refuseMagic); ok {
 		if why == refuseTwice {
 			return nil, true, nil

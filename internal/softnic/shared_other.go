@@ -25,8 +25,6 @@ func (n *NIC) dialShared(context.Context, ib.GID) (*link, error) {
 	return nil, fmt.Errorf("%w: %w", driver.ErrUnreachable, errNoSharedMemory)
 }
 
-func closeFDs([]int) {}
-
 func remoteWaker(int) (int, error) { return -1, errNoSharedMemory }
 
 func wakeFD(int) {}

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ringside-rdma/ringside/internal/softnic/unixmsg"
 )
 
 // outLimit is how many control messages may wait for a peer before it counts as stuck. Ten thousand QPs that connect at once
@@ -45,12 +47,12 @@ func (w *socketWriter) send(m ctl) error {
 		p.fd = fd
 	}
 	if w.queued.Add(int64(len(p.b))) > outBytes {
-		closeFDs(fdList(p.fd))
+		unixmsg.Close(fdList(p.fd))
 		return errLinkBusy
 	}
 	n := w.box.put(p)
 	if n < 0 {
-		closeFDs(fdList(p.fd))
+		unixmsg.Close(fdList(p.fd))
 		return errPeerGone
 	}
 	if n > outLimit {
@@ -83,7 +85,7 @@ func (w *socketWriter) run(fail func(error)) {
 				}
 			}
 			w.queued.Add(-int64(len(p.b)))
-			closeFDs(fdList(p.fd))
+			unixmsg.Close(fdList(p.fd))
 		}
 	}
 }
@@ -92,7 +94,7 @@ func (l *link) readShared(c *net.UnixConn) {
 	buf := make([]byte, ctlHeader+ctlMaxData+1)
 	end := func(err error) { l.nic.later(func() { l.close(err) }) }
 	for {
-		b, fd, err := readPacket(c, buf)
+		b, fd, err := unixmsg.Read(c, buf)
 		if err != nil {
 			if errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) || errors.Is(err, syscall.ECONNRESET) {
 				err = errPeerGone
@@ -109,7 +111,7 @@ func (l *link) readShared(c *net.UnixConn) {
 		if err == nil {
 			err = l.handle(&m)
 		}
-		closeFDs(fdList(fd))
+		unixmsg.Close(fdList(fd))
 		if err != nil {
 			if !errors.Is(err, errPeerGone) {
 				err = fmt.Errorf("%w: %w", errPeerFault, err)
@@ -120,49 +122,11 @@ func (l *link) readShared(c *net.UnixConn) {
 	}
 }
 
-// readPacket reads one message and at most one descriptor; more are closed, and make the message invalid.
-func readPacket(c *net.UnixConn, buf []byte) ([]byte, int, error) {
-	oob := make([]byte, unix.CmsgSpace(4*4))
-	n, oobn, flags, _, err := c.ReadMsgUnix(buf, oob)
-	if err != nil {
-		return nil, -1, err
-	}
-	var fds []int
-	if oobn > 0 {
-		msgs, err := unix.ParseSocketControlMessage(oob[:oobn])
-		if err != nil {
-			return nil, -1, errCtl
-		}
-		for i := range msgs {
-			if got, err := unix.ParseUnixRights(&msgs[i]); err == nil {
-				fds = append(fds, got...)
-			}
-		}
-	}
-	if n == 0 && len(fds) == 0 {
-		return nil, -1, io.EOF
-	}
-	if len(fds) > 1 || flags&(unix.MSG_CTRUNC|unix.MSG_TRUNC) != 0 {
-		closeFDs(fds)
-		return nil, -1, errCtl
-	}
-	if len(fds) == 1 {
-		return buf[:n], fds[0], nil
-	}
-	return buf[:n], -1, nil
-}
-
 func fdList(fd int) []int {
 	if fd < 0 {
 		return nil
 	}
 	return []int{fd}
-}
-
-func closeFDs(fds []int) {
-	for _, fd := range fds {
-		unix.Close(fd)
-	}
 }
 
 // remoteWaker returns our duplicate of the eventfd that wakes the peer's completion channel. The descriptor must be a non-blocking eventfd: a write to anything else could hang us.
