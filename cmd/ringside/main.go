@@ -86,7 +86,7 @@ func subcommand(cmd *cobra.Command, a []string) error {
 func newRoot() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "ringside",
-		Short: "Look at RDMA devices and measure them",
+		Short: "Look at RDMA devices, measure them, and see what they do",
 		Long: `ringside looks at RDMA devices and measures them: those of the kernel, and the
 software NIC that is part of this program and needs neither hardware nor rights.`,
 		SilenceUsage:  true,
@@ -95,7 +95,7 @@ software NIC that is part of this program and needs neither hardware nor rights.
 		RunE:          subcommand,
 	}
 	root.SetFlagErrorFunc(usage)
-	root.AddCommand(newDevices(), newPerf(), newVersion())
+	root.AddCommand(newCapture(), newDevices(), newPerf(), newStats(), newVersion())
 	return root
 }
 

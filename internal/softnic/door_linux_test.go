@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/softnic/observe"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -44,7 +45,7 @@ func TestPeerThatDoesNotRead(t *testing.T) {
 
 func knock(t testing.TB, n *NIC) *net.UnixConn {
 	t.Helper()
-	c, err := net.DialUnix("unixpacket", nil, socketName(n.gid))
+	c, err := net.DialUnix("unixpacket", nil, observe.SocketName(n.gid))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -148,7 +149,7 @@ func TestBadGreetings(t *testing.T) {
 				}
 				return
 			}
-			why, ok := strings.CutPrefix(string(b[:k]), refuseMagic)
+			why, ok := strings.CutPrefix(string(b[:k]), observe.Refusal)
 			if !ok || !strings.Contains(why, c.why) {
 				t.Errorf("answer %q, %v; want %q", b[:k], err, c.why)
 			}

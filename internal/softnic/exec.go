@@ -11,6 +11,14 @@ import (
 
 // exec executes a request, or says why it cannot be executed yet. Called with sq held.
 func (q *QP) exec(wr *ib.SendWR) (st ib.WCStatus, n uint32, s stallKind) {
+	if q.nic.taps.Load() != nil {
+		return q.execTapped(wr)
+	}
+	return q.execute(wr)
+}
+
+// execute is exec without observers.
+func (q *QP) execute(wr *ib.SendWR) (st ib.WCStatus, n uint32, s stallKind) {
 	if q.typ == ib.UD {
 		return q.execUD(wr)
 	}

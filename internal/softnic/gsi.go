@@ -58,14 +58,16 @@ func (g *gsi) Send(to netip.Addr, b *[roce.MADLen]byte) {
 	if err != nil {
 		return
 	}
-	pkt := roce.Packet{Opcode: roce.Op(roce.UD, roce.SendOnly), PKey: roce.DefaultPKey, DestQP: roce.GSIQP, PSN: g.psn, QKey: roce.GSIQKey, SrcQP: roce.GSIQP}
-	payload, ok := peer.Packet(&pkt, roce.MADLen)
+	pkt := &g.port.pkt
+	*pkt = roce.Packet{Opcode: roce.Op(roce.UD, roce.SendOnly), PKey: roce.DefaultPKey, DestQP: roce.GSIQP, PSN: g.psn, QKey: roce.GSIQKey, SrcQP: roce.GSIQP}
+	out := output{Peer: peer, port: g.port}
+	payload, ok := peer.Packet(pkt, roce.MADLen)
 	if !ok {
 		return
 	}
 	g.psn = g.psn.Add(1)
 	copy(payload, b[:])
-	peer.Commit()
+	out.Commit()
 }
 
 // manage has f do something with the connection manager.

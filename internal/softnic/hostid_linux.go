@@ -11,7 +11,6 @@ import (
 	"sync"
 
 	"github.com/ringside-rdma/ringside/internal/softnic/unixmsg"
-	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
 // identity is this process's part of a hello.
@@ -34,11 +33,6 @@ func nsInode(kind string) uint64 {
 	s = strings.TrimSuffix(strings.TrimPrefix(s, kind+":["), "]")
 	n, _ := strconv.ParseUint(s, 10, 64)
 	return n
-}
-
-// socketName is the abstract address of the NIC with the GID.
-func socketName(g ib.GID) *net.UnixAddr {
-	return &net.UnixAddr{Net: "unixpacket", Name: "@ringside-soft-" + hex.EncodeToString(g[:])}
 }
 
 // checkPeer says why a process cannot be served through shared memory. The kernel vouches for the uid, and for the process

@@ -428,6 +428,8 @@ func (q *QP) recvWC(wc *ib.WC, in *inbound, n uint32, b uint64, id uint64, total
 	if op != 0 {
 		return false
 	}
+	q.got.Messages++
+	q.got.Bytes += uint64(n)
 	if flags&cqeRDMA != 0 {
 		wc.Opcode = ib.WCRecvRDMAWithImm
 		if flags&cqeImm == 0 {

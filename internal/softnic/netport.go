@@ -85,7 +85,7 @@ func openPort(n *NIC, addr netip.Addr, mtu int) (*netPort, error) {
 	p.link = newLink(n, n.gid, pathInproc)
 	p.link.full, p.link.net = !asymmetric(), true
 	p.link.out = &nobody{p.link}
-	p.recv, sock.Expect = p.deliver, p.expect
+	p.recv, sock.Expect, sock.OnDrop = p.deliver, p.expect, p.tapNone
 	if p.faults, err = faultsFromEnv(); err != nil {
 		sock.Close()
 		return nil, err
@@ -324,6 +324,14 @@ func (p *netPort) wakeInTime() {
 
 // expect finds whom a packet is for, before its invariant CRC is looked at; false: for nobody. Called with mu held.
 func (p *netPort) expect(src netip.AddrPort, pkt *roce.Packet) bool {
+	if l := p.nic.taps.Load(); l != nil {
+		return p.findTapped(*l, src, pkt)
+	}
+	return p.find(src, pkt)
+}
+
+// find is expect, unseen.
+func (p *netPort) find(src netip.AddrPort, pkt *roce.Packet) bool {
 	p.conn, p.ud, p.mad = nil, nil, false
 	if pkt.PKey&0x7fff != roce.DefaultPKey&0x7fff {
 		p.drops.PKey++
@@ -367,6 +375,15 @@ func (p *netPort) receive(src netip.AddrPort, pkt *roce.Packet) {
 
 // deliver takes the packet that expect has said yes to. Called with mu held.
 func (p *netPort) deliver(src netip.AddrPort, pkt *roce.Packet) {
+	if l := p.nic.taps.Load(); l != nil {
+		p.acceptTapped(*l, src, pkt)
+		return
+	}
+	p.accept(src, pkt)
+}
+
+// accept is deliver, unseen.
+func (p *netPort) accept(src netip.AddrPort, pkt *roce.Packet) {
 	switch {
 	case p.ud != nil:
 		p.ud.receive(src, pkt)

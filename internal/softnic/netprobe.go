@@ -60,7 +60,7 @@ func (n *NIC) ProbePath(ctx context.Context, to *ib.AHAttr, qpn ib.QPN, most ib.
 	least := most // the longest alone will do, mostly
 	pause := probePause
 	for begin := time.Now(); best < most && more <= probeMore && time.Since(begin) < probeTime && ctx.Err() == nil; {
-		p.sendProbes(x, output{peer}, number, max(least, best+1), most)
+		p.sendProbes(x, output{Peer: peer, port: p}, number, max(least, best+1), most)
 		least = ib.MTU256
 		timer.Reset(pause)
 		for over := false; !over && best < most; {
@@ -204,6 +204,7 @@ func (p *netPort) probed(src netip.AddrPort, pkt *roce.Packet) {
 	p.pkt = roce.Packet{Opcode: roce.ProbeAnswer, PKey: roce.DefaultPKey, DestQP: pkt.SrcQP, QKey: pkt.QKey}
 	if b, ok := p.answerTo.Packet(&p.pkt, len(pkt.Payload)); ok {
 		clear(b)
-		p.answerTo.Commit()
+		out := output{Peer: p.answerTo, port: p}
+		out.Commit()
 	}
 }

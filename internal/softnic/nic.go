@@ -19,7 +19,9 @@ import (
 type NIC struct {
 	gid     ib.GID
 	guid    ib.GUID
-	shared  bool // peers in other processes can reach it
+	taps    atomic.Pointer[taps] // nil: nobody observes packets; replaced under watch.mu
+	watch   watch                // by whom the NIC is observed
+	shared  bool                 // peers in other processes can reach it
 	sharedE error
 	busyFor time.Duration // busyLimit; shorter in tests
 	viaDoor bool          // tests: reach NICs of this process through shared memory too
@@ -100,6 +102,7 @@ func Open() (*NIC, error) {
 	register(n)
 	go n.worker()
 	go n.retrier()
+	n.joinCapture()
 	return n, nil
 }
 
@@ -377,6 +380,7 @@ func (n *NIC) Close() error {
 	registryMu.Lock()
 	delete(registry, n.gid)
 	registryMu.Unlock()
+	n.unwatch()
 	n.closeShared()
 	if ports := n.netPorts.Load(); ports != nil {
 		until := time.Now().Add(linger)

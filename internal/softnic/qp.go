@@ -11,6 +11,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/ring"
+	"github.com/ringside-rdma/ringside/internal/softnic/observe"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -55,6 +56,9 @@ type QP struct {
 	lost     bool  // the peer's NIC has gone, and no request has said so yet; guarded by sq
 	drained  drain // guarded by sq
 	stalled  bool  // in the NIC's set of QPs to retry; guarded by sq
+	shown    shown
+	done     observe.Traffic // requests that have completed with success; guarded by sq
+	rnrs     uint64          // attempts in vain, for want of a receive; guarded by sq
 
 	// Send completions: written under sq, taken under scq.mu.
 	sc     []sendCompletion
@@ -77,6 +81,7 @@ type QP struct {
 	flushing atomic.Bool
 	lastWQE  bool
 	commEst  bool
+	got      observe.Traffic // receives whose completions were polled; guarded by rcq.mu
 }
 
 // drain is how far a QP in SQD is.
@@ -601,6 +606,7 @@ func (q *QP) reset() {
 		q.popPending()
 	}
 	q.assist = assist{}
+	q.shown, q.done, q.rnrs = shown{}, observe.Traffic{}, 0
 	q.attr = ib.QPAttr{}
 	q.sq.Unlock()
 	if l != nil {
@@ -626,7 +632,7 @@ func (q *QP) reset() {
 	atomic.StoreUint32(&q.posted, 0)
 	atomic.StoreUint32(&q.head, 0)
 	q.flushing.Store(false)
-	q.lastWQE, q.commEst = false, false
+	q.lastWQE, q.commEst, q.got = false, false, observe.Traffic{}
 	q.rq.Unlock()
 	q.rcq.mu.Unlock()
 

@@ -73,7 +73,11 @@ func (q *QP) PostSend(wrs []ib.SendWR) (int, error) {
 					q.sendFailed(wr, status)
 					st = ib.QPState(q.state.Load())
 					room--
-				} else if wr.Flags&ib.SendSignaled != 0 || q.sigAll {
+					continue
+				}
+				q.done.Messages++
+				q.done.Bytes += uint64(length)
+				if wr.Flags&ib.SendSignaled != 0 || q.sigAll {
 					q.pushSC(wr, ib.WCSuccess, length)
 					room--
 				}
@@ -163,7 +167,11 @@ func (q *QP) completePending(st ib.WCStatus, n uint32) {
 	}
 	if st != ib.WCSuccess {
 		q.sendFailed(&p.wr, st)
-	} else if p.wr.Flags&ib.SendSignaled != 0 || q.sigAll {
+		return
+	}
+	q.done.Messages++
+	q.done.Bytes += uint64(n)
+	if p.wr.Flags&ib.SendSignaled != 0 || q.sigAll {
 		q.pushSC(&p.wr, st, n)
 	}
 }
@@ -226,14 +234,18 @@ func (q *QP) timedOut(now time.Time) (ib.WCStatus, bool) {
 			return 0, false
 		}
 		s.tries++
+		q.rnrs++
+		timer := ib.RNRTimer(0)
+		if q.pv != nil {
+			timer = q.pv.rnr
+		}
+		if q.nic.taps.Load() != nil {
+			q.tapRNR(&q.pend[q.pendHead&q.scMask].wr, timer)
+		}
 		if q.attr.RNRRetry != ib.RNRRetryForever && s.tries > int(q.attr.RNRRetry) {
 			return ib.WCRNRRetryExceeded, true
 		}
-		d := ib.RNRTimer(0)
-		if q.pv != nil {
-			d = q.pv.rnr
-		}
-		s.next = now.Add(d.Duration())
+		s.next = now.Add(timer.Duration())
 	case stallPeer:
 		if q.typ == ib.UC {
 			return ib.WCSuccess, now.Sub(s.since) > linkTimeout // as if it had been sent to nobody

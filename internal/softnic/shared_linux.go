@@ -17,6 +17,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/mem"
+	"github.com/ringside-rdma/ringside/internal/softnic/observe"
 	"github.com/ringside-rdma/ringside/internal/softnic/unixmsg"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -80,7 +81,6 @@ func (d *door) enter(c *net.UnixConn) {
 }
 
 const (
-	refuseMagic  = "ringside refuse\n"
 	refuseTwice  = "duplicate"
 	handshakes   = 256                   // callers that have not said hello
 	handshakeMax = time.Second           // how long they may take to do so
@@ -96,7 +96,7 @@ func (n *NIC) openShared() error {
 	if err != nil {
 		return err
 	}
-	l, err := net.ListenUnix("unixpacket", socketName(n.gid))
+	l, err := net.ListenUnix("unixpacket", observe.SocketName(n.gid))
 	if err != nil {
 		reg.Close()
 		return fmt.Errorf("listening for other processes: %w", err)
@@ -145,7 +145,7 @@ func (n *NIC) answerDoor() {
 // refuse tells a caller why it is not served, and hangs up.
 func refuse(c *net.UnixConn, why string) {
 	c.SetWriteDeadline(time.Now().Add(handshakeMax)) // it fits the socket's buffer: it does not wait
-	c.Write(append([]byte(refuseMagic), why...))
+	c.Write(append([]byte(observe.Refusal), why...))
 	c.Close()
 }
 
@@ -160,6 +160,10 @@ func (n *NIC) answer(c *net.UnixConn) {
 		return
 	}
 	defer unixmsg.Close(fdList(fd))
+	if observe.Is(b) {
+		n.serve(c, b, fd)
+		return
+	}
 	if err := h.decode(b); err != nil {
 		refuse(err.Error())
 		return
@@ -300,7 +304,7 @@ var errNotHere = errors.New("no process with that software NIC in this network n
 
 func (n *NIC) dialOnce(ctx context.Context, g ib.GID) (l *link, again bool, err error) {
 	var d net.Dialer
-	nc, err := d.DialContext(ctx, "unixpacket", socketName(g).Name)
+	nc, err := d.DialContext(ctx, "unixpacket", observe.SocketName(g).Name)
 	if err != nil {
 		if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT) {
 			err = errNotHere
@@ -329,7 +333,7 @@ func (n *NIC) dialOnce(ctx context.Context, g ib.GID) (l *link, again bool, err 
 		return nil, false, err
 	}
 	defer unixmsg.Close(fdList(fd))
-	if why, ok := strings.CutPrefix(string(b), refuseMagic); ok {
+	if why, ok := strings.CutPrefix(string(b), observe.Refusal); ok {
 		if why == refuseTwice {
 			return nil, true, nil
 		}

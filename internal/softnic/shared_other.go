@@ -30,3 +30,7 @@ func remoteWaker(int) (int, error) { return -1, errNoSharedMemory }
 func wakeFD(int) {}
 
 func shareFD(int, bool) (int, func(), error) { return -1, nil, errNoSharedMemory }
+
+func (n *NIC) joinCapture() {}
+
+func (n *NIC) unwatch() {}

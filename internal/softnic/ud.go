@@ -145,17 +145,21 @@ func (q *QP) execUD(wr *ib.SendWR) (ib.WCStatus, uint32, stallKind) {
 	}
 	s := stallNone
 	if v.enter() {
-		key := wr.RemoteQKey
-		if key&(1<<31) != 0 {
-			key = q.attr.QKey
-		}
-		if atomic.LoadUint32(v.qkey) == uint32(key) {
+		if atomic.LoadUint32(v.qkey) == uint32(q.qkey(wr)) {
 			s = q.deliverUD(v, a, wr, n)
 		}
 		v.leave()
 	}
 	u.mu.Unlock()
 	return ib.WCSuccess, n, s
+}
+
+// qkey is the key that a datagram has: the QP's own for one with the highest bit set (IBA 10.2.5). Called with sq held.
+func (q *QP) qkey(wr *ib.SendWR) ib.QKey {
+	if wr.RemoteQKey&(1<<31) != 0 {
+		return q.attr.QKey
+	}
+	return wr.RemoteQKey
 }
 
 // deliverUD copies a datagram, behind its GRH, into a receive of the peer's QP, or drops it.

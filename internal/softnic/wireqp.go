@@ -48,9 +48,21 @@ type wireQP struct {
 }
 
 // output is the peer's socket, without its sending when it is full: that would be a system call with a lock held.
-type output struct{ *udp.Peer }
+type output struct {
+	*udp.Peer
+	port *netPort
+	w    *wireQP // whose packets these are; nil: datagrams of any queue pair
+}
 
-func (o output) Packet(h *roce.Packet, n int) ([]byte, bool) {
+// Commit implements wire.Output.
+func (o *output) Commit() {
+	o.Peer.Commit()
+	if l := o.port.nic.taps.Load(); l != nil {
+		o.tapSent(*l)
+	}
+}
+
+func (o *output) Packet(h *roce.Packet, n int) ([]byte, bool) {
 	if o.Peer.Room() == 0 {
 		return nil, false
 	}
@@ -79,7 +91,8 @@ func (q *QP) toRTRWire(attr *ib.QPAttr, mask ib.QPAttrMask) error {
 	if err != nil {
 		return err
 	}
-	w := &wireQP{q: q, port: p, out: output{peer}, addr: to.Addr(), service: roce.RC, epoch: q.epoch.Load()}
+	w := &wireQP{q: q, port: p, addr: to.Addr(), service: roce.RC, epoch: q.epoch.Load()}
+	w.out = output{Peer: peer, port: p, w: w}
 	w.cfg = wire.Config{DestQP: uint32(attr.DestQPN), MTU: attr.PathMTU.Bytes(), RQPSN: attr.RQPSN, MinRNRTimer: attr.MinRNRTimer,
 		MaxDestRdAtomic: int(attr.MaxDestRdAtomic), SendDepth: q.cap.MaxSendWR, Selective: attr.AH.UDPPort != 0}
 	w.t = target{q: q, v: q.ownView(in), epoch: w.epoch}
@@ -295,10 +308,10 @@ func (w *wireQP) pump(wait bool) {
 			w.feed()
 			switch {
 			case w.req != nil:
-				full = w.req.Pump(w.port.now, w.out)
+				full = w.req.Pump(w.port.now, &w.out)
 				at = w.req.Deadline()
 			case w.ureq != nil:
-				full = w.ureq.Pump(w.port.now, w.out)
+				full = w.ureq.Pump(w.port.now, &w.out)
 			}
 			w.feed() // what waited for those before it
 		}
@@ -330,7 +343,7 @@ func (w *wireQP) respond(wait bool) {
 		if !w.t.open && !w.resp.Failed() {
 			return // a QP that does not receive is silent, but for why it does not
 		}
-		full := w.resp.Pump(w.port.now, w.out)
+		full := w.resp.Pump(w.port.now, &w.out)
 		if w.t.open {
 			w.t.v.leave()
 		}

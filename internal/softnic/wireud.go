@@ -98,7 +98,7 @@ func (a *AH) resolveNet(attr *ib.AHAttr) error {
 	if attr.UDPPort != 0 {
 		peer.AllowPieces()
 	}
-	a.port, a.out = p, output{peer}
+	a.port, a.out = p, output{Peer: peer, port: p}
 	return nil
 }
 
@@ -115,16 +115,12 @@ func (q *QP) sendNet(a *AH, wr *ib.SendWR, n uint32) (ib.WCStatus, uint32, stall
 	defer p.mu.Unlock()
 	q.flushNet = p
 	p.again.Store(true)
-	key := wr.RemoteQKey
-	if key&(1<<31) != 0 {
-		key = q.attr.QKey
-	}
 	op := uint8(roce.SendOnly)
 	if wr.Opcode == ib.OpSendWithImm {
 		op = roce.SendOnlyImm
 	}
 	p.pkt = roce.Packet{Opcode: roce.Op(roce.UD, op), PKey: roce.DefaultPKey, DestQP: uint32(wr.RemoteQPN & ib.MaxQPN), PSN: q.attr.SQPSN,
-		Solicited: wr.Flags&ib.SendSolicited != 0, QKey: uint32(key), SrcQP: uint32(q.qpn), Imm: wr.Imm}
+		Solicited: wr.Flags&ib.SendSolicited != 0, QKey: uint32(q.qkey(wr)), SrcQP: uint32(q.qpn), Imm: wr.Imm}
 	payload, ok := a.out.Packet(&p.pkt, int(n))
 	if !ok {
 		return 0, 0, stallNet

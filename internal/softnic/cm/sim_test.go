@@ -153,7 +153,7 @@ func record(t testing.TB, w *pcap.Writer, now time.Duration, from, to netip.Addr
 	src, dst := netip.AddrPortFrom(from, roce.Port), netip.AddrPortFrom(to, roce.Port)
 	var icrc roce.ICRC
 	icrc.Init(src, dst)
-	if err := w.Packet(time.Unix(0, int64(now)), roce.AppendDatagram(nil, src, dst, icrc.Put(b)), ""); err != nil {
+	if err := w.Packet(&pcap.Packet{Time: time.Unix(0, int64(now)), Data: roce.AppendDatagram(nil, src, dst, 0, icrc.Put(b))}); err != nil {
 		t.Fatal(err)
 	}
 }

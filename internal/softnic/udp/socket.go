@@ -41,6 +41,8 @@ type Socket struct {
 	Expect func(src netip.AddrPort, p *roce.Packet) bool
 
 	Counters Counters
+	// OnDrop, if it is set, is called from Receive for what is no packet, with what it was until the call returns.
+	OnDrop func(src netip.AddrPort, b []byte, d roce.Drop)
 }
 
 // Counters say what a Socket has done.
@@ -161,6 +163,12 @@ func (p *Peer) Commit() {
 // Abort implements wire.Output.
 func (p *Peer) Abort() {}
 
+// Last returns the packet that the last Commit was for, with its invariant CRC. It is valid until the next call of Packet or Flush.
+func (p *Peer) Last() []byte { return p.s.tx.slot(p.s.qued - 1)[:p.n+roce.ICRCLen] }
+
+// Addr returns where the packets go.
+func (p *Peer) Addr() netip.AddrPort { return p.addr }
+
 // Queued returns how many packets wait for a Flush.
 func (s *Socket) Queued() int { return s.qued }
 
@@ -233,6 +241,9 @@ func (s *Socket) take(b []byte, src netip.AddrPort, fn func(src netip.AddrPort, 
 	if err != nil {
 		if d, ok := err.(roce.Drop); ok && int(d) < len(s.Counters.Dropped) {
 			s.Counters.Dropped[d]++
+			if s.OnDrop != nil {
+				s.OnDrop(src, b, d)
+			}
 		}
 		return
 	}

@@ -277,7 +277,7 @@ func (r *Requester) send(n uint32, psn ib.PSN, out Output) (sent, full bool) {
 	size := min(e.Len-off, uint32(r.cfg.MTU))
 	first, last := i == 0, i == e.packets-1
 	p := &r.pkt
-	*p = roce.Packet{PKey: roce.DefaultPKey, DestQP: r.cfg.DestQP, PSN: psn, Opcode: roce.Op(roce.RC, opcodeOf(e.Op, first, last))}
+	*p = roce.Packet{PKey: roce.DefaultPKey, DestQP: r.cfg.DestQP, PSN: psn, Opcode: roce.Op(roce.RC, PacketOp(e.Op, first, last))}
 	if last {
 		p.Solicited = e.Solicited
 		p.Imm, p.InvKey = e.Imm, e.InvKey
@@ -307,8 +307,8 @@ func (r *Requester) send(n uint32, psn ib.PSN, out Output) (sent, full bool) {
 // maxUnasked is after how many packets an acknowledgement is asked for.
 const maxUnasked = 16
 
-// opcodeOf returns the opcode of a packet of a SEND or a WRITE.
-func opcodeOf(op ib.Opcode, first, last bool) uint8 {
+// PacketOp returns the opcode of a packet of a SEND or a WRITE.
+func PacketOp(op ib.Opcode, first, last bool) uint8 {
 	base := uint8(roce.SendFirst)
 	if op == ib.OpRDMAWrite || op == ib.OpRDMAWriteWithImm {
 		base = roce.WriteFirst

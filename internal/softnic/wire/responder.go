@@ -41,6 +41,9 @@ type ResponderCounters struct {
 	Dropped                    uint64 // that nothing could be done with
 }
 
+// Refused returns how many requests ended the connection.
+func (c *ResponderCounters) Refused() uint64 { return c.Access + c.Invalid + c.Operation }
+
 // Add adds o.
 func (c *ResponderCounters) Add(o *ResponderCounters) {
 	c.Received += o.Received

@@ -57,7 +57,7 @@ func (r *UCRequester) Pump(_ time.Duration, out Output) (full bool) {
 		n := min(req.Len-r.off, uint32(r.cfg.MTU))
 		last := n == req.Len-r.off
 		p := &r.pkt
-		*p = roce.Packet{PKey: roce.DefaultPKey, DestQP: r.cfg.DestQP, PSN: r.next, Opcode: roce.Op(roce.UC, opcodeOf(req.Op, !r.begun, last)),
+		*p = roce.Packet{PKey: roce.DefaultPKey, DestQP: r.cfg.DestQP, PSN: r.next, Opcode: roce.Op(roce.UC, PacketOp(req.Op, !r.begun, last)),
 			Addr: req.Addr, RKey: req.RKey, Len: req.Len, Imm: req.Imm, Solicited: req.Solicited && last}
 		payload, ok := out.Packet(p, int(n))
 		if !ok {

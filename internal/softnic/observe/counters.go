@@ -1,0 +1,110 @@
+package observe
+
+import (
+	"encoding/json"
+	"fmt"
+)
+
+// A NIC is a software NIC's counters at one moment, as they are passed on: in JSON, since the observer may be of another version, to
+// which fields may be unknown. They are no snapshot: each queue pair is looked at by itself.
+type NIC struct {
+	Device  string `json:"device"`
+	GID     string `json:"gid"`
+	PID     int    `json:"pid"` // filled in by the observer, from what the kernel says; 0: it does not say
+	Program string `json:"program"`
+	Ports   []Port `json:"ports"` // addresses of the host that the NIC uses
+	QPs     []QP   `json:"qps"`   // by QPN
+}
+
+// A Port is one UDP socket.
+type Port struct {
+	Address  string            `json:"address"`
+	Sent     uint64            `json:"sent"`     // packets
+	Received uint64            `json:"received"` // packets, those that were dropped included
+	NotSent  uint64            `json:"not_sent"` // packets that the system refused
+	Dropped  map[string]uint64 `json:"dropped"`  // received packets, by Verdict.Key; those that have not occurred are missing
+}
+
+// A QP is a queue pair, counted since it was created or last in RESET.
+type QP struct {
+	QPN     uint32 `json:"qpn"`
+	Type    string `json:"type"`
+	State   string `json:"state"`
+	Path    string `json:"path"` // "inproc", "shm", "udp"; empty: not connected
+	Peer    string `json:"peer"` // its GID or its address
+	PeerQPN uint32 `json:"peer_qpn"`
+
+	Requests    Traffic `json:"requests"` // that have completed with success
+	Waiting     int     `json:"waiting"`  // requests that were posted and have not completed
+	Receives    Traffic `json:"receives"` // messages whose completions were polled
+	ReceiveRoom int     `json:"posted"`   // receives that are posted to a queue of the QP's own
+
+	// RNR counts the attempts in vain of requests for which the peer had no receive posted.
+	RNR uint64 `json:"rnr"`
+	// Wire is there on the path "udp".
+	Wire *Wire `json:"wire,omitempty"`
+}
+
+// Traffic is messages and their bytes.
+type Traffic struct {
+	Messages uint64 `json:"messages"`
+	Bytes    uint64 `json:"bytes"`
+}
+
+// Wire is what a connection over a network has sent and met.
+type Wire struct {
+	Sent   uint64            `json:"sent"`   // packets of requests, all
+	Resent uint64            `json:"resent"` // of those, packets that were sent again
+	Again  map[string]uint64 `json:"again"`  // Resent by why (wire.Reason); what has not occurred is missing
+	// What has led to that:
+	Timeouts uint64 `json:"timeouts"`
+	SeqNAKs  uint64 `json:"sequence_naks"`
+	RNRNAKs  uint64 `json:"rnr_naks"`
+	// Useless counts acknowledgements and responses that said nothing new.
+	Useless uint64 `json:"useless"`
+
+	Received   uint64 `json:"received"`   // packets of requests
+	Duplicates uint64 `json:"duplicates"` // of those, that were executed before
+	Early      uint64 `json:"early"`      // that came before one that was missing
+	NotReady   uint64 `json:"not_ready"`  // that found no receive: an RNR NAK was sent
+	Refused    uint64 `json:"refused"`    // that ended the connection
+	Dropped    uint64 `json:"dropped"`    // that nothing could be done with
+}
+
+// maxCounters bounds the JSON of a NIC: of all the queue pairs that one can have.
+const maxCounters = 256 << 20
+
+// EncodeNIC writes the counters.
+func EncodeNIC(n *NIC) ([]byte, error) { return json.Marshal(n) }
+
+// DecodeNIC reads what another process has written. What cannot be printed in its texts is replaced.
+func DecodeNIC(b []byte) (*NIC, error) {
+	n := new(NIC)
+	if err := json.Unmarshal(b, n); err != nil {
+		return nil, fmt.Errorf("the software NIC's counters: %w", err)
+	}
+	texts := []*string{&n.Device, &n.GID, &n.Program}
+	clean := func(m *map[string]uint64) {
+		c := make(map[string]uint64, len(*m))
+		for k, v := range *m {
+			c[printable([]byte(k))] += v
+		}
+		*m = c
+	}
+	for i := range n.Ports {
+		p := &n.Ports[i]
+		texts = append(texts, &p.Address)
+		clean(&p.Dropped)
+	}
+	for i := range n.QPs {
+		q := &n.QPs[i]
+		texts = append(texts, &q.Type, &q.State, &q.Path, &q.Peer)
+		if q.Wire != nil {
+			clean(&q.Wire.Again)
+		}
+	}
+	for _, s := range texts {
+		*s = printable([]byte(*s))
+	}
+	return n, nil
+}

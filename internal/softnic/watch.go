@@ -1,0 +1,108 @@
+package softnic
+
+import (
+	"io"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/internal/softnic/observe"
+	"github.com/ringside-rdma/ringside/internal/softnic/wire"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// watch is the observers of a NIC: their connections.
+type watch struct {
+	mu     sync.Mutex
+	closed bool
+	conns  map[io.Closer]bool
+	wg     sync.WaitGroup // of those that were called, and did not call
+}
+
+// Counters returns what observers are told: see observe.NIC.
+func (n *NIC) Counters() *observe.NIC {
+	c := &observe.NIC{Device: deviceName, GID: n.gid.String(), Ports: []observe.Port{}, QPs: []observe.QP{}}
+	if ports := n.netPorts.Load(); ports != nil {
+		for _, p := range *ports {
+			c.Ports = append(c.Ports, p.counters())
+		}
+	}
+	n.eachQP(func(q *QP) { c.QPs = append(c.QPs, q.counters()) })
+	slices.SortFunc(c.QPs, func(a, b observe.QP) int { return int(a.QPN) - int(b.QPN) })
+	return c
+}
+
+func (p *netPort) counters() observe.Port {
+	p.mu.Lock()
+	defer p.unlock()
+	k := &p.sock.Counters
+	c := observe.Port{Address: p.sock.Local().String(), Sent: k.Sent, Received: k.Received, NotSent: k.NotSent, Dropped: map[string]uint64{}}
+	drops := p.drops.byVerdict()
+	for d := roce.DropShort; d < roce.Drops; d++ {
+		drops[observe.Dropped(d)] += k.Dropped[d]
+	}
+	for v, n := range drops {
+		if n > 0 {
+			c.Dropped[observe.Verdict(v).Key()] = n
+		}
+	}
+	return c
+}
+
+// unlock lets go of mu, and does what others have left a note of meanwhile.
+func (p *netPort) unlock() {
+	p.mu.Unlock()
+	p.run()
+}
+
+func (q *QP) counters() observe.QP {
+	c := observe.QP{QPN: uint32(q.qpn), Type: q.typ.String()}
+	q.rcq.mu.Lock()
+	c.Receives = q.got
+	if q.srq == nil {
+		c.ReceiveRoom = int(atomic.LoadUint32(&q.posted) - atomic.LoadUint32(&q.head))
+	}
+	q.rcq.mu.Unlock()
+	q.sq.Lock()
+	w := q.wire
+	c.State, c.Requests, c.Waiting, c.RNR, c.PeerQPN = ib.QPState(q.state.Load()).String(), q.done, int(q.pendLen), q.rnrs, uint32(q.attr.DestQPN)
+	if q.link != nil {
+		c.Path, c.Peer = q.link.path, q.link.peer.String()
+	}
+	q.sq.Unlock()
+	if w != nil {
+		c.Path, c.Peer, c.Wire = pathUDP, w.out.Peer.Addr().String(), w.counters()
+		c.RNR += c.Wire.RNRNAKs
+	}
+	return c
+}
+
+// counters returns what the connection has sent and met.
+func (w *wireQP) counters() *observe.Wire {
+	c := &observe.Wire{Again: map[string]uint64{}}
+	w.port.mu.Lock()
+	defer w.port.unlock()
+	if w.resp != nil {
+		k := &w.resp.Counters
+		c.Received, c.Duplicates, c.Early, c.NotReady, c.Refused, c.Dropped = k.Received, k.Duplicates, k.Missed, k.NoReceive, k.Refused(), k.Dropped
+	}
+	if w.uresp != nil {
+		c.Received, c.Dropped = w.uresp.Counters.Received, w.uresp.Counters.Dropped
+	}
+	w.q.sq.Lock()
+	defer w.q.sq.Unlock() // before the port
+	if w.ureq != nil {
+		c.Sent = w.ureq.Sent
+	}
+	if w.req != nil {
+		k := &w.req.Counters
+		c.Sent, c.Resent, c.Timeouts, c.SeqNAKs, c.RNRNAKs, c.Useless = k.Sent, k.Resent, k.Timeouts, k.SeqNAKs, k.RNRNAKs, k.Dropped
+		for why, n := range k.Again {
+			if n > 0 {
+				c.Again[wire.Reason(why).String()] = n
+			}
+		}
+	}
+	return c
+}
