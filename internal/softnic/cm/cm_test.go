@@ -51,6 +51,9 @@ func TestMessages(t *testing.T) {
 	if n.capture, err = pcap.NewWriter(&out, "ringside"); err != nil {
 		t.Fatal(err)
 	}
+	if _, err := n.capture.AddInterface(pcap.Interface{Name: "sim"}); err != nil {
+		t.Fatal(err)
+	}
 	client, server := connected(n, a, b, s)
 	server.c.Disconnect(n.now)
 	n.run(time.Second)

@@ -1,0 +1,105 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/ringside-rdma/ringside/internal/testutil"
+)
+
+// A program that is run is captured from its first packet to its last, its children included, into files of a ring; the filter holds.
+func TestCaptureProgram(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "trace")
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := command(t, "capture", "-w", file, "-C", "100k", "-W", "2", "--opcode", "send,ack", "--",
+		exe, "perf", "send", "lat", "--spawn", "--size", "256", "--iters", "500", "-o", "json")
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		t.Fatalf("%v: %s", err, stderr.String())
+	}
+	if !json.Valid(stdout.Bytes()) {
+		t.Errorf("the program's output is %q", stdout.String())
+	}
+	if s := stderr.String(); strings.Count(s, "capturing soft0/") != 2 || !strings.Contains(s, " 0 lost") {
+		t.Errorf("it says %q", s)
+	}
+	if _, err := os.Stat(file + "2"); err == nil {
+		t.Error("a third file")
+	}
+	for _, n := range []string{"0", "1"} {
+		b, err := os.ReadFile(file + n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		packets := testutil.Tshark(t, b, "infiniband.bth.opcode", "frame.interface_name")
+		if len(packets) < 10 {
+			t.Errorf("%d packets", len(packets))
+		}
+		for _, p := range packets {
+			if p[0] != "4" && p[0] != "17" || !strings.HasPrefix(p[1], "soft0/") || !strings.HasSuffix(p[1], "/shm") {
+				t.Errorf("opcode %s at %s", p[0], p[1])
+			}
+		}
+	}
+}
+
+// What a running process does can be seen from outside.
+func TestStatsOfServer(t *testing.T) {
+	server, _ := startServer(t)
+	pid := server.Process.Pid
+	var r statsReport
+	var stdout, stderr bytes.Buffer
+	testutil.Eventually(t, "the server's NIC", func() bool {
+		stdout.Reset()
+		if code := run([]string{"stats", "--json"}, nil, &stdout, &stderr); code != 0 {
+			t.Fatalf("%d: %s", code, stderr.String())
+		}
+		if err := json.Unmarshal(stdout.Bytes(), &r); err != nil {
+			t.Fatal(err)
+		}
+		for _, n := range r.NICs {
+			if n.PID == pid {
+				return n.Device == "soft0" && n.Program != ""
+			}
+		}
+		return false
+	})
+	stdout.Reset()
+	if code := run([]string{"stats", "--pid", "1"}, nil, &stdout, &stderr); code != 0 || !strings.Contains(stdout.String(), "no software NICs") {
+		t.Errorf("of another process: %d, %q", code, stdout.String())
+	}
+}
+
+func TestCaptureMistakes(t *testing.T) {
+	for _, c := range []struct{ args, want string }{
+		{"-W 5", "needs -C"},
+		{"-C 5k", "needs -w"},
+		{"-w - -C 5k", "needs -w"},
+		{"-w x -C 5x", "number of bytes"},
+		{"--snaplen 3", "BTH"},
+		{"--buffer-size 2G", "1G"},
+		{"--qp 0x1000000", "24 bits"},
+		{"--peer nobody", "nobody"},
+		{"--opcode sned", "sned"},
+		{"--gid 10.0.0.1", "want a GID"},
+		{"program", "comes after --"},
+	} {
+		var stderr bytes.Buffer
+		if code := run(append([]string{"capture"}, strings.Fields(c.args)...), nil, &bytes.Buffer{}, &stderr); code != 2 || !strings.Contains(stderr.String(), c.want) {
+			t.Errorf("%s: %d, %q, want %q", c.args, code, stderr.String(), c.want)
+		}
+	}
+	var stderr bytes.Buffer
+	if code := run([]string{"capture", "--", "/no/such/program"}, nil, &bytes.Buffer{}, &stderr); code != 1 || !strings.Contains(stderr.String(), "/no/such/program") {
+		t.Errorf("%d, %q", code, stderr.String())
+	}
+}

@@ -1,0 +1,22 @@
+package observe
+
+import (
+	"slices"
+	"testing"
+
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+func TestGIDsOf(t *testing.T) {
+	const list = `Num       RefCount Protocol Flags    Type St Inode Path
+0000000000000000: 00000002 00000000 00010000 0005 01  2254 @ringside-soft-fd000000000000000000000000000001
+0000000000000000: 00000003 00000000 00000000 0005 03  2255 @ringside-soft-fd000000000000000000000000000002
+0000000000000000: 00000002 00000000 00010000 0005 01  2256 @ringside-soft-fd0000
+0000000000000000: 00000002 00000000 00010000 0005 01  2257 @ringside-soft-zz000000000000000000000000000001
+0000000000000000: 00000002 00000000 00010000 0005 01  2258 /run/x
+0000000000000000: 00000002 00000000 00010000 0005 01  2259
+`
+	if got, want := gidsOf([]byte(list)), []ib.GID{{0: 0xfd, 15: 1}}; !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+}
