@@ -565,3 +565,51 @@ func rightsOf(t testing.TB, n int) []byte {
 	t.Cleanup(func() { reg.Close() })
 	return unix.UnixRights(reg.FD())
 }
+
+// captured is a connected pair whose initiator is captured, but nobody reads on: the ring fills up, and what does not fit is lost.
+func captured(t testing.TB) (a, b *end) {
+	na, nb := openNIC(t, true), openNIC(t, true)
+	if na.sharedE != nil {
+		testutil.Skip(t, na.sharedE.Error())
+	}
+	a, b = newEnd(t, na, endConfig{typ: ib.RC}), newEnd(t, nb, endConfig{typ: ib.RC})
+	a.connect(b)
+	b.connect(a)
+	s, err := observe.Attach(context.Background(), na.gid, observe.MaxData, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	return a, b
+}
+
+// Being captured costs no memory, and an observer that does not read holds nobody up.
+func TestCapturedAllocatesNothing(t *testing.T) {
+	a, b := captured(t)
+	wr := []ib.SendWR{{ID: 1, Opcode: ib.OpRDMAWrite, Flags: ib.SendSignaled, SGEs: a.sge(0, 10000), RemoteAddr: addrOf(b.buf), RKey: b.mr.RKey()}}
+	var wc [1]ib.WC
+	a.send(wr[0])
+	a.poll()
+	if n := testing.AllocsPerRun(200, func() {
+		a.q.PostSend(wr)
+		for a.cq.Poll(wc[:]) == 0 {
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+// BenchmarkSendCaptured is BenchmarkSend for a NIC whose packets are captured, and mostly lost.
+func BenchmarkSendCaptured(b *testing.B) {
+	x, y := captured(b)
+	wr := []ib.SendWR{{ID: 1, Opcode: ib.OpSend, Inline: make([]byte, 64)}}
+	rr := []ib.RecvWR{{ID: 2, SGEs: y.sge(0, 64)}}
+	var wc [16]ib.WC
+	b.ReportAllocs()
+	for b.Loop() {
+		y.q.PostRecv(rr)
+		x.q.PostSend(wr)
+		for y.cq.Poll(wc[:]) == 0 {
+		}
+	}
+}
