@@ -7,9 +7,11 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"os/signal"
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/ringside-rdma/ringside/internal/pcap"
 	"github.com/ringside-rdma/ringside/internal/softnic/observe"
@@ -178,7 +180,9 @@ func (f *captureFlags) run(cmd *cobra.Command, s *observe.Session, program []str
 		s.Sink = &observe.FileSink{Files: files, Renderer: r}
 	}
 	s.Sink = &lossCounter{s.Sink, &lost}
-	ctx := cmd.Context()
+	// Who ends a capture so wants what was captured until then.
+	ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM)
+	defer stop()
 	var status error
 	if len(program) == 0 {
 		err = s.Run(ctx)

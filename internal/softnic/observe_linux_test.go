@@ -509,8 +509,11 @@ func TestJoinCapture(t *testing.T) {
 	calls := make(chan *observe.Source, 1)
 	go l.Take(1000, 0, calls, func(err error) { t.Error(err) })
 	n := openNIC(t, false)
+	if n.taps.Load() == nil {
+		t.Error("its first packets are not seen")
+	}
 	s := <-calls
-	if n.taps.Load() == nil || s.GID != n.gid || s.Program == "" {
+	if s.GID != n.gid || s.Program == "" {
 		t.Errorf("%+v", s)
 	}
 	s.Close()

@@ -132,6 +132,14 @@ func TestRingLyingObserver(t *testing.T) {
 	if p.lost == 0 {
 		t.Error("nothing was lost")
 	}
+	_, p, _ = newRing(t)
+	for p.Begin(example(4000), 4000) != nil {
+		p.Commit()
+	}
+	p.h.tail.Store(p.head + 8)
+	if p.Begin(example(4000), 4000) != nil {
+		t.Error("there is room where nothing was read")
+	}
 }
 
 func TestRingSizes(t *testing.T) {
