@@ -449,8 +449,12 @@ func TestCaptureDrops(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	c.Write(make([]byte, 40))
-	x.counts("no packet", &x.port.sock.Counters.Dropped[roce.DropICRC])
+	c.Write(append([]byte{0xff}, make([]byte, 39)...))
+	x.counts("no packet", &x.port.sock.Counters.Dropped[roce.DropOpcode])
+	damaged := make([]byte, 40) // a UD packet for a queue pair that there is, which is found before the CRC is looked at
+	x.packet(roce.SendOnly).PutHeader(damaged, 8)
+	c.Write(damaged[:roce.Op(roce.RC, roce.SendOnly).HeaderLen()+8+roce.ICRCLen])
+	x.counts("damaged", &x.port.sock.Counters.Dropped[roce.DropICRC])
 	if err := o.stop(); err != nil {
 		t.Fatal(err)
 	}
@@ -458,14 +462,14 @@ func TestCaptureDrops(t *testing.T) {
 	for i := range o.seen {
 		got = append(got, o.seen[i].Verdict.Key())
 	}
-	if !slices.Equal(got, []string{"pkey", "icrc"}) {
+	if !slices.Equal(got, []string{"pkey", "opcode", "icrc"}) {
 		t.Errorf("captured %q", got)
 	}
 	r, err := observe.ReadNIC(t.Context(), n.gid)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(r.Ports) != 1 || fmt.Sprint(r.Ports[0].Dropped) != "map[icrc:1 pkey:1]" || len(r.QPs) != 1 || r.QPs[0].Path != pathUDP || r.PID == 0 {
+	if len(r.Ports) != 1 || fmt.Sprint(r.Ports[0].Dropped) != "map[icrc:1 opcode:1 pkey:1]" || len(r.QPs) != 1 || r.QPs[0].Path != pathUDP || r.PID == 0 {
 		t.Errorf("%+v", r)
 	}
 }
