@@ -54,13 +54,13 @@ func (g *gsi) expire() {
 // Send implements cm.Output. What the socket has no room for is lost, as it could be on the way.
 func (g *gsi) Send(to netip.Addr, b *[roce.MADLen]byte) {
 	sock := g.port.sock
-	peer, err := sock.Peer(netip.AddrPortFrom(to, roce.Port))
+	peer, err := sock.Peer(netip.AddrPortFrom(to, roce.Port), false)
 	if err != nil {
 		return
 	}
 	pkt := &g.port.pkt
 	*pkt = roce.Packet{Opcode: roce.Op(roce.UD, roce.SendOnly), PKey: roce.DefaultPKey, DestQP: roce.GSIQP, PSN: g.psn, QKey: roce.GSIQKey, SrcQP: roce.GSIQP}
-	out := output{Peer: peer, port: g.port}
+	out := output{netPeer: peer, port: g.port}
 	payload, ok := peer.Packet(pkt, roce.MADLen)
 	if !ok {
 		return
@@ -77,7 +77,7 @@ func (p *netPort) manage(f func(e *cm.Engine, now time.Duration) error) error {
 		p.mu.Unlock()
 		return driver.ErrClosed
 	}
-	p.now = time.Since(p.born)
+	p.now = p.sock.Now()
 	err := f(p.openGSI().engine, p.now)
 	p.sock.Flush()
 	p.wakeInTime()

@@ -26,9 +26,8 @@ import (
 // mu comes before every lock of a QP but cfg, and a thread that has a QP's sq may only try to take it.
 type netPort struct {
 	nic  *NIC
-	sock *udp.Socket
-	mtu  int // of the net device
-	born time.Time
+	sock socket
+	mtu  int   // of the net device
 	link *link // with nobody: gives out the blocks that the port itself writes to
 
 	again atomic.Bool   // there is work that mu's holder may not have seen
@@ -62,7 +61,7 @@ type netPort struct {
 	pkt     roce.Packet   // a datagram that is being sent
 
 	probes   map[uint32]*probe // on their way, by number
-	answerTo *udp.Peer         // who has probed last
+	answerTo netPeer           // who has probed last
 
 	drops  dropCounters
 	left   connCounters // of connections that have ended
@@ -80,7 +79,7 @@ func openPort(n *NIC, addr netip.Addr, mtu int) (*netPort, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the software NIC cannot receive RoCEv2 packets at %v: %w", addr, err)
 	}
-	p := &netPort{nic: n, sock: sock, mtu: mtu, born: time.Now(), wakeC: make(chan struct{}, 1), ended: make(chan struct{}),
+	p := &netPort{nic: n, sock: &udpSocket{sock, time.Now()}, mtu: mtu, wakeC: make(chan struct{}, 1), ended: make(chan struct{}),
 		qps: map[ib.QPN]*wireQP{}, uds: map[ib.QPN]*wireUD{}, wakeAt: neverWake}
 	p.link = newLink(n, n.gid, pathInproc)
 	p.link.full, p.link.net = !asymmetric(), true
@@ -183,7 +182,7 @@ func (p *netPort) turn(receive bool) (some bool) {
 	if p.closed {
 		return false
 	}
-	p.now = time.Since(p.born)
+	p.now = p.sock.Now()
 	p.sendReady()
 	if len(p.late) > 0 && p.now >= p.lateAt {
 		p.acknowledge()
@@ -194,9 +193,9 @@ func (p *netPort) turn(receive bool) (some bool) {
 	timers, left := receive && p.timers.count > 0, false
 	for i := 0; receive && i < maxBatches; i++ {
 		if i > 0 {
-			p.now = time.Since(p.born)
+			p.now = p.sock.Now()
 		}
-		n, more, err := p.sock.Receive(time.Time{}, p.recv)
+		n, more, err := p.sock.Receive(p.recv)
 		if n == 0 && p.faults != nil && len(p.faults.held) > 0 {
 			n = len(p.faults.held)
 			p.faults.late(true, p.receive)
@@ -279,7 +278,7 @@ func (p *netPort) sendReady() {
 	p.readyMu.Unlock()
 	for i, w := range p.taken {
 		if i > 0 { // sending for many takes long: who is served late has the whole time for an answer, too
-			p.now = time.Since(p.born)
+			p.now = p.sock.Now()
 		}
 		p.taken[i] = nil
 		w.queued.Store(false)
@@ -318,7 +317,7 @@ func (p *netPort) wakeInTime() {
 	}
 	if at < p.wakeAt {
 		p.wakeAt = at
-		p.sock.SetDeadline(p.born.Add(at))
+		p.sock.SetDeadline(at)
 	}
 }
 
@@ -437,8 +436,8 @@ func (p *netPort) drive() {
 		p.acknowledge() // to wake up for it again would cost more than it saves
 		p.sock.Flush()
 		p.wakeAt = neverWake
-		p.now = time.Since(p.born)
-		p.sock.SetDeadline(time.Time{})
+		p.now = p.sock.Now()
+		p.sock.SetDeadline(neverWake)
 		p.wakeInTime()
 		p.mu.Unlock()
 		p.run()

@@ -45,7 +45,7 @@ func (n *NIC) ProbePath(ctx context.Context, to *ib.AHAttr, qpn ib.QPN, most ib.
 		return 0, err
 	}
 	x := &probe{to: peerAddr(to), qpn: uint32(qpn), came: make(chan ib.MTU, int(ib.MTU4096)+1)}
-	peer, err := p.sock.Peer(x.to)
+	peer, err := p.sock.Peer(x.to, false)
 	if err != nil {
 		return 0, fmt.Errorf("%w: %w", driver.ErrUnreachable, err)
 	}
@@ -60,7 +60,7 @@ func (n *NIC) ProbePath(ctx context.Context, to *ib.AHAttr, qpn ib.QPN, most ib.
 	least := most // the longest alone will do, mostly
 	pause := probePause
 	for begin := time.Now(); best < most && more <= probeMore && time.Since(begin) < probeTime && ctx.Err() == nil; {
-		p.sendProbes(x, output{Peer: peer, port: p}, number, max(least, best+1), most)
+		p.sendProbes(x, output{netPeer: peer, port: p}, number, max(least, best+1), most)
 		least = ib.MTU256
 		timer.Reset(pause)
 		for over := false; !over && best < most; {
@@ -142,7 +142,7 @@ func (p *netPort) sendProbes(x *probe, out output, number uint32, least, most ib
 		if !p.sock.Flush() {
 			break // there is no room
 		}
-		was := p.sock.Counters.NotSent
+		was := p.sock.Stats().NotSent
 		p.pkt = roce.Packet{Opcode: roce.Probe, PKey: roce.DefaultPKey, DestQP: x.qpn, QKey: number}
 		b, ok := out.Packet(&p.pkt, probePayload(m))
 		if !ok {
@@ -152,7 +152,7 @@ func (p *netPort) sendProbes(x *probe, out output, number uint32, least, most ib
 		out.Commit()
 		p.sock.Flush()
 		x.sent++
-		if err := p.sock.Counters.SendErr; p.sock.Counters.NotSent != was && !errors.Is(err, syscall.EMSGSIZE) {
+		if err := p.sock.Stats().SendErr; p.sock.Stats().NotSent != was && !errors.Is(err, syscall.EMSGSIZE) {
 			x.refused = err
 		}
 	}
@@ -195,7 +195,7 @@ func (p *netPort) probed(src netip.AddrPort, pkt *roce.Packet) {
 		return // no room: another probe comes
 	}
 	if p.answerTo == nil {
-		p.answerTo, _ = p.sock.Peer(src)
+		p.answerTo, _ = p.sock.Peer(src, false)
 	}
 	if p.answerTo == nil || src.Port() == 0 {
 		return
@@ -204,7 +204,7 @@ func (p *netPort) probed(src netip.AddrPort, pkt *roce.Packet) {
 	p.pkt = roce.Packet{Opcode: roce.ProbeAnswer, PKey: roce.DefaultPKey, DestQP: pkt.SrcQP, QKey: pkt.QKey}
 	if b, ok := p.answerTo.Packet(&p.pkt, len(pkt.Payload)); ok {
 		clear(b)
-		out := output{Peer: p.answerTo, port: p}
+		out := output{netPeer: p.answerTo, port: p}
 		out.Commit()
 	}
 }

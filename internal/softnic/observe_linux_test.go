@@ -450,11 +450,11 @@ func TestCaptureDrops(t *testing.T) {
 	}
 	defer c.Close()
 	c.Write(append([]byte{0xff}, make([]byte, 39)...))
-	x.counts("no packet", &x.port.sock.Counters.Dropped[roce.DropOpcode])
+	x.counts("no packet", &x.port.sock.Stats().Dropped[roce.DropOpcode])
 	damaged := make([]byte, 40) // a UD packet for a queue pair that there is, which is found before the CRC is looked at
 	x.packet(roce.SendOnly).PutHeader(damaged, 8)
 	c.Write(damaged[:roce.Op(roce.RC, roce.SendOnly).HeaderLen()+8+roce.ICRCLen])
-	x.counts("damaged", &x.port.sock.Counters.Dropped[roce.DropICRC])
+	x.counts("damaged", &x.port.sock.Stats().Dropped[roce.DropICRC])
 	if err := o.stop(); err != nil {
 		t.Fatal(err)
 	}

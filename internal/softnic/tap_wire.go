@@ -14,8 +14,8 @@ import (
 
 // tapSent shows them the packet that has been committed to o. Called with the port's mu held.
 func (o *output) tapSent(l taps) {
-	pkt := o.Peer.Last()
-	r := observe.Record{Time: time.Now().UnixNano(), Out: true, Src: o.port.sock.Local(), Dst: o.Peer.Addr(), Length: len(pkt)}
+	pkt := o.netPeer.Last()
+	r := observe.Record{Time: time.Now().UnixNano(), Out: true, Src: o.port.sock.Local(), Dst: o.netPeer.Addr(), Length: len(pkt)}
 	if w := o.w; w != nil {
 		r.QPN, r.PeerQPN = uint32(w.q.qpn), w.cfg.DestQP
 		if w.req != nil && !roce.Opcode(pkt[0]).IsResponse() {

@@ -36,7 +36,7 @@ func (n *NIC) Counters() *observe.NIC {
 func (p *netPort) counters() observe.Port {
 	p.mu.Lock()
 	defer p.unlock()
-	k := &p.sock.Counters
+	k := p.sock.Stats()
 	c := observe.Port{Address: p.sock.Local().String(), Sent: k.Sent, Received: k.Received, NotSent: k.NotSent, Dropped: map[string]uint64{}}
 	drops := p.drops.byVerdict()
 	for d := roce.DropShort; d < roce.Drops; d++ {
@@ -72,7 +72,7 @@ func (q *QP) counters() observe.QP {
 	}
 	q.sq.Unlock()
 	if w != nil {
-		c.Path, c.Peer, c.Wire = pathUDP, w.out.Peer.Addr().String(), w.counters()
+		c.Path, c.Peer, c.Wire = pathUDP, w.out.Addr().String(), w.counters()
 		c.RNR += c.Wire.RNRNAKs
 	}
 	return c

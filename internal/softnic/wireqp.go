@@ -8,7 +8,6 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/roce"
-	"github.com/ringside-rdma/ringside/internal/softnic/udp"
 	"github.com/ringside-rdma/ringside/internal/softnic/wire"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -47,28 +46,6 @@ type wireQP struct {
 	over  bool   // the QP flushes its queue: the requester's opinion does not count
 }
 
-// output is the peer's socket, without its sending when it is full: that would be a system call with a lock held.
-type output struct {
-	*udp.Peer
-	port *netPort
-	w    *wireQP // whose packets these are; nil: datagrams of any queue pair
-}
-
-// Commit implements wire.Output.
-func (o *output) Commit() {
-	o.Peer.Commit()
-	if l := o.port.nic.taps.Load(); l != nil {
-		o.tapSent(*l)
-	}
-}
-
-func (o *output) Packet(h *roce.Packet, n int) ([]byte, bool) {
-	if o.Peer.Room() == 0 {
-		return nil, false
-	}
-	return o.Peer.Packet(h, n)
-}
-
 // toRTRWire is toRTR for a peer on a network.
 func (q *QP) toRTRWire(attr *ib.QPAttr, mask ib.QPAttrMask) error {
 	p, err := q.nic.netPortAt(attr.AH.SGIDIndex)
@@ -79,12 +56,9 @@ func (q *QP) toRTRWire(attr *ib.QPAttr, mask ib.QPAttrMask) error {
 		return err
 	}
 	to := peerAddr(&attr.AH)
-	peer, err := p.sock.Peer(to)
+	peer, err := p.sock.Peer(to, attr.AH.UDPPort != 0)
 	if err != nil {
 		return fmt.Errorf("%w: %w", driver.ErrUnreachable, err)
-	}
-	if attr.AH.UDPPort != 0 {
-		peer.AllowPieces()
 	}
 	q.setAttr(attr, mask)
 	in, err := q.openInbound(p.link, uint32(attr.DestQPN))
@@ -92,7 +66,7 @@ func (q *QP) toRTRWire(attr *ib.QPAttr, mask ib.QPAttrMask) error {
 		return err
 	}
 	w := &wireQP{q: q, port: p, addr: to.Addr(), service: roce.RC, epoch: q.epoch.Load()}
-	w.out = output{Peer: peer, port: p, w: w}
+	w.out = output{netPeer: peer, port: p, w: w}
 	w.cfg = wire.Config{DestQP: uint32(attr.DestQPN), MTU: attr.PathMTU.Bytes(), RQPSN: attr.RQPSN, MinRNRTimer: attr.MinRNRTimer,
 		MaxDestRdAtomic: int(attr.MaxDestRdAtomic), SendDepth: q.cap.MaxSendWR, Selective: attr.AH.UDPPort != 0}
 	w.t = target{q: q, v: q.ownView(in), epoch: w.epoch}

@@ -91,14 +91,11 @@ func (a *AH) resolveNet(attr *ib.AHAttr) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", driver.ErrUnreachable, err)
 	}
-	peer, err := p.sock.Peer(peerAddr(attr))
+	peer, err := p.sock.Peer(peerAddr(attr), attr.UDPPort != 0)
 	if err != nil {
 		return fmt.Errorf("%w: %w", driver.ErrUnreachable, err)
 	}
-	if attr.UDPPort != 0 {
-		peer.AllowPieces()
-	}
-	a.port, a.out = p, output{Peer: peer, port: p}
+	a.port, a.out = p, output{netPeer: peer, port: p}
 	return nil
 }
 
