@@ -94,6 +94,7 @@ func (c *CQ) Poll(wcs []ib.WC) int {
 	}
 	c.nic.pollPorts()
 	if q := c.single.Load(); q != nil && q.quiet() && c.err.Load() == nil {
+		c.nic.idle()
 		return 0
 	}
 	c.mu.Lock()
@@ -130,6 +131,9 @@ func (c *CQ) Poll(wcs []ib.WC) int {
 		n = c.pollReady(wcs)
 	}
 	c.mu.Unlock()
+	if n == 0 {
+		c.nic.idle()
+	}
 	return n
 }
 
@@ -539,7 +543,7 @@ type CompChannel struct {
 
 // CreateCompChannel implements driver.Context.
 func (n *NIC) CreateCompChannel() (driver.CompChannel, error) {
-	w, err := newWaker()
+	w, err := n.newWaker()
 	if err != nil {
 		return nil, err
 	}

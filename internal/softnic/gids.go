@@ -10,8 +10,11 @@ import (
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// pathUDP is the path of QPs that are connected over a network.
-const pathUDP = "udp"
+// pathUDP is the path of QPs that are connected over a network, pathSim, over one in virtual time.
+const (
+	pathUDP = "udp"
+	pathSim = "sim"
+)
 
 // A gidTable holds the NIC's GIDs: at index 0 the one that names it to other NICs of the host, behind it the addresses of the
 // host, for RoCEv2 over UDP. An address keeps its index as long as the NIC is open, also if it goes and comes back.
@@ -19,6 +22,7 @@ type gidTable struct {
 	mu    sync.Mutex
 	asked time.Time // when the system was asked
 	slots []gidSlot // slot i is at index i+1
+	fixed bool      // the addresses are not the system's
 }
 
 type gidSlot struct {
@@ -37,7 +41,7 @@ const (
 
 // refresh asks the system which addresses there are. Called with mu held.
 func (t *gidTable) refresh() {
-	if !t.asked.IsZero() && time.Since(t.asked) < gidAge {
+	if t.fixed || !t.asked.IsZero() && time.Since(t.asked) < gidAge {
 		return
 	}
 	t.asked = time.Now()

@@ -52,3 +52,15 @@ func (b *mailbox[T]) close() {
 	b.c.Broadcast()
 	b.mu.Unlock()
 }
+
+// tryTake takes the first, if there is one.
+func (b *mailbox[T]) tryTake() (v T, ok bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.q) == 0 {
+		return v, false
+	}
+	v = b.q[0]
+	b.q = b.q[1:]
+	return v, true
+}

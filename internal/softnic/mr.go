@@ -41,6 +41,8 @@ const (
 
 // regionTable maps handles to regions. Look-ups take no lock.
 type regionTable struct {
+	random func() uint32 // makes rkeys
+
 	slots []atomic.Pointer[region]
 	// live is the same table as peers see it: live[slot] is the valid handle, or 0. Owner-written (atomic), mapped
 	// read-only by peers, who load it with their busy word raised.
@@ -102,7 +104,7 @@ func (t *regionTable) insert(r *region) error {
 	}
 	r.handle = uint32(t.gen[slot])<<handleSlotBits | slot
 	for r.rkey == 0 {
-		k := ib.RKey(random32())
+		k := ib.RKey(t.random())
 		if _, taken := t.byRKey[k]; !taken {
 			r.rkey = k
 		}

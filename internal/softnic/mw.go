@@ -27,7 +27,7 @@ func (pd *PD) AllocMW() (driver.MW, error) {
 	if err := pd.addChild(); err != nil {
 		return nil, err
 	}
-	w := &MW{nic: pd.nic, pd: pd, rkey: ib.RKey(random32() | 1<<8)}
+	w := &MW{nic: pd.nic, pd: pd, rkey: ib.RKey(pd.nic.regions.random() | 1<<8)}
 	if err := pd.nic.addMW(w); err != nil {
 		pd.dropChild()
 		return nil, err

@@ -79,11 +79,8 @@ func openPort(n *NIC, addr netip.Addr, mtu int) (*netPort, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the software NIC cannot receive RoCEv2 packets at %v: %w", addr, err)
 	}
-	p := &netPort{nic: n, sock: &udpSocket{sock, time.Now()}, mtu: mtu, wakeC: make(chan struct{}, 1), ended: make(chan struct{}),
-		qps: map[ib.QPN]*wireQP{}, uds: map[ib.QPN]*wireUD{}, wakeAt: neverWake}
-	p.link = newLink(n, n.gid, pathInproc)
-	p.link.full, p.link.net = !asymmetric(), true
-	p.link.out = &nobody{p.link}
+	p := newNetPort(n, mtu)
+	p.sock = &udpSocket{sock, time.Now()}
 	p.recv, sock.Expect, sock.OnDrop = p.deliver, p.expect, p.tapNone
 	if p.faults, err = faultsFromEnv(); err != nil {
 		sock.Close()
@@ -94,6 +91,16 @@ func openPort(n *NIC, addr netip.Addr, mtu int) (*netPort, error) {
 	}
 	go p.drive()
 	return p, nil
+}
+
+func newNetPort(n *NIC, mtu int) *netPort {
+	p := &netPort{nic: n, mtu: mtu, wakeC: make(chan struct{}, 1), ended: make(chan struct{}),
+		qps: map[ib.QPN]*wireQP{}, uds: map[ib.QPN]*wireUD{}, wakeAt: neverWake}
+	p.link = newLink(n, n.gid, pathInproc)
+	p.link.full, p.link.net = !asymmetric(), true
+	p.link.out = &nobody{p.link}
+	p.recv = p.receive
+	return p
 }
 
 // nobody is the other end of a port's link: it has nothing to let go of.
@@ -426,26 +433,34 @@ func (p *netPort) drive() {
 			case <-pause.C:
 			}
 		}
-		p.mu.Lock()
-		if p.closed {
-			p.mu.Unlock()
+		if !p.round() {
 			return
 		}
-		p.turn(true)
-		p.settle()
-		p.acknowledge() // to wake up for it again would cost more than it saves
-		p.sock.Flush()
-		p.wakeAt = neverWake
-		p.now = p.sock.Now()
-		p.sock.SetDeadline(neverWake)
-		p.wakeInTime()
-		p.mu.Unlock()
-		p.run()
 		looks = p.looks.Load()
 		if p.sock.Wait() != nil {
 			return
 		}
 	}
+}
+
+// round does all that there is to do now, and sets when there will be more. It reports whether the port is open.
+func (p *netPort) round() bool {
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return false
+	}
+	p.turn(true)
+	p.settle()
+	p.acknowledge() // to wake up for it again would cost more than it saves
+	p.sock.Flush()
+	p.wakeAt = neverWake
+	p.now = p.sock.Now()
+	p.sock.SetDeadline(neverWake)
+	p.wakeInTime()
+	p.mu.Unlock()
+	p.run()
+	return true
 }
 
 // wake has drive look whether somebody sleeps.

@@ -58,6 +58,7 @@ type NIC struct {
 	work   *mailbox[func()]
 	done   chan struct{} // the worker has ended
 
+	sim       *simulation // nil: the NIC is in the real world
 	gids      gidTable
 	netPorts  atomic.Pointer[[]*netPort] // that are open; replaced under gids.mu
 	listeners []*cmListener              // guarded by mu
@@ -84,17 +85,9 @@ const linkTimeout = 2 * time.Second
 
 // Open makes a NIC.
 func Open() (*NIC, error) {
-	n := &NIC{qps: map[ib.QPN]*QP{}, cqs: map[*CQ]bool{}, channels: map[*CompChannel]bool{}, srqs: map[*SRQ]bool{},
-		mws: map[uint32]*MW{}, links: map[ib.GID]*link{}, dials: map[ib.GID]*dial{}, done: make(chan struct{}),
-		events: newMailbox[driver.AsyncEvent](), evC: make(chan struct{}, 1), work: newMailbox[func()](),
-		kick: make(chan struct{}, 1), retryDone: make(chan struct{}), busyFor: busyLimit}
+	n := newNIC()
 	rand.Read(n.gid[:])
-	// fd00::/8: a locally assigned address. Its random part is the NIC's identity on this host.
-	n.gid[0] = 0xfd
-	n.guid = ib.GUID(n.gid.InterfaceID())
-	n.nextQPN = ib.QPN(random32() & 0xffff) // so that stale QPNs of other runs rarely fit
-	n.nextQPN += 16
-	n.stagePD = PD{nic: n}
+	n.identify()
 	if err := n.openShared(); err != nil {
 		n.sharedE = err
 		n.regions.init(heapBytes(maxMRs*4), -1)
@@ -104,6 +97,25 @@ func Open() (*NIC, error) {
 	go n.retrier()
 	n.joinCapture()
 	return n, nil
+}
+
+func newNIC() *NIC {
+	n := &NIC{qps: map[ib.QPN]*QP{}, cqs: map[*CQ]bool{}, channels: map[*CompChannel]bool{}, srqs: map[*SRQ]bool{},
+		mws: map[uint32]*MW{}, links: map[ib.GID]*link{}, dials: map[ib.GID]*dial{}, done: make(chan struct{}),
+		events: newMailbox[driver.AsyncEvent](), evC: make(chan struct{}, 1), work: newMailbox[func()](),
+		kick: make(chan struct{}, 1), retryDone: make(chan struct{}), busyFor: busyLimit}
+	n.regions.random = random32
+	n.stagePD = PD{nic: n}
+	return n
+}
+
+// identify makes a GID of n.gid's random bits, and what goes with it.
+func (n *NIC) identify() {
+	// fd00::/8: a locally assigned address. Its random part is the NIC's identity on this host.
+	n.gid[0] = 0xfd
+	n.guid = ib.GUID(n.gid.InterfaceID())
+	n.nextQPN = ib.QPN(n.regions.random() & 0xffff) // so that stale QPNs of other runs rarely fit
+	n.nextQPN += 16
 }
 
 // register makes the NIC reachable for others of this process.
@@ -260,6 +272,12 @@ func (n *NIC) AsyncEvent(ctx context.Context) (driver.AsyncEvent, error) {
 			n.kickEvents() // for the next waiter
 			return driver.AsyncEvent{}, driver.ErrClosed
 		}
+		if n.sim != nil {
+			if err := n.sim.net.Sleep(ctx, n.evC); err != nil {
+				return driver.AsyncEvent{}, err
+			}
+			continue
+		}
 		select {
 		case <-n.evC:
 		case <-ctx.Done():
@@ -271,7 +289,12 @@ func (n *NIC) AsyncEvent(ctx context.Context) (driver.AsyncEvent, error) {
 // Background work.
 
 // later runs f on the NIC's worker goroutine: with no lock held, after what was queued before.
-func (n *NIC) later(f func()) { n.work.put(f) }
+func (n *NIC) later(f func()) {
+	n.work.put(f)
+	if n.sim != nil {
+		n.sim.net.Wake()
+	}
+}
 
 func (n *NIC) worker() {
 	defer close(n.done)
@@ -355,7 +378,11 @@ func (n *NIC) retrier() {
 // Progress implements driver.Progresser.
 func (n *NIC) Progress() bool {
 	some := n.pollPorts()
-	return n.stalled.Load() != 0 && n.progressStalled() || some
+	some = n.stalled.Load() != 0 && n.progressStalled() || some
+	if !some && n.sim != nil {
+		return n.sim.net.Step()
+	}
+	return some
 }
 
 // Close implements driver.Context.
@@ -394,9 +421,14 @@ func (n *NIC) Close() error {
 		l.close(driver.ErrClosed)
 	})
 	n.work.close()
+	if n.sim != nil {
+		n.worker() // now, and here
+	}
 	<-n.done
 	close(n.kick)
-	<-n.retryDone
+	if n.sim == nil {
+		<-n.retryDone
+	}
 	n.mappedMu.Lock()
 	mapped := slices.Collect(maps.Keys(n.mapped))
 	n.mappedMu.Unlock()

@@ -55,6 +55,9 @@ type dial struct {
 
 // linkTo returns the link to the NIC with the GID, setting it up if there is none.
 func (n *NIC) linkTo(ctx context.Context, g ib.GID) (*link, error) {
+	if n.sim != nil {
+		return nil, fmt.Errorf("%w: a NIC on a simulated network meets others there only: use the GID at index 1", driver.ErrUnreachable)
+	}
 	if g.IsZero() {
 		return nil, fmt.Errorf("%w: the peer's GID is zero", driver.ErrUnreachable)
 	}
@@ -138,6 +141,9 @@ func (n *NIC) linkLocal(peer *NIC) (*link, error) {
 
 // CheckReach implements driver.ReachChecker. An IPv4 address is none of a NIC on this host.
 func (n *NIC) CheckReach(ctx context.Context, g ib.GID) (string, error) {
+	if n.sim != nil && g.Addr().Is4() {
+		return pathSim, nil
+	}
 	if g.Addr().Is4() {
 		return pathUDP, nil // whether anybody is there shows when packets are answered
 	}

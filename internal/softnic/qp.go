@@ -243,6 +243,8 @@ func (q *QP) Path() string {
 	q.sq.Lock()
 	defer q.sq.Unlock()
 	switch {
+	case q.wire != nil && q.nic.sim != nil:
+		return pathSim
 	case q.wire != nil:
 		return pathUDP
 	case q.link == nil:
