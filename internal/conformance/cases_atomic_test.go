@@ -95,6 +95,7 @@ func adds(e *end, to *Mem, at int) (wrs []ib.SendWR) {
 
 // addAtOnce lets every end add 1 rounds*atomicBatch times to the same word, and checks that each old value was seen once.
 func addAtOnce(c *C, target *Mem, at int, rounds int, ends ...*end) {
+	c.severalGoroutines()
 	c.Helper()
 	target.write(at, wordBytes(0))
 	got := make([]pumpResult, len(ends))
@@ -149,6 +150,7 @@ func atomicBothSides(c *C) {
 
 // Compare-and-swap from 0 to 1: of many that race, one wins.
 func atomicLock(c *C) {
+	c.severalGoroutines()
 	l1, l2 := c.pair(ib.RC), c.pair(ib.RC)
 	self := c.pairOn(c.B, c.B, c.opts(ib.RC))
 	for round := range 20 {

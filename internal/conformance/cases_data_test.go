@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"time"
 
 	"github.com/ringside-rdma/ringside/verbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -266,7 +265,7 @@ func ucRefused(c *C) {
 // settle waits until what was sent unreliably has arrived or is lost. A direct path delivers while it sends.
 func (c *C) settle() {
 	if c.A.dev.Port.LinkLayer != ib.LinkMemory || c.A.dev.Net {
-		time.Sleep(20 * quiet)
+		c.sleep(20 * quiet)
 	}
 }
 
@@ -476,13 +475,13 @@ func inlineRefused(c *C) {
 	at := func(op ib.Opcode, data []byte, sges ...ib.SGE) ib.SendWR {
 		return ib.SendWR{ID: 1, Opcode: op, Flags: ib.SendSignaled, Inline: data, SGEs: sges, RemoteAddr: l.b.mem.Addr, RKey: l.b.mem.RKey}
 	}
-	for name, wr := range map[string]ib.SendWR{
+	for name, wr := range inOrder(map[string]ib.SendWR{
 		"SEND over MaxInline":  at(ib.OpSend, over),
 		"WRITE over MaxInline": at(ib.OpRDMAWrite, over),
 		"inline READ":          at(ib.OpRDMARead, over[:8]),
 		"inline atomic":        at(ib.OpAtomicFetchAdd, over[:8]),
 		"inline with SGEs":     at(ib.OpSend, over[:8], l.a.mem.sge(0, 8)),
-	} {
+	}) {
 		if n, err := l.a.tryPost(wr); n != 0 || !errors.Is(err, verbs.ErrInvalidWR) {
 			c.Errorf("%s: %d accepted, error %v; want 0 and ErrInvalidWR", name, n, err)
 		}

@@ -3,7 +3,6 @@ package conformance
 import (
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/ringside-rdma/ringside/verbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -85,7 +84,7 @@ func rnrWaits(c *C) {
 	l.a.mem.fill(0, 5000, 6)
 	l.a.post(wrSend(1, l.a.mem.sge(0, 5000)), wi)
 	l.a.scq.empty("no receive is posted")
-	time.Sleep(3 * quiet)
+	c.sleep(3 * quiet)
 	l.a.scq.empty("no receive is posted")
 	l.b.recv(11, l.b.mem.sge(0, 5000))
 	l.a.sent(want{ID: 1, Op: ib.WCSend, Len: anyLen})
@@ -104,7 +103,7 @@ func rnrKeepsOrder(c *C) {
 	l.b.mem.canary()
 	l.a.mem.set(0, 64, 1)
 	l.a.post(wrSend(1), wrWrite(2, l.a.mem.sges(0, 8), l.b.mem, 0), wrSend(3, l.a.mem.sge(0, 8)))
-	time.Sleep(quiet)
+	c.sleep(quiet)
 	l.b.mem.intact("a WRITE must not overtake a SEND that waits")
 	l.b.recv(10)
 	l.a.sent(want{ID: 1, Op: ib.WCSend, Len: anyLen}, want{ID: 2, Op: ib.WCRDMAWrite, Len: anyLen})
@@ -227,7 +226,7 @@ func flushSends(c *C) {
 	wrs := []ib.SendWR{wrSend(0, l.a.mem.sge(0, 64)), unsigned(wrSend(1)), wrWrite(2, l.a.mem.sges(0, 64), l.b.mem, 0),
 		wrRead(3, l.a.mem.sges(0, 64), l.b.mem, 0), unsigned(wrWrite(4, l.a.mem.sges(0, 64), l.b.mem, 0)), wrSend(5)}
 	l.a.post(wrs...)
-	time.Sleep(quiet / 3)
+	c.sleep(quiet / 3)
 	l.a.to(ib.Err)
 	l.a.flushed(l.a.scq, 0, 1, 2, 3, 4, 5)
 	l.a.scq.empty("all sends are flushed")
@@ -520,12 +519,12 @@ func badValues(c *C) {
 	bad("a P_Key index that is not there", ib.QPAttr{State: ib.Init, Port: 1, PKeyIndex: uint16(max(c.A.dev.Port.PKeyTable, 1))}, init)
 	l.a.toInit(o, 0)
 	attr, mask := l.a.rtrAttr(o, l.b)
-	for what, f := range map[string]func(*ib.QPAttr){
+	for what, f := range inOrder(map[string]func(*ib.QPAttr){
 		"an MTU code of 0":      func(a *ib.QPAttr) { a.PathMTU = 0 },
 		"an MTU code of 6":      func(a *ib.QPAttr) { a.PathMTU = 6 },
 		"a GID index too large": func(a *ib.QPAttr) { a.AH.SGIDIndex = c.A.dev.Port.GIDTable + 1 },
 		"a negative GID index":  func(a *ib.QPAttr) { a.AH.SGIDIndex = -1 },
-	} {
+	}) {
 		b := attr
 		f(&b)
 		bad(what, b, mask)
@@ -612,7 +611,7 @@ func sendQueueDrain(c *C) {
 	l.a.mem.set(0, 64, 1)
 	l.b.recv(1, l.b.mem.sge(1000, 64))
 	l.a.post(wrSend(1, l.a.mem.sge(0, 8)), wrWrite(2, l.a.mem.sges(0, 8), l.b.mem, 0))
-	time.Sleep(quiet)
+	c.sleep(quiet)
 	l.a.scq.empty("requests in SQD")
 	l.b.mem.intact("requests in SQD")
 	l.a.recv(3, l.a.mem.sge(100, 8))
@@ -631,7 +630,7 @@ func sendQueueDrain(c *C) {
 func sqdWaits(c *C) {
 	l := c.pair(ib.RC)
 	l.a.post(wrSend(1, l.a.mem.sge(0, 8))) // waits for a receive
-	time.Sleep(quiet / 3)
+	c.sleep(quiet / 3)
 	if err := l.a.tryModify(ib.QPAttr{State: ib.SQD, SQDNotify: true}, ib.AttrState|ib.AttrSQDNotify); err != nil {
 		if c.A.dev.Provider == "soft" {
 			c.Fatal(err)

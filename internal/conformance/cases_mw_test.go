@@ -135,7 +135,7 @@ func mwSendInv(c *C) {
 // IBA 9.9.3 the error is of class J, found when the request was accepted already; rxe ends the receive with remote invalid
 // request and does not acknowledge; others answer with a remote access error.
 func mwSendInvWrong(c *C) {
-	for name, key := range map[string]func(l link) ib.RKey{
+	for name, key := range inOrder(map[string]func(l link) ib.RKey{
 		"no key":    func(l link) ib.RKey { return 0x12345600 ^ l.b.mem.RKey },
 		"a region":  func(l link) ib.RKey { return l.b.mem.RKey },
 		"not bound": func(l link) ib.RKey { return do(c.B, opWindowRKey, do(c.B, opWindow, c.B.pd)) },
@@ -143,7 +143,7 @@ func mwSendInvWrong(c *C) {
 			m := c.pair(ib.RC, bindable)
 			return m.b.bind(do(c.B, opWindow, c.B.pd), m.b.mem, 0, 64, ib.AccessRemoteRead).RKey
 		},
-	} {
+	}) {
 		l := c.pair(ib.RC, func(o *linkOpts) { bindable(o); o.retry = 1 })
 		other := c.pair(ib.RC)
 		k := key(l)
@@ -202,7 +202,7 @@ func mwRights(c *C) {
 
 // Binds that give what the region does not have (IBA 10.6.7.2.6, C10-72 to C10-75).
 func mwBindRefused(c *C) {
-	for name, f := range map[string]func(l link, w handle) ib.SendWR{
+	for name, f := range inOrder(map[string]func(l link, w handle) ib.SendWR{
 		"a region without bind right": func(l link, w handle) ib.SendWR {
 			m := c.B.mem(c.B.pd, 4096, accessAll)
 			return do(c.B, opBindWR, bindArgs{w, m.H, 0, 64, ib.AccessRemoteRead})
@@ -245,7 +245,7 @@ func mwBindRefused(c *C) {
 			wr.Bind.RKey ^= 0x777700
 			return wr
 		},
-	} {
+	}) {
 		l := c.pair(ib.RC, bindable)
 		w := do(c.B, opWindow, c.B.pd)
 		wr := f(l, w)

@@ -2,7 +2,6 @@ package conformance
 
 import (
 	"errors"
-	"time"
 
 	"github.com/ringside-rdma/ringside/verbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -87,7 +86,7 @@ func flushBasic(c *C) {
 // IBA A19.4.1.3: key, range and rights are checked as those of a WRITE are; the QP has a say, too.
 func flushRights(c *C) {
 	global := ib.Flush{Placement: ib.FlushGlobal, Length: 64}
-	for name, f := range map[string]func(l link) ib.SendWR{
+	for name, f := range inOrder(map[string]func(l link) ib.SendWR{
 		"beyond the region": func(l link) ib.SendWR { return wrFlush(1, l.b.mem, l.b.mem.n-63, global) },
 		"before the region": func(l link) ib.SendWR { return wrFlush(1, l.b.mem, -1, global) },
 		"persistent, not global": func(l link) ib.SendWR {
@@ -101,7 +100,7 @@ func flushRights(c *C) {
 		"region without the right": func(l link) ib.SendWR {
 			return wrFlush(1, c.B.mem(c.B.pd, 4096, accessAll), 0, ib.Flush{Placement: ib.FlushGlobal, Level: ib.FlushRegion})
 		},
-	} {
+	}) {
 		l := c.placementPair(ib.RC)
 		l.a.post(f(l))
 		c.Logf("%s: %q", name, l.a.sentOneOf(1, ib.WCRemoteAccessErr, ib.WCRemoteInvalidReqErr))
@@ -165,10 +164,8 @@ func atomicWriteBasic(c *C) {
 		w := wrWrite(1, l.a.mem.sges(0, 9000), l.b.mem, 1024)
 		w.Flags = 0
 		l.a.post(w, wrAtomicWrite(2, l.b.mem, at, i))
-		for deadline := time.Now().Add(patience); word(l.b.mem.read(at, 8)) != i; { // nobody but the device says so
-			if time.Now().After(deadline) {
-				c.Fatalf("the flag of round %d does not come", i)
-			}
+		if !c.waitFor(patience, func() bool { return word(l.b.mem.read(at, 8)) == i }) { // nobody but the device says so
+			c.Fatalf("the flag of round %d does not come", i)
 		}
 		l.b.mem.has("what was written before the flag", 1024, 9000, i)
 		l.a.sent(want{ID: 2, Op: ib.WCAtomicWrite, Len: anyLen})
@@ -177,13 +174,13 @@ func atomicWriteBasic(c *C) {
 }
 
 func atomicWriteRights(c *C) {
-	for name, f := range map[string]func(l link) ib.SendWR{
+	for name, f := range inOrder(map[string]func(l link) ib.SendWR{
 		"misaligned":        func(l link) ib.SendWR { return wrAtomicWrite(1, l.b.mem, 4, 1) },
 		"beyond the region": func(l link) ib.SendWR { return wrAtomicWrite(1, l.b.mem, l.b.mem.n, 1) },
 		"region without the right": func(l link) ib.SendWR {
 			return wrAtomicWrite(1, c.B.mem(c.B.pd, 4096, ib.AccessLocalWrite|ib.AccessRemoteRead), 0, 1)
 		},
-	} {
+	}) {
 		l := c.placementPair(ib.RC)
 		l.b.mem.canary()
 		l.a.post(f(l))

@@ -352,7 +352,7 @@ func secondElementBad(c *C) {
 // A receive buffer that cannot be written: the receiver gets a local protection error, and the sender a remote operation
 // error (IBA 9.9.3, class A of the responder). rxe reports the receive as a local QP operation error.
 func receiveBad(c *C) {
-	for name, bad := range map[string]func(l link) ib.SGE{
+	for name, bad := range inOrder(map[string]func(l link) ib.SGE{
 		"bad lkey":     func(l link) ib.SGE { s := l.b.mem.sge(0, 64); s.LKey ^= 0x5500; return s },
 		"out of range": func(l link) ib.SGE { s := l.b.mem.sge(0, 64); s.Addr += uint64(l.b.mem.n) - 32; return s },
 		"read only":    func(l link) ib.SGE { return c.B.mem(c.B.pd, 4096, 0).sge(0, 64) },
@@ -364,7 +364,7 @@ func receiveBad(c *C) {
 			return m.sge(0, 64)
 		},
 		"other domain": func(l link) ib.SGE { return c.B.mem(do(c.B, opPD, none{}), 4096, accessAll).sge(0, 64) },
-	} {
+	}) {
 		c.Logf("receive buffer: %s", name)
 		l := c.pair(ib.RC)
 		l.b.mem.canary()

@@ -3,7 +3,6 @@ package conformance
 import (
 	"errors"
 	"net"
-	"time"
 
 	"github.com/ringside-rdma/ringside/qp"
 	"github.com/ringside-rdma/ringside/verbs"
@@ -186,13 +185,13 @@ func granted(c *C) {
 func overTheLimits(c *C) {
 	a := c.A.dev.Attr
 	cq := c.A.cq(16)
-	for name, cfg := range map[string]qp.Config{
+	for name, cfg := range inOrder(map[string]qp.Config{
 		"send depth": {Type: ib.RC, SendDepth: a.MaxQPWR + 1},
 		"recv depth": {Type: ib.RC, RecvDepth: a.MaxQPWR + 1},
 		"SGEs":       {Type: ib.RC, SendSGE: a.MaxSGE + 1},
 		"inline":     {Type: ib.RC, MaxInline: max(a.MaxInline, 1<<16) + 1},
 		"no type":    {Type: 77},
-	} {
+	}) {
 		if q, err := c.A.tryQP(qpOpts{scq: cq, rcq: cq, cfg: cfg}); err == nil {
 			c.Errorf("%s over the limit: a QP with %+v was made", name, q.Cap)
 		}
@@ -246,11 +245,11 @@ func cqOverrun(c *C) {
 	if _, err := l.a.tryRecv(wrs...); err != nil {
 		c.Fatal(err)
 	}
-	l.a.to(ib.Err)        // every receive completes
-	time.Sleep(2 * quiet) // the completions come without being polled for
+	l.a.to(ib.Err)     // every receive completes
+	c.sleep(2 * quiet) // the completions come without being polled for
 	var err error
 	got := 0
-	waitFor(quiet, func() bool {
+	c.waitFor(quiet, func() bool {
 		var wcs []ib.WC
 		wcs, err = call(c.A, opPoll, pollArgs{small.H, 64, 0})
 		got += len(wcs)
@@ -276,7 +275,7 @@ func cqResize(c *C) {
 	}
 	l.a.scq.wait(queued)
 	// All completions must have arrived before the queue is replaced, so that it is known what it must keep.
-	time.Sleep(quiet)
+	c.sleep(quiet)
 	resize := func(n int) (int, error) { return call(c.B, opResize, resizeArgs{l.b.rcq.H, n}) }
 	if n, err := resize(100); err != nil || n < 100 {
 		c.Fatalf("resize to 100: %d granted, %v", n, err)
@@ -347,6 +346,7 @@ func (l link) message(flags ib.SendFlags) {
 
 // Arm raises one event, for the next completion; without it there is none (IBA 11.4.2.2).
 func eventByEvent(c *C) {
+	c.severalGoroutines()
 	l, ch := c.eventPair()
 	l.message(0)
 	l.b.rcq.wait(1)
@@ -371,7 +371,7 @@ func eventByEvent(c *C) {
 		_, err := call(c.B, opChannelWait, waitArgs{ch, patience})
 		done <- err
 	}()
-	time.Sleep(quiet)
+	c.sleep(quiet)
 	l.message(0)
 	if err := <-done; err != nil {
 		c.Fatal(err)
@@ -439,6 +439,7 @@ func channelOfTwo(c *C) {
 
 // The receiver sleeps between completions and the sender comes at odd times. A lost wake-up ends the case.
 func noLostWakeUp(c *C) {
+	c.severalGoroutines()
 	const rounds, batch = 1500, 3
 	ch := do(c.B, opChannel, none{})
 	entries, receives := 512, 32
@@ -477,13 +478,14 @@ func noLostWakeUp(c *C) {
 }
 
 func channelClose(c *C) {
+	c.severalGoroutines()
 	ch := do(c.B, opChannel, none{})
 	done := make(chan error, 1)
 	go func() {
 		_, err := call(c.B, opChannelWait, waitArgs{ch, patience})
 		done <- err
 	}()
-	time.Sleep(quiet)
+	c.sleep(quiet)
 	c.B.mustClose(ch)
 	if err := <-done; !errors.Is(err, net.ErrClosed) && !errors.Is(err, errNotThere) {
 		c.Fatalf("Wait ended with %v, want net.ErrClosed", err)

@@ -234,7 +234,7 @@ func randomOps(c *C, links, rounds int, change func(*linkOpts)) {
 		order := r.Perm(len(works))
 		errs := make(chan error, 2)
 		for _, s := range []*Side{c.A, c.B} {
-			go func() {
+			c.beside(func() {
 				for _, i := range order {
 					w := works[i]
 					if w.m.x.Side != s {
@@ -260,7 +260,7 @@ func randomOps(c *C, links, rounds int, change func(*linkOpts)) {
 					}
 				}
 				errs <- nil
-			}()
+			})
 		}
 		for range 2 {
 			if err := <-errs; err != nil {
@@ -345,9 +345,9 @@ func randomSRQ(c *C) {
 			recvs = append(recvs, ib.RecvWR{ID: uint64(i), SGEs: buf.sges(i*64, 64)})
 		}
 		c.B.srqRecv(srq, recvs...)
-		done := make(chan error)
+		done := make(chan error, 2)
 		for half := range 2 {
-			go func() {
+			c.beside(func() {
 				var err error
 				for i, l := range links {
 					if i%2 != half || err != nil {
@@ -364,7 +364,7 @@ func randomSRQ(c *C) {
 					}
 				}
 				done <- err
-			}()
+			})
 		}
 		for range 2 {
 			if err := <-done; err != nil {

@@ -32,6 +32,7 @@ var _ = addCases("reachability", 0,
 
 // underLoad lets A repeat op against target while during runs, and returns the completions that ended it.
 func (l link) underLoad(c *C, wrs []ib.SendWR, during func()) []ib.WC {
+	c.severalGoroutines()
 	c.Helper()
 	done := make(chan none)
 	var got pumpResult
@@ -40,7 +41,7 @@ func (l link) underLoad(c *C, wrs []ib.SendWR, during func()) []ib.WC {
 		defer close(done)
 		got, err = call(l.a.Side, opPump, pumpArgs{QP: l.a.H, CQ: l.a.scq.H, WRs: wrs})
 	}()
-	time.Sleep(time.Duration(1+c.rand().IntN(4)) * time.Millisecond)
+	c.sleep(time.Duration(1+c.rand().IntN(4)) * time.Millisecond)
 	during()
 	<-done
 	if err != nil {
@@ -92,6 +93,7 @@ func stream(x, y *end, op ib.Opcode) (wrs []ib.SendWR) {
 
 // startReceiving lets y take messages for ever, in the background. The channel tells when it has ended.
 func (c *C) startReceiving(y *end, ch handle) chan error {
+	c.severalGoroutines()
 	c.Helper()
 	done := make(chan error, 1)
 	for i := range 64 {
@@ -122,7 +124,7 @@ func revokeRegion(c *C, slice bool) {
 			}
 			if slice {
 				m.canary()
-				time.Sleep(quiet / 3)
+				c.sleep(quiet / 3)
 				m.intact("memory of a closed region")
 			}
 		})
@@ -139,7 +141,7 @@ func revokeWindow(c *C) {
 		bad := l.underLoad(c, writes(l.a, win, 16384), func() {
 			l.b.invalidate(win.RKey)
 			l.b.mem.canary()
-			time.Sleep(quiet / 3)
+			c.sleep(quiet / 3)
 			l.b.mem.intact("memory behind a window that was invalidated")
 		})
 		endedWith(c, bad, ib.WCRemoteAccessErr)
@@ -154,7 +156,7 @@ func revokeRight(c *C) {
 	endedWith(c, bad, ib.WCRemoteAccessErr, ib.WCRemoteInvalidReqErr)
 	l.b.inState(ib.Err)
 	l.b.mem.canary()
-	time.Sleep(quiet / 3)
+	c.sleep(quiet / 3)
 	l.b.mem.intact("memory of a QP in error")
 }
 
@@ -180,9 +182,9 @@ func revokeReceives(c *C) {
 		bad := l.sendsInto(c, ch, func() {
 			l.b.to(ib.Err)
 			// Modify has returned; those receives that were not used complete as flushed, at the latest when polled for.
-			time.Sleep(quiet)
+			c.sleep(quiet)
 			l.b.mem.canary()
-			time.Sleep(quiet / 3)
+			c.sleep(quiet / 3)
 			l.b.mem.intact("receive buffers of a QP in error")
 		})
 		endedWith(c, bad, ib.WCRetryExceeded, ib.WCFlushErr)
@@ -196,7 +198,7 @@ func revokeQP(c *C) {
 		bad := l.underLoad(c, stream(l.a, l.b, ib.OpSend), func() {
 			do(c.B, opCloseTwice, l.b.H)
 			l.b.mem.canary()
-			time.Sleep(quiet / 3)
+			c.sleep(quiet / 3)
 			l.b.mem.intact("receive buffers of a destroyed QP")
 			if err := l.b.mem.close(); err != nil {
 				c.Error(err)
@@ -224,7 +226,7 @@ func revokeSink(c *C) {
 		bad := l.underLoad(c, wrs, func() { l.a.to(ib.Err) })
 		endedWith(c, bad, ib.WCFlushErr)
 		l.a.mem.canary()
-		time.Sleep(quiet / 3)
+		c.sleep(quiet / 3)
 		l.a.mem.intact("sink of READs that were flushed")
 	}
 }
@@ -234,13 +236,14 @@ func revokeReset(c *C) {
 	bad := l.underLoad(c, writes(l.a, l.b.mem, 16384), func() {
 		l.b.to(ib.Reset)
 		l.b.mem.canary()
-		time.Sleep(quiet / 3)
+		c.sleep(quiet / 3)
 		l.b.mem.intact("memory of a QP in RESET")
 	})
 	endedWith(c, bad, ib.WCRetryExceeded, ib.WCFlushErr)
 }
 
 func concurrentStorm(c *C) {
+	c.severalGoroutines()
 	l := c.pair(ib.RC, func(o *linkOpts) { o.depth, o.cqEntries = 128, 256 })
 	l.a.mem.fill(0, 64, 3)
 	for _, wr := range []ib.SendWR{wrWrite(0, l.a.mem.sges(0, 64), l.b.mem, 0), wrRead(0, l.a.mem.sges(1000, 64), l.b.mem, 0)} {
@@ -251,6 +254,7 @@ func concurrentStorm(c *C) {
 
 // Streams of every kind run both ways on one QP pair at once.
 func concurrentDirections(c *C) {
+	c.severalGoroutines()
 	l := c.pair(ib.RC)
 	done := make(chan error, 2)
 	for _, dir := range []link{l, {l.b, l.a}} {
@@ -286,6 +290,7 @@ func concurrentDirections(c *C) {
 
 // Close of objects that other goroutines use: the calls end, and say net.ErrClosed from then on.
 func closeWhileUsed(c *C) {
+	c.severalGoroutines()
 	for range 5 {
 		l := c.pair(ib.RC, func(o *linkOpts) { o.rnrRetry, o.cqEntries = 7, 4096 })
 		done := make(chan error, 3)
@@ -296,7 +301,7 @@ func closeWhileUsed(c *C) {
 				done <- err
 			}()
 		}
-		time.Sleep(quiet / 5)
+		c.sleep(quiet / 5)
 		do(c.A, opCloseTwice, l.a.H)
 		do(c.A, opCloseTwice, l.a.rcq.H)
 		do(c.A, opCloseTwice, l.a.scq.H)
@@ -311,6 +316,7 @@ func closeWhileUsed(c *C) {
 
 // Contexts of one device are independent (IBA 11.2.1.1): their objects do not mix.
 func manyContexts(c *C) {
+	c.severalGoroutines()
 	third := &Side{c: c, name: "A2", local: newHost()}
 	third.dev = do(third, opOpen, openArgs{c.A.dev.Name, c.A.dev.netAddr()})
 	defer func() {

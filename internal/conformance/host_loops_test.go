@@ -1,7 +1,6 @@
 package conformance
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -72,7 +71,7 @@ var opPump = newOp("pump", func(h *host, a pumpArgs) (r pumpResult, err error) {
 		switch {
 		case a.Seed == 0:
 		case pause.IntN(4) == 0:
-			time.Sleep(time.Duration(pause.IntN(200)) * time.Microsecond)
+			h.sleep(time.Duration(pause.IntN(200)) * time.Microsecond)
 		default:
 			runtime.Gosched()
 		}
@@ -146,7 +145,7 @@ var opDrain = newOp("drain by events", func(h *host, a drainArgs) (r drainResult
 		}
 	}
 	for r.Completions < a.N && len(r.Bad) == 0 {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		ctx, cancel := h.timeout(patience)
 		cq, err := ch.Wait(ctx)
 		cancel()
 		if err != nil {
@@ -196,7 +195,7 @@ var opStorm = newOp("storm", func(h *host, a stormArgs) (none, error) {
 					wrs = append(wrs, wr)
 				}
 				n, err := 0, error(nil)
-				if !waitFor(patience, func() bool {
+				if !h.waitFor(patience, func() bool {
 					n, err = q.PostSend(wrs)
 					return n > 0 || !errors.Is(err, verbs.ErrQueueFull)
 				}) || err != nil && !errors.Is(err, verbs.ErrQueueFull) {
@@ -212,7 +211,7 @@ var opStorm = newOp("storm", func(h *host, a stormArgs) (none, error) {
 		go func() {
 			buf := make([]ib.WC, 5)
 			var err error
-			done := waitFor(patience, func() bool {
+			done := h.waitFor(patience, func() bool {
 				var n int
 				if n, err = cq.Poll(buf); err != nil {
 					return true
@@ -256,7 +255,7 @@ var opUseUntilClosed = newOp("use until closed", func(h *host, a useUntilClosedA
 		return 0, err
 	}
 	buf := make([]ib.WC, 8)
-	waitFor(patience, func() bool {
+	h.waitFor(patience, func() bool {
 		n++
 		_, e1 := q.PostSend([]ib.SendWR{a.WR})
 		_, e2 := q.PostRecv([]ib.RecvWR{a.Recv})

@@ -2,7 +2,6 @@ package conformance
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -16,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ringside-rdma/ringside/internal/softnic/simnet"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/qp"
@@ -37,6 +37,7 @@ type handle int
 type host struct {
 	mu      sync.Mutex
 	ctx     *verbs.Context
+	sim     *simnet.Network // that the device is on; nil: the device is real
 	next    handle
 	objects map[handle]object
 	raw     map[handle][]byte // memory of registered slices, which outlives the region
@@ -117,7 +118,7 @@ type openArgs struct {
 }
 
 var opOpen = newOp("open", func(h *host, a openArgs) (deviceInfo, error) {
-	c, err := verbs.Open(a.Device)
+	c, err := h.open(a)
 	if err != nil {
 		return deviceInfo{}, err
 	}
@@ -170,7 +171,7 @@ var opReach = newOp("check reach", func(h *host, g ib.GID) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := h.timeout(patience)
 	defer cancel()
 	return c.CheckReach(ctx, g)
 })
@@ -309,7 +310,7 @@ var opMem = newOp("reg_mr", func(h *host, a memArgs) (memInfo, error) {
 		var err error
 		if a.Slice {
 			// An odd offset into a larger slice: neither page nor word aligned, unless atomics need it.
-			off := 8 + 16*rand.IntN(200)
+			off := 8 + 16*h.intN(200)
 			raw = make([]byte, off+a.Size+64)[off : off+a.Size]
 			m, err = mr.Register(pd, raw, a.Access)
 		} else {
@@ -482,7 +483,10 @@ type pollArgs struct {
 }
 
 // waitFor repeats f until it reports true or d is over; it gives way to whoever has work.
-func waitFor(d time.Duration, f func() bool) bool {
+func (h *host) waitFor(d time.Duration, f func() bool) bool {
+	if h.sim != nil {
+		return h.sim.Poll(d, f)
+	}
 	deadline := time.Now().Add(d)
 	for i := 0; ; i++ {
 		if f() {
@@ -502,7 +506,7 @@ func waitFor(d time.Duration, f func() bool) bool {
 func (h *host) poll(cq *verbs.CQ, n int, wait time.Duration) (wcs []ib.WC, err error) {
 	buf := make([]ib.WC, n)
 	got := 0
-	waitFor(wait, func() bool {
+	h.waitFor(wait, func() bool {
 		var k int
 		k, err = cq.Poll(buf[got:])
 		if err == nil {
@@ -546,7 +550,7 @@ type waitArgs struct {
 // opChannelWait returns the handle of the CQ whose event came.
 var opChannelWait = newOp("get_cq_event", func(h *host, a waitArgs) (handle, error) {
 	return use(h, a.H, func(ch *verbs.CompChannel) (handle, error) {
-		ctx, cancel := context.WithTimeout(context.Background(), a.Wait)
+		ctx, cancel := h.timeout(a.Wait)
 		defer cancel()
 		cq, err := ch.Wait(ctx)
 		if err != nil {
@@ -574,7 +578,7 @@ var opAsync = newOp("get_async_event", func(h *host, a waitArgs) (asyncEvent, er
 	if err != nil {
 		return asyncEvent{}, err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), a.Wait)
+	ctx, cancel := h.timeout(a.Wait)
 	defer cancel()
 	ev, err := c.AsyncEvent(ctx)
 	if err != nil {
@@ -634,7 +638,7 @@ type modifyArgs struct {
 
 var opModify = newOp("modify_qp", func(h *host, a modifyArgs) (none, error) {
 	return use(h, a.QP, func(q *qp.QP) (none, error) {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		ctx, cancel := h.timeout(patience)
 		defer cancel()
 		return none{}, q.Modify(ctx, &a.Attr, a.Mask)
 	})
@@ -661,7 +665,7 @@ type stateArgs struct {
 
 var opWaitState = newOp("wait for state", func(h *host, a stateArgs) (ib.QPState, error) {
 	return use(h, a.QP, func(q *qp.QP) (s ib.QPState, err error) {
-		waitFor(a.Wait, func() bool {
+		h.waitFor(a.Wait, func() bool {
 			var attr ib.QPAttr
 			attr, err = q.Query()
 			s = attr.State

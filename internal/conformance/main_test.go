@@ -62,6 +62,7 @@ type path struct {
 	// Of two different devices: their names, where the software NIC among them meets the other, and the network namespace of the
 	// process that it is in, the other side's.
 	devices   [2]string
+	sim       *simPath // the sides meet on a network in virtual time
 	net       netip.Addr
 	namespace string
 }
@@ -132,7 +133,10 @@ func runTable(t *testing.T, p path) {
 	}) {
 		t.Fatal("the sides do not connect: no case can run")
 	}
-	for _, tc := range table {
+	for i, tc := range table {
+		if p.sim != nil && i%p.sim.parts != p.sim.part {
+			continue
+		}
 		if tc.twoProcesses && (!p.twoProcesses || p.remoteIsA) {
 			continue
 		}
@@ -153,6 +157,9 @@ func warmUp(c *C) {
 }
 
 func currentPath(c *C) string {
+	if c.net != nil {
+		return "sim"
+	}
 	if c.A.dev.Net || c.B.dev.Net {
 		return pathUDP.soft
 	}
@@ -201,6 +208,9 @@ func (r *runner) run(t *testing.T, tc testCase) {
 	here := newHost()
 	c.A = &Side{c: c, name: "A", local: here}
 	c.B = &Side{c: c, name: "B", local: newHost()}
+	if r.sim != nil {
+		r.sim.join(c, tc.name)
+	}
 	if r.twoProcesses {
 		remote := c.B
 		if r.remoteIsA {
@@ -216,17 +226,19 @@ func (r *runner) run(t *testing.T, tc testCase) {
 	warm := tc.name != "warm-up"
 	sides := []*Side{c.A, c.B}
 	for i, s := range sides {
-		if warm && !c.counted(s) {
+		if warm && c.net == nil && !c.counted(s) {
 			do(s, opSnapshot, none{})
 		}
-		name := *device
+		name, net := *device, r.net
+		if r.sim != nil {
+			net = simAddrs[i]
+		}
 		switch {
 		case r.devices[i] != "":
 			name = r.devices[i]
 		case i == 1 && *peerDevice != "":
 			name = *peerDevice
 		}
-		net := r.net
 		if name != "soft0" {
 			net = netip.Addr{}
 		}
@@ -243,11 +255,11 @@ func (r *runner) run(t *testing.T, tc testCase) {
 		default:
 			res.Outcome = passed
 		}
-		if tc.feature != "" {
+		if tc.feature != "" && r.sim == nil {
 			results = append(results, *res)
 		}
 	})
-	t.Cleanup(func() { c.finish(warm) })
+	t.Cleanup(func() { c.finish(warm && c.net == nil) })
 	if missing := tc.needs &^ (c.A.dev.Attr.Caps & c.B.dev.Attr.Caps); missing != 0 {
 		res.Reason = fmt.Sprintf("the device does not have %v", missing)
 		testutil.Skip(t, res.Reason)
@@ -304,6 +316,9 @@ func (s *Side) gone() bool {
 
 // seed returns the seed of a random case, and says on failure how to use it again.
 func (c *C) seed() uint64 {
+	if c.net != nil {
+		return uint64(c.net.Uint32()) + 1
+	}
 	seed := *seedFlag
 	if seed == 0 {
 		seed = rand.Uint64()>>32 + 1

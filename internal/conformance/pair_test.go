@@ -61,7 +61,7 @@ func (c *C) pair(typ ib.QPType, changes ...func(*linkOpts)) link {
 
 func (c *C) pairOn(a, b *Side, o linkOpts) link {
 	c.Helper()
-	if o.typ != ib.RC && lossy != "" {
+	if o.typ != ib.RC && (lossy != "" || c.lossy) {
 		c.Skip("an unreliable service on a network that loses packets")
 	}
 	if o.typ == ib.UD || o.typ == ib.UC {

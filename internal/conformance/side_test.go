@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"slices"
 	"testing"
-	"time"
 
+	"github.com/ringside-rdma/ringside/internal/softnic/simnet"
 	"github.com/ringside-rdma/ringside/qp"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -17,6 +17,8 @@ type C struct {
 	*testing.T
 	A, B   *Side
 	record func(note string)
+	net    *simnet.Network // where the sides meet; nil: in the real world
+	lossy  bool            // it loses packets
 }
 
 // A Side is one end of a case: a context with its objects, here or in another process.
@@ -276,7 +278,7 @@ func (q *QP) inState(want ib.QPState) {
 // staysIn fails the test unless the QP is in the state, and stays there for a moment.
 func (q *QP) staysIn(want ib.QPState) {
 	q.s.c.Helper()
-	time.Sleep(quiet / 3)
+	q.s.c.sleep(quiet / 3)
 	if s := q.query().Attr.State; s != want {
 		q.s.c.Fatalf("%s: QP %#x is in state %v, want %v", q.s.name, q.QPN, s, want)
 	}
