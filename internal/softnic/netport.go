@@ -63,6 +63,8 @@ type netPort struct {
 	probes   map[uint32]*probe // on their way, by number
 	answerTo netPeer           // who has probed last
 
+	congestion bool // connections slow down when they meet congestion
+
 	drops  dropCounters
 	left   connCounters // of connections that have ended
 	faults *faults      // nil: none
@@ -85,6 +87,13 @@ func openPort(n *NIC, addr netip.Addr, mtu int) (*netPort, error) {
 	if p.faults, err = faultsFromEnv(); err != nil {
 		sock.Close()
 		return nil, err
+	}
+	if p.congestion, err = congestionFromEnv(); err != nil {
+		sock.Close()
+		return nil, err
+	}
+	if p.congestion {
+		sock.AllowECN()
 	}
 	if p.faults != nil {
 		p.recv = func(src netip.AddrPort, pkt *roce.Packet) { p.faults.pass(src, pkt, p.receive) }
@@ -357,6 +366,10 @@ func (p *netPort) find(src netip.AddrPort, pkt *roce.Packet) bool {
 		return true
 	}
 	w := p.qps[qpn]
+	if pkt.Opcode == roce.CNP && w != nil && w.addr == src.Addr() {
+		p.conn = w
+		return true
+	}
 	switch {
 	case w == nil:
 		p.drops.NoQP++
@@ -402,6 +415,10 @@ func (p *netPort) accept(src netip.AddrPort, pkt *roce.Packet) {
 		return
 	}
 	w := p.conn
+	if pkt.Opcode == roce.CNP {
+		w.notified()
+		return
+	}
 	w.receive(pkt)
 	if !w.touched {
 		w.touched = true

@@ -68,7 +68,7 @@ func (q *QP) toRTRWire(attr *ib.QPAttr, mask ib.QPAttrMask) error {
 	w := &wireQP{q: q, port: p, addr: to.Addr(), service: roce.RC, epoch: q.epoch.Load()}
 	w.out = output{netPeer: peer, port: p, w: w}
 	w.cfg = wire.Config{DestQP: uint32(attr.DestQPN), MTU: attr.PathMTU.Bytes(), RQPSN: attr.RQPSN, MinRNRTimer: attr.MinRNRTimer,
-		MaxDestRdAtomic: int(attr.MaxDestRdAtomic), SendDepth: q.cap.MaxSendWR, Selective: attr.AH.UDPPort != 0}
+		MaxDestRdAtomic: int(attr.MaxDestRdAtomic), SendDepth: q.cap.MaxSendWR, Selective: attr.AH.UDPPort != 0, Congestion: p.congestion}
 	w.t = target{q: q, v: q.ownView(in), epoch: w.epoch}
 	if q.typ == ib.UC {
 		w.service = roce.UC

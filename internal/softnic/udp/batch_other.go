@@ -45,7 +45,7 @@ type rxBatch struct {
 
 func (b *rxBatch) init(int, bool) { b.mem = make([]byte, slotLen) }
 
-func (b *rxBatch) get(int) ([]byte, int, netip.AddrPort) { return b.mem[:b.n], b.n, b.src }
+func (b *rxBatch) get(int) ([]byte, int, netip.AddrPort, bool) { return b.mem[:b.n], b.n, b.src, false }
 
 func again(error) bool { return false } // a write waits for room
 
@@ -89,6 +89,12 @@ func (y *sysSocket) open(a netip.AddrPort) (netip.AddrPort, error) {
 	local := c.LocalAddr().(*net.UDPAddr).AddrPort()
 	return netip.AddrPortFrom(local.Addr().Unmap(), local.Port()), nil
 }
+
+func (y *sysSocket) waiting() int { return -1 }
+
+func (y *sysSocket) room() int { return 0 }
+
+func (y *sysSocket) allowECN(bool) error { return errors.ErrUnsupported }
 
 func (y *sysSocket) setDeadline(t time.Time) {
 	if t.IsZero() {

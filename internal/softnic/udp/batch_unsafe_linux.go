@@ -153,7 +153,7 @@ type rxBatch struct {
 	msgs  []message
 	iovs  []unix.Iovec
 	names []sockaddr
-	segs  []segment
+	ctls  []control
 	v4    bool
 	dirty int // messages that are not as they were made: the system has written to them
 }
@@ -162,7 +162,7 @@ const pieceLen = 1 << 16 // room for a message that was received
 
 func (b *rxBatch) init(n int, v4 bool) {
 	*b = rxBatch{mem: make([]byte, n*pieceLen), msgs: make([]message, n), iovs: make([]unix.Iovec, n), names: make([]sockaddr, n),
-		segs: make([]segment, n), v4: v4, dirty: n}
+		ctls: make([]control, n), v4: v4, dirty: n}
 	for i := range b.msgs {
 		b.iovs[i].Base = &b.mem[i*pieceLen]
 		b.iovs[i].SetLen(pieceLen)
@@ -171,7 +171,7 @@ func (b *rxBatch) init(n int, v4 bool) {
 		h.SetIovlen(1)
 		// Safe: the arrays are of as many bytes as clean says, and live as long as the header that points to them.
 		h.Name = (*byte)(unsafe.Pointer(&b.names[i]))
-		h.Control = b.segs[i].bytes()
+		h.Control = &b.ctls[i].bytes()[0]
 	}
 	b.clean()
 }
@@ -181,22 +181,65 @@ func (b *rxBatch) clean() {
 	for i := range b.msgs[:b.dirty] {
 		h := &b.msgs[i].hdr
 		h.Namelen = uint32(unsafe.Sizeof(sockaddr{}))
-		h.SetControllen(int(unsafe.Sizeof(segment{})))
+		h.SetControllen(int(unsafe.Sizeof(control{})))
 	}
 	b.dirty = 0
 }
 
-// get returns message i, the length of the packets that it is made of (of all but the last), and where they came from.
-func (b *rxBatch) get(i int) (piece []byte, size int, src netip.AddrPort) {
+// get returns message i, the length of the packets that it is made of (of all but the last), where they came from, and whether
+// the network has marked them: they have met congestion.
+func (b *rxBatch) get(i int) (piece []byte, size int, src netip.AddrPort, marked bool) {
 	m := &b.msgs[i]
 	piece = b.mem[i*pieceLen:][:min(m.n, pieceLen)]
-	size = len(piece)
-	if g := &b.segs[i]; int(m.hdr.Controllen) >= unix.CmsgLen(4) && g.hdr.Level == unix.SOL_UDP && g.hdr.Type == unix.UDP_GRO {
-		if n := int(int32(binary.NativeEndian.Uint32(g.data[:]))); n > 0 {
-			size = n
-		}
+	size, marked = b.ctls[i].read(int(m.hdr.Controllen))
+	if size == 0 {
+		size = len(piece)
 	}
-	return piece, size, b.names[i].get(b.v4)
+	return piece, size, b.names[i].get(b.v4), marked
+}
+
+// control has room for the control messages of what was received: UDP_GRO, and IP_TOS or IPV6_TCLASS. In words, so that it is
+// aligned for them.
+type control [8]uint64
+
+func (c *control) bytes() []byte {
+	// Safe: the bytes of an array.
+	return unsafe.Slice((*byte)(unsafe.Pointer(c)), unsafe.Sizeof(*c))
+}
+
+// read returns what n bytes of control messages say: the length of the packets in the piece (0: nothing), and whether they are marked.
+func (c *control) read(n int) (size int, marked bool) {
+	b := c.bytes()
+	for b = b[:min(max(n, 0), len(b))]; len(b) >= unix.SizeofCmsghdr; {
+		// Safe: there are so many bytes, aligned: control is, and CmsgSpace keeps it.
+		h := (*unix.Cmsghdr)(unsafe.Pointer(&b[0]))
+		if h.Len < unix.SizeofCmsghdr || uint64(h.Len) > uint64(len(b)) {
+			break
+		}
+		data := b[unix.CmsgLen(0):h.Len]
+		switch {
+		case h.Level == unix.SOL_UDP && h.Type == unix.UDP_GRO && len(data) >= 4:
+			size = max(0, int(int32(binary.NativeEndian.Uint32(data))))
+		case h.Level == unix.IPPROTO_IP && h.Type == unix.IP_TOS && len(data) >= 1:
+			marked = data[0]&maskECN == markCE
+		case h.Level == unix.IPPROTO_IPV6 && h.Type == unix.IPV6_TCLASS && len(data) >= 4:
+			marked = binary.NativeEndian.Uint32(data)&maskECN == markCE
+		}
+		b = b[min(unix.CmsgSpace(len(data)), len(b)):]
+	}
+	return size, marked
+}
+
+// waiting returns how much of the socket's buffer is used, as the system counts it; -1: it does not say.
+func (y *sysSocket) waiting() int {
+	var info [9]uint32 // SK_MEMINFO_RMEM_ALLOC is the first
+	n := uint32(unsafe.Sizeof(info))
+	// Safe: n is the length of the array.
+	_, _, errno := unix.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(y.fd), unix.SOL_SOCKET, unix.SO_MEMINFO, uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&n)), 0)
+	if errno != 0 {
+		return -1
+	}
+	return int(info[0])
 }
 
 // again reports whether the system will take more later.

@@ -35,6 +35,8 @@ type Socket struct {
 	flows []flow // by hash of the address: who makes up addresses costs no memory
 	pkt   roce.Packet
 	ask   int // how many messages to receive next
+	most  int // of the socket's buffer: packets behind so much count as marked; 0: none do
+	ahead int // bytes that were received since the buffer was empty
 
 	// Expect, if it is set, is asked of each packet before its invariant CRC is computed, which costs more than the rest: false
 	// drops the packet, and whoever said so counts it. It is set before the first Receive.
@@ -49,6 +51,7 @@ type Socket struct {
 type Counters struct {
 	Sent     uint64 // packets
 	Received uint64
+	Late     uint64             // of the messages received, that met a socket's buffer which had begun to fill
 	NotSent  uint64             // packets that the system refused to send: no route, longer than a link on the way allows
 	SendErr  error              // why, the last of them
 	Full     uint64             // times that no more packets could be sent at once
@@ -73,6 +76,7 @@ func Listen(local netip.AddrPort) (*Socket, error) {
 	if s.local, err = s.sys.open(a); err != nil {
 		return nil, fmt.Errorf("udp: %v: %w", a, err)
 	}
+	s.most = s.sys.room() / 2
 	s.tx.init(batchLen)
 	s.rx.init(messages, a.Addr().Is4())
 	s.ask = 1
@@ -196,9 +200,25 @@ func (s *Socket) Flush() bool {
 	return s.qued == 0
 }
 
+// AllowECN has networks mark packets that they would otherwise drop later: whoever sends must slow down for it. Where the system
+// cannot say so, nothing changes.
+func (s *Socket) AllowECN() { s.sys.allowECN(s.local.Addr().Is4()) }
+
+// skbLen is about what a message takes in the socket's buffer besides its bytes.
+const skbLen = 1024
+
+// waited notes that a message of n bytes was received, and reports whether it has met a buffer that had begun to fill.
+func (s *Socket) waited(n int) bool {
+	before := s.ahead
+	s.ahead += n + skbLen
+	return s.most > 0 && before > s.most
+}
+
 // Receive hands packets to fn, which may use them until it returns, and returns how many these were, and whether there may be more. If there are none, it
 // waits until the deadline; without one (a zero time) it does not wait. It may return without any before that. Packets whose
 // invariant CRC does not match, and those that are none, are counted and dropped; those that nobody expects (Expect) are dropped.
+// FECN is set in those that have met congestion: the network has marked them, or so much was in front of them in the socket's buffer
+// that it would soon have been full.
 func (s *Socket) Receive(deadline time.Time, fn func(src netip.AddrPort, p *roce.Packet)) (packets int, more bool, err error) {
 	// To look for a second message when there is but one costs a tenth of the way from one program to another. So where none
 	// was, one is asked for, and many behind it.
@@ -213,23 +233,36 @@ func (s *Socket) Receive(deadline time.Time, fn func(src netip.AddrPort, p *roce
 		return 0, false, err
 	}
 	more = n == messages
+	asked := s.ask
 	if s.ask = 1; n > 0 {
 		s.ask = messages
 	}
+	if s.ahead > s.most && s.most > 0 { // it may have got shorter: senders have slowed down
+		if w := s.sys.waiting(); w >= 0 {
+			s.ahead = w
+		}
+	}
 	for i := range n {
-		piece, size, src := s.rx.get(i)
+		piece, size, src, marked := s.rx.get(i)
+		if s.waited(len(piece)) {
+			s.Counters.Late++
+			marked = true
+		}
 		for left := true; left; left = len(piece) > 0 { // an empty packet is one, too
 			b := piece[:min(size, len(piece))]
 			piece = piece[len(b):]
 			packets++
-			s.take(b, src, fn)
+			s.take(b, src, marked, fn)
 		}
+	}
+	if n < asked {
+		s.ahead = 0
 	}
 	return packets, more, nil
 }
 
 // take takes one packet. What is cheap to see is looked at first: a flood of packets for nobody, or of none, is to cost little.
-func (s *Socket) take(b []byte, src netip.AddrPort, fn func(src netip.AddrPort, p *roce.Packet)) {
+func (s *Socket) take(b []byte, src netip.AddrPort, marked bool, fn func(src netip.AddrPort, p *roce.Packet)) {
 	s.Counters.Received++
 	err := s.pkt.Decode(b[:max(0, len(b)-roce.ICRCLen)])
 	if err == nil {
@@ -247,6 +280,7 @@ func (s *Socket) take(b []byte, src netip.AddrPort, fn func(src netip.AddrPort, 
 		}
 		return
 	}
+	s.pkt.FECN = s.pkt.FECN || marked
 	fn(src, &s.pkt)
 }
 

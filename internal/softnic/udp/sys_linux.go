@@ -113,12 +113,35 @@ func setOptions(fd int, v4 bool) error {
 	}
 	unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1) // older systems do not have it
 	if v4 {
+		unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_RECVTOS, 1)
 		return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO)
 	}
+	unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_RECVTCLASS, 1)
 	// rxe sends no checksum over IPv6 either.
 	return errors.Join(unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_DO),
 		unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_NO_CHECK6_RX, 1),
 		unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1))
+}
+
+// room is how much the socket's buffer holds, as waiting counts; 0: not known.
+func (y *sysSocket) room() (n int) {
+	n, _ = unix.GetsockoptInt(y.fd, unix.SOL_SOCKET, unix.SO_RCVBUF)
+	return n
+}
+
+// The ECN bits of IP headers (RFC 3168).
+const (
+	maskECN = 3
+	capable = 2 // ECT(0)
+	markCE  = 3
+)
+
+// allowECN has what is sent say that it can be marked.
+func (y *sysSocket) allowECN(v4 bool) error {
+	if v4 {
+		return unix.SetsockoptInt(y.fd, unix.IPPROTO_IP, unix.IP_TOS, capable)
+	}
+	return unix.SetsockoptInt(y.fd, unix.IPPROTO_IPV6, unix.IPV6_TCLASS, capable)
 }
 
 func (y *sysSocket) setDeadline(t time.Time) { y.epoll.SetReadDeadline(t) }

@@ -34,6 +34,8 @@ type Config struct {
 	// Selective: both sides are this package's, and know it. What is lost is then sent again by itself, and not all that was sent
 	// behind it: see selective.go.
 	Selective bool
+	// Congestion: the Requester slows down when the peer, or the network on the way to it, gets more than it can take: see congestion.go.
+	Congestion bool
 }
 
 // defaultWindow is how many packets may be on their way. rxe has 128 as well (RXE_MAX_UNACKED_PSNS).
@@ -51,9 +53,6 @@ func (c *Config) fill() {
 		c.Window = defaultWindow
 	}
 }
-
-// chunk is how many packets a READ asks for at a time: there is room for some in the window, as far as there may be some.
-func (c *Config) chunk() uint32 { return uint32(max(1, c.Window/min(4, max(1, c.MaxRdAtomic)))) }
 
 // maxMessage is the length of the longest message (IBA 9.4.1).
 const maxMessage = 1 << 31

@@ -42,7 +42,7 @@ type SendQueue interface {
 //
 // Requests take their PSNs when they are posted. Those from head on have not ended. Of request cur, the packet nxt is to be
 // sent next; what is behind it was not sent yet, or is sent again. una is the oldest PSN that was not acknowledged, end the one
-// behind the newest that was ever sent. A READ is asked for in parts (Config.chunk), so that what is on its way has a bound.
+// behind the newest that was ever sent. A READ is asked for in parts (chunk), so that what is on its way has a bound.
 type Requester struct {
 	cfg  Config
 	q    SendQueue
@@ -72,6 +72,7 @@ type Requester struct {
 	rnrUntil time.Duration // nothing is sent before; 0: the peer has not asked for that
 
 	sel selective
+	cc  congestion
 
 	Counters RequesterCounters
 }
@@ -85,6 +86,9 @@ type RequesterCounters struct {
 	RNRNAKs  uint64 // the peer had no receive posted
 	Implied  uint64 // a response was missing
 	Single   uint64 // of those sent again, packets that were sent again by themselves (Config.Selective)
+	Marked   uint64 // packets that have met congestion, as far as is known
+	Notified uint64 // CNPs
+	Slowed   uint64 // times that the window was made smaller
 	Dropped  uint64 // packets that say nothing new, or make no sense
 
 	Again [Reasons]uint64 // Resent, by why
@@ -99,6 +103,9 @@ func (c *RequesterCounters) Add(o *RequesterCounters) {
 	c.RNRNAKs += o.RNRNAKs
 	c.Implied += o.Implied
 	c.Single += o.Single
+	c.Marked += o.Marked
+	c.Notified += o.Notified
+	c.Slowed += o.Slowed
 	c.Dropped += o.Dropped
 }
 
@@ -119,6 +126,7 @@ func NewRequester(cfg Config, q SendQueue) *Requester {
 	r := &Requester{cfg: cfg, q: q, reqs: make([]entry, cfg.SendDepth), una: cfg.SQPSN, nxt: cfg.SQPSN, end: cfg.SQPSN, free: cfg.SQPSN,
 		asks: make([]ib.PSN, 0, cfg.MaxRdAtomic), retries: cfg.RetryCount, rnr: cfg.RNRRetry}
 	r.sel.init(&cfg)
+	r.cc.init(&cfg)
 	return r
 }
 
@@ -153,6 +161,9 @@ func (r *Requester) Deadline() time.Duration {
 	if r.rnrUntil != 0 {
 		return r.rnrUntil
 	}
+	if r.cc.paused && (r.deadline == 0 || r.cc.pause < r.deadline) {
+		return r.cc.pause
+	}
 	return r.deadline
 }
 
@@ -163,6 +174,9 @@ func (r *Requester) Expire(now time.Duration) {
 			r.rnrUntil = 0
 		}
 		return
+	}
+	if now >= r.cc.pause {
+		r.cc.paused = false
 	}
 	if r.deadline == 0 || now < r.deadline {
 		return
@@ -182,6 +196,7 @@ func (r *Requester) retry(why Reason) {
 		return
 	}
 	r.retries--
+	r.cc.silence(r.end)
 	r.rewind(why)
 }
 
@@ -197,7 +212,7 @@ func (r *Requester) Pump(now time.Duration, out Output) (full bool) {
 			r.spoil(r.cur, ib.WCLocalLengthErr)
 			return false
 		}
-		if r.bad != ib.WCSuccess && r.cur == r.badAt || fresh && !r.may(e) {
+		if r.bad != ib.WCSuccess && r.cur == r.badAt || !r.may(e, fresh) || r.cc.wait(now) {
 			return false
 		}
 		n, sent := uint32(1), false
@@ -227,8 +242,11 @@ func (r *Requester) Pump(now time.Duration, out Output) (full bool) {
 			r.cur++
 		}
 		if fresh && r.cfg.Selective {
-			r.sel.sent(r.nxt, now, r.una.Add(int32(n)) == r.nxt, r.unasked == 0)
+			if r.sel.sent(r.nxt, now, r.una.Add(int32(n)) == r.nxt, r.unasked == 0) {
+				r.cc.restart()
+			}
 		}
+		r.cc.sent(now, r.sel.rtt)
 		r.watch(now)
 	}
 	return false
@@ -245,28 +263,50 @@ func (r *Requester) watch(now time.Duration) {
 	}
 }
 
+// chunk is how many packets a READ asks for at a time: there is room for some in the window, as far as there may be some.
+func (r *Requester) chunk() uint32 {
+	return uint32(max(1, r.cc.packets()/min(4, max(1, r.cfg.MaxRdAtomic))))
+}
+
 // part is how many packets of e's response the next request asks for, from psn on: to the end of a chunk.
 func (r *Requester) part(e *entry, psn ib.PSN) uint32 {
-	at, chunk := uint32(distance(e.first, psn)), r.cfg.chunk()
+	at, chunk := uint32(distance(e.first, psn)), r.chunk()
 	return min(e.packets, at/chunk*chunk+chunk) - at
 }
 
-// may reports whether the next packet, of e, may be sent for the first time.
-func (r *Requester) may(e *entry) bool {
-	outstanding := int(distance(r.una, r.nxt))
+// may reports whether the next packet, of e, may be sent; fresh: it would be for the first time.
+func (r *Requester) may(e *entry, fresh bool) bool {
+	outstanding, window := int(distance(r.una, r.nxt)), r.cc.packets()
 	switch {
-	case outstanding >= r.cfg.Window:
+	case outstanding >= window && !r.unheard(outstanding):
+		r.cc.limited = true
 		return false
 	case e.response():
-		if e.Fence && r.nxt == e.first && len(r.asks) > 0 {
+		if fresh && e.Fence && r.nxt == e.first && len(r.asks) > 0 {
 			return false
 		}
 		// The packets of a response take room, too.
-		return len(r.asks) < r.cfg.MaxRdAtomic && (outstanding == 0 || outstanding+int(r.part(e, r.nxt)) <= r.cfg.Window)
+		if outstanding > 0 && outstanding+int(r.part(e, r.nxt)) > window {
+			r.cc.limited = true
+			return false
+		}
+		if len(r.asks) < r.cfg.MaxRdAtomic {
+			return true
+		}
+		r.cc.limited = r.cc.limited || outstanding >= window/2 // parts that end with their messages are shorter
+		return false
+	case !fresh:
+		return true
 	case r.nxt != e.first:
 		return true // in the middle of a message
 	}
 	return !e.Fence || len(r.asks) == 0
+}
+
+// unheard reports whether so many packets are on their way that have filled the window, and none of them will be acknowledged:
+// the window was larger when they were sent, and one more has to go that asks.
+func (r *Requester) unheard(outstanding int) bool {
+	return r.cc.on && r.unasked >= outstanding && outstanding+1 >= r.cc.packets() && outstanding < r.cfg.Window
 }
 
 // send sends the packet psn of a SEND or WRITE, request n.
@@ -287,7 +327,7 @@ func (r *Requester) send(n uint32, psn ib.PSN, out Output) (sent, full bool) {
 	}
 	// What is sent last is asked about, so that no timer is needed to find out about it; and of many packets some, so that the
 	// window opens again. A peer of our kind acknowledges what nobody waits for in its own time.
-	p.AckReq = last && n+1 == r.tail && !(e.Quiet && r.cfg.Selective) || r.unasked+1 >= min(maxUnasked, r.cfg.Window/4) || psn != r.end
+	p.AckReq = last && n+1 == r.tail && !(e.Quiet && r.cfg.Selective) || r.unasked+1 >= min(maxUnasked, r.cc.packets()/4) || psn != r.end || r.unheard(int(distance(r.una, psn)))
 	payload, ok := out.Packet(p, int(size))
 	if !ok {
 		return false, true
@@ -401,8 +441,9 @@ func (r *Requester) acked(psn ib.PSN, now time.Duration) {
 		r.head++
 		r.q.Complete(n, ib.WCSuccess)
 	}
-	if distance(r.una, psn) > 0 {
+	if n := distance(r.una, psn); n > 0 {
 		r.una, moved = psn, true
+		r.cc.progress(int(n), psn, r.nxt)
 	}
 	done := 0
 	for done < len(r.asks) && distance(r.asks[done], r.una) >= 0 {
@@ -454,6 +495,7 @@ func (r *Requester) Receive(p *roce.Packet, now time.Duration) {
 
 func (r *Requester) acknowledge(p *roce.Packet, now time.Duration) {
 	if p.Syndrome.IsAck() {
+		r.echo(p)
 		r.executed(p.PSN.Add(1))
 		r.acked(p.PSN.Add(1), now)
 		return
@@ -505,6 +547,9 @@ func (r *Requester) response(p *roce.Packet, now time.Duration) {
 	if !e.response() || e.done || (e.Op == ib.OpRDMARead) == (p.Opcode.Op() == roce.AtomicAcknowledge) {
 		r.Counters.Dropped++
 		return
+	}
+	if p.FECN {
+		r.marks(1)
 	}
 	if r.cfg.Selective {
 		r.anyOrder(n, p, now)

@@ -24,6 +24,9 @@ type Responder struct {
 	out     []response
 	outHead uint32
 	outTail uint32
+	marked  uint32 // packets that came with FECN, 24 bits
+	told    uint32 // how many of them the peer was told of
+	toldAt  time.Duration
 	pkt     roce.Packet // the one that is being sent: an Output would have it on the heap
 
 	Counters ResponderCounters
@@ -39,6 +42,8 @@ type ResponderCounters struct {
 	// could not be done.
 	Access, Invalid, Operation uint64
 	Dropped                    uint64 // that nothing could be done with
+	Marked                     uint64 // that have met congestion on their way
+	Notices                    uint64 // CNPs that were sent for them
 }
 
 // Refused returns how many requests ended the connection.
@@ -54,6 +59,8 @@ func (c *ResponderCounters) Add(o *ResponderCounters) {
 	c.Invalid += o.Invalid
 	c.Operation += o.Operation
 	c.Dropped += o.Dropped
+	c.Marked += o.Marked
+	c.Notices += o.Notices
 }
 
 // A result is kept of a READ or an atomic, in case that its response is lost.
@@ -132,6 +139,10 @@ func (r *Responder) Receive(p *roce.Packet) {
 	if r.failed {
 		r.Counters.Dropped++
 		return
+	}
+	if p.FECN {
+		r.Counters.Marked++
+		r.marked = (r.marked + 1) & 0xffffff
 	}
 	switch d := distance(r.want, p.PSN); {
 	case d < 0:
@@ -329,19 +340,39 @@ func (r *Responder) repeat(p *roce.Packet) {
 			continue
 		}
 		skip := uint32(at) * uint32(r.cfg.MTU)
-		part := r.cfg.Selective && p.Len < x.len-skip
-		if x.read && (p.RKey != x.rkey || p.Addr != x.addr+uint64(skip) || p.Len != x.len-skip && !part) {
+		if x.read && (p.RKey != x.rkey || p.Addr != x.addr+uint64(skip) || p.Len != x.len-skip && !r.cfg.Selective) {
 			break // not what was asked for then
 		}
-		switch {
-		case !r.cfg.Selective:
+		if !r.cfg.Selective {
 			r.answerOnce(x, skip)
-		case r.outTail-r.outHead < uint32(len(r.out))/2: // there must be room for new ones
+			return
+		}
+		if r.outTail-r.outHead < uint32(len(r.out))/2 { // there must be room for new ones
 			r.answer(x, skip, min(p.Len, x.len-skip), true)
+		}
+		if x.read && p.Len > x.len-skip {
+			r.further(p, x.len-skip)
 		}
 		return
 	}
 	r.Counters.Dropped++
+}
+
+// further takes what a READ asks for behind the first n bytes: it is asked for again in larger parts than before.
+func (r *Responder) further(p *roce.Packet, n uint32) {
+	if n == 0 || n%uint32(r.cfg.MTU) != 0 {
+		r.Counters.Dropped++ // what was asked for then ended in the middle of a packet, as only the end of a message does
+		return
+	}
+	rest := *p
+	rest.PSN = p.PSN.Add(int32(n / uint32(r.cfg.MTU)))
+	rest.Addr += uint64(n)
+	rest.Len -= n
+	if distance(r.want, rest.PSN) < 0 {
+		r.repeat(&rest)
+	} else {
+		r.execute(&rest)
+	}
 }
 
 // answerOnce is answer, but for a response that is queued already: that begins again where it is asked to.
@@ -364,7 +395,10 @@ func (r *Responder) answerOnce(x *result, skip uint32) {
 }
 
 // Pump sends what there is to say. It reports whether out was full.
-func (r *Responder) Pump(_ time.Duration, out Output) (full bool) {
+func (r *Responder) Pump(now time.Duration, out Output) (full bool) {
+	if r.marked != r.told && !r.cfg.Selective && !r.notice(now, out) {
+		return true
+	}
 	for r.outHead != r.outTail {
 		q := r.at(r.outHead)
 		sent, done := r.emit(q, out)
@@ -386,6 +420,9 @@ func (r *Responder) emit(q *response, out Output) (sent, done bool) {
 	switch {
 	case !q.result:
 		p.Opcode = roce.Op(roce.RC, roce.Acknowledge)
+		if r.cfg.Selective && q.syndrome == roce.Ack && r.marked != r.told {
+			p.BECN, p.MSN = true, r.marked
+		}
 	case q.atomic:
 		p.Opcode = roce.Op(roce.RC, roce.AtomicAcknowledge)
 		p.Original = q.old
@@ -427,6 +464,9 @@ func (r *Responder) emit(q *response, out Output) (sent, done bool) {
 		}
 	}
 	out.Commit()
+	if p.BECN {
+		r.told = r.marked
+	}
 	if !q.result || q.atomic {
 		return true, true
 	}

@@ -98,13 +98,15 @@ func (s *selective) forget(una ib.PSN) {
 
 // sent notes that what is before psn was sent for the first time; idle: nothing else was on its way; asked: it will be
 // acknowledged at once.
-func (s *selective) sent(psn ib.PSN, now time.Duration, idle, asked bool) {
+func (s *selective) sent(psn ib.PSN, now time.Duration, idle, asked bool) (long bool) {
 	if idle {
+		long = now-s.since > patience+4*s.rtt
 		s.since, s.backoff = now, 0
 	}
 	if !s.probing && asked {
 		s.probe, s.probeAt, s.probing = psn, now, true
 	}
+	return long
 }
 
 // progress notes that what is before una was acknowledged.
@@ -136,7 +138,9 @@ func (r *Requester) patient(now time.Duration) bool {
 		s.since, s.backoff = now, 0
 		return false
 	}
-	s.backoff++
+	if s.backoff++; s.backoff > 1 {
+		r.cc.silence(r.end)
+	}
 	n := r.find(r.una)
 	if n == r.tail || distance(r.una, r.nxt) <= 0 {
 		return false
@@ -150,6 +154,10 @@ func (r *Requester) patient(now time.Duration) bool {
 		r.holes(to, Timeout)
 	} else {
 		s.lost.push(span{r.una, 1, Timeout})
+		// The newest as well, to hear about what is missing between: see Responder.report.
+		if last := r.nxt.Add(-1); last != r.una && !r.at(r.find(last)).response() {
+			s.lost.push(span{last, 1, Timeout})
+		}
 	}
 	r.watch(now)
 	return true
@@ -244,6 +252,9 @@ func (r *Requester) resend(now time.Duration, out Output) (full bool) {
 		if sent {
 			r.count()
 			r.Counters.Single++
+			if r.cc.lose(int(k), r.end) {
+				r.Counters.Slowed++
+			}
 			r.sel.probing = false
 			r.watch(now)
 		}
@@ -351,6 +362,9 @@ func (r *Responder) early(p *roce.Packet, d int32) {
 	x := a.at(p.PSN)
 	if x.there && x.pkt.PSN == p.PSN {
 		r.Counters.Duplicates++
+		if p.AckReq && p.PSN.Add(1) == a.top {
+			r.report()
+		}
 		return
 	}
 	if x.there { // it came before its time, and its time has passed: a READ has taken its PSN
@@ -368,6 +382,31 @@ func (r *Responder) early(p *roce.Packet, d int32) {
 	if distance(a.top, behind) > 0 {
 		a.top = behind
 	}
+}
+
+// report says everything that is missing: the newest packet has come again, with which a requester asks for that.
+func (r *Responder) report() {
+	a := &r.ahead
+	gap := span{first: r.want}
+	say := func() {
+		if gap.n > 0 && r.outTail-r.outHead < uint32(len(r.out))/2 {
+			*r.push() = response{psn: r.want, msn: uint32(distance(r.want, gap.first))<<12 | gap.n, syndrome: roce.NakPSN}
+		}
+	}
+	for psn := r.want; distance(psn, a.top) > 0; {
+		x := a.at(psn)
+		if !x.there || x.pkt.PSN != psn {
+			psn = psn.Add(1)
+			gap.n++
+			continue
+		}
+		say()
+		if psn = psn.Add(1); x.pkt.Opcode.Op() == roce.ReadRequest {
+			psn = x.pkt.PSN.Add(int32(min(packets(x.pkt.Len, r.cfg.MTU), maxPackets)))
+		}
+		gap = span{first: psn}
+	}
+	say()
 }
 
 // catchUp executes the early packets whose time has come.

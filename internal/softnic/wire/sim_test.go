@@ -25,6 +25,8 @@ type network struct {
 	nodes  [2]*node
 	trace  func(format string, args ...any)
 	tap    *pcap.Writer // sees what is sent
+	link   *bottleneck  // what node via sends goes through; nil: nothing is in its way
+	via    int
 
 	// The share of packets that this happens to, and how long they take.
 	loss, duplicate, corrupt, full float64
@@ -188,7 +190,14 @@ func (x *node) Commit() {
 		if n.r.Float64() < n.corrupt {
 			b[n.r.IntN(len(b))] ^= 1 << n.r.IntN(8)
 		}
-		n.after(n.delay+time.Duration(n.r.Int64N(int64(n.jitter)+1)), func() { n.nodes[1-x.id].arrives(b) })
+		wait := time.Duration(0)
+		if n.link != nil && x.id == n.via {
+			var ok bool
+			if wait, ok = n.link.take(n.now, b); !ok {
+				continue
+			}
+		}
+		n.after(wait+n.delay+time.Duration(n.r.Int64N(int64(n.jitter)+1)), func() { n.nodes[1-x.id].arrives(b) })
 	}
 }
 
@@ -209,6 +218,10 @@ func (x *node) arrives(b []byte) {
 }
 
 func (x *node) takes(p *roce.Packet) {
+	if p.Opcode == roce.CNP {
+		x.req.Notify()
+		return
+	}
 	if x.uc != nil {
 		x.uc.resp.Receive(p)
 		return

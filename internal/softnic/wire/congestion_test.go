@@ -1,0 +1,182 @@
+package wire
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// bounds are what findings must be within.
+type bounds struct{ fairness, goodput, loss, p99 float64 }
+
+func (b bounds) check(r *findings) error {
+	if jain(r.shares) < b.fairness || r.goodput < b.goodput || r.loss > b.loss || b.p99 > 0 && r.p99 > b.p99 {
+		return fmt.Errorf("%v; want %+v", r, b)
+	}
+	return nil
+}
+
+// both runs with congestion control and without: with it the bounds hold, without it they do not, for any of the seeds.
+func both(t *testing.T, b bounds, run func(seed uint64, off bool) *findings) {
+	t.Helper()
+	for seed := range uint64(3) {
+		r := run(seed, false)
+		if err := b.check(r); err != nil {
+			t.Errorf("seed %d: %v", seed, err)
+		}
+		was := run(seed, true)
+		if b.check(was) == nil {
+			t.Errorf("seed %d: without congestion control, too: %v", seed, was)
+		}
+		t.Logf("seed %d: %v; without: %v", seed, r, was)
+	}
+}
+
+func same(n int, c flowConfig) (all []flowConfig) {
+	for range n {
+		all = append(all, c)
+	}
+	return all
+}
+
+// Many to one, through a link that marks packets: the link is used, everybody gets a share, the queue is short and nothing is lost.
+func TestIncast(t *testing.T) {
+	for _, op := range []ib.Opcode{ib.OpRDMAWrite, ib.OpRDMARead} {
+		for _, n := range []int{2, 8, 32} {
+			t.Run(fmt.Sprint(op, n), func(t *testing.T) {
+				want := bounds{fairness: 0.85, goodput: 0.95, loss: 0.001, p99: 64}
+				if op == ib.OpRDMARead {
+					want.goodput = 0.9 // responses of one packet have headers that others have not
+				}
+				both(t, want, func(seed uint64, off bool) *findings {
+					f := newFabric(t, seed, bottleneckOf(256, 20), same(n, flowConfig{delay: 10 * time.Microsecond, op: op, size: 32, off: off})...)
+					f.run(6 * time.Millisecond)
+					return f.measure(20 * time.Millisecond)
+				})
+			})
+		}
+	}
+}
+
+// The same where nobody marks: losses are all that there is to go by.
+func TestIncastDropTail(t *testing.T) {
+	for _, n := range []int{2, 8, 32} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			both(t, bounds{fairness: 0.6, goodput: 0.75, loss: 0.2}, func(seed uint64, off bool) *findings {
+				f := newFabric(t, seed, bottleneckOf(256, 0), same(n, flowConfig{delay: 10 * time.Microsecond, op: ib.OpRDMAWrite, size: 32, off: off})...)
+				f.run(4 * time.Millisecond)
+				return f.measure(20 * time.Millisecond)
+			})
+		})
+	}
+}
+
+// Those who come later get their share.
+func TestNewcomers(t *testing.T) {
+	both(t, bounds{fairness: 0.9, goodput: 0.95, loss: 0.001, p99: 64}, func(seed uint64, off bool) *findings {
+		old := flowConfig{delay: 10 * time.Microsecond, op: ib.OpRDMAWrite, size: 32, off: off}
+		young := old
+		young.start = 10 * time.Millisecond
+		f := newFabric(t, seed, bottleneckOf(256, 20), append(same(3, old), same(3, young)...)...)
+		f.run(14 * time.Millisecond)
+		return f.measure(20 * time.Millisecond)
+	})
+}
+
+// Connections with eight times the distance get less, but not nothing.
+func TestAsymmetricDistances(t *testing.T) {
+	both(t, bounds{fairness: 0.6, goodput: 0.95, loss: 0.001, p99: 64}, func(seed uint64, off bool) *findings {
+		near := flowConfig{delay: 5 * time.Microsecond, op: ib.OpRDMAWrite, size: 32, off: off}
+		far := near
+		far.delay = 40 * time.Microsecond
+		f := newFabric(t, seed, bottleneckOf(256, 20), append(same(2, near), same(2, far)...)...)
+		f.run(6 * time.Millisecond)
+		return f.measure(20 * time.Millisecond)
+	})
+}
+
+// Short messages do not wait long behind those who send all that they can.
+func TestMiceBehindElephants(t *testing.T) {
+	took := func(seed uint64, off bool) (p50, p99 time.Duration) {
+		big := flowConfig{delay: 10 * time.Microsecond, op: ib.OpRDMAWrite, size: 32, off: off}
+		mouse := flowConfig{delay: 10 * time.Microsecond, op: ib.OpRDMAWrite, size: 1, every: 100 * time.Microsecond, off: off}
+		f := newFabric(t, seed, bottleneckOf(256, 20), append(same(4, big), mouse)...)
+		f.run(6 * time.Millisecond)
+		all := f.measure(20 * time.Millisecond).took[4]
+		if len(all) < 100 {
+			t.Logf("seed %d, off %v: only %d short messages ended", seed, off, len(all))
+			return time.Hour, time.Hour
+		}
+		return all[len(all)/2], all[len(all)*99/100]
+	}
+	for seed := range uint64(3) {
+		p50, p99 := took(seed, false)
+		if p50 > 60*time.Microsecond || p99 > 120*time.Microsecond {
+			t.Errorf("seed %d: p50 %v, p99 %v", seed, p50, p99)
+		}
+		if a, b := took(seed, true); a <= 60*time.Microsecond && b <= 120*time.Microsecond {
+			t.Errorf("seed %d: without congestion control, too: %v, %v", seed, a, b)
+		}
+	}
+}
+
+// Losses that come of no congestion do not slow a connection down.
+func TestRandomLoss(t *testing.T) {
+	for seed := range uint64(5) {
+		goodput := func(loss float64, off bool) float64 {
+			f := newFabric(t, seed, bottleneckOf(2000, 0), flowConfig{delay: 20 * time.Microsecond, op: ib.OpRDMAWrite, size: 32, loss: loss, off: off})
+			f.run(4 * time.Millisecond)
+			return f.measure(30 * time.Millisecond).goodput
+		}
+		lossy, clean, off := goodput(0.01, false), goodput(0, false), goodput(0.01, true)
+		if t.Logf("seed %d: %.2f of %.2f; without congestion control %.2f", seed, lossy, clean, off); lossy < 0.65*clean {
+			t.Errorf("seed %d: 1 %% of losses leave %.2f of %.2f", seed, lossy, clean)
+		}
+	}
+}
+
+// What happens follows from the seed.
+func TestFabricRepeats(t *testing.T) {
+	run := func() string {
+		f := newFabric(t, 9, bottleneckOf(100, 20), same(4, flowConfig{delay: 10 * time.Microsecond, op: ib.OpRDMAWrite, size: 32, loss: 0.01})...)
+		return fmt.Sprint(f.measure(5*time.Millisecond), f.flows[3].nodes[0].req.Counters)
+	}
+	if a, b := run(), run(); a != b {
+		t.Errorf("%s\n%s", a, b)
+	}
+}
+
+// With a peer that is none of ours, CNPs are sent for marked packets, now and then, and whoever gets one slows down.
+func TestNotices(t *testing.T) {
+	n := newNetwork(t, 1, func(c *Config) { c.Congestion = true })
+	n.link = bottleneckOf(1000, 20)
+	a, b := n.nodes[0], n.nodes[1]
+	for range 60 {
+		a.post(Request{Op: ib.OpRDMAWrite, Len: 1 << 13, RKey: memKey}, payloadOf(1<<13))
+	}
+	a.pump()
+	n.run(n.ended)
+	c, d := &a.req.Counters, &b.resp.Counters
+	if slices.ContainsFunc(a.done, func(st ib.WCStatus) bool { return st != ib.WCSuccess }) || c.Resent != 0 {
+		t.Errorf("%v, %+v", a.done, *c)
+	}
+	if d.Marked == 0 || d.Notices == 0 || d.Notices > uint64(n.now/noticePause)+1 || c.Notified != d.Notices || c.Slowed == 0 || a.req.cc.packets() >= defaultWindow {
+		t.Errorf("after %v: %+v, %+v, a window of %d", n.now, *c, *d, a.req.cc.packets())
+	}
+}
+
+// Whatever a peer says of marks, the connection goes on.
+func TestStrangeEchoes(t *testing.T) {
+	r := NewRequester(Config{Selective: true, Congestion: true, MTU: simMTU, SendDepth: 4}, nil)
+	for i := range uint32(1000) {
+		r.cc.progress(1, r.una, r.nxt)
+		r.cc.cutted = false
+		r.marks(int(min((i*0x9e3779)&0xffffff, uint32(r.cfg.Window))))
+		if r.cc.window < minWindow || r.cc.packets() < 1 || r.cc.share < 0 || r.cc.share > one {
+			t.Fatalf("%+v", r.cc)
+		}
+	}
+}
