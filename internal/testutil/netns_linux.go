@@ -31,8 +31,8 @@ const (
 	RouterDevB = "rb"
 )
 
-// NewRoutedNet makes the network, whose devices have an MTU of 4500 bytes; it is gone at the end of the test. Without root, or
-// without ip(8), the test is skipped.
+// NewRoutedNet makes the network, whose devices have an MTU of 4500 bytes; it is gone at the end of the test. Without root,
+// ip(8) or network namespaces, the test is skipped.
 func NewRoutedNet(t testing.TB) *RoutedNet {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -49,8 +49,12 @@ func NewRoutedNet(t testing.TB) *RoutedNet {
 			exec.Command("ip", "netns", "delete", ns).Run()
 		}
 	})
+	if out, err := exec.Command("ip", "netns", "add", n.A).CombinedOutput(); err != nil {
+		Skip(t, fmt.Sprintf("no network namespaces here: ip netns add: %v: %s", err, out))
+	}
+	n.run("netns add " + n.B)
+	n.run("netns add " + n.Router)
 	for _, ns := range []string{n.A, n.B, n.Router} {
-		n.run("netns add " + ns)
 		n.In(ns, "link set lo up")
 	}
 	for i, ns := range []string{n.A, n.B} {
