@@ -107,6 +107,9 @@ func (c *RequesterCounters) Add(o *RequesterCounters) {
 	c.Notified += o.Notified
 	c.Slowed += o.Slowed
 	c.Dropped += o.Dropped
+	for why, n := range o.Again {
+		c.Again[why] += n
+	}
 }
 
 type entry struct {
