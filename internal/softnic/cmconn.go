@@ -215,7 +215,7 @@ func (n *cmConn) connect(ctx context.Context, q *QP, p *driver.CMParam, a *cmAtt
 		rtr.AH.UDPPort = roce.Port
 	}
 	rts.AckTimeout = n.c.AckTimeout()
-	n.port.mu.Unlock()
+	n.port.unlock()
 	err := q.Modify(ctx, rtr, ib.AttrState|ib.AttrCurState|ib.AttrAV|ib.AttrPathMTU|ib.AttrDestQPN|ib.AttrRQPSN|ib.AttrMaxDestRdAtomic|ib.AttrMinRNRTimer)
 	if err == nil {
 		err = q.Modify(ctx, rts, ib.AttrState|ib.AttrCurState|ib.AttrSQPSN|ib.AttrAckTimeout|ib.AttrRetryCount|ib.AttrRNRRetry|ib.AttrMaxRdAtomic)

@@ -81,8 +81,7 @@ func (p *netPort) manage(f func(e *cm.Engine, now time.Duration) error) error {
 	err := f(p.openGSI().engine, p.now)
 	p.sock.Flush()
 	p.wakeInTime()
-	p.mu.Unlock()
-	p.run()
+	p.unlock()
 	return err
 }
 
@@ -94,7 +93,7 @@ func (p *netPort) sayGoodbye(until time.Time) {
 	for pause := 100 * time.Microsecond; time.Now().Before(until); pause = min(2*pause, 10*time.Millisecond) {
 		p.mu.Lock()
 		left := p.gsi != nil && p.gsi.engine.Leaving() > 0
-		p.mu.Unlock()
+		p.unlock()
 		if !left {
 			return
 		}

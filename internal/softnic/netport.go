@@ -156,6 +156,12 @@ func (p *netPort) run() {
 	}
 }
 
+// unlock lets go of mu, and does what others have left a note of meanwhile: they have not waited for mu.
+func (p *netPort) unlock() {
+	p.mu.Unlock()
+	p.run()
+}
+
 // poll is what a poller does: it receives, too. It reports whether anything came.
 func (p *netPort) poll() (some bool) {
 	if !p.mu.TryLock() {
@@ -163,8 +169,7 @@ func (p *netPort) poll() (some bool) {
 	}
 	p.looks.Store(p.looks.Load() + 1)
 	some = p.turn(true)
-	p.mu.Unlock()
-	p.run()
+	p.unlock()
 	return some
 }
 
@@ -475,8 +480,7 @@ func (p *netPort) round() bool {
 	p.now = p.sock.Now()
 	p.sock.SetDeadline(neverWake)
 	p.wakeInTime()
-	p.mu.Unlock()
-	p.run()
+	p.unlock()
 	return true
 }
 

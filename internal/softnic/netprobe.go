@@ -116,7 +116,7 @@ func (p *netPort) gone() error {
 
 func (p *netPort) addProbe(x *probe) (number uint32, err error) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
+	defer p.unlock()
 	if p.closed {
 		return 0, driver.ErrClosed
 	}
@@ -132,7 +132,7 @@ func (p *netPort) addProbe(x *probe) (number uint32, err error) {
 func (p *netPort) dropProbe(number uint32) {
 	p.mu.Lock()
 	delete(p.probes, number)
-	p.mu.Unlock()
+	p.unlock()
 }
 
 // sendProbes sends a packet as long as the longest of each path MTU from least to most.
@@ -156,8 +156,7 @@ func (p *netPort) sendProbes(x *probe, out output, number uint32, least, most ib
 			x.refused = err
 		}
 	}
-	p.mu.Unlock()
-	p.run()
+	p.unlock()
 }
 
 // probePayload is the payload of a probe that is as long as the longest packet of the path MTU.

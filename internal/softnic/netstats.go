@@ -73,7 +73,7 @@ func (n *NIC) NetStats() []NetStats {
 
 func (p *netPort) stats() NetStats {
 	p.mu.Lock()
-	defer p.mu.Unlock()
+	defer p.unlock()
 	s, d, c := p.sock.Stats(), &p.drops, p.left
 	for _, w := range p.qps {
 		c.add(w)

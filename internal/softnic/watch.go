@@ -50,12 +50,6 @@ func (p *netPort) counters() observe.Port {
 	return c
 }
 
-// unlock lets go of mu, and does what others have left a note of meanwhile.
-func (p *netPort) unlock() {
-	p.mu.Unlock()
-	p.run()
-}
-
 func (q *QP) counters() observe.QP {
 	c := observe.QP{QPN: uint32(q.qpn), Type: q.typ.String()}
 	q.rcq.mu.Lock()

@@ -79,7 +79,7 @@ func (q *QP) toRTRWire(attr *ib.QPAttr, mask ib.QPAttrMask) error {
 	p.mu.Lock()
 	p.qps[q.qpn] = w
 	p.users.Add(1)
-	p.mu.Unlock()
+	p.unlock()
 	q.sq.Lock()
 	q.wire = w
 	q.state.Store(uint32(ib.RTR))
@@ -356,7 +356,7 @@ func (w *wireQP) expire() {
 // receive of the QP's own queue is flushed with the others.
 func (w *wireQP) flushTaken() {
 	w.port.mu.Lock()
-	defer w.port.mu.Unlock()
+	defer w.port.unlock()
 	if v := w.t.v; v.geo.srq && w.resp != nil && w.resp.Release() {
 		v.complete(&v.slot, 0, 0, 0, ib.WCFlushErr, w.q.qpn)
 		v.port.notify(true)
@@ -371,5 +371,5 @@ func (w *wireQP) detach() {
 	delete(p.qps, w.q.qpn)
 	p.left.add(w)
 	p.users.Add(-1)
-	p.mu.Unlock()
+	p.unlock()
 }

@@ -38,7 +38,7 @@ func (q *QP) attachNet() error {
 func (q *QP) attachPort(p *netPort) error {
 	p.mu.Lock()
 	there := p.uds[q.qpn] != nil
-	p.mu.Unlock()
+	p.unlock()
 	if there {
 		return nil
 	}
@@ -49,7 +49,7 @@ func (q *QP) attachPort(p *netPort) error {
 	p.mu.Lock()
 	p.uds[q.qpn] = &wireUD{port: p, q: q, v: q.ownView(in)}
 	p.users.Add(1)
-	p.mu.Unlock()
+	p.unlock()
 	return nil
 }
 
@@ -81,7 +81,7 @@ func (q *QP) detachNet() {
 			delete(p.uds, q.qpn)
 			p.users.Add(-1)
 		}
-		p.mu.Unlock()
+		p.unlock()
 	}
 }
 
