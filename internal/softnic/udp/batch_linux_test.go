@@ -62,8 +62,8 @@ func TestGroup(t *testing.T) {
 	}
 }
 
-// The socket holds what it asks for, also where net.core.rmem_max is Linux' usual 208 KiB, if the process may have that.
-func TestBuffers(t *testing.T) {
+// Receiving polls the device, and the socket holds what it asks for, also where net.core.rmem_max is Linux' usual 208 KiB, if the process may have that.
+func TestOptions(t *testing.T) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -79,5 +79,8 @@ func TestBuffers(t *testing.T) {
 		if n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, o); err != nil || n < bufferLen {
 			t.Errorf("option %d: %d bytes, %v; asked for %d", o, n, err, bufferLen)
 		}
+	}
+	if n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BUSY_POLL); err != nil || n != busyPoll {
+		t.Errorf("SO_BUSY_POLL: %d, %v", n, err)
 	}
 }

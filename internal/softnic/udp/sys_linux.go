@@ -102,6 +102,10 @@ func sockaddrOf(a netip.AddrPort) unix.Sockaddr {
 	return s
 }
 
+// busyPoll switches the polling of the device on: it is for how many microseconds who waits would do so. Nobody here waits in the
+// socket; who does not wait looks once, whatever the number.
+const busyPoll = 50
+
 // setOptions makes a socket one that RoCEv2 can leave from.
 func setOptions(fd int, v4 bool) error {
 	// The system gives what it allows (net.core.rmem_max and wmem_max), and who may administer the network (CAP_NET_ADMIN) as
@@ -112,6 +116,9 @@ func setOptions(fd int, v4 bool) error {
 		}
 	}
 	unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_GRO, 1) // older systems do not have it
+	// Who looks for packets and finds none polls the network device, if that has a queue to poll, instead of waiting for its
+	// interrupt. For this, too, one has to be allowed to administer the network, unless net.core.busy_read is set for all.
+	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BUSY_POLL, busyPoll)
 	if v4 {
 		unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_RECVTOS, 1)
 		return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO)
