@@ -411,8 +411,8 @@ func (l *verbsLoad) run(n int64, d time.Duration, record bool) (t tally, err err
 	return t, err
 }
 
-// runLatency runs the loop in chunks and folds the readings in between, which counts neither as time nor as CPU time.
-func (l *verbsLoad) runLatency(n int64, d time.Duration, record bool) (t tally, err error) {
+// runLatency measures how long operations take, one after the other.
+func (l *verbsLoad) runLatency(n int64, d time.Duration, record bool) (tally, error) {
 	s := l.side
 	loop := s.operate
 	switch s.spec.Op {
@@ -425,8 +425,16 @@ func (l *verbsLoad) runLatency(n int64, d time.Duration, record bool) (t tally, 
 	if d > 0 {
 		s.deadline = s.clk.after(d)
 	}
+	t, err := inChunks(n, s.rec, &s.clk, record, loop)
+	l.n += uint64(t.n)
+	return t, err
+}
+
+// inChunks runs a loop of n operations, as many at a time as rec has room for, and folds the readings in between, which counts neither
+// as time nor as CPU time. A loop that did fewer than it was asked for is at its end.
+func inChunks(n int64, rec *recorder, clk *clock, record bool, loop func(n int) (int, error)) (t tally, err error) {
 	t.haveCPU = true
-	chunk := int64(len(s.rec.stamps) - 1)
+	chunk := int64(len(rec.stamps) - 1)
 	for t.n < n && err == nil {
 		want := min(chunk, n-t.n)
 		var done int
@@ -438,14 +446,13 @@ func (l *verbsLoad) runLatency(n int64, d time.Duration, record bool) (t tally, 
 		t.cpu.user += c.user
 		t.cpu.system += c.system
 		t.n += int64(done)
-		t.elapsed += time.Duration(float64(s.rec.stamps[done]-s.rec.stamps[0]) * s.clk.nsPerTick)
+		t.elapsed += time.Duration(float64(rec.stamps[done]-rec.stamps[0]) * clk.nsPerTick)
 		if record {
-			s.rec.fold(done)
+			rec.fold(done)
 		}
 		if int64(done) < want {
 			break
 		}
 	}
-	l.n += uint64(t.n)
 	return t, err
 }

@@ -232,32 +232,12 @@ func (l *rpcLoad) halted(err error) error {
 }
 
 // runLatency is verbsLoad.runLatency for calls.
-func (l *rpcLoad) runLatency(n int64, d time.Duration, record bool) (t tally, err error) {
+func (l *rpcLoad) runLatency(n int64, d time.Duration, record bool) (tally, error) {
 	deadline := uint64(0)
 	if d > 0 {
 		deadline = l.clk.after(d)
 	}
-	t.haveCPU = true
-	chunk := int64(len(l.rec.stamps) - 1)
-	for t.n < n && err == nil {
-		want := min(chunk, n-t.n)
-		var done int
-		cpu, ok := processCPU()
-		done, err = l.call(int(want), deadline)
-		after, ok2 := processCPU()
-		t.haveCPU = t.haveCPU && ok && ok2
-		c := after.sub(cpu)
-		t.cpu.user += c.user
-		t.cpu.system += c.system
-		t.n += int64(done)
-		t.elapsed += time.Duration(float64(l.rec.stamps[done]-l.rec.stamps[0]) * l.clk.nsPerTick)
-		if record {
-			l.rec.fold(done)
-		}
-		if int64(done) < want {
-			break
-		}
-	}
+	t, err := inChunks(n, l.rec, &l.clk, record, func(n int) (int, error) { return l.call(n, deadline) })
 	l.n += uint64(t.n)
 	return t, l.halted(err)
 }
