@@ -9,10 +9,14 @@ import (
 	"os"
 	"os/signal"
 
+	"github.com/ringside-rdma/ringside/internal/conformance"
 	"github.com/spf13/cobra"
 )
 
-func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
+func main() {
+	conformance.ServePeer() // of doctor's self-test
+	os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+}
 
 // run is main with its surroundings as arguments. It returns the exit status: 0, 1 for a failure, 2 for a mistake in the
 // arguments, 130 if the user interrupted a command that then had nothing to show.
@@ -95,7 +99,7 @@ software NIC that is part of this program and needs neither hardware nor rights.
 		RunE:          subcommand,
 	}
 	root.SetFlagErrorFunc(usage)
-	root.AddCommand(newCapture(), newDevices(), newPerf(), newStats(), newVersion())
+	root.AddCommand(newCapture(), newDevices(), newDoctor(), newPerf(), newStats(), newVersion())
 	return root
 }
 

@@ -3,79 +3,30 @@ package conformance
 import (
 	"flag"
 	"fmt"
-	"math/rand/v2"
-	"net/netip"
 	"os"
 	"runtime"
 	"strconv"
-	"strings"
 	"testing"
 
 	"github.com/ringside-rdma/ringside/internal/testutil"
-	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
 var (
-	device      = flag.String("device", "soft0", "device that the cases run on")
-	peerDevice  = flag.String("peer-device", "", "device of the second side (default: the same)")
 	matrixFile  = flag.String("matrix", "", "write the matrix of features to this `file`: .json, or .md, of which only what is between two marks is replaced")
 	matrixCheck = flag.Bool("matrix-check", false, "with -matrix FILE.md: fail if the file does not have the table already, and write nothing")
 	matrixWith  = flag.String("matrix-with", "", "comma-separated .json `files` of other runs, whose columns are added to the matrix")
-	seedFlag    = flag.Uint64("seed", 0, "seed of the random cases (default: a new one each run)")
 )
+
+func init() {
+	flag.StringVar(&options.Device, "device", options.Device, "device that the cases run on")
+	flag.StringVar(&options.PeerDevice, "peer-device", "", "device of the second side (default: the same)")
+	flag.Uint64Var(&options.Seed, "seed", 0, "seed of the random cases (default: a new one each run)")
+}
 
 func TestMain(m *testing.M) {
-	if os.Getenv(peerEnv) != "" {
-		runPeer()
-	}
+	ServePeer()
 	testutil.Main(m)
 }
-
-// testCase is one row of the table.
-type testCase struct {
-	name    string
-	feature string // row of the matrix
-	needs   ib.DeviceCaps
-	// twoProcesses: the case ends the other process, and gets one of its own to do that.
-	twoProcesses bool
-	run          func(c *C)
-}
-
-// table is every case; the files cases_*_test.go add to it.
-var table []testCase
-
-func addCases(feature string, needs ib.DeviceCaps, cases ...testCase) bool {
-	for _, tc := range cases {
-		tc.feature = feature
-		tc.needs |= needs
-		table = append(table, tc)
-	}
-	return true
-}
-
-// A path is a way for two sides to meet.
-type path struct {
-	name         string
-	twoProcesses bool
-	remoteIsA    bool
-	soft         string // what the software NIC calls it
-	// Of two different devices: their names, where the software NIC among them meets the other, and the network namespace of the
-	// process that it is in, the other side's.
-	devices   [2]string
-	sim       *simPath // the sides meet on a network in virtual time
-	net       netip.Addr
-	namespace string
-}
-
-var localhost = netip.AddrFrom4([4]byte{127, 0, 0, 1})
-
-var (
-	pathInProcess   = path{name: "in-process", soft: "inproc"}
-	pathProcesses   = path{name: "processes", twoProcesses: true, soft: "shm"}
-	pathUDP         = path{name: "udp", soft: "udp", net: localhost}
-	pathUDPProcs    = path{name: "udp", twoProcesses: true, soft: "udp", net: localhost}
-	pathProcessesBA = path{name: "processes", twoProcesses: true, remoteIsA: true, soft: "shm"}
-)
 
 // TestInProcess runs the table between two contexts of this process.
 func TestInProcess(t *testing.T) { runTable(t, pathInProcess) }
@@ -88,9 +39,6 @@ func TestProcessesSwapped(t *testing.T) { runTable(t, pathProcessesBA) }
 
 // TestUDP runs the table between two software NICs that meet on a network.
 func TestUDP(t *testing.T) { runUDP(t, pathUDP) }
-
-// lossy is what makes the software NIC's network lose packets (softnic.EnvFaults).
-var lossy = os.Getenv("RINGSIDE_SOFT_FAULTS")
 
 // TestUDPLossy is TestUDP on networks that lose packets, deliver them twice, and out of order; SEEDS says on how many.
 func TestUDPLossy(t *testing.T) {
@@ -115,220 +63,26 @@ func TestUDPLossy(t *testing.T) {
 func TestUDPProcesses(t *testing.T) { runUDP(t, pathUDPProcs) }
 
 func runUDP(t *testing.T, p path) {
-	if *device != "soft0" || *peerDevice != "" {
+	if options.Device != "soft0" || options.PeerDevice != "" {
 		testutil.Skip(t, "only the software NIC has more than one path")
 	}
 	runTable(t, p)
 }
 
+// results are of the tests that have ended, for TestZMatrix.
+var results []Result
+
 func runTable(t *testing.T, p path) {
-	if p.twoProcesses && runtime.GOOS != "linux" && *device == "soft0" {
+	if p.twoProcesses && runtime.GOOS != "linux" && options.Device == "soft0" {
 		testutil.Skip(t, "the software NIC reaches other processes on Linux only")
 	}
-	r := &runner{path: p}
-	defer r.stop()
-	// What a process or a NIC makes once and keeps is made here, before leaks are counted.
-	if !t.Run("warm-up", func(t *testing.T) {
-		r.run(t, testCase{name: "warm-up", run: warmUp})
-	}) {
-		t.Fatal("the sides do not connect: no case can run")
-	}
-	for i, tc := range table {
-		if p.sim != nil && i%p.sim.parts != p.sim.part {
-			continue
-		}
-		if tc.twoProcesses && (!p.twoProcesses || p.remoteIsA) {
-			continue
-		}
-		t.Run(tc.name, func(t *testing.T) { r.run(t, tc) })
-	}
-}
-
-func warmUp(c *C) {
-	l := c.pair(ib.RC)
-	l.alive(c)
-	for _, e := range []*end{l.a, l.b} {
-		if e.dev.Provider == "soft" {
-			if got := e.query().Path; got != currentPath(c) {
-				c.Fatalf("%s: path %q, want %q", e.name, got, currentPath(c))
-			}
+	run := func(name string, f func(T)) bool { return t.Run(name, func(t *testing.T) { f(t) }) }
+	report := func(r Result) {
+		if p.sim == nil {
+			results = append(results, r)
 		}
 	}
-}
-
-func currentPath(c *C) string {
-	if c.net != nil {
-		return "sim"
-	}
-	if c.A.dev.Net || c.B.dev.Net {
-		return pathUDP.soft
-	}
-	if c.A.local != nil && c.B.local != nil {
-		return pathInProcess.soft
-	}
-	return pathProcesses.soft
-}
-
-type runner struct {
-	path
-	shared *peer
-}
-
-func (r *runner) stop() {
-	if r.shared != nil {
-		r.shared.stop()
-	}
-}
-
-// peerFor returns the process of the second side; own says that it is for one case only.
-func (r *runner) peerFor(t *testing.T, own bool) *peer {
-	if !own && r.shared != nil {
-		select {
-		case <-r.shared.gone:
-		default:
-			return r.shared
-		}
-	}
-	p, err := startPeer(r.namespace)
-	if err != nil {
+	if err := eachCase(p, run, report); err != nil {
 		t.Fatal(err)
 	}
-	if own {
-		t.Cleanup(p.kill)
-	} else {
-		r.shared = p
-	}
-	return p
 }
-
-func (r *runner) run(t *testing.T, tc testCase) {
-	column := *device
-	res := &result{Case: tc.name, Feature: tc.feature, Path: r.name}
-	c := &C{T: t, record: func(n string) { res.Notes = append(res.Notes, n) }}
-	here := newHost()
-	c.A = &Side{c: c, name: "A", local: here}
-	c.B = &Side{c: c, name: "B", local: newHost()}
-	if r.sim != nil {
-		r.sim.join(c, tc.name)
-	}
-	if r.twoProcesses {
-		remote := c.B
-		if r.remoteIsA {
-			remote = c.A
-		}
-		remote.local, remote.remote = nil, r.peerFor(t, tc.twoProcesses)
-		t.Cleanup(func() {
-			if out := remote.remote.log.String(); t.Failed() && out != "" {
-				t.Logf("output of the other process:\n%s", out)
-			}
-		})
-	}
-	warm := tc.name != "warm-up"
-	sides := []*Side{c.A, c.B}
-	for i, s := range sides {
-		if warm && c.net == nil && !c.counted(s) {
-			do(s, opSnapshot, none{})
-		}
-		name, net := *device, r.net
-		if r.sim != nil {
-			net = simAddrs[i]
-		}
-		switch {
-		case r.devices[i] != "":
-			name = r.devices[i]
-		case i == 1 && *peerDevice != "":
-			name = *peerDevice
-		}
-		if name != "soft0" {
-			net = netip.Addr{}
-		}
-		s.dev = do(s, opOpen, openArgs{name, net})
-	}
-	column = columnOf(c.A.dev.Provider, r.name)
-	t.Cleanup(func() {
-		res.Column = column
-		switch {
-		case t.Failed():
-			res.Outcome = failed
-		case t.Skipped():
-			res.Outcome = skipped
-		default:
-			res.Outcome = passed
-		}
-		if tc.feature != "" && r.sim == nil {
-			results = append(results, *res)
-		}
-	})
-	t.Cleanup(func() { c.finish(warm && c.net == nil) })
-	if missing := tc.needs &^ (c.A.dev.Attr.Caps & c.B.dev.Attr.Caps); missing != 0 {
-		res.Reason = fmt.Sprintf("the device does not have %v", missing)
-		testutil.Skip(t, res.Reason)
-	}
-	for _, s := range sides {
-		if reason := gapOf(s.dev.Provider, tc.name); reason != "" {
-			res.Reason = reason
-			testutil.Skip(t, reason)
-		}
-	}
-	for _, s := range sides {
-		s.pd = do(s, opPD, none{})
-	}
-	tc.run(c)
-}
-
-// finish closes what the case left open and counts leaks.
-func (c *C) finish(countLeaks bool) {
-	for _, s := range []*Side{c.A, c.B} {
-		if s.gone() {
-			continue
-		}
-		if _, err := call(s, opCloseAll, none{}); err != nil && !c.Failed() {
-			c.Errorf("%s: closing everything: %v", s.name, err)
-		}
-	}
-	if !countLeaks || c.Failed() || c.Skipped() {
-		return
-	}
-	for _, s := range []*Side{c.A, c.B} {
-		if s.gone() || c.counted(s) {
-			continue
-		}
-		if left, err := call(s, opLeaks, none{}); err != nil || left != "" {
-			c.Errorf("%s: left over after Close: %v\n%s", s.name, err, left)
-		}
-	}
-}
-
-// counted reports whether the leaks of the side's process are counted with those of side A.
-func (c *C) counted(s *Side) bool { return s == c.B && c.A.local != nil && c.B.local != nil }
-
-func (s *Side) gone() bool {
-	if s.remote == nil {
-		return false
-	}
-	select {
-	case <-s.remote.gone:
-		return true
-	default:
-		return false
-	}
-}
-
-// seed returns the seed of a random case, and says on failure how to use it again.
-func (c *C) seed() uint64 {
-	if c.net != nil {
-		return uint64(c.net.Uint32()) + 1
-	}
-	seed := *seedFlag
-	if seed == 0 {
-		seed = rand.Uint64()>>32 + 1
-	}
-	c.Cleanup(func() {
-		if c.Failed() {
-			c.Logf("to repeat: -run '^%s$' -seed %d", strings.ReplaceAll(c.Name(), "/", "$/^"), seed)
-		}
-	})
-	return seed
-}
-
-func (c *C) rand() *rand.Rand { return rand.New(rand.NewPCG(c.seed(), 7)) }

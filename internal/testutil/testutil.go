@@ -1,5 +1,5 @@
 // Package testutil holds what the tests of several packages share: leak checks, child processes made from the test
-// binary itself, skip rules and CPU load. Only tests import it.
+// binary itself, skip rules and CPU load. Only tests import it, and the conformance suite.
 //
 // A package whose tests use any of it has one line of set-up:
 //
@@ -30,8 +30,15 @@ func SkipIfUnsupported(t testing.TB, err error) {
 	t.Skip(err)
 }
 
+// A Skipper can be skipped: a testing.TB, or what is like it.
+type Skipper interface {
+	Helper()
+	Fatalf(format string, args ...any)
+	Skip(args ...any)
+}
+
 // Skip skips the test for a reason that is not an error value; with RequireEnv set it fails the test instead.
-func Skip(t testing.TB, reason string) {
+func Skip(t Skipper, reason string) {
 	t.Helper()
 	if os.Getenv(RequireEnv) != "" {
 		t.Fatalf("required here (%s is set): %s", RequireEnv, reason)

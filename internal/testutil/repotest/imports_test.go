@@ -41,10 +41,10 @@ var arrows = map[string][]string{
 	"rpc":                     {"rpc", "transport", "mr", "internal/ring"}, // never a QP
 
 	"internal/perf":        {"internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
-	"cmd":                  {"cmd", "internal/softnic/observe", "internal/pcap", "internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
+	"cmd":                  {"cmd", "internal/conformance", "internal/softnic/observe", "internal/pcap", "internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
 	"examples":             {"examples", "rpc", "transport", "qp", "mr", "verbs"},
 	"internal/testutil":    {"internal/testutil"},
-	"internal/conformance": {"internal/testutil", "qp", "mr", "verbs"},
+	"internal/conformance": {"internal/testutil", "internal/softnic", "internal/softnic/simnet", "internal/driver", "qp", "mr", "verbs"},
 	"internal/cmd":         {},
 	"bench":                {"bench", "internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
 	"test":                 {"test", "internal/testutil", "internal/netlink", "internal/nldev", "rpc", "transport", "qp", "mr", "verbs"},

@@ -5,16 +5,31 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"testing"
 
 	"github.com/ringside-rdma/ringside/internal/softnic/simnet"
 	"github.com/ringside-rdma/ringside/qp"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
+// T is whom a case tells how it goes, as a *testing.T is told; Run has another one.
+type T interface {
+	Name() string
+	Helper()
+	Log(args ...any)
+	Logf(format string, args ...any)
+	Error(args ...any)
+	Errorf(format string, args ...any)
+	Fatal(args ...any)
+	Fatalf(format string, args ...any)
+	Skip(args ...any)
+	Failed() bool
+	Skipped() bool
+	Cleanup(f func())
+}
+
 // C is what a case gets: the test, and two sides with an open context each.
 type C struct {
-	*testing.T
+	T
 	A, B   *Side
 	record func(note string)
 	net    *simnet.Network // where the sides meet; nil: in the real world

@@ -179,8 +179,12 @@ func do[A, R any](s *Side, o *op[A, R], a A) R {
 // peerEnv marks the process that is the other side.
 const peerEnv = "RINGSIDE_CONFORMANCE_PEER"
 
-// runPeer serves control messages until the script's process closes the pipe or ends.
-func runPeer() {
+// ServePeer serves control messages, until the script's process closes the pipe or ends, and does not return, if this process was
+// started as the other side; otherwise it does nothing. A program that calls Run calls this first.
+func ServePeer() {
+	if os.Getenv(peerEnv) == "" {
+		return
+	}
 	in, out := os.Stdin, os.Stdout
 	os.Stdout = os.Stderr // nothing else may write to the control pipe
 	h := newHost()

@@ -1,0 +1,78 @@
+package main
+
+import (
+	"encoding/json"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/ringside-rdma/ringside/internal/conformance"
+)
+
+// The self-test runs the suite's cases, in and between processes, and says how each ended.
+func TestSelftest(t *testing.T) {
+	status, out, errs := ringside("doctor", "--selftest", "--device", "soft0", "--run", "^(rc/send-imm|ud/.*|kill/while-idle|remote/wrong-rkey)$", "-o", "json")
+	if status != 0 {
+		t.Fatalf("status %d: %s\n%s", status, errs, out)
+	}
+	var r struct {
+		Devices  struct{ Devices []struct{ Name string } }
+		Selftest *selftestReport
+	}
+	if err := json.Unmarshal([]byte(out), &r); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Contains(r.Devices.Devices, struct{ Name string }{"soft0"}) {
+		t.Errorf("devices %+v", r.Devices)
+	}
+	s := r.Selftest
+	if s == nil || s.Device != "soft0" || s.Failed != 0 || s.Passed < 8 || s.Passed+s.Skipped != len(s.Results) {
+		t.Fatalf("self-test %+v", s)
+	}
+	paths := map[string]int{}
+	for _, res := range s.Results {
+		if res.Case == "rc/send-imm" && res.Outcome == conformance.Passed {
+			paths[res.Path]++
+		}
+	}
+	if paths["in-process"] != 1 || paths["processes"] != 2 {
+		t.Errorf("rc/send-imm has passed %v", paths)
+	}
+}
+
+// Failures, early ends and reasons of skips are told, and the status says so.
+func TestSelftestReport(t *testing.T) {
+	r := doctorReport{Version: versionInfo{Version: "v1"}, Devices: &deviceReport{}, Findings: []finding{{true, "broken: mend it"}, {false, "good to know"}},
+		Selftest: &selftestReport{Device: "mlx5_0", PeerDevice: "mlx5_1", Passed: 1, Failed: 1, Skipped: 2, Results: []conformance.Result{
+			{Case: "rc/a", Path: "processes", Outcome: conformance.Failed, Log: "cases_x.go:7: bad\nworse\n"},
+			{Case: "rc/b", Path: "processes", Outcome: conformance.Passed},
+			{Case: "mw/c", Path: "in-process", Outcome: conformance.Skipped, Reason: "the device does not have mw2"},
+			{Case: "mw/c", Path: "processes", Outcome: conformance.Skipped, Reason: "the device does not have mw2"},
+		}}}
+	var b strings.Builder
+	if err := r.write(&b, "text"); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"problem: broken: mend it\n", "note: good to know\n", "self-test of mlx5_0 and mlx5_1: 1 passed, 1 failed, 2 skipped",
+		"  FAILED rc/a, processes\n    cases_x.go:7: bad\n    worse\n", "2 skipped:  the device does not have mw2"} {
+		if !strings.Contains(b.String(), want) {
+			t.Errorf("%q is missing in:\n%s", want, b.String())
+		}
+	}
+	if err := r.verdict(); err == nil || !strings.Contains(err.Error(), "1 of 2 cases failed") {
+		t.Errorf("verdict %v", err)
+	}
+	r.Selftest.Error = "interrupted"
+	if err := r.verdict(); err == nil || !strings.Contains(err.Error(), "ended early: interrupted") {
+		t.Errorf("verdict %v", err)
+	}
+}
+
+func TestDoctorMistakes(t *testing.T) {
+	if status, _, errs := ringside("doctor", "--run", "("); status != 2 || !strings.Contains(errs, "--run") {
+		t.Errorf("status %d: %s", status, errs)
+	}
+	if status, _, errs := ringside("doctor", "--selftest", "--device", "nosuch0"); status != 1 || !strings.Contains(errs, "nosuch0") {
+		t.Errorf("status %d: %s", status, errs)
+	}
+}
