@@ -42,6 +42,7 @@ type netPort struct {
 	mu      sync.Mutex
 	closed  bool
 	qps     map[ib.QPN]*wireQP
+	newest  map[peerQP]*wireQP // RC connections, by the peer's queue pair: the last to be made (older leads to those before it)
 	uds     map[ib.QPN]*wireUD
 	gsi     *gsi // queue pair 1; nil: nobody has used it
 	timers  wheel
@@ -81,7 +82,12 @@ func openPort(n *NIC, addr netip.Addr, mtu int) (*netPort, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the software NIC cannot receive RoCEv2 packets at %v: %w", addr, err)
 	}
-	p := newNetPort(n, mtu)
+	return startPort(n, sock, mtu)
+}
+
+// startPort makes the port of a socket, which it closes if it cannot.
+func startPort(n *NIC, sock *udp.Socket, mtu int) (p *netPort, err error) {
+	p = newNetPort(n, mtu)
 	p.sock = &udpSocket{sock, time.Now()}
 	p.recv, sock.Expect, sock.OnDrop = p.deliver, p.expect, p.tapNone
 	if p.faults, err = faultsFromEnv(); err != nil {
@@ -104,7 +110,7 @@ func openPort(n *NIC, addr netip.Addr, mtu int) (*netPort, error) {
 
 func newNetPort(n *NIC, mtu int) *netPort {
 	p := &netPort{nic: n, mtu: mtu, wakeC: make(chan struct{}, 1), ended: make(chan struct{}),
-		qps: map[ib.QPN]*wireQP{}, uds: map[ib.QPN]*wireUD{}, wakeAt: neverWake}
+		qps: map[ib.QPN]*wireQP{}, newest: map[peerQP]*wireQP{}, uds: map[ib.QPN]*wireUD{}, wakeAt: neverWake}
 	p.link = newLink(n, n.gid, pathInproc)
 	p.link.full, p.link.net = !asymmetric(), true
 	p.link.out = &nobody{p.link}
@@ -425,6 +431,9 @@ func (p *netPort) accept(src netip.AddrPort, pkt *roce.Packet) {
 		return
 	}
 	w.receive(pkt)
+	if w.older != nil && w.heard() {
+		w.outdate()
+	}
 	if !w.touched {
 		w.touched = true
 		p.touched = append(p.touched, w)

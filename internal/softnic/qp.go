@@ -490,16 +490,11 @@ func (q *QP) linkDown(l *link, _ error) {
 	q.pv = nil
 	clear(q.rcache[:])
 	clear(q.hcache[:])
-	s := ib.QPState(q.state.Load())
-	if s != ib.RTR && s != ib.RTS && s != ib.SQD && s != ib.SQE {
+	if !connected(ib.QPState(q.state.Load())) {
 		q.sq.Unlock()
 		return
 	}
-	if q.pendLen > 0 && q.sending() {
-		q.completePending(ib.WCRetryExceeded, 0)
-	} else {
-		q.lost = q.typ == ib.RC && s == ib.RTS
-	}
+	q.unanswered()
 	q.sq.Unlock()
 	q.toError(ib.EventQPFatal, true)
 }

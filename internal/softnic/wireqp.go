@@ -37,6 +37,7 @@ type wireQP struct {
 	tick    int64 // of the wheel; 0: no timer is set
 	before  *wireQP
 	after   *wireQP // in the same slot of the wheel
+	older   *wireQP // RC: the connection to the same queue pair that there was before, until the peer was heard of
 
 	// Guarded by the QP's sq.
 	req   *wire.Requester // one of these from RTS on
@@ -77,8 +78,7 @@ func (q *QP) toRTRWire(attr *ib.QPAttr, mask ib.QPAttrMask) error {
 		w.resp = wire.NewResponder(w.cfg, &w.t)
 	}
 	p.mu.Lock()
-	p.qps[q.qpn] = w
-	p.users.Add(1)
+	p.join(w)
 	p.unlock()
 	q.sq.Lock()
 	q.wire = w
@@ -368,8 +368,7 @@ func (w *wireQP) detach() {
 	p := w.port
 	p.mu.Lock()
 	w.dead = true
-	delete(p.qps, w.q.qpn)
 	p.left.add(w)
-	p.users.Add(-1)
+	p.leave(w)
 	p.unlock()
 }

@@ -141,6 +141,9 @@ func (r *Requester) Queued() int { return int(r.tail - r.head) }
 // Failed reports whether a request has failed: the connection has ended.
 func (r *Requester) Failed() bool { return r.failed }
 
+// Heard reports whether the peer has acknowledged something: it is this connection's.
+func (r *Requester) Heard() bool { return r.una != r.cfg.SQPSN }
+
 // Post queues a request, for which there must be room: Queued is less than Config.SendDepth. Pump sends it. A request of a
 // connection that has ended is flushed.
 func (r *Requester) Post(req *Request) {

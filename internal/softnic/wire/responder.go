@@ -107,6 +107,9 @@ func NewResponder(cfg Config, t Target) *Responder {
 // Failed reports whether a request was refused that ended the connection.
 func (r *Responder) Failed() bool { return r.failed }
 
+// Begun reports whether the peer has sent what was expected: it is this connection's.
+func (r *Responder) Begun() bool { return r.want != r.cfg.RQPSN }
+
 // Release reports whether a receive was taken that has not completed, once: it is the caller's then. Nothing may be received after it.
 func (r *Responder) Release() bool {
 	taken := r.msg.taken
