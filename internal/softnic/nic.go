@@ -12,6 +12,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/mem"
+	"github.com/ringside-rdma/ringside/internal/softnic/wire"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -61,6 +62,7 @@ type NIC struct {
 	sim       *simulation // nil: the NIC is in the real world
 	gids      gidTable
 	netPorts  atomic.Pointer[[]*netPort] // that are open; replaced under gids.mu
+	early     *wire.EarlyPool            // for packets of networks that came before others
 	listeners []*cmListener              // guarded by mu
 	sleepers  atomic.Int32               // CQs that are armed
 
@@ -79,6 +81,9 @@ const (
 	vendorID   = 0x1f5d // not assigned: a software device
 	deviceName = "soft0"
 )
+
+// maxEarly is how many bytes the NIC keeps of packets that came before others, whatever peers send: some windows of long packets.
+const maxEarly = 64 << 20
 
 // linkTimeout bounds the set-up of a path to another process.
 const linkTimeout = 2 * time.Second
@@ -103,7 +108,7 @@ func newNIC() *NIC {
 	n := &NIC{qps: map[ib.QPN]*QP{}, cqs: map[*CQ]bool{}, channels: map[*CompChannel]bool{}, srqs: map[*SRQ]bool{},
 		mws: map[uint32]*MW{}, links: map[ib.GID]*link{}, dials: map[ib.GID]*dial{}, done: make(chan struct{}),
 		events: newMailbox[driver.AsyncEvent](), evC: make(chan struct{}, 1), work: newMailbox[func()](),
-		kick: make(chan struct{}, 1), retryDone: make(chan struct{}), busyFor: busyLimit}
+		kick: make(chan struct{}, 1), retryDone: make(chan struct{}), busyFor: busyLimit, early: wire.NewEarlyPool(maxEarly)}
 	n.regions.random = random32
 	n.stagePD = PD{nic: n}
 	return n

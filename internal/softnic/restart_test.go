@@ -291,3 +291,32 @@ func TestStaleConnections(t *testing.T) {
 		t.Errorf("left: %v", p.newest)
 	}
 }
+
+// What is kept of packets that came before others is the NIC's, and comes back with the QP's end, whichever that is.
+func TestEarlyPacketsAreGivenBack(t *testing.T) {
+	for name, end := range map[string]func(e *end) error{
+		"ERR":   func(e *end) error { return e.q.Modify(t.Context(), &ib.QPAttr{State: ib.Err}, ib.AttrState) },
+		"RESET": func(e *end) error { return e.q.Modify(t.Context(), &ib.QPAttr{State: ib.Reset}, ib.AttrState) },
+		"close": func(e *end) error { return e.q.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			x := newSimRestart(t, 1, true)
+			for range 2 {
+				_, eb := x.pair(x.a)
+				w := eb.q.(*QP).wire
+				for i := range 3 {
+					w.receive(&roce.Packet{Opcode: roce.Op(roce.RC, roce.SendOnly), PSN: eb.q.(*QP).attr.RQPSN.Add(int32(2 + i)), Payload: make([]byte, 64)})
+				}
+				if x.a.early.Lent() == 0 {
+					t.Fatal("nothing is kept")
+				}
+				if err := end(eb); err != nil {
+					t.Fatal(err)
+				}
+				if n := x.a.early.Lent(); n != 0 {
+					t.Errorf("%d bytes are left", n)
+				}
+			}
+		})
+	}
+}

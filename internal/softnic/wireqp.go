@@ -69,7 +69,7 @@ func (q *QP) toRTRWire(attr *ib.QPAttr, mask ib.QPAttrMask) error {
 	w := &wireQP{q: q, port: p, addr: to.Addr(), service: roce.RC, epoch: q.epoch.Load()}
 	w.out = output{netPeer: peer, port: p, w: w}
 	w.cfg = wire.Config{DestQP: uint32(attr.DestQPN), MTU: attr.PathMTU.Bytes(), RQPSN: attr.RQPSN, MinRNRTimer: attr.MinRNRTimer,
-		MaxDestRdAtomic: int(attr.MaxDestRdAtomic), SendDepth: q.cap.MaxSendWR, Selective: attr.AH.UDPPort != 0, Congestion: p.congestion}
+		MaxDestRdAtomic: int(attr.MaxDestRdAtomic), SendDepth: q.cap.MaxSendWR, Selective: attr.AH.UDPPort != 0, Early: q.nic.early, Congestion: p.congestion}
 	w.t = target{q: q, v: q.ownView(in), epoch: w.epoch}
 	if q.typ == ib.UC {
 		w.service = roce.UC
@@ -352,11 +352,14 @@ func (w *wireQP) expire() {
 	w.pump(false)
 }
 
-// flushTaken completes a receive of an SRQ that a message was arriving in. The QP does not receive any more, and cfg is held. A
-// receive of the QP's own queue is flushed with the others.
+// flushTaken completes a receive of an SRQ that a message was arriving in, and forgets what has come early. The QP does not receive any
+// more, and cfg is held. A receive of the QP's own queue is flushed with the others.
 func (w *wireQP) flushTaken() {
 	w.port.mu.Lock()
 	defer w.port.unlock()
+	if w.resp != nil {
+		w.resp.Discard()
+	}
 	if v := w.t.v; v.geo.srq && w.resp != nil && w.resp.Release() {
 		v.complete(&v.slot, 0, 0, 0, ib.WCFlushErr, w.q.qpn)
 		v.port.notify(true)
@@ -368,6 +371,9 @@ func (w *wireQP) detach() {
 	p := w.port
 	p.mu.Lock()
 	w.dead = true
+	if w.resp != nil {
+		w.resp.Discard()
+	}
 	p.left.add(w)
 	p.leave(w)
 	p.unlock()

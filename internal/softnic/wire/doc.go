@@ -34,6 +34,7 @@ type Config struct {
 	// Selective: both sides are this package's, and know it. What is lost is then sent again by itself, and not all that was sent
 	// behind it: see selective.go.
 	Selective bool
+	Early     *EarlyPool // what it may keep meanwhile of what comes behind; nil: as much as one connection can have use for
 	// Congestion: the Requester slows down when the peer, or the network on the way to it, gets more than it can take: see congestion.go.
 	Congestion bool
 }

@@ -93,6 +93,9 @@ type response struct {
 // NewResponder returns a Responder that expects the first packet.
 func NewResponder(cfg Config, t Target) *Responder {
 	cfg.fill()
+	if cfg.Early == nil {
+		cfg.Early = NewEarlyPool(16 << 20)
+	}
 	least := 2*cfg.MaxDestRdAtomic + 4 // acknowledgements between READs, and one behind
 	if cfg.Selective {
 		least = 4*cfg.MaxDestRdAtomic + 32 // what is missing, and what was asked for again
@@ -101,7 +104,7 @@ func NewResponder(cfg Config, t Target) *Responder {
 	for n < least {
 		n *= 2
 	}
-	return &Responder{cfg: cfg, t: t, msg: assembly{mtu: cfg.MTU, t: t}, want: cfg.RQPSN, results: make([]result, max(cfg.MaxDestRdAtomic, 1)), out: make([]response, n)}
+	return &Responder{cfg: cfg, t: t, ahead: aheads{pool: cfg.Early}, msg: assembly{mtu: cfg.MTU, t: t}, want: cfg.RQPSN, results: make([]result, max(cfg.MaxDestRdAtomic, 1)), out: make([]response, n)}
 }
 
 // Failed reports whether a request was refused that ended the connection.
