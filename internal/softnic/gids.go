@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -23,45 +24,91 @@ type gidTable struct {
 	asked time.Time // when the system was asked
 	slots []gidSlot // slot i is at index i+1
 	fixed bool      // the addresses are not the system's
+
+	system func() (list []gidSlot, down map[string]bool, err error) // hostAddrs, but in tests
+	raise  func(ib.EventType)                                       // is told of what has changed
 }
 
 type gidSlot struct {
-	addr   netip.Addr
-	mtu    int // of the net device
-	netDev string
-	there  bool
-	port   *netPort // nil: was not needed yet
+	addr    netip.Addr
+	mtu     int // of the net device
+	netDev  string
+	there   bool      // the address can be used: its net device is up
+	running bool      // and connected to something
+	port    *netPort  // nil: was not needed yet
+	gone    time.Time // since when the address is no net device's any more; zero: it is one's
 }
 
 const (
 	maxGIDs = 256
 	// gidAge is how old what the system has said about addresses may be.
 	gidAge = time.Second
+	// gidGrace is how long an address may be gone before the connections from it are: it may be about to be given to the host again.
+	gidGrace = time.Second
 )
 
-// refresh asks the system which addresses there are. Called with mu held.
-func (t *gidTable) refresh() {
-	if t.fixed || !t.asked.IsZero() && time.Since(t.asked) < gidAge {
-		return
-	}
-	t.asked = time.Now()
-	for i := range t.slots {
-		t.slots[i].there = false
-	}
+// hostAddrs returns the addresses of the host's net devices, and which of these are down.
+func hostAddrs() (list []gidSlot, down map[string]bool, err error) {
 	ifs, err := net.Interfaces()
 	if err != nil {
-		return
+		return nil, nil, err
 	}
+	down = map[string]bool{}
 	for _, dev := range ifs {
-		if dev.Flags&net.FlagUp == 0 {
-			continue
+		up := dev.Flags&net.FlagUp != 0
+		if !up {
+			down[dev.Name] = true
 		}
 		addrs, _ := dev.Addrs()
 		for _, a := range addrs {
 			if p, err := netip.ParsePrefix(a.String()); err == nil && !p.Addr().IsLinkLocalUnicast() {
-				t.found(gidSlot{addr: p.Addr().Unmap(), mtu: dev.MTU, netDev: dev.Name, there: true})
+				list = append(list, gidSlot{addr: p.Addr().Unmap(), mtu: dev.MTU, netDev: dev.Name, there: up, running: up && dev.Flags&net.FlagRunning != 0})
 			}
 		}
+	}
+	return list, down, nil
+}
+
+// refresh asks the system which addresses there are, if what it has said is too old. Called with mu held.
+func (t *gidTable) refresh() {
+	if t.asked.IsZero() || time.Since(t.asked) >= gidAge {
+		t.look(time.Now())
+	}
+}
+
+// look asks the system which addresses there are, and tells of what has changed. Called with mu held.
+func (t *gidTable) look(now time.Time) {
+	if t.fixed {
+		return
+	}
+	list, down, err := t.system()
+	if err != nil {
+		return
+	}
+	first, state, was := t.asked.IsZero(), t.state(), slices.Clone(t.slots)
+	t.asked = now
+	for i := range t.slots {
+		s := &t.slots[i]
+		s.there, s.running = false, false
+		if !down[s.netDev] && s.gone.IsZero() { // a device that is down may have kept its addresses, or not: IPv6 takes them away
+			s.gone = now
+		}
+	}
+	for _, s := range list {
+		t.found(s)
+	}
+	if first {
+		return
+	}
+	if !slices.EqualFunc(was, t.slots, func(a, b gidSlot) bool { return a.there == b.there }) {
+		t.raise(ib.EventGIDChange)
+	}
+	switch s := t.state(); {
+	case s == state:
+	case s == ib.PortActive:
+		t.raise(ib.EventPortActive)
+	default:
+		t.raise(ib.EventPortErr)
 	}
 }
 
@@ -73,9 +120,70 @@ func (t *gidTable) found(s gidSlot) {
 			return
 		}
 	}
-	if len(t.slots) < maxGIDs-1 {
+	if s.there && len(t.slots) < maxGIDs-1 {
 		t.slots = append(t.slots, s)
 	}
+}
+
+// state is that of the NIC's port: it is down when all net devices that the NIC is in use on are. Through memory, the NIC is reached
+// nevertheless. Called with mu held.
+func (t *gidTable) state() ib.PortState {
+	used := false
+	for i := range t.slots {
+		if s := &t.slots[i]; s.port != nil {
+			if used = true; s.running {
+				return ib.PortActive
+			}
+		}
+	}
+	if used {
+		return ib.PortDown
+	}
+	return ib.PortActive
+}
+
+// portState is state as of now.
+func (t *gidTable) portState() ib.PortState {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if slices.ContainsFunc(t.slots, func(s gidSlot) bool { return s.port != nil }) {
+		t.refresh()
+	}
+	return t.state()
+}
+
+// lookAtNet looks at the addresses, and ends the connections from those that are gone for good. It returns when it is to be called again,
+// whatever the system announces until then; the zero time: there is no need.
+func (n *NIC) lookAtNet(now time.Time) (next time.Time) {
+	t := &n.gids
+	t.mu.Lock()
+	t.look(now)
+	var over []*netPort
+	for i := range t.slots {
+		switch s := &t.slots[i]; {
+		case s.port == nil || s.gone.IsZero():
+		case now.Sub(s.gone) >= gidGrace:
+			over = append(over, s.port)
+		case next.IsZero() || s.gone.Add(gidGrace).Before(next):
+			next = s.gone.Add(gidGrace)
+		}
+	}
+	t.mu.Unlock()
+	for _, p := range over {
+		p.abandon()
+	}
+	return next
+}
+
+// abandon ends the reliable connections from the port's address, which is the host's no more.
+func (p *netPort) abandon() {
+	p.mu.Lock()
+	for _, w := range p.qps {
+		if w.resp != nil {
+			w.abandon()
+		}
+	}
+	p.unlock()
 }
 
 // list returns the table; own is the GID at index 0.
@@ -105,6 +213,7 @@ func (n *NIC) hasGID(index int) bool {
 
 // netPortAt returns the port of the GID at the index, which it opens if it is not open.
 func (n *NIC) netPortAt(index int) (*netPort, error) {
+	n.followNet()
 	if !n.hasGID(index) || index == 0 {
 		return nil, fmt.Errorf("the GID at index %d is no address of this host", index)
 	}

@@ -104,8 +104,7 @@ func (x *probe) blocked(from netip.AddrPort) error {
 func (p *netPort) gone() error {
 	p.nic.gids.mu.Lock()
 	defer p.nic.gids.mu.Unlock()
-	p.nic.gids.asked = time.Time{}
-	p.nic.gids.refresh()
+	p.nic.gids.look(time.Now())
 	for i := range p.nic.gids.slots {
 		if s := &p.nic.gids.slots[i]; s.port == p && !s.there {
 			return fmt.Errorf("%v is no address of this host any more, or its interface is down", s.addr)

@@ -61,6 +61,8 @@ type NIC struct {
 
 	sim       *simulation // nil: the NIC is in the real world
 	gids      gidTable
+	following atomic.Bool                // the host's addresses are followed; set under mu
+	unfollow  func()                     // ends that; nil: it has not begun. Guarded by mu
 	netPorts  atomic.Pointer[[]*netPort] // that are open; replaced under gids.mu
 	early     *wire.EarlyPool            // for packets of networks that came before others
 	listeners []*cmListener              // guarded by mu
@@ -111,6 +113,8 @@ func newNIC() *NIC {
 		kick: make(chan struct{}, 1), retryDone: make(chan struct{}), busyFor: busyLimit, early: wire.NewEarlyPool(maxEarly)}
 	n.regions.random = random32
 	n.stagePD = PD{nic: n}
+	n.gids.system = hostAddrs
+	n.gids.raise = func(e ib.EventType) { n.raise(driver.AsyncEvent{Type: e, Port: 1}) }
 	return n
 }
 
@@ -165,7 +169,7 @@ func (n *NIC) QueryPort(port uint8) (ib.PortAttr, error) {
 	if port != 1 {
 		return ib.PortAttr{}, errPort(port)
 	}
-	return ib.PortAttr{State: ib.PortActive, MaxMTU: ib.MTU4096, ActiveMTU: ib.MTU4096, GIDTable: maxGIDs, PKeyTable: 1,
+	return ib.PortAttr{State: n.gids.portState(), MaxMTU: ib.MTU4096, ActiveMTU: ib.MTU4096, GIDTable: maxGIDs, PKeyTable: 1,
 		MaxMessage: 1 << 31, LinkLayer: ib.LinkMemory}, nil
 }
 
@@ -179,6 +183,7 @@ func (n *NIC) GIDs(port uint8) ([]ib.GIDEntry, error) {
 	if port != 1 {
 		return nil, errPort(port)
 	}
+	n.followNet()
 	return n.gids.list(n.gid), nil
 }
 
@@ -260,6 +265,7 @@ func (n *NIC) kickEvents() {
 
 // AsyncEvent implements driver.Context.
 func (n *NIC) AsyncEvent(ctx context.Context) (driver.AsyncEvent, error) {
+	n.followNet()
 	for {
 		n.events.mu.Lock()
 		if len(n.events.q) > 0 {
@@ -404,8 +410,11 @@ func (n *NIC) Close() error {
 		return err
 	}
 	n.closed = true
-	listeners := slices.Clone(n.listeners)
+	listeners, unfollow := slices.Clone(n.listeners), n.unfollow
 	n.mu.Unlock()
+	if unfollow != nil {
+		unfollow()
+	}
 	for _, l := range listeners {
 		l.Close()
 	}

@@ -6,7 +6,9 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"os"
+	"runtime"
 	"testing"
+	"time"
 
 	"github.com/ringside-rdma/ringside/internal/softnic/udp"
 	"github.com/ringside-rdma/ringside/internal/testutil"
@@ -39,6 +41,7 @@ const (
 	phoenixQPN      = 0x4242
 	phoenixSize     = 600
 	phoenixMessages = 100
+	phoenixTimeout  = 250 * time.Millisecond // of an acknowledgement: a busy machine has other things to do
 )
 
 // phoenix is a peer that can be killed, and started again with the same address, UDP port and queue pair number: its address and port are
@@ -54,7 +57,7 @@ func init() {
 		n.nextQPN = phoenixQPN
 		e := makeEnd(t, n, endConfig{typ: ib.RC, size: 64 << 10})
 		psn := ib.PSN(rand.Uint32()) & ib.MaxPSN
-		fmt.Println("here:", p.sock.Local(), e.q.QPN(), psn, addrOf(e.buf), e.mr.RKey())
+		fmt.Println("here:", p.sock.Local(), uint32(e.q.QPN()), uint32(psn), addrOf(e.buf), uint32(e.mr.RKey()))
 		var to string
 		var qpn, peerPSN uint32
 		if _, err := fmt.Sscan(<-testutil.ChildInput(), &to, &qpn, &peerPSN); err != nil {
@@ -63,7 +66,7 @@ func init() {
 		for i := range e.buf {
 			e.buf[i] = 0xbb
 		}
-		e.wire(wireTo{gid: 1, addr: netip.MustParseAddrPort(to), own: true, qpn: ib.QPN(qpn), from: psn, at: ib.PSN(peerPSN)})
+		e.wire(wireTo{gid: 1, addr: netip.MustParseAddrPort(to), own: true, qpn: ib.QPN(qpn), from: psn, at: ib.PSN(peerPSN), timeout: phoenixTimeout})
 		e.recv(0, e.sge(0, phoenixSize))
 		fmt.Println("ready:")
 		memory := bytes.Clone(e.buf)
@@ -82,14 +85,19 @@ func init() {
 	})
 }
 
-// pollFor returns the next completion of a kind, and fails the test if another is an error.
+// pollFor returns the next completion of a kind, however long that takes, and ends the process if another is an error.
 func (e *end) pollFor(op ib.WCOpcode) ib.WC {
-	e.t.Helper()
+	var wc [1]ib.WC
 	for {
-		if wc := e.poll(); wc.Opcode == op {
-			return wc
-		} else if wc.Status != ib.WCSuccess {
-			e.t.Fatalf("%+v", wc)
+		switch n := e.cq.Poll(wc[:]); {
+		case n < 0:
+			e.t.Fatalf("poll: %v", e.cq.Err())
+		case n == 0:
+			runtime.Gosched()
+		case wc[0].Opcode == op:
+			return wc[0]
+		case wc[0].Status != ib.WCSuccess:
+			e.t.Fatalf("%+v", wc[0])
 		}
 	}
 }
@@ -103,9 +111,10 @@ type phoenixPeer struct {
 	rkey uint32
 }
 
-func startPhoenix(t *testing.T, at netip.AddrPort) *phoenixPeer {
+// startPhoenix starts one in a network namespace; "": in this one.
+func startPhoenix(t *testing.T, namespace string, at netip.AddrPort) *phoenixPeer {
 	t.Helper()
-	p := &phoenixPeer{Child: testutil.StartChild(t, "softnic.phoenix", at.String())}
+	p := &phoenixPeer{Child: testutil.StartChildIn(t, namespace, nil, "softnic.phoenix", at.String())}
 	var qpn uint32
 	var where string
 	line := p.Expect("here:")
@@ -122,7 +131,7 @@ func (p *phoenixPeer) connect(t *testing.T, port *netPort) *end {
 	e := newEnd(t, port.nic, endConfig{typ: ib.RC, size: 64 << 10})
 	psn := ib.PSN(rand.Uint32()) & ib.MaxPSN
 	p.Send(fmt.Sprint(port.sock.Local(), " ", uint32(e.q.QPN()), " ", uint32(psn)))
-	e.wire(wireTo{gid: 1, addr: p.at, own: true, qpn: phoenixQPN, from: psn, at: ib.PSN(p.psn)})
+	e.wire(wireTo{gid: 1, addr: p.at, own: true, qpn: phoenixQPN, from: psn, at: ib.PSN(p.psn), timeout: phoenixTimeout})
 	p.Expect("ready:")
 	return e
 }
@@ -146,7 +155,7 @@ func TestPeerProcessRestarts(t *testing.T) {
 	n := openNIC(t, false)
 	addr := ownLoopback()
 	port := loopbackPort(t, n, netip.AddrPortFrom(addr, 0))
-	peer := startPhoenix(t, netip.AddrPortFrom(addr, 0))
+	peer := startPhoenix(t, "", netip.AddrPortFrom(addr, 0))
 	old := peer.connect(t, port)
 	for round := range 3 {
 		old.echo(byte(2 * round))
@@ -162,7 +171,7 @@ func TestPeerProcessRestarts(t *testing.T) {
 			}
 			old.send(wr)
 		}
-		next := startPhoenix(t, peer.at)
+		next := startPhoenix(t, "", peer.at)
 		e := next.connect(t, port)
 		e.echo(byte(2*round + 1))
 		failed := 0

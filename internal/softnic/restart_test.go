@@ -23,8 +23,8 @@ type wireTo struct {
 	addr     netip.AddrPort
 	own      bool // the peer's NIC is one of ours, and so the connection selective
 	qpn      ib.QPN
-	from, at ib.PSN // of its own first packet, and of the peer's
-	retries  uint8
+	from, at ib.PSN        // of its own first packet, and of the peer's
+	timeout  time.Duration // of an acknowledgement; 0: restartTimeout
 }
 
 const (
@@ -46,7 +46,10 @@ func (e *end) wire(to wireTo) {
 	if err != nil {
 		e.t.Fatal(err)
 	}
-	a = ib.QPAttr{State: ib.RTS, MaxRdAtomic: 4, AckTimeout: ib.AckTimeoutFor(restartTimeout), RetryCount: restartRetries, RNRRetry: 7, SQPSN: to.from}
+	if to.timeout == 0 {
+		to.timeout = restartTimeout
+	}
+	a = ib.QPAttr{State: ib.RTS, MaxRdAtomic: 4, AckTimeout: ib.AckTimeoutFor(to.timeout), RetryCount: restartRetries, RNRRetry: 7, SQPSN: to.from}
 	err = e.q.Modify(context.Background(), &a, ib.AttrState|ib.AttrMaxRdAtomic|ib.AttrAckTimeout|ib.AttrRetryCount|ib.AttrRNRRetry|ib.AttrSQPSN)
 	if err != nil {
 		e.t.Fatal(err)

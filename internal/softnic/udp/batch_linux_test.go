@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ringside-rdma/ringside/internal/roce"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 )
 
@@ -82,5 +83,30 @@ func TestOptions(t *testing.T) {
 	}
 	if n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BUSY_POLL); err != nil || n != busyPoll {
 		t.Errorf("SO_BUSY_POLL: %d, %v", n, err)
+	}
+}
+
+// That there is no way to a peer does not mean that the network device takes no pieces.
+func TestNoRouteInPieces(t *testing.T) {
+	s, err := Listen(netip.MustParseAddrPort("127.0.0.1:0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	nowhere, err := s.Peer(netip.MustParseAddrPort("192.0.2.1:4791")) // from the loopback device's address
+	if err != nil {
+		t.Fatal(err)
+	}
+	nowhere.AllowPieces()
+	h := &roce.Packet{Opcode: roce.Op(roce.RC, roce.SendOnly), PKey: roce.DefaultPKey}
+	for range 3 {
+		if _, ok := nowhere.Packet(h, 64); !ok {
+			t.Fatal("no room")
+		}
+		nowhere.Commit()
+	}
+	s.Flush()
+	if s.Counters.NotSent != 3 || s.Counters.SendErr == nil || s.sys.whole {
+		t.Errorf("%+v, and pieces are given up: %v", s.Counters, s.sys.whole)
 	}
 }

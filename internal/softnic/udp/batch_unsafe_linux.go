@@ -294,9 +294,11 @@ func (s *Socket) send(first, n int) (sent int, err error) {
 		sent += k
 	}
 	if errno != 0 {
-		if s.tx.counts[0] > 1 && !again(errno) { // perhaps no checksums by the device, or a tunnel: udp(7), UDP_SEGMENT
+		if s.tx.counts[0] > 1 && !again(errno) { // perhaps no checksums by the device, or a tunnel (udp(7), UDP_SEGMENT); or no route
 			s.sys.whole = true
-			return s.send(first, n)
+			sent, err = s.send(first, n)
+			s.sys.whole = sent > 0
+			return sent, err
 		}
 		err = errno
 	}

@@ -23,7 +23,7 @@ var arrows = map[string][]string{
 	"internal/nldev":   {"internal/abi", "internal/netlink"},
 	"internal/uverbs":  {"internal/abi", "internal/driver", "internal/mem", "internal/netlink", "internal/nldev", "internal/rdmacm"},
 	"internal/rdmacm":  {"internal/abi", "internal/driver", "internal/netlink", "internal/mem"},
-	"internal/softnic": {"internal/softnic", "internal/softnic/observe", "internal/driver", "internal/ring", "internal/roce", "internal/mem", "internal/abi"},
+	"internal/softnic": {"internal/softnic", "internal/softnic/observe", "internal/driver", "internal/ring", "internal/roce", "internal/mem", "internal/netlink", "internal/abi"},
 	// What a NIC and those who observe it from other processes have in common.
 	"internal/softnic/observe": {"internal/softnic", "internal/roce", "internal/pcap", "internal/mem"},
 	"internal/provider":        {"internal/provider/soft", "internal/provider/rxe", "internal/provider/siw", "internal/provider/mlx5", "internal/driver"},
