@@ -18,13 +18,14 @@ import (
 
 // The comparison with perftest on the kernel's software RDMA. Neither the devices nor perftest need be on this host: one
 // virtual machine is started (test/soft-roce), this program runs in it, and there it starts `ringside perf` and perftest's
-// programs in turn, each time a server on rxe1 and a client on rxe0. What they say comes back in a file.
+// programs in turn, each time a server on rxe1 and a client on rxe0; then `ringside perf` on the software NIC in the place of
+// these, over UDP, in turn with rxe. What they say comes back in a file.
 
 // vmPlan is what is measured in the machine. It goes there as JSON.
 type vmPlan struct {
 	Rounds   int
 	Quick    bool
-	Only     string // a regular expression for the names of vmCases
+	Only     string // a regular expression for the names of measurements
 	Pin      bool   // in latency tests, the client to the first processor, the server to the second
 	Ringside string // path of the ringside command
 	Out      string // path of the file to write

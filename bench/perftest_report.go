@@ -50,6 +50,17 @@ func rxeReport(plan *vmPlan, host *conditions, r *results) string {
 			})
 		}
 	}
+	p("\n### The software NIC over UDP, against rxe\n")
+	p("`ringside perf` with its defaults for both: between two software NICs by RoCEv2 through sockets, at the addresses of rxe0 and")
+	p("rxe1, and between these; so both cross the same veth pair. Ratios are soft / rxe.\n")
+	p("| | soft | rxe | ratio | target |\n|---|---|---|---|---|")
+	for _, c := range softCases {
+		metric, unit, scale := c.metric()
+		limit := softTargets[c.kind]
+		ratio, spread := r.ratio(ref{name: c.soft(), metric: metric}, ref{name: c.rxe(), metric: metric})
+		p("| %s %s, %s | %s | %s | %s (%s) | %s, %s |", sizeName(c.size), rxeOps[c.op], unit,
+			r.series(c.soft(), metric, scale), r.series(c.rxe(), metric, scale), number(ratio), spread.between(), limit.bound(), limit.verdict(ratio))
+	}
 	if len(r.errs) > 0 {
 		p("\nRuns that are missing above:\n\n%s", strings.TrimSpace(notMeasured(r)))
 	}

@@ -118,23 +118,27 @@ func measureInVM(arg string) error {
 	}
 	file := vmFile{Conditions: vmConditions(&plan)}
 	r := vmRunner{plan: &plan, port: 18600}
+	var pairs [][]measurement
+	for _, c := range vmCases {
+		pairs = append(pairs, c.pair(&r))
+	}
+	for _, c := range softCases {
+		pairs = append(pairs, c.pair(&r))
+	}
 	for round := range plan.Rounds {
 		fmt.Printf("round %d of %d, load average %s\n", round+1, plan.Rounds, loadAverage())
-		for _, c := range vmCases {
-			if !only.MatchString(c.ours()) && !only.MatchString(c.theirs()) {
+		for _, pair := range pairs {
+			if !only.MatchString(pair[0].name) && !only.MatchString(pair[1].name) {
 				continue
 			}
-			pair := []measurement{
-				{c.ours(), func(*config) (values, error) { return r.ringside(c) }},
-				{c.theirs(), func(*config) (values, error) { return r.perftest(c) }},
-			}
+			pair := slices.Clone(pair)
 			if round%2 != 0 { // what goes first may have it easier, or not
 				slices.Reverse(pair)
 			}
 			for _, m := range pair {
 				t := time.Now()
 				run := vmRun{Name: m.name, Round: round}
-				if run.Values, err = r.counted(c, m); err != nil {
+				if run.Values, err = m.run(nil); err != nil {
 					run.Err = err.Error()
 					fmt.Printf("  %-24s FAILED: %v\n", m.name, err)
 				} else {
@@ -155,30 +159,45 @@ func measureInVM(arg string) error {
 	return nil
 }
 
-// The devices and processors of both sides.
+// The devices of both sides, the addresses of these, and processors.
 const (
 	clientDevice, serverDevice = "rxe0", "rxe1"
+	clientAddr, serverAddr     = "10.77.0.1", "10.77.0.2"
 	clientCPU, serverCPU       = 0, 1
 )
 
 type vmRunner struct {
-	plan *vmPlan
-	port int // TCP port of the next server: a new one each time
+	plan     *vmPlan
+	port     int            // TCP port of the next server: a new one each time
+	softGIDs map[string]int // where soft0 has which address; nil: not asked yet
+}
+
+// pair are the two measurements.
+func (c vmCase) pair(r *vmRunner) []measurement {
+	return []measurement{
+		{c.ours(), func(*config) (values, error) { return r.counted(c, r.ringside) }},
+		{c.theirs(), func(*config) (values, error) { return r.counted(c, r.perftest) }},
+	}
 }
 
 func (r *vmRunner) ringside(c vmCase) (values, error) {
-	server := exec.Command(r.plan.Ringside, "perf", "server", "--once", "--listen", r.address(), "--device", serverDevice, "--gid-index", "1")
-	client := exec.Command(r.plan.Ringside, append(c.ringsideArgs(r.plan.Quick), r.address(), "--device", clientDevice, "--gid-index", "1")...)
+	return r.perf(append(c.ringsideArgs(r.plan.Quick), rxeEnd(clientDevice)...), rxeEnd(serverDevice), "roce", r.pinned(c))
+}
+
+// perf is one run of `ringside perf`; path is how the devices should have reached each other.
+func (r *vmRunner) perf(clientArgs, serverEnd []string, path string, pin bool) (values, error) {
+	server := exec.Command(r.plan.Ringside, append([]string{"perf", "server", "--once", "--listen", r.address()}, serverEnd...)...)
+	client := exec.Command(r.plan.Ringside, append(clientArgs, r.address())...)
 	for _, cmd := range []*exec.Cmd{server, client} {
 		// perftest has one thread. With more, the Go runtime's look for work in vain, on processors that the kernel and the other
 		// side need; in latency tests there is one processor anyway.
 		cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
 	}
-	out, err := r.pair(server, client, r.pinned(c))
+	out, err := r.pair(server, client, pin)
 	if err != nil {
 		return nil, err
 	}
-	return parsePerf(out, "roce")
+	return parsePerf(out, path)
 }
 
 func (r *vmRunner) perftest(c vmCase) (values, error) {
@@ -285,12 +304,12 @@ func startOn(cmd *exec.Cmd, pin bool, cpu int) error {
 
 // counted runs a measurement, and adds to its values what the devices have counted meanwhile: packets a message in the
 // direction of the data, and how often something had to be sent again.
-func (r *vmRunner) counted(c vmCase, m measurement) (values, error) {
+func (r *vmRunner) counted(c vmCase, run func(vmCase) (values, error)) (values, error) {
 	before, err := readCounters()
 	if err != nil {
 		return nil, err
 	}
-	v, err := m.run(nil)
+	v, err := run(c)
 	if err != nil {
 		return nil, err
 	}

@@ -111,12 +111,21 @@ func TestRXEReport(t *testing.T) {
 			vmRun{Name: bw.theirs(), Round: round, Values: values{"bw": 0.1, "packets": 16, "retries": 1, "rnr": 0}})
 	}
 	file.Runs = append(file.Runs, vmRun{Name: write.theirs(), Round: 1, Err: "did not end"})
+	lat, rate, soft := softCase{"send", "lat", 64}, softCase{"send", "rate", 64}, softCase{"write", "bw", 65536}
+	for name, v := range map[string]values{
+		lat.soft(): {"p50": 50}, lat.rxe(): {"p50": 40}, rate.soft(): {"rate": 30_000}, rate.rxe(): {"rate": 10_000}, soft.soft(): {"bw": 0.1},
+	} {
+		file.Runs = append(file.Runs, vmRun{Name: name, Values: v})
+	}
 	r := file.results()
 	text := rxeReport(&vmPlan{Rounds: 2}, new(conditions), r)
 	for _, want := range []string{
 		"| 8 B SEND | 44.0 (44.0..44.0) | 38.0 (36.0..40.0) | 1.16 (1.10..1.22) | at most 1.10, **short** | 100 (100..100) | 90.0 (90.0..90.0) |",
 		"| 4 KiB WRITE | 60.0 (60.0..60.0) | - | - (-) | at most 1.10, not measured |",
 		"| 64 KiB SEND | 100 (100..100) | 100 (100..100) | 1.00 (1.00..1.00) | at least 0.95, pass | 16.0; 0, 3.00 | 16.0; 1.00, 0 |",
+		"| 64 B SEND, p50, us | 50.0 | 40.0 | 1.25 (1.25..1.25) | at most 1.00, **short** |",
+		"| 64 B SEND, messages/s | 30,000 | 10,000 | 3.00 (3.00..3.00) | at least 1.00, pass |",
+		"| 64 KiB WRITE, MB/s | 100 | - | - (-) | at least 1.00, not measured |",
 		"- ib_write_lat 4 KiB, round 2: failed: did not end",
 		"Only 2 round(s) were measured.",
 	} {
@@ -129,6 +138,46 @@ func TestRXEReport(t *testing.T) {
 	}
 	if n := r.failures(); n != 1 {
 		t.Errorf("%d failures", n)
+	}
+}
+
+// Names of measurements are what sorts results: each is another.
+func TestVMMeasurementsHaveNames(t *testing.T) {
+	r, seen := &vmRunner{plan: new(vmPlan)}, map[string]bool{}
+	var all []measurement
+	for _, c := range vmCases {
+		all = append(all, c.pair(r)...)
+	}
+	for _, c := range softCases {
+		all = append(all, c.pair(r)...)
+	}
+	for _, m := range all {
+		if seen[m.name] {
+			t.Errorf("%s twice", m.name)
+		}
+		seen[m.name] = true
+	}
+}
+
+func TestParseGIDs(t *testing.T) {
+	const good = `{"devices": [{"ports": [{"gids": [{"index": 0, "gid": "fe80::1"}, {"index": 3, "gid": "::ffff:10.77.0.1", "address": "10.77.0.1"}]}]}]}`
+	at, err := parseGIDs([]byte(good))
+	if err != nil || len(at) != 1 || at["10.77.0.1"] != 3 {
+		t.Errorf("%v, %v", at, err)
+	}
+	for _, bad := range []string{"", "{}", `{"devices": [{"error": "no"}]}`} {
+		if at, err := parseGIDs([]byte(bad)); err == nil {
+			t.Errorf("%q was taken: %v", bad, at)
+		}
+	}
+	r := &vmRunner{softGIDs: at}
+	if _, _, err := r.softEnds(); err == nil {
+		t.Error("an address that soft0 does not have was taken")
+	}
+	r.softGIDs[serverAddr] = 4
+	client, server, err := r.softEnds()
+	if got := strings.Join(append(client, server...), " "); err != nil || got != "--device soft0 --gid-index 3 --path udp --device soft0 --gid-index 4" {
+		t.Errorf("%q, %v", got, err)
 	}
 }
 
