@@ -19,7 +19,7 @@ func TestOptions(t *testing.T) {
 		t.Errorf("%+v, %v", o, err)
 	}
 	for _, args := range [][]string{
-		{}, {"-kernel", "5.4", "--", "true"}, {"-native", "-build"}, {"-build", "true"}, {"-native", "-out", "/tmp", "true"},
+		{}, {"-kernel", "5.4", "--", "true"}, {"-native", "-build"}, {"-native", "-host", "true"}, {"-build", "true"}, {"-native", "-out", "/tmp", "true"},
 		{"-mem", "3", "true"}, {"-out", "/no/such/folder", "true"}, {"-nonsense"},
 	} {
 		if o, err := parseOptions(args, io.Discard); err == nil {
@@ -50,6 +50,19 @@ func TestGoTestRunsOnTheHost(t *testing.T) {
 	}
 	if env := goTestEnv([]string{"CGO_ENABLED=1"}, "/s", "/w"); slices.Contains(env, "CGO_ENABLED=0") {
 		t.Errorf("the user's choice is gone: %q", env)
+	}
+}
+
+// With -host, go commands find in their flags who starts programs.
+func TestExecInGoFlags(t *testing.T) {
+	for was, want := range map[string]string{"": "-exec=/s", "-v -pgo=off": "-v -pgo=off -exec=/s"} {
+		env, err := withExec([]string{"GOFLAGS=-x", "A=B", "GOFLAGS=" + was}, "/s")
+		if last := env[len(env)-1]; err != nil || last != "GOFLAGS="+want {
+			t.Errorf("%q: %q, %v", was, last, err)
+		}
+	}
+	if _, err := withExec(nil, "/a b/s"); err == nil {
+		t.Error("a path with spaces was taken")
 	}
 }
 

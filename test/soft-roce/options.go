@@ -22,6 +22,7 @@ type options struct {
 	out     string
 	build   bool
 	native  bool
+	host    bool
 	bare    bool
 	verbose bool
 	command []string
@@ -30,7 +31,8 @@ type options struct {
 const usage = `usage: soft-roce [flags] -- command [args...]
 
 Runs the command in a virtual machine with the RDMA devices rxe0, rxe1 (Soft-RoCE) and siw0, siw1 (soft iWARP), and exits
-with its status; 125 is a failure of soft-roce itself. Of "go test ...", only the test binaries run in the machine.
+with its status; 125 is a failure of soft-roce itself. Of "go test ...", only the test binaries run in the machine; with
+-host that goes for every go test of the command.
 
 `
 
@@ -44,6 +46,7 @@ func parseOptions(args []string, complain io.Writer) (*options, error) {
 	f.DurationVar(&o.timeout, "timeout", 30*time.Minute, "for all of the run but building the image; 0: none")
 	f.StringVar(&o.out, "out", "", "a `folder` that the machine has at /out, for reading and writing")
 	f.BoolVar(&o.build, "build", false, "build the image, or renew it if apt has newer packages; run no command")
+	f.BoolVar(&o.host, "host", false, "the command runs on the host, and what its go test and go run start, in the machine: many of them in one machine")
 	f.BoolVar(&o.native, "native", false, "no machine: add the devices to this host, which must have the modules; needs root")
 	f.BoolVar(&o.bare, "bare", false, "a machine without devices and network, to try setting them up")
 	f.BoolVar(&o.verbose, "v", false, "print the machine's console and what takes how long to standard error")
@@ -61,8 +64,8 @@ func parseOptions(args []string, complain io.Writer) (*options, error) {
 		return nil, errors.New("no command to run")
 	case len(o.command) > 0 && o.build:
 		return nil, errors.New("-build runs no command")
-	case o.native && (o.build || o.bare || o.out != ""):
-		return nil, errors.New("-native has no machine: -build, -bare and -out mean nothing with it")
+	case o.native && (o.build || o.bare || o.host || o.out != ""):
+		return nil, errors.New("-native has no machine: -build, -bare, -host and -out mean nothing with it")
 	case o.memory < 512 || o.cpus < 1:
 		return nil, errors.New("the machine needs a processor and 512 MiB")
 	}

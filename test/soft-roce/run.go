@@ -42,12 +42,20 @@ func runInMachine(ctx context.Context, in *interrupt, m *machine, o *options, di
 	r := newRelay(m)
 	go r.serve(l)
 	var code int
-	if isGoTest(o.command) {
+	if o.host || isGoTest(o.command) {
 		self, err := os.Executable()
 		if err != nil {
 			return 0, err
 		}
-		code, err = runOnHost(ctx, in, goTestArgs(o.command, self), goTestEnv(os.Environ(), socket, workFolder(dir)))
+		argv, env := o.command, goTestEnv(os.Environ(), socket, workFolder(dir))
+		if o.host {
+			env, err = withExec(env, self)
+		} else {
+			argv = goTestArgs(argv, self)
+		}
+		if err == nil {
+			code, err = runOnHost(ctx, in, argv, env)
+		}
 		if err != nil {
 			return 0, m.died(err)
 		}
@@ -76,6 +84,20 @@ func goTestArgs(argv []string, self string) []string {
 		self = "'" + self + "'"
 	}
 	return append([]string{argv[0], "test", "-exec", self}, argv[2:]...)
+}
+
+// withExec is the environment in which go commands start with this program what they start.
+func withExec(env []string, self string) ([]string, error) {
+	if strings.ContainsAny(self, " \t") {
+		return nil, fmt.Errorf("%s: -host does not work from a path with spaces, which GOFLAGS cannot hold: build test/soft-roce elsewhere (go build -o)", self)
+	}
+	flags := ""
+	for _, e := range env {
+		if was, ok := strings.CutPrefix(e, "GOFLAGS="); ok { // the last counts
+			flags = was
+		}
+	}
+	return append(env, "GOFLAGS="+strings.TrimSpace(flags+" -exec="+self)), nil
 }
 
 // goTestEnv is the environment of the go command. Test binaries, and what they write for the go command, are in a folder

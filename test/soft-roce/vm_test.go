@@ -130,34 +130,28 @@ func TestMachine(t *testing.T) {
 
 	t.Run("go test", func(t *testing.T) {
 		t.Parallel()
-		dir := t.TempDir()
-		for name, text := range map[string]string{
-			"go.mod":           "module sample\n\ngo 1.26\n",
-			"a/a_test.go":      sampleTest("a", "b"),
-			"b/b_test.go":      sampleTest("b", "a"),
-			"a/testdata/data":  "data of a",
-			"b/testdata/data":  "data of b",
-			"a/a.go":           "package a\n\nfunc Used() int { return 1 }\n",
-			"b/b.go":           "package b\n\nfunc Used() int { return 1 }\n",
-			"fail/f_test.go":   "package fail\n\nimport \"testing\"\n\nfunc TestFails(t *testing.T) { t.Fatal(\"as it should\") }\n",
-			"nothing/empty.go": "package nothing\n",
-		} {
-			name = filepath.Join(dir, name)
-			if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte(text), 0o644)); err != nil {
-				t.Fatal(err)
-			}
-		}
 		cmd := run("--", "go", "test", "-v", "-p", "2", "-coverprofile=cover.out", "./a", "./b", "./fail", "./nothing")
-		cmd.Dir = dir
+		cmd.Dir = sampleModule(t)
 		stdout, stderr, code := finish(t, cmd)
 		contains(t, "stdout", stdout+stderr, "ok  \tsample/a", "ok  \tsample/b", "FAIL\tsample/fail", "as it should")
 		if code != 1 {
 			t.Errorf("status %d", code)
 		}
-		if text, err := os.ReadFile(filepath.Join(dir, "cover.out")); err != nil {
+		if text, err := os.ReadFile(filepath.Join(cmd.Dir, "cover.out")); err != nil {
 			t.Error(err)
 		} else {
 			contains(t, "coverage", string(text), "sample/a/a.go:3.17,3.29 1 1")
+		}
+	})
+
+	t.Run("go test in a script", func(t *testing.T) {
+		t.Parallel()
+		cmd := run("-host", "--", "sh", "-c", "echo $PPID $RINGSIDE_SOFT_ROCE; go test ./a & go test ./b && wait $! && go test ./fail; echo status $?")
+		cmd.Dir = sampleModule(t)
+		stdout, stderr, code := finish(t, cmd)
+		contains(t, "stdout", stdout+stderr, fmt.Sprintf("%d \n", cmd.Process.Pid), "ok  \tsample/a", "ok  \tsample/b", "FAIL\tsample/fail", "status 1")
+		if code != 0 {
+			t.Errorf("status %d", code)
 		}
 	})
 
@@ -286,6 +280,28 @@ func (s *signalWhenUp) Write(p []byte) (int, error) {
 		}
 	}
 	return len(p), nil
+}
+
+// sampleModule returns the folder of a module whose packages a and b need devices, and each other.
+func sampleModule(t *testing.T) string {
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"go.mod":           "module sample\n\ngo 1.26\n",
+		"a/a_test.go":      sampleTest("a", "b"),
+		"b/b_test.go":      sampleTest("b", "a"),
+		"a/testdata/data":  "data of a",
+		"b/testdata/data":  "data of b",
+		"a/a.go":           "package a\n\nfunc Used() int { return 1 }\n",
+		"b/b.go":           "package b\n\nfunc Used() int { return 1 }\n",
+		"fail/f_test.go":   "package fail\n\nimport \"testing\"\n\nfunc TestFails(t *testing.T) { t.Fatal(\"as it should\") }\n",
+		"nothing/empty.go": "package nothing\n",
+	} {
+		name = filepath.Join(dir, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte(text), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
 }
 
 // sampleTest is the test of a package that meets another's in the machine, which shows that they run at the same time.
