@@ -76,7 +76,7 @@ func TestCommandEnv(t *testing.T) {
 func TestQEMUArgs(t *testing.T) {
 	c := machineConfig{kernel: "/k", initrd: "/i", socket: "/tmp/a,b/vm", work: "/w", memory: 512, cpus: 3}
 	line := strings.Join(qemuArgs(c), " ")
-	for _, want := range []string{"-smp 3 -m 512", "path=/tmp/a,,b/vm", "-accel tcg", "path=/,security_model=none,multidevs=remap,readonly=on"} {
+	for _, want := range []string{"-smp 3 -m 512", "path=/tmp/a,,b/vm", "-accel tcg", "-cpu max,-erms,", "path=/,security_model=none,multidevs=remap,readonly=on"} {
 		if !strings.Contains(line, want) {
 			t.Errorf("%q is not in %s", want, line)
 		}

@@ -23,15 +23,20 @@ type machineConfig struct {
 	verbose bool // let the kernel print more
 }
 
-// kernelOptions make the boot short: no probing, no self-tests, no mitigations in a machine that lives for one run. A
-// panic ends the machine.
+// kernelOptions make the boot short: no probing, no self-tests, no mitigations in a machine that lives for one run, no security
+// module (without apparmor it is selinux), and no clearing of memory that is written anyway. A panic ends the machine.
 const kernelOptions = "console=ttyS0 panic=-1 nokaslr mitigations=off no_timer_check tsc=reliable random.trust_cpu=on " +
-	"cryptomgr.notests audit=0 apparmor=0 net.ifnames=0"
+	"cryptomgr.notests audit=0 apparmor=0 selinux=0 net.ifnames=0 init_on_alloc=0"
+
+// emulatedCPU leaves out what makes programs choose code that is slow to emulate: with erms, kernel and libraries copy and
+// clear byte by byte (by words without it: 64 KiB through a pipe in 0.15 ms instead of 0.5), and the carry-less
+// multiplication makes a CRC take half as long again as a table does.
+const emulatedCPU = "max,-erms,-pclmulqdq"
 
 // qemuArgs is the machine's command line. The kernel is an uncompressed ELF file that starts at its PVH entry, which spares
 // the machine seconds of decompression. The machine type is pc: microvm hangs in the calibration of its clock at times.
 func qemuArgs(c machineConfig) []string {
-	accel, cpu := "tcg,thread=multi,tb-size=256", "max"
+	accel, cpu := "tcg,thread=multi,tb-size=256", emulatedCPU
 	if c.kvm {
 		accel, cpu = "kvm", "host"
 	}
