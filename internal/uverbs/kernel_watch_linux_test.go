@@ -9,7 +9,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/Mellanox/rdmamap"
 	"golang.org/x/sys/unix"
 
 	"github.com/ringside-rdma/ringside/internal/netlink"
@@ -190,10 +189,7 @@ func TestKernelNetDevs(t *testing.T) {
 		if err != nil || !slices.Equal(names, []string{dev}) {
 			t.Errorf("%s: %q, %v", ifname, names, err)
 		}
-		name, err := rdmamap.GetRdmaDeviceForNetdevice(ifname)
-		t.Logf("rdmamap: %s is %q, %v", ifname, name, err)
 	}
-	t.Logf("rdmamap: rxe0 has %q, no device has %q", rdmamap.GetRdmaCharDevices("rxe0"), rdmamap.GetRdmaCharDevices("nonesuch"))
 	for _, ifname := range []string{"lo", "nonesuch"} {
 		if names, err := DevicesOfNetDev(ifname); !errors.Is(err, ErrNoDevices) {
 			t.Errorf("%s: %q, %v", ifname, names, err)
