@@ -167,6 +167,7 @@ func (m *meeting) hold(t *testing.T, limit time.Duration) error {
 func TestPingPongWithC(t *testing.T) {
 	devices := needDevices(t)
 	eachRun(t, func(t *testing.T, o pingPong) {
+		shortly(t, o)
 		name, err := exec.LookPath("ibv_" + string(o.service) + "_pingpong")
 		if err != nil {
 			missing(t, "%v", err)
@@ -177,6 +178,13 @@ func TestPingPongWithC(t *testing.T) {
 			}
 		}
 	})
+}
+
+// shortly leaves a run out with -short: what is left is each service polling and with events, with messages of one packet and of many.
+func shortly(t *testing.T, o pingPong) {
+	if testing.Short() && (o.size == 1 || (o.size > 4096) != o.events && o.service != ud) {
+		t.Skip("left out by -short")
+	}
 }
 
 func role(goServes bool) string {
@@ -270,6 +278,9 @@ func TestIntegrityWithC(t *testing.T) {
 		for _, goServes := range []bool{true, false} {
 			for i, seed := range []uint64{1, 2, random} {
 				events := i == 1
+				if testing.Short() && i == 0 {
+					continue
+				}
 				what := strconv.Itoa(i + 1)
 				if seed == random {
 					what = "random"

@@ -241,14 +241,11 @@ func found(t *testing.T, program string) string {
 	return name
 }
 
-// Messages between the software NIC and ibv_rc_pingpong and its kin on rxe. With -short, each polling and with events, of one
-// packet and of many.
+// Messages between the software NIC and ibv_rc_pingpong and its kin on rxe.
 func TestSoftPingPongWithC(t *testing.T) {
 	p := newSoftPeer(t)
 	eachRun(t, func(t *testing.T, o pingPong) {
-		if testing.Short() && (o.size == 1 || (o.size > 4096) != o.events && o.service != ud) {
-			t.Skip("left out by -short")
-		}
+		shortly(t, o)
 		name := found(t, "ibv_"+string(o.service)+"_pingpong")
 		if o.service == srq && o.size > 4096 {
 			// The C program destroys its queue pairs once it has seen enough, and answers nothing after that. Fewer large messages
