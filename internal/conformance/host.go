@@ -25,7 +25,7 @@ import (
 
 const (
 	// patience is how long a side waits for what must happen. It only bounds the time to a failure.
-	patience = 20 * time.Second
+	patience = 2 * testutil.Patience
 	// quiet is how long a case looks for what must not happen. A slow machine can hide a failure this way, not invent one.
 	quiet = 15 * time.Millisecond
 )
