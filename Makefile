@@ -148,7 +148,7 @@ vm: vm-soft
 
 # Packages that list devices come first on one side, those that add and remove some later on the other.
 in-vm-rxe: conform-rxe
-	RINGSIDE_DEVICE=rxe0 $(VMTEST) ./transport $(TRANSPORTS)
+	RINGSIDE_DEVICE=rxe0 $(VMTEST) -short ./transport $(TRANSPORTS)
 	RINGSIDE_DEVICE=rxe0 $(VMTEST) -run 'TestDemoSync' ./examples/paramserver
 	$(VMTEST) ./internal/conformance -run 'TestProcesses$$/kill' -device rxe0 -peer-device rxe1
 	$(VMTEST) ./internal/conformance -run 'TestSoftAndRXE/.*/(warm-up|rc|uc|ud|atomic|srq|rnr|remote|local)'
@@ -159,8 +159,8 @@ in-vm-siw:
 	$(VMTEST) ./internal/nldev ./internal/uverbs ./internal/rdmacm ./internal/provider/... ./mr ./qp
 	$(VMTEST) -run 'TestKernelDevices' ./cmd/ringside
 	RINGSIDE_DEVICE=siw0 $(VMTEST) -run 'TestDemoSync' ./examples/paramserver
-	RINGSIDE_DEVICE=siw0 $(VMTEST) -run 'TestSizes|TestOneSided|TestWriteImm|TestRemoteAccess|TestProcesses|TestPeerKilled' ./transport
-	RINGSIDE_DEVICE=siw0 $(VMTEST) -skip TestAllocs $(TRANSPORTS)
+	RINGSIDE_DEVICE=siw0 $(VMTEST) -short -run 'TestSizes|TestOneSided|TestWriteImm|TestRemoteAccess|TestProcesses|TestPeerKilled' ./transport
+	RINGSIDE_DEVICE=siw0 $(VMTEST) -short -skip TestAllocs $(TRANSPORTS)
 	$(MAKE) conform-siw
 
 CONFORM = ./internal/conformance -run 'TestInProcess|TestZMatrix'

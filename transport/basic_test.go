@@ -106,7 +106,7 @@ func TestBothWaysSlowReaders(t *testing.T) {
 		cfg.MaxMessage = 64 << 10
 		a, b := transporttest.Pair(t, cfg)
 		count := 600
-		if raceEnabled {
+		if testing.Short() || raceEnabled {
 			count = 200
 		}
 		sizes := []int{8, 100, 300, 2000, 8192, 20000, 64 << 10}
@@ -194,7 +194,10 @@ func TestHandlerEchoManyGoroutines(t *testing.T) {
 	modes(t, func(t *testing.T, cfg *transport.Config) {
 		a, b := transporttest.Pair(t, cfg)
 		b.SetHandler(newEcho(t))
-		const workers, each = 16, 100
+		workers, each := 16, 100
+		if testing.Short() {
+			each = 30
+		}
 		var sent, got sync.Map
 		var wg sync.WaitGroup
 		for w := range workers {

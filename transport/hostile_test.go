@@ -89,7 +89,11 @@ func TestUnknownCancel(t *testing.T) {
 // TestGarbage sends random frames for a while.
 func TestGarbage(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
-	for range 60 {
+	pairs := 60
+	if testing.Short() {
+		pairs = 15
+	}
+	for range pairs {
 		a, b := transporttest.Pair(t, nil)
 		b.SetHandler(newEcho(t))
 		for range 50 {
