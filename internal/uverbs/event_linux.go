@@ -112,6 +112,9 @@ func (e *EventFile) Wait(ctx context.Context, record []byte) (int, error) {
 			return 0, ctx.Err()
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			f.SetReadDeadline(time.Time{}) // a nudge, or an earlier waiter's cancellation came late
+			if err := ctx.Err(); err != nil {
+				return 0, err // or this one's came just now, and its deadline has been taken off, too
+			}
 		default:
 			return 0, e.readError(err)
 		}

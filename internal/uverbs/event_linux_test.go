@@ -6,12 +6,14 @@ import (
 	"net"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/testutil"
 )
 
 // newPipe is an EventFile whose kernel is the test.
@@ -66,6 +68,49 @@ func TestEventWait(t *testing.T) {
 	put(t, w, 5)
 	if n, err := e.Wait(t.Context(), b[:]); n != 8 || err != nil || b[0] != 5 {
 		t.Error(n, err, b)
+	}
+}
+
+// lateContext ends while somebody asks whether it has.
+type lateContext struct {
+	context.Context
+	end   context.CancelFunc
+	armed atomic.Bool
+}
+
+func (c *lateContext) Err() error {
+	err := c.Context.Err()
+	if c.armed.Swap(false) {
+		c.end()
+		time.Sleep(20 * time.Millisecond) // for what goes on because of that
+	}
+	return err
+}
+
+// A context may end just when Wait takes off a deadline that meant somebody else: both are one deadline of the descriptor.
+func TestEventWaitEndsBesideANudge(t *testing.T) {
+	e, _ := newPipe(t)
+	var b [8]byte
+	for range 2 { // the first puts the file on the netpoller
+		inner, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		ctx := &lateContext{Context: inner, end: cancel}
+		ended := make(chan error, 1)
+		go func() {
+			_, err := e.Wait(ctx, b[:])
+			ended <- err
+		}()
+		testutil.Eventually(t, "it waits", func() bool { return e.parked.Load() != nil })
+		ctx.armed.Store(true)
+		e.wakeParked() // as a Nudge that was taken before it got this far
+		select {
+		case err := <-ended:
+			if !errors.Is(err, context.Canceled) {
+				t.Fatal(err)
+			}
+		case <-time.After(testutil.Patience):
+			t.Fatal("it goes on though its context has ended")
+		}
 	}
 }
 
