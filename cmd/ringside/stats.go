@@ -118,7 +118,8 @@ func (r *statsReport) write(w io.Writer, asJSON bool) error {
 func writeNIC(b *strings.Builder, n *observe.NIC) {
 	fmt.Fprintf(b, "%s/%d  %s, GID %s\n", n.Device, n.PID, n.Program, n.GID)
 	for _, p := range n.Ports {
-		fmt.Fprintf(b, "    UDP %s: %d packets sent, %d received, %d not sent; dropped: %s\n", p.Address, p.Sent, p.Received, p.NotSent, reasons(p.Dropped))
+		fmt.Fprintf(b, "    UDP %s: %d packets sent, %d received, %d not sent%s; dropped: %s\n", p.Address, p.Sent, p.Received, p.NotSent, inBrackets(p.Refusal), reasons(p.Dropped))
+		writeWire(b, fmt.Sprintf("%d connections, and those that have ended", p.Conns), &p.Total)
 	}
 	tw := tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)
 	if len(n.QPs) > 0 {
@@ -136,13 +137,25 @@ func writeNIC(b *strings.Builder, n *observe.NIC) {
 	tw.Flush()
 	for i := range n.QPs {
 		if w := n.QPs[i].Wire; w != nil {
-			fmt.Fprintf(b, "    QP %d: %d request packets sent, %d of them again (%s); %d timeouts, %d sequence NAKs, %d RNR NAKs\n", n.QPs[i].QPN, w.Sent, w.Resent,
-				reasons(w.Again), w.Timeouts, w.SeqNAKs, w.RNRNAKs)
-			fmt.Fprintf(b, "        %d received: %d duplicates, %d early, %d without a receive, %d refused, %d dropped; %d answers said nothing new\n", w.Received, w.Duplicates,
-				w.Early, w.NotReady, w.Refused, w.Dropped, w.Useless)
+			writeWire(b, fmt.Sprint("QP ", n.QPs[i].QPN), w)
 		}
 	}
 	b.WriteByte('\n')
+}
+
+// writeWire writes what one connection has sent and met, or several.
+func writeWire(b *strings.Builder, who string, w *observe.Wire) {
+	fmt.Fprintf(b, "    %s: %d request packets sent, %d of them again (%s); %d timeouts, %d sequence NAKs, %d RNR NAKs\n", who, w.Sent, w.Resent,
+		reasons(w.Again), w.Timeouts, w.SeqNAKs, w.RNRNAKs)
+	fmt.Fprintf(b, "        %d received: %d duplicates, %d early, %d without a receive, %d refused (%s), %d dropped; %d answers said nothing new\n", w.Received,
+		w.Duplicates, w.Early, w.NotReady, w.Refused, reasons(w.RefusedBy), w.Dropped, w.Useless)
+}
+
+func inBrackets(s string) string {
+	if s == "" {
+		return ""
+	}
+	return " (" + s + ")"
 }
 
 func dash(s string) string {

@@ -5,11 +5,13 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"reflect"
 	"testing"
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/internal/softnic/observe"
 	"github.com/ringside-rdma/ringside/internal/softnic/simnet"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -321,5 +323,30 @@ func TestEarlyPacketsAreGivenBack(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// What the observers of a port are told of is the same before and after connections have ended.
+func TestCountersOfEndedConnections(t *testing.T) {
+	x := newSimRestart(t, 1, true)
+	b := x.open(1)
+	ea, eb := x.pair(b)
+	talk(x, ea, eb, 5, 1)
+	ea.send(ib.SendWR{ID: 1, Opcode: ib.OpRDMAWrite, Flags: ib.SendSignaled, SGEs: ea.sge(0, 8), RemoteAddr: addrOf(eb.buf), RKey: eb.mr.RKey() + 1})
+	if wc := ea.poll(); wc.Status != ib.WCRemoteAccessErr {
+		t.Fatalf("%+v", wc)
+	}
+	here, there := x.a.Counters().Ports[0], b.Counters().Ports[0]
+	if n := there.Total.RefusedBy[observe.RefusedAccess]; n != 1 || there.Total.Refused != 1 || here.Total.Sent < 16 || here.Conns != 1 {
+		t.Errorf("%+v\n%+v", here, there)
+	}
+	ea.close()
+	eb.close()
+	here.Conns, there.Conns = 0, 0
+	if is, was := x.a.Counters().Ports[0], here; !reflect.DeepEqual(is, was) {
+		t.Errorf("%+v, and were %+v", is, was)
+	}
+	if is, was := b.Counters().Ports[0], there; !reflect.DeepEqual(is, was) {
+		t.Errorf("%+v, and were %+v", is, was)
 	}
 }

@@ -8,7 +8,6 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/roce"
 	"github.com/ringside-rdma/ringside/internal/softnic/observe"
-	"github.com/ringside-rdma/ringside/internal/softnic/wire"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -33,11 +32,20 @@ func (n *NIC) Counters() *observe.NIC {
 	return c
 }
 
+// counters stops the packets of the port for a moment.
 func (p *netPort) counters() observe.Port {
 	p.mu.Lock()
 	defer p.unlock()
 	k := p.sock.Stats()
-	c := observe.Port{Address: p.sock.Local().String(), Sent: k.Sent, Received: k.Received, NotSent: k.NotSent, Dropped: map[string]uint64{}}
+	sum := p.left
+	for _, w := range p.qps {
+		sum.add(w)
+	}
+	c := observe.Port{Address: p.sock.Local().String(), Sent: k.Sent, Received: k.Received, NotSent: k.NotSent, Full: k.Full, Dropped: map[string]uint64{},
+		Conns: len(p.qps), Total: sum.wire()}
+	if k.SendErr != nil {
+		c.Refusal = k.SendErr.Error()
+	}
 	drops := p.drops.byVerdict()
 	for d := roce.DropShort; d < roce.Drops; d++ {
 		drops[observe.Dropped(d)] += k.Dropped[d]
@@ -74,29 +82,10 @@ func (q *QP) counters() observe.QP {
 
 // counters returns what the connection has sent and met.
 func (w *wireQP) counters() *observe.Wire {
-	c := &observe.Wire{Again: map[string]uint64{}}
 	w.port.mu.Lock()
 	defer w.port.unlock()
-	if w.resp != nil {
-		k := &w.resp.Counters
-		c.Received, c.Duplicates, c.Early, c.NotReady, c.Refused, c.Dropped = k.Received, k.Duplicates, k.Missed, k.NoReceive, k.Refused(), k.Dropped
-	}
-	if w.uresp != nil {
-		c.Received, c.Dropped = w.uresp.Counters.Received, w.uresp.Counters.Dropped
-	}
-	w.q.sq.Lock()
-	defer w.q.sq.Unlock() // before the port
-	if w.ureq != nil {
-		c.Sent = w.ureq.Sent
-	}
-	if w.req != nil {
-		k := &w.req.Counters
-		c.Sent, c.Resent, c.Timeouts, c.SeqNAKs, c.RNRNAKs, c.Useless = k.Sent, k.Resent, k.Timeouts, k.SeqNAKs, k.RNRNAKs, k.Dropped
-		for why, n := range k.Again {
-			if n > 0 {
-				c.Again[wire.Reason(why).String()] = n
-			}
-		}
-	}
-	return c
+	var c connCounters
+	c.add(w)
+	o := c.wire()
+	return &o
 }

@@ -19,10 +19,14 @@ type NIC struct {
 // A Port is one UDP socket.
 type Port struct {
 	Address  string            `json:"address"`
-	Sent     uint64            `json:"sent"`     // packets
-	Received uint64            `json:"received"` // packets, those that were dropped included
-	NotSent  uint64            `json:"not_sent"` // packets that the system refused
-	Dropped  map[string]uint64 `json:"dropped"`  // received packets, by Verdict.Key; those that have not occurred are missing
+	Sent     uint64            `json:"sent"`        // packets
+	Received uint64            `json:"received"`    // packets, those that were dropped included
+	NotSent  uint64            `json:"not_sent"`    // packets that the system refused
+	Refusal  string            `json:"refusal"`     // why, the last time; empty: it has not
+	Full     uint64            `json:"full"`        // times that the socket had no room for more
+	Dropped  map[string]uint64 `json:"dropped"`     // received packets, by Verdict.Key; those that have not occurred are missing
+	Conns    int               `json:"connections"` // RC and UC queue pairs that are connected from here
+	Total    Wire              `json:"total"`       // of all that are and were
 }
 
 // A QP is a queue pair, counted since it was created or last in RESET.
@@ -56,10 +60,12 @@ type Wire struct {
 	Sent   uint64            `json:"sent"`   // packets of requests, all
 	Resent uint64            `json:"resent"` // of those, packets that were sent again
 	Again  map[string]uint64 `json:"again"`  // Resent by why (wire.Reason); what has not occurred is missing
+	Single uint64            `json:"single"` // of those sent again, packets that were not followed by all that had been sent behind them
 	// What has led to that:
 	Timeouts uint64 `json:"timeouts"`
 	SeqNAKs  uint64 `json:"sequence_naks"`
 	RNRNAKs  uint64 `json:"rnr_naks"`
+	Implied  uint64 `json:"implied_naks"` // responses that were missing, as later ones have shown
 	// Useless counts acknowledgements and responses that said nothing new.
 	Useless uint64 `json:"useless"`
 
@@ -67,9 +73,20 @@ type Wire struct {
 	Duplicates uint64 `json:"duplicates"` // of those, that were executed before
 	Early      uint64 `json:"early"`      // that came before one that was missing
 	NotReady   uint64 `json:"not_ready"`  // that found no receive: an RNR NAK was sent
-	Refused    uint64 `json:"refused"`    // that ended the connection
+	Refused    uint64 `json:"refused"`    // that were refused, which ends an RC connection
 	Dropped    uint64 `json:"dropped"`    // that nothing could be done with
+
+	// RefusedBy is Refused by what the peer was told (NAKs); what has not occurred is missing.
+	RefusedBy map[string]uint64 `json:"refused_by"`
 }
+
+// The keys of Wire.RefusedBy: NAK codes (IBA 9.7.5.2), and what UC does instead.
+const (
+	RefusedInvalid   = "invalid request"
+	RefusedAccess    = "remote access error"
+	RefusedOperation = "remote operational error"
+	RefusedSilently  = "silently"
+)
 
 // maxCounters bounds the JSON of a NIC: of all the queue pairs that one can have.
 const maxCounters = 256 << 20
@@ -93,14 +110,17 @@ func DecodeNIC(b []byte) (*NIC, error) {
 	}
 	for i := range n.Ports {
 		p := &n.Ports[i]
-		texts = append(texts, &p.Address)
+		texts = append(texts, &p.Address, &p.Refusal)
 		clean(&p.Dropped)
+		clean(&p.Total.Again)
+		clean(&p.Total.RefusedBy)
 	}
 	for i := range n.QPs {
 		q := &n.QPs[i]
 		texts = append(texts, &q.Type, &q.State, &q.Path, &q.Peer)
 		if q.Wire != nil {
 			clean(&q.Wire.Again)
+			clean(&q.Wire.RefusedBy)
 		}
 	}
 	for _, s := range texts {
