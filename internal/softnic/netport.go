@@ -63,6 +63,7 @@ type netPort struct {
 
 	probes   map[uint32]*probe // on their way, by number
 	answerTo netPeer           // who has probed last
+	answered time.Duration     // when the answers so far would all have been due
 
 	congestion bool // connections slow down when they meet congestion
 

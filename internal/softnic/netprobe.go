@@ -24,6 +24,10 @@ const (
 	probeMore = 4
 	// The time between two rounds of probes doubles from the first to the last of these.
 	probePause, probePauseMax = 5 * time.Millisecond, 200 * time.Millisecond
+	// An answer is a packet by itself, and costs system calls, which a flood of probes must not. So many are answered at once, and one
+	// in each probeEvery: a probe that is dropped is sent again.
+	probeBurst = 256
+	probeEvery = 100 * time.Microsecond
 )
 
 // A probe is somebody who waits for answers.
@@ -188,6 +192,11 @@ func (p *netPort) probed(src netip.AddrPort, pkt *roce.Packet) {
 		}
 		return
 	}
+	if p.answered = max(p.answered, p.now); p.answered-p.now >= probeBurst*probeEvery {
+		p.drops.Probes++
+		return
+	}
+	p.answered += probeEvery
 	// What is queued for another may be of answerTo's.
 	if !p.sock.Flush() {
 		return // no room: another probe comes

@@ -14,6 +14,7 @@ type dropCounters struct {
 	QKey    uint64
 	Room    uint64 // datagrams without a receive, or longer than it, or than the path MTU
 	State   uint64 // the QP does not receive
+	Probes  uint64 // more than are answered
 }
 
 // connCounters are sums over connections.

@@ -83,7 +83,7 @@ func (p *netPort) tapNone(src netip.AddrPort, b []byte, d roce.Drop) {
 // byVerdict is the counters as observers call them.
 func (d *dropCounters) byVerdict() (n [observe.Verdicts]uint64) {
 	n[observe.NoQP], n[observe.Stranger], n[observe.PKey], n[observe.Service] = d.NoQP, d.Source, d.PKey, d.Service
-	n[observe.QKey], n[observe.NoRoom], n[observe.State] = d.QKey, d.Room, d.State
+	n[observe.QKey], n[observe.NoRoom], n[observe.State], n[observe.Probes] = d.QKey, d.Room, d.State, d.Probes
 	return n
 }
 

@@ -28,7 +28,9 @@ const (
 	NotReady  // no receive is posted: the sender hears of it (RNR NAK)
 	Refused   // a request that ends the connection
 	Useless   // it says nothing new, or makes no sense
-	Verdicts  // how many there are
+	// By the port, again: others know verdicts by their numbers.
+	Probes   // of the path, more than are answered
+	Verdicts // how many there are
 )
 
 var verdicts = [Verdicts]struct{ key, text string }{
@@ -50,6 +52,7 @@ var verdicts = [Verdicts]struct{ key, text string }{
 	NotReady:  {"not_ready", "no receive is posted"},
 	Refused:   {"refused", "refused"},
 	Useless:   {"useless", "says nothing new"},
+	Probes:    {"probes", "dropped: more probes than are answered"},
 }
 
 // Key is the verdict's name in the counters; String is a comment on a packet. Both are empty for Taken, and for what is none.

@@ -1,0 +1,105 @@
+package softnic
+
+import (
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// A flood of probes is answered in part, what it costs is bounded, and who probes later is answered again.
+func TestProbeFlood(t *testing.T) {
+	x := newHostileNet(t, "127.0.0.1", "")
+	p := x.port
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	src := x.raw.LocalAddr().(*net.UDPAddr).AddrPort()
+	probe := func(n int) (answered uint64) {
+		p.sock.Flush()
+		was := p.sock.Stats().Sent
+		for range n {
+			pkt := roce.Packet{Opcode: roce.Probe, PKey: roce.DefaultPKey, DestQP: uint32(x.bystander.q.QPN()), Payload: make([]byte, 64)}
+			p.receive(src, &pkt)
+		}
+		p.sock.Flush()
+		return p.sock.Stats().Sent - was
+	}
+	p.now = p.sock.Now() + time.Hour // this test's from here on
+	if n := probe(10 * probeBurst); n != probeBurst || p.drops.Probes != 9*probeBurst {
+		t.Errorf("%d of %d were answered, %d dropped", n, 10*probeBurst, p.drops.Probes)
+	}
+	p.now += 10 * probeEvery
+	if n := probe(100); n != 10 {
+		t.Errorf("%d were answered after the time for 10", n)
+	}
+	p.now += time.Second
+	if n := probe(probeBurst + 1); n != probeBurst {
+		t.Errorf("%d were answered after a second", n)
+	}
+}
+
+// BenchmarkWrongPackets is what a packet costs that the port has no use for, from the socket's buffer on, in batches as they are received:
+// with what is sent to it.
+func BenchmarkWrongPackets(b *testing.B) {
+	n, err := Open()
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer n.Close()
+	p := loopbackPort(b, n, netip.AddrPortFrom(ownLoopback(), 0))
+	peer := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), 9) // discard
+	e := makeEnd(b, n, endConfig{typ: ib.RC})
+	defer e.close()
+	e.wire(wireTo{gid: 1, addr: peer, own: true, qpn: 5, at: 5000})
+	qpn := uint32(e.q.QPN())
+	for _, c := range []struct {
+		name string
+		src  netip.AddrPort
+		pkt  roce.Packet
+		crc  bool // matches
+	}{
+		{"stranger", netip.MustParseAddrPort("127.0.0.3:9"), roce.Packet{DestQP: qpn}, true},
+		{"no QP", peer, roce.Packet{DestQP: qpn ^ 0x5555}, true},
+		{"CRC", peer, roce.Packet{DestQP: qpn}, false},
+		{"old PSN", peer, roce.Packet{DestQP: qpn, PSN: 4000, AckReq: true}, true},
+		{"far PSN", peer, roce.Packet{DestQP: qpn, PSN: 900000, AckReq: true}, true},
+		{"probe", peer, roce.Packet{DestQP: qpn, Opcode: roce.Probe}, true},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			if c.pkt.PKey = roce.DefaultPKey; c.pkt.Opcode == 0 {
+				c.pkt.Opcode = roce.Op(roce.RC, roce.SendOnly)
+			}
+			raw := bytesOf(&c.pkt, 64)
+			var crc roce.ICRC
+			crc.Init(c.src, p.sock.Local())
+			if raw = crc.Put(raw); !c.crc {
+				raw[len(raw)-1] ^= 0xff
+			}
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			var pkt roce.Packet
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				if i%16 == 0 {
+					p.now = p.sock.Now()
+					for k, w := range p.touched {
+						p.touched[k], w.touched = nil, false
+						w.pump(true)
+					}
+					p.touched = p.touched[:0]
+					p.settle()
+					p.sock.Flush()
+				}
+				if pkt.Decode(raw[:len(raw)-roce.ICRCLen]) != nil || !p.expect(c.src, &pkt) {
+					continue
+				}
+				if _, err := crc.Split(raw, true); err == nil {
+					p.deliver(c.src, &pkt)
+				}
+			}
+		})
+	}
+}
