@@ -86,6 +86,7 @@ func netSetUp(mtu int) (remove func(), err error) {
 		"netns add " + netSpace,
 		"link add " + netDevA + " type veth peer name " + netDevB + " netns " + netSpace,
 		"address add " + netClient + "/24 dev " + netDevA,
+		"address add " + netStranger + "/24 dev " + netDevA,
 		"link set " + netDevA + " mtu " + strconv.Itoa(mtu) + " up",
 		"-n " + netSpace + " address add " + netServer + "/24 dev " + netDevB,
 		"-n " + netSpace + " link set " + netDevB + " mtu " + strconv.Itoa(mtu) + " up",
@@ -119,6 +120,9 @@ func netMeasurements(c *config) []measurement {
 	ours("read", "bw", mib, 4_000)
 	perf(lossyRead, "read", "bw", mib, 4_000, "loss=1%")
 	perf(lossySend, "send", "rate", 64, 2_000_000, "loss=1%")
+	for _, f := range floods {
+		all = append(all, measurement{f.name(), netFlood{f.kind, c.scale(6_000_000, 300_000)}.run})
+	}
 	for _, e := range netEchoes {
 		all = append(all, measurement{e.name, func(c *config) (values, error) {
 			a := e.args
@@ -162,12 +166,7 @@ type netPerf struct {
 }
 
 func (p netPerf) run(c *config) (values, error) {
-	server := elsewhere(true, c.ringside, "perf", "server", "--listen", fmt.Sprint(netServer, ":", netService), "--once")
-	client := exec.Command(c.ringside, "perf", p.op, p.kind, fmt.Sprint(netServer, ":", netService), "--path", "udp", "-o", "json",
-		"--iters", strconv.Itoa(p.iter), "--size", strconv.Itoa(p.size))
-	server.Env = append(os.Environ(), "RINGSIDE_SOFT_FAULTS="+p.faults)
-	client.Env = server.Env
-	out, cpu, err := clientAndServer(client, server)
+	out, cpu, err := p.beside(c, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -194,7 +193,7 @@ func (u netUCX) run(*config) (values, error) {
 		"-w", strconv.Itoa(max(100, u.iter/20)))
 	client.Env = append(os.Environ(), "UCX_TLS=tcp,self", "UCX_NET_DEVICES="+netDevA, "UCX_WARN_UNUSED_ENV_VARS=n")
 	server.Env = append(os.Environ(), "UCX_TLS=tcp,self", "UCX_NET_DEVICES="+netDevB, "UCX_WARN_UNUSED_ENV_VARS=n")
-	out, cpu, err := clientAndServer(client, server)
+	out, cpu, err := clientAndServer(client, server, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -205,8 +204,9 @@ func (u netUCX) run(*config) (values, error) {
 	return v, err
 }
 
-// clientAndServer runs both, and returns what the client has written and the CPU time of both.
-func clientAndServer(client, server *exec.Cmd) (out []byte, cpu time.Duration, err error) {
+// clientAndServer runs both, and returns what the client has written and the CPU time of both. other, if it is not nil, is called when the
+// client runs, and what it returns when the client has ended.
+func clientAndServer(client, server *exec.Cmd, other func() (end func() error, err error)) (out []byte, cpu time.Duration, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	var serverOut, stdout, stderr bytes.Buffer
@@ -228,7 +228,22 @@ func clientAndServer(client, server *exec.Cmd) (out []byte, cpu time.Duration, e
 		return nil, 0, fmt.Errorf("%v: %w: %s", server.Args, err, serverOut.Bytes())
 	}
 	client.Stdout, client.Stderr = &stdout, &stderr
-	if err := client.Run(); err != nil {
+	if err := client.Start(); err != nil {
+		return nil, 0, err
+	}
+	end := func() error { return nil }
+	if other != nil {
+		if end, err = other(); err != nil {
+			client.Process.Kill()
+			client.Wait()
+			return nil, 0, err
+		}
+	}
+	err = client.Wait()
+	if ended := end(); err == nil {
+		err = ended
+	}
+	if err != nil {
 		return nil, 0, fmt.Errorf("%v: %w: %s%s", client.Args, err, stdout.Bytes(), stderr.Bytes())
 	}
 	stop()
@@ -272,6 +287,13 @@ var netTargets = []target{
 		den: ref{name: perfName("send", "rate", 64), metric: "rate"}, atLeast: true, limit: 0.6},
 }
 
+func init() {
+	for _, f := range floods[2:] {
+		netTargets = append(netTargets, target{what: "64 B SEND rate in a flood, " + f.kind + " / the same packets elsewhere", num: ref{name: f.name(), metric: "rate"},
+			den: ref{name: flood{kind: floodSink}.name(), metric: "rate"}, atLeast: true, limit: 0.5})
+	}
+}
+
 // netNotes is written by hand.
 //
 //go:embed notes-net.md
@@ -301,6 +323,7 @@ func netReport(c *config, host *conditions, r *results) string {
 	p("| 1 MiB READ, GB/s | %s | | |", r.series(perfName("read", "bw", mib), "bw", 1))
 	p("| 1 MiB READ, 1 %% lost, GB/s | %s | | |", r.series(lossyRead, "bw", 1))
 	p("| 64 B SEND, 1 %% lost, messages/s | %s | | |", r.series(lossySend, "rate", 1))
+	floodReport(p, r)
 	p("\n| 64 B echo calls | in flight | p50, us | p99 | p99.9 | calls/s | CPU us a call |\n|---|---|---|---|---|---|---|")
 	for _, e := range netEchoes {
 		s := func(metric string) series { return r.series(e.name, metric, 1) }

@@ -24,6 +24,8 @@ var roles = map[string]func(args json.RawMessage) error{
 	"ringside-server": ringsideServer,
 	"ringside-client": ringsideClient,
 	"memcpy":          memcpyRole,
+	"flooder":         flooder,
+	"sink-server":     sinkServer,
 	"conns-server":    connsServer,
 	"conns-client":    connsClient,
 }
