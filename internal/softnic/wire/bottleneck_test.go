@@ -94,6 +94,7 @@ func newFabric(t *testing.T, seed uint64, link *bottleneck, flows ...flowConfig)
 	for i, c := range flows {
 		n := newNetwork(t, seed*1000+uint64(i), func(cfg *Config) {
 			cfg.Selective, cfg.Congestion, cfg.AckTimeout, cfg.RetryCount = true, !c.off, 67*time.Millisecond, 7
+			cfg.MaxRdAtomic, cfg.MaxDestRdAtomic = 16, 16 // as is usual
 		})
 		n.delay, n.link, n.loss, n.jitter = c.delay, link, c.loss, fullPacket/2
 		x := &flow{network: n, op: c.op, size: max(1, c.size) * simMTU, start: c.start + time.Duration(starts.Int64N(int64(20*time.Microsecond))), stop: c.stop,

@@ -15,8 +15,8 @@ import (
 // down because somebody did not run for a while, and the window, which acknowledgements move, is a bound on the queue by itself.
 //
 // Between two of this package's (Config.Selective) a Responder counts the packets that came with a mark, and tells in its
-// acknowledgements: BECN says that there were new ones, and that the MSN field, which only others look at, has the count. An
-// acknowledgement that is lost is made up for by the next. For responses to READs the Requester sees the marks itself, and asks
+// acknowledgements: BECN says that there were new ones, and the MSN field has the count (notes). An acknowledgement that is lost is
+// made up for by the next. For responses to READs the Requester sees the marks itself, and asks
 // for less. With anybody else a Responder sends a CNP (A17.9.3) instead, and a Requester takes one.
 //
 // The window follows DCTCP (RFC 8257): it is cut by half the share of marked packets, at most once a round trip, and grows by a
@@ -45,7 +45,7 @@ type congestion struct {
 	cutted bool   // cut means something
 	lost   int    // of the latest lossSpan packets, in 1/one
 
-	heard  uint32        // the peer's count of marks
+	heard  uint32        // the peer's count of marks, its lower bits (notes)
 	pause  time.Duration // nothing is sent before; only if the window is less than one packet
 	paused bool          // something waits for that
 }
@@ -182,8 +182,9 @@ func (r *Requester) echo(p *roce.Packet) {
 	if !p.BECN || !r.cfg.Selective {
 		return
 	}
-	n := (p.MSN - r.cc.heard) & 0xffffff
-	r.cc.heard = p.MSN
+	_, marked := notes(p.MSN)
+	n := (marked - r.cc.heard) & notesMax
+	r.cc.heard = marked
 	r.marks(int(min(n, uint32(r.cfg.Window))))
 }
 

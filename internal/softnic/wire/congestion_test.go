@@ -65,7 +65,7 @@ func TestIncast(t *testing.T) {
 func TestIncastDropTail(t *testing.T) {
 	for _, n := range []int{2, 8, 32} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
-			both(t, bounds{fairness: 0.6, goodput: 0.75, loss: 0.2}, func(seed uint64, off bool) *findings {
+			both(t, bounds{fairness: 0.65, goodput: 0.9, loss: 0.2}, func(seed uint64, off bool) *findings {
 				f := newFabric(t, seed, bottleneckOf(256, 0), same(n, flowConfig{delay: 10 * time.Microsecond, op: ib.OpRDMAWrite, size: 32, off: off})...)
 				f.run(4 * time.Millisecond)
 				return f.measure(20 * time.Millisecond)
@@ -123,17 +123,23 @@ func TestMiceBehindElephants(t *testing.T) {
 	}
 }
 
-// Losses that come of no congestion do not slow a connection down.
+// Losses that come of no congestion do not slow a connection down: neither for their own sake, nor because what was lost is waited
+// for, once it takes long to come (the queue of the link is longer than the window).
 func TestRandomLoss(t *testing.T) {
-	for seed := range uint64(5) {
-		goodput := func(loss float64, off bool) float64 {
-			f := newFabric(t, seed, bottleneckOf(2000, 0), flowConfig{delay: 20 * time.Microsecond, op: ib.OpRDMAWrite, size: 32, loss: loss, off: off})
-			f.run(4 * time.Millisecond)
-			return f.measure(30 * time.Millisecond).goodput
-		}
-		lossy, clean, off := goodput(0.01, false), goodput(0, false), goodput(0.01, true)
-		if t.Logf("seed %d: %.2f of %.2f; without congestion control %.2f", seed, lossy, clean, off); lossy < 0.65*clean {
-			t.Errorf("seed %d: 1 %% of losses leave %.2f of %.2f", seed, lossy, clean)
+	for _, op := range []ib.Opcode{ib.OpRDMAWrite, ib.OpRDMARead} {
+		for seed := range uint64(3) {
+			goodput := func(loss float64, off bool) float64 {
+				f := newFabric(t, seed, bottleneckOf(2000, 0), flowConfig{delay: 20 * time.Microsecond, op: op, size: 60, loss: loss, off: off})
+				f.run(4 * time.Millisecond)
+				return f.measure(30 * time.Millisecond).goodput
+			}
+			for _, off := range []bool{false, true} {
+				lossy, clean := goodput(0.01, off), goodput(0, off)
+				t.Logf("%v, seed %d, congestion control off %v: %.2f of %.2f", op, seed, off, lossy, clean)
+				if lossy < 0.9*clean && op == ib.OpRDMAWrite || lossy < 0.75*clean { // READs are asked for in parts, of which not many can wait
+					t.Errorf("%v, seed %d, congestion control off %v: 1 %% of losses leave %.2f of %.2f", op, seed, off, lossy, clean)
+				}
+			}
 		}
 	}
 }

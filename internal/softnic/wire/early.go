@@ -226,6 +226,8 @@ func (r *Responder) early(p *roce.Packet, d int32) {
 		r.Counters.Duplicates++
 		if p.AckReq && p.PSN.Add(1) == a.top {
 			r.report()
+		} else {
+			r.sayEarly(p)
 		}
 		return
 	}
@@ -247,6 +249,22 @@ func (r *Responder) early(p *roce.Packet, d int32) {
 	if distance(a.top, behind) > 0 {
 		a.top = behind
 	}
+	r.sayEarly(p)
+}
+
+// sayEarly acknowledges what came before the gap, if p asks for it: an acknowledgement says how far behind it packets have come, too.
+func (r *Responder) sayEarly(p *roce.Packet) {
+	if p.AckReq && r.outTail-r.outHead < uint32(len(r.out))/2 {
+		r.say(r.want.Add(-1), roce.Ack)
+	}
+}
+
+// beyond is how far behind psn packets have come that are early; 0: psn is not what they wait for.
+func (r *Responder) beyond(psn ib.PSN) uint32 {
+	if r.ahead.slots == nil || psn != r.want {
+		return 0
+	}
+	return uint32(max(0, distance(psn, r.ahead.top)))
 }
 
 // report says everything that is missing: the newest packet has come again, with which a requester asks for that.
@@ -292,6 +310,11 @@ func (r *Responder) catchUp() {
 		a.drop(r.want)
 	}
 	a.rest()
+	if r.outHead != r.outTail && r.beyond(r.want) > 0 {
+		if last := r.at(r.outTail - 1); !last.result && last.syndrome == roce.Ack {
+			r.say(r.want.Add(-1), roce.Ack) // there is another gap
+		}
+	}
 }
 
 // Discard forgets what has come early.

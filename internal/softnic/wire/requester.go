@@ -282,9 +282,9 @@ func (r *Requester) part(e *entry, psn ib.PSN) uint32 {
 
 // may reports whether the next packet, of e, may be sent; fresh: it would be for the first time.
 func (r *Requester) may(e *entry, fresh bool) bool {
-	outstanding, window := int(distance(r.una, r.nxt)), r.cc.packets()
+	outstanding, window := r.underWay(e.response()), r.cc.packets()
 	switch {
-	case outstanding >= window && !r.unheard(outstanding):
+	case distance(r.una, r.nxt) >= 2*int32(r.cfg.Window) || outstanding >= window && !r.unheard(outstanding):
 		r.cc.limited = true
 		return false
 	case e.response():
@@ -292,7 +292,7 @@ func (r *Requester) may(e *entry, fresh bool) bool {
 			return false
 		}
 		// The packets of a response take room, too.
-		if outstanding > 0 && outstanding+int(r.part(e, r.nxt)) > window {
+		if n := int(r.part(e, r.nxt)); outstanding > 0 && outstanding+n > window || int(distance(r.una, r.nxt))+n > 2*r.cfg.Window {
 			r.cc.limited = true
 			return false
 		}
@@ -333,7 +333,7 @@ func (r *Requester) send(n uint32, psn ib.PSN, out Output) (sent, full bool) {
 	}
 	// What is sent last is asked about, so that no timer is needed to find out about it; and of many packets some, so that the
 	// window opens again. A peer of our kind acknowledges what nobody waits for in its own time.
-	p.AckReq = last && n+1 == r.tail && !(e.Quiet && r.cfg.Selective) || r.unasked+1 >= min(maxUnasked, r.cc.packets()/4) || psn != r.end || r.unheard(int(distance(r.una, psn)))
+	p.AckReq = last && n+1 == r.tail && !(e.Quiet && r.cfg.Selective) || r.unasked+1 >= min(maxUnasked, r.cc.packets()/4) || psn != r.end || r.unheard(r.underWay(false))
 	payload, ok := out.Packet(p, int(size))
 	if !ok {
 		return false, true
@@ -485,7 +485,12 @@ func (r *Requester) askAgain() {
 
 // Receive takes an acknowledgement or a response. The packet has been checked by roce.Packet.Decode, nothing else of it.
 func (r *Requester) Receive(p *roce.Packet, now time.Duration) {
-	if r.failed || distance(r.una, p.PSN) < 0 || distance(p.PSN, r.end) <= 0 {
+	known := distance(r.una, p.PSN) < 0
+	if known && r.cfg.Selective && p.PSN.Add(1) == r.una && p.Opcode.Op() == roce.Acknowledge && p.Syndrome.IsAck() {
+		beyond, _ := notes(p.MSN)
+		known = beyond == 0 // what is behind a gap may be news
+	}
+	if r.failed || known || distance(p.PSN, r.end) <= 0 {
 		r.Counters.Dropped++
 		return
 	}
@@ -504,6 +509,7 @@ func (r *Requester) acknowledge(p *roce.Packet, now time.Duration) {
 		r.echo(p)
 		r.executed(p.PSN.Add(1))
 		r.acked(p.PSN.Add(1), now)
+		r.overtaken(p)
 		return
 	}
 	r.executed(p.PSN)

@@ -426,8 +426,9 @@ func (r *Responder) emit(q *response, out Output) (sent, done bool) {
 	switch {
 	case !q.result:
 		p.Opcode = roce.Op(roce.RC, roce.Acknowledge)
-		if r.cfg.Selective && q.syndrome == roce.Ack && r.marked != r.told {
-			p.BECN, p.MSN = true, r.marked
+		if r.cfg.Selective && q.syndrome == roce.Ack {
+			p.MSN = notesOf(r.beyond(q.psn.Add(1)), r.marked)
+			p.BECN = r.marked != r.told
 		}
 	case q.atomic:
 		p.Opcode = roce.Op(roce.RC, roce.AtomicAcknowledge)

@@ -19,8 +19,9 @@ import (
 //     asked for again, IBA 9.7.5.1.4).
 //   - A SEND or WRITE that nobody waits for (Request.Quiet) asks for no acknowledgement by itself. The responder sends one
 //     a moment later if none has been asked for since (Responder.Late), so that the requester's timer need not find out.
-//   - What is lost for a second time, or at the end, is found out by a timer that goes by how long answers take, not by
-//     Config.AckTimeout: that remains what a retry is counted by.
+//   - What has come behind a gap is not on its way any more: a gap does not stop what is sent behind it, up to twice the window. What
+//     is lost for a second time is found out by what comes later (overtaken.go), or by a timer, as is what is lost at the end. It goes
+//     by how long answers take, not by Config.AckTimeout: that remains what a retry is counted by.
 //
 // Who believes to talk to its like, and does not, gets by: a NAK of another's means a gap that is not there, and then timers count.
 
@@ -31,9 +32,15 @@ type span struct {
 	why   Reason // it is sent again
 }
 
+// behind is how far psn is from its end; not positive: the end comes first.
+func (s *span) behind(psn ib.PSN) int32 { return distance(psn, s.first.Add(int32(s.n))) }
+
+// has reports whether psn is in it.
+func (s *span) has(psn ib.PSN) bool { return distance(s.first, psn) >= 0 && s.behind(psn) > 0 }
+
 // spans is a queue of them.
 type spans struct {
-	buf  [32]span
+	buf  [64]span
 	head int
 	n    int
 }
@@ -53,9 +60,22 @@ func (q *spans) push(s span) {
 	}
 }
 
+// find returns the one that psn is in; nil: none is.
+func (q *spans) find(psn ib.PSN) *span {
+	for i := range q.n {
+		if s := &q.buf[(q.head+i)%len(q.buf)]; s.has(psn) {
+			return s
+		}
+	}
+	return nil
+}
+
 // selective is what a Requester knows besides.
 type selective struct {
-	lost  spans
+	lost    spans
+	repeats repeats // of lost, what was sent again and has not been acknowledged
+	heard   ib.PSN  // requests before it have come, or are missing
+
 	seen  []uint64 // responses that have come before others: bits by PSN
 	top   ib.PSN   // responses before it have come or are in lost, or have been
 	known ib.PSN   // what is before it has been executed
@@ -69,7 +89,7 @@ type selective struct {
 }
 
 func (s *selective) init(cfg *Config) {
-	s.top, s.known = cfg.SQPSN, cfg.SQPSN
+	s.top, s.known, s.heard = cfg.SQPSN, cfg.SQPSN, cfg.SQPSN
 	if cfg.Selective {
 		words := 1
 		for words*64 < 2*cfg.Window {
@@ -91,8 +111,8 @@ func (s *selective) has(psn ib.PSN) bool {
 
 // forget is called when everything from una on is sent again.
 func (s *selective) forget(una ib.PSN) {
-	s.lost.n = 0
-	s.top = una
+	s.lost.n, s.repeats.n = 0, 0
+	s.top, s.heard = una, una
 	s.probing = false
 }
 
@@ -145,6 +165,7 @@ func (r *Requester) patient(now time.Duration) bool {
 	if n == r.tail || distance(r.una, r.nxt) <= 0 {
 		return false
 	}
+	s.lost.n, s.repeats.n = 0, 0 // what else is missing is found out again
 	if e := r.at(n); e.response() {
 		to := e.end()
 		if distance(to, r.nxt) < 0 {
@@ -154,10 +175,7 @@ func (r *Requester) patient(now time.Duration) bool {
 		r.holes(to, Timeout)
 	} else {
 		s.lost.push(span{r.una, 1, Timeout})
-		// The newest as well, to hear about what is missing between: see Responder.report.
-		if last := r.nxt.Add(-1); last != r.una && !r.at(r.find(last)).response() {
-			s.lost.push(span{last, 1, Timeout})
-		}
+		r.inquire(Timeout)
 	}
 	r.watch(now)
 	return true
@@ -168,6 +186,9 @@ func (r *Requester) executed(psn ib.PSN) {
 	if r.cfg.Selective && distance(r.sel.known, psn) > 0 {
 		r.sel.known = psn
 		r.holes(psn, MissingResponse)
+		if r.sel.repeats.n > 0 {
+			r.late(psn, r.una.Add(-1))
+		}
 	}
 }
 
@@ -212,7 +233,13 @@ func (r *Requester) missed(p *roce.Packet) {
 		n = min(n, uint32(d))
 	}
 	r.Counters.SeqNAKs++
-	r.sel.lost.push(span{first, n, SequenceNAK})
+	behind := first.Add(int32(n))
+	if distance(r.sel.heard, behind) > 0 {
+		r.sel.heard = behind
+	}
+	if left := distance(r.unawaited(first), behind); left > 0 { // the rest is on its way
+		r.sel.lost.push(span{behind.Add(-left), uint32(left), SequenceNAK})
+	}
 }
 
 // resend sends what is lost. It reports whether out was full.
@@ -231,6 +258,10 @@ func (r *Requester) resend(now time.Duration, out Output) (full bool) {
 		n := r.find(g.first)
 		e := r.at(n)
 		k, sent := uint32(1), true
+		if g.why != Timeout && r.underWay(e.response()) >= r.cc.packets() {
+			r.cc.limited = true
+			return false
+		}
 		r.again = g.why
 		switch {
 		case !e.response():
@@ -256,6 +287,7 @@ func (r *Requester) resend(now time.Duration, out Output) (full bool) {
 				r.Counters.Slowed++
 			}
 			r.sel.probing = false
+			r.sel.repeats.add(span{g.first, k, g.why}, r.end)
 			r.watch(now)
 		}
 		g.first, g.n = g.first.Add(int32(k)), g.n-k

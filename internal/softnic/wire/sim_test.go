@@ -32,6 +32,7 @@ type network struct {
 	loss, duplicate, corrupt, full float64
 	delay, jitter                  time.Duration
 	cut                            [2]bool // nothing arrives at the node
+	drop                           func(from *node, p *roce.Packet) bool
 }
 
 type event struct {
@@ -212,6 +213,9 @@ func (x *node) arrives(b []byte) {
 	var p roce.Packet
 	if err := p.Decode(pkt); err != nil {
 		x.net.t.Errorf("%x: %v", pkt, err)
+		return
+	}
+	if x.net.drop != nil && x.net.drop(x.net.nodes[1-x.id], &p) {
 		return
 	}
 	x.takes(&p)
