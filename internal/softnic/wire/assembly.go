@@ -65,13 +65,28 @@ func (a *assembly) begun() bool { return a.doing != idle }
 // drop forgets the part of a message that is there. Its receive is kept for the next.
 func (a *assembly) drop() { a.doing, a.off = idle, 0 }
 
-// add takes the next packet. there is false if it needs a receive, and there is none: it may come again. A status other than
+// inPlace stands for payloads that are where they belong already. Nobody reads it.
+var inPlace [4096]byte
+
+// place writes the payload of a packet that comes d packets before its turn to where it belongs, if that is known by now: it is in
+// the middle of the WRITE that is there in part. It looks at the packet as its turn will: one that does not fit stays for that. So
+// does the end of the WRITE, since programs wait for its last byte in memory.
+func (a *assembly) place(p *roce.Packet, d int32) bool {
+	n := len(p.Payload)
+	off := uint64(a.off) + uint64(d)*uint64(a.mtu)
+	if a.doing != writing || p.Opcode.Op() != roce.WriteMiddle || n != a.mtu || n > len(inPlace) || off+uint64(n) >= uint64(a.len) {
+		return false
+	}
+	return a.t.Write(a.rkey, a.addr+off, p.Payload) == ib.WCSuccess
+}
+
+// add takes the next packet, whose payload may be in its place already. there is false if it needs a receive, and there is none: it may come again. A status other than
 // WCSuccess ends the message: so it was refused, and a receive that it has taken has ended.
-func (a *assembly) add(p *roce.Packet) (st ib.WCStatus, there bool) {
+func (a *assembly) add(p *roce.Packet, placed bool) (st ib.WCStatus, there bool) {
 	if !a.fits(p) {
 		st = ib.WCRemoteInvalidReqErr
 	} else if op := p.Opcode.Op(); op >= roce.WriteFirst && op <= roce.WriteOnlyImm {
-		st, there = a.write(p)
+		st, there = a.write(p, placed)
 	} else {
 		st, there = a.send(p)
 	}
@@ -154,7 +169,7 @@ func (a *assembly) complete(m Message) {
 }
 
 // write takes a packet of a WRITE.
-func (a *assembly) write(p *roce.Packet) (st ib.WCStatus, there bool) {
+func (a *assembly) write(p *roce.Packet, placed bool) (st ib.WCStatus, there bool) {
 	n := uint32(len(p.Payload))
 	if a.doing == idle {
 		if p.Len > maxMessage {
@@ -173,7 +188,7 @@ func (a *assembly) write(p *roce.Packet) (st ib.WCStatus, there bool) {
 	if p.Opcode.HasImm() && !a.take() {
 		return ib.WCSuccess, false
 	}
-	if n > 0 {
+	if n > 0 && !placed {
 		if st := a.t.Write(a.rkey, a.addr+uint64(a.off), p.Payload); st != ib.WCSuccess {
 			return st, true
 		}

@@ -8,10 +8,13 @@ import (
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// An early packet waits for those before it (Config.Selective).
+// An early packet waits for those before it (Config.Selective), and its payload in a copy. In the middle of a WRITE that has begun it is
+// written to its place at once, since bytes of a message may be written in any order before it ends. In a later WRITE it is not: that
+// may be for the same memory.
 type early struct {
-	there bool
-	pkt   roce.Packet
+	there  bool
+	placed bool
+	pkt    roce.Packet
 }
 
 // aheads are a Responder's early packets, by PSN.
@@ -38,10 +41,12 @@ func (a *aheads) open(slots int, want ib.PSN) bool {
 	return true
 }
 
-// keep copies a packet to its slot, which is free; false: there is no memory for it.
-func (a *aheads) keep(x *early, p *roce.Packet) bool {
+// keep copies a packet to its slot, which is free; false: there is no memory for it. placed: its payload is where it belongs.
+func (a *aheads) keep(x *early, p *roce.Packet, placed bool) bool {
 	payload := p.Payload
-	if len(payload) > 0 {
+	if placed {
+		payload = inPlace[:len(payload)]
+	} else if len(payload) > 0 {
 		b := a.pool.buffer(len(payload), a.held)
 		if b == nil {
 			return false
@@ -50,18 +55,18 @@ func (a *aheads) keep(x *early, p *roce.Packet) bool {
 		payload = append(b, payload...)
 	}
 	a.n++
-	x.there, x.pkt = true, *p
+	x.there, x.placed, x.pkt = true, placed, *p
 	x.pkt.Payload = payload
 	return true
 }
 
 // release gives the place of an early packet back.
 func (a *aheads) release(x *early) {
-	if b := x.pkt.Payload; cap(b) > 0 {
+	if b := x.pkt.Payload; cap(b) > 0 && !x.placed {
 		a.held -= cap(b)
 		a.pool.put(b)
 	}
-	x.there, x.pkt = false, roce.Packet{}
+	*x = early{}
 	a.n--
 }
 
@@ -234,7 +239,7 @@ func (r *Responder) early(p *roce.Packet, d int32) {
 	if x.there { // it came before its time, and its time has passed: a READ has taken its PSN
 		a.release(x)
 	}
-	if !a.keep(x, p) {
+	if !a.keep(x, p, r.msg.place(p, d)) {
 		a.rest()
 		r.Counters.Dropped++
 		return
@@ -300,7 +305,7 @@ func (r *Responder) catchUp() {
 		if !x.there || x.pkt.PSN != r.want {
 			break
 		}
-		r.execute(&x.pkt)
+		r.execute(&x.pkt, x.placed)
 		a.release(x)
 		if r.nakked { // no receive: the requester goes back to it
 			a.drop(r.want)

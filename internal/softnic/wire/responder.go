@@ -162,7 +162,7 @@ func (r *Responder) Receive(p *roce.Packet) {
 			r.nakked = r.say(r.want, roce.NakPSN)
 		}
 	default:
-		if r.execute(p); r.cfg.Selective {
+		if r.execute(p, false); r.cfg.Selective {
 			if r.nakked {
 				r.ahead.drop(r.want)
 			}
@@ -171,8 +171,8 @@ func (r *Responder) Receive(p *roce.Packet) {
 	}
 }
 
-// execute takes the packet that was expected.
-func (r *Responder) execute(p *roce.Packet) {
+// execute takes the packet that was expected, whose payload may be in its place already.
+func (r *Responder) execute(p *roce.Packet, placed bool) {
 	switch op := p.Opcode.Op(); {
 	case op == roce.ReadRequest && !r.msg.begun():
 		r.read(p)
@@ -181,7 +181,7 @@ func (r *Responder) execute(p *roce.Packet) {
 		r.atomic(p)
 		return
 	}
-	switch st, there := r.msg.add(p); {
+	switch st, there := r.msg.add(p, placed); {
 	case !there:
 		r.Counters.NoReceive++
 		r.say(p.PSN, roce.RNRNak(r.cfg.MinRNRTimer))
@@ -377,7 +377,7 @@ func (r *Responder) further(p *roce.Packet, n uint32) {
 	if distance(r.want, rest.PSN) < 0 {
 		r.repeat(&rest)
 	} else {
-		r.execute(&rest)
+		r.execute(&rest, false)
 	}
 }
 

@@ -128,3 +128,48 @@ func TestQuiet(t *testing.T) {
 		t.Errorf("%+v", c)
 	}
 }
+
+// Payload that comes early is written at once if it is in the middle of a WRITE that has begun: not its end, nor of a later WRITE.
+func TestEarlyInPlace(t *testing.T) {
+	n := newNetwork(t, 1, func(c *Config) { c.Selective = true })
+	b := n.nodes[1]
+	r := b.resp
+	first := r.want
+	const packets = 5
+	take := func(i int32, op uint8, fill byte, size int) {
+		p := &roce.Packet{Opcode: roce.Op(roce.RC, op), PSN: first.Add(i), Payload: bytes.Repeat([]byte{fill}, size)}
+		if p.Opcode.HasRETH() {
+			p.RKey, p.Addr, p.Len = memKey, 1000, packets*simMTU
+		}
+		r.Receive(p)
+	}
+	there := func(what string, want ...byte) {
+		t.Helper()
+		for i, fill := range want {
+			if !bytes.Equal(b.mem[1000+i*simMTU:][:simMTU], bytes.Repeat([]byte{fill}, simMTU)) {
+				t.Errorf("%s: packet %d of the memory begins with %d, want %d", what, i, b.mem[1000+i*simMTU], fill)
+			}
+		}
+	}
+	take(2, roce.WriteMiddle, 1, simMTU)
+	there("it is not known where to", 0, 0, 0, 0, 0)
+	take(0, roce.WriteFirst, 1, simMTU)
+	take(3, roce.WriteMiddle, 1, simMTU)
+	there("it is known where to", 1, 0, 0, 1, 0)
+	if !r.ahead.at(first.Add(3)).placed || r.ahead.at(first.Add(2)).placed {
+		t.Error("it is not known what is in its place")
+	}
+	take(4, roce.WriteLast, 1, simMTU)
+	take(5, roce.WriteFirst, 2, simMTU)
+	take(6, roce.WriteMiddle, 2, simMTU)
+	there("the end, and the next WRITE to the same memory", 1, 0, 0, 1, 0)
+	take(1, roce.WriteMiddle, 1, simMTU)
+	there("nothing is missing", 2, 2, 1, 1, 1)
+	take(8, roce.WriteMiddle, 2, simMTU-4) // is refused in its turn
+	there("it is too short", 2, 2, 1, 1, 1)
+	take(7, roce.WriteMiddle, 2, simMTU)
+	there("in its turn", 2, 2, 2, 1, 1)
+	if !r.Failed() || b.fatal != ib.WCRemoteInvalidReqErr {
+		t.Errorf("it fails with %v", b.fatal)
+	}
+}

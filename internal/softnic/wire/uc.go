@@ -151,7 +151,7 @@ func (r *UCResponder) Receive(p *roce.Packet) {
 		r.Counters.Dropped++
 		return
 	}
-	st, there := r.msg.add(p)
+	st, there := r.msg.add(p, false)
 	if st == ib.WCSuccess && there {
 		return
 	}
