@@ -35,15 +35,7 @@ const (
 // ip(8) or network namespaces, the test is skipped.
 func NewRoutedNet(t testing.TB) *RoutedNet {
 	t.Helper()
-	if os.Getenv("RINGSIDE_SOFT_ROCE") != "" {
-		t.Skip("it takes no such machine, in which it is only slower: it runs outside")
-	}
-	if os.Geteuid() != 0 {
-		Skip(t, "network namespaces take root")
-	}
-	if _, err := exec.LookPath("ip"); err != nil {
-		Skip(t, "network namespaces take ip(8), of iproute2")
-	}
+	needNamespaces(t)
 	name := fmt.Sprint("ringside-", os.Getpid(), "-", routedNets.Add(1))
 	n := &RoutedNet{t: t, A: name + "a", B: name + "b", Router: name + "r", Addr: [2]NetAddr{
 		{netip.MustParseAddr("10.97.1.2"), netip.MustParseAddr("fd97:1::2")}, {netip.MustParseAddr("10.97.2.2"), netip.MustParseAddr("fd97:2::2")}}}
@@ -78,6 +70,20 @@ func NewRoutedNet(t testing.TB) *RoutedNet {
 		t.Fatalf("forwarding: %v: %s", err, out)
 	}
 	return n
+}
+
+// needNamespaces skips a test where network namespaces cannot be made, or need not be tested.
+func needNamespaces(t testing.TB) {
+	t.Helper()
+	if os.Getenv("RINGSIDE_SOFT_ROCE") != "" {
+		t.Skip("it takes no such machine, in which it is only slower: it runs outside")
+	}
+	if os.Geteuid() != 0 {
+		Skip(t, "network namespaces take root")
+	}
+	if _, err := exec.LookPath("ip"); err != nil {
+		Skip(t, "network namespaces take ip(8), of iproute2")
+	}
 }
 
 // In runs ip(8) in a namespace.
