@@ -45,6 +45,9 @@ type congestion struct {
 	cutted bool   // cut means something
 	lost   int    // of the latest lossSpan packets, in 1/one
 
+	before int    // the window, before it was cut because nothing was heard; 0: it was not, or rightly
+	silent ib.PSN // what was not sent yet then
+
 	heard  uint32        // the peer's count of marks, its lower bits (notes)
 	pause  time.Duration // nothing is sent before; only if the window is less than one packet
 	paused bool          // something waits for that
@@ -104,6 +107,10 @@ func (c *congestion) progress(n int, una, nxt ib.PSN) {
 	if c.cutted && distance(c.cut, una) >= 0 {
 		c.cutted = false
 	}
+	if c.before != 0 && distance(c.silent, una) >= 0 { // all is there, and hardly anything was lost: the peer was away, no more
+		c.window, c.slow = max(c.window, c.before), max(c.slow, c.before)
+		c.before = 0
+	}
 	if c.window < c.slow && c.limited && !c.cutted {
 		c.window = min(c.window+n*one, c.most)
 	}
@@ -127,6 +134,7 @@ func (c *congestion) mark(n int, nxt ib.PSN) bool {
 	if c.cutted {
 		return false
 	}
+	c.before = 0
 	c.shrink(c.share/2, nxt)
 	return true
 }
@@ -140,16 +148,26 @@ func (c *congestion) lose(n int, nxt ib.PSN) bool {
 	if c.cutted || c.lost < lossTolerated*one {
 		return false
 	}
+	c.before = 0
 	c.shrink(min(one/2, c.lost*lossWeight/lossSpan), nxt)
 	c.lost = 0 // these have had their effect
 	return true
 }
 
-// silence notes that nothing was heard for the time that answers take, repeatedly.
-func (c *congestion) silence(nxt ib.PSN) {
-	if c.on && c.losses {
-		c.shrink(one/2, nxt)
+// silence notes that nothing was heard for the time that answers take, repeatedly. Hosts whose processors others have are away for
+// as long: if what was sent turns out to have arrived, the window becomes what it was. given up: all of it is sent again, and nobody
+// will know.
+func (c *congestion) silence(nxt ib.PSN, givenUp bool) {
+	if !c.on || !c.losses {
+		return
 	}
+	if c.before == 0 {
+		c.before, c.silent = c.window, nxt
+	}
+	if givenUp {
+		c.before = 0
+	}
+	c.shrink(one/2, nxt)
 }
 
 // shrink takes a part of the window away, in 1/one.

@@ -1,11 +1,13 @@
 package wire
 
 import (
+	"bytes"
 	"fmt"
 	"slices"
 	"testing"
 	"time"
 
+	"github.com/ringside-rdma/ringside/internal/roce"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -171,6 +173,43 @@ func TestNotices(t *testing.T) {
 	}
 	if d.Marked == 0 || d.Notices == 0 || d.Notices > uint64(n.now/noticePause)+1 || c.Notified != d.Notices || c.Slowed == 0 || a.req.cc.packets() >= defaultWindow {
 		t.Errorf("after %v: %+v, %+v, a window of %d", n.now, *c, *d, a.req.cc.packets())
+	}
+}
+
+// A peer that was away for some timeouts, and then takes what had come meanwhile, is no congestion; if that was lost, it is.
+func TestAway(t *testing.T) {
+	for _, lost := range []bool{false, true} {
+		n := newNetwork(t, 1, func(c *Config) { c.Selective, c.Congestion, c.AckTimeout = true, true, 67*time.Millisecond })
+		a := n.nodes[0]
+		var act func()
+		act = func() {
+			for a.req.Queued() < 60 {
+				a.post(Request{Op: ib.OpRDMAWrite, Len: 1 << 13, RKey: memKey}, payload[:1<<13])
+			}
+			a.pump()
+			n.after(10*time.Microsecond, act)
+		}
+		const leaves, back = 2 * time.Millisecond, 12 * time.Millisecond
+		before, smallest := 0, 1<<30
+		n.drop = func(from *node, p *roce.Packet) bool {
+			if from != a || n.now < leaves || n.now >= back {
+				return false
+			}
+			if before == 0 {
+				before = a.req.cc.packets()
+			}
+			smallest = min(smallest, a.req.cc.packets())
+			if late := *p; !lost {
+				late.Payload = bytes.Clone(p.Payload)
+				n.after(back-n.now, func() { n.nodes[1].takes(&late) })
+			}
+			return true
+		}
+		act()
+		n.run(func() bool { return n.now > back+time.Millisecond })
+		if c := &a.req.Counters; before < 100 || smallest > before/2 || lost == (a.req.cc.packets() >= before) || c.Timeouts < 2 {
+			t.Errorf("lost %v: a window of %d, then %d, in the end %d; %+v", lost, before, smallest, a.req.cc.packets(), *c)
+		}
 	}
 }
 

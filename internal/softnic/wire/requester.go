@@ -202,7 +202,7 @@ func (r *Requester) retry(why Reason) {
 		return
 	}
 	r.retries--
-	r.cc.silence(r.end)
+	r.cc.silence(r.end, true)
 	r.rewind(why)
 }
 

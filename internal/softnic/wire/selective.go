@@ -159,7 +159,7 @@ func (r *Requester) patient(now time.Duration) bool {
 		return false
 	}
 	if s.backoff++; s.backoff > 1 {
-		r.cc.silence(r.end)
+		r.cc.silence(r.end, false)
 	}
 	n := r.find(r.una)
 	if n == r.tail || distance(r.una, r.nxt) <= 0 {
