@@ -5,21 +5,20 @@ import (
 	"os"
 )
 
-// EnvCongestion names the environment variable that switches congestion control on for connections over UDP:
+// EnvCongestion names the environment variable that switches congestion control of connections over UDP off:
 //
-//	RINGSIDE_SOFT_CC=on
+//	RINGSIDE_SOFT_CC=off
 //
-// Without it a connection sends as much as its window allows, and its packets do not say that networks may mark them: it was tried
-// in simulated networks, and what it costs on a real one without congestion has not been measured. The peer's connections are the
-// peer's to switch.
+// A connection then sends as much as its window allows, whatever becomes of it, and its packets do not say that networks may mark
+// them. The peer's connections are the peer's to switch. What it costs where there is no congestion is in docs/performance.md.
 const EnvCongestion = "RINGSIDE_SOFT_CC"
 
 // congestionFromEnv is what the environment asks for.
 func congestionFromEnv() (on bool, err error) {
 	switch v := os.Getenv(EnvCongestion); v {
-	case "on":
+	case "", "on":
 		return true, nil
-	case "", "off":
+	case "off":
 		return false, nil
 	default:
 		return false, fmt.Errorf("%s=%q: want on or off", EnvCongestion, v)

@@ -33,6 +33,7 @@ func OpenSim(network *simnet.Network, addr netip.Addr) (*NIC, error) {
 	n.identify()
 	n.regions.init(heapBytes(maxMRs*4), -1)
 	p := newNetPort(n, simMTU)
+	p.congestion = true
 	host, err := network.Attach(addr, func() { p.round() }, n.catchUp)
 	if err != nil {
 		return nil, err

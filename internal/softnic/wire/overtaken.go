@@ -131,7 +131,7 @@ func (r *Requester) overtaken(p *roce.Packet) {
 	if !r.awaited(want) { // who has said so was not heard
 		n := uint32(1)
 		if e := r.at(r.find(want)); e.response() {
-			n = r.part(e, want)
+			n = r.askedFor(e, want)
 		}
 		r.Counters.SeqNAKs++
 		r.sel.lost.push(span{want, min(n, uint32(distance(want, r.nxt))), SequenceNAK})

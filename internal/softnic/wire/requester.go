@@ -58,7 +58,7 @@ type Requester struct {
 	failed  bool
 	bad     ib.WCStatus // if not success, request badAt cannot be sent for it
 	badAt   uint32
-	asks    []ib.PSN // ends of what was asked for, by READs and atomics, and has not come: oldest first
+	asks    []ib.PSN // ends of what was asked for, by READs and atomics, and has not come: oldest first. Again it is asked for in the same parts
 	unasked int      // packets since the last one that asked for an acknowledgement
 	asked   bool     // what was lost behind una was asked for again already
 	retries uint8    // left, until something is acknowledged
@@ -226,8 +226,9 @@ func (r *Requester) Pump(now time.Duration, out Output) (full bool) {
 			r.again = r.why
 		}
 		if e.response() {
-			n = r.part(e, r.nxt)
-			if sent = r.ask(e, r.nxt, n, out); sent {
+			n = r.askedFor(e, r.nxt)
+			known := r.known(r.nxt)
+			if sent = r.ask(e, r.nxt, n, out); sent && !known {
 				r.asks = append(r.asks, r.nxt.Add(int32(n)))
 			}
 		} else {
@@ -280,6 +281,22 @@ func (r *Requester) part(e *entry, psn ib.PSN) uint32 {
 	return min(e.packets, at/chunk*chunk+chunk) - at
 }
 
+// askedFor is how many packets of e's response are asked for again at a time, from psn on: to the end of what was asked for at first. In
+// smaller parts they would be more than the peer remembers.
+func (r *Requester) askedFor(e *entry, psn ib.PSN) uint32 {
+	for _, end := range r.asks {
+		if n := min(distance(psn, end), distance(psn, e.end())); n > 0 {
+			return uint32(n)
+		}
+	}
+	return r.part(e, psn)
+}
+
+// known reports whether what is asked for from psn on is in asks.
+func (r *Requester) known(psn ib.PSN) bool {
+	return len(r.asks) > 0 && distance(psn, r.asks[len(r.asks)-1]) > 0
+}
+
 // may reports whether the next packet, of e, may be sent; fresh: it would be for the first time.
 func (r *Requester) may(e *entry, fresh bool) bool {
 	outstanding, window := r.underWay(e.response()), r.cc.packets()
@@ -292,11 +309,11 @@ func (r *Requester) may(e *entry, fresh bool) bool {
 			return false
 		}
 		// The packets of a response take room, too.
-		if n := int(r.part(e, r.nxt)); outstanding > 0 && outstanding+n > window || int(distance(r.una, r.nxt))+n > 2*r.cfg.Window {
+		if n := int(r.askedFor(e, r.nxt)); outstanding > 0 && outstanding+n > window || int(distance(r.una, r.nxt))+n > 2*r.cfg.Window {
 			r.cc.limited = true
 			return false
 		}
-		if len(r.asks) < r.cfg.MaxRdAtomic {
+		if len(r.asks) < r.cfg.MaxRdAtomic || r.known(r.nxt) {
 			return true
 		}
 		r.cc.limited = r.cc.limited || outstanding >= window/2 // parts that end with their messages are shorter
@@ -422,7 +439,9 @@ func (r *Requester) rewind(why Reason) {
 	r.why = why
 	r.cur, r.nxt = r.find(r.una), r.una
 	r.unasked = 0
-	r.asks = r.asks[:0]
+	if !r.cfg.Selective { // else the peer may have kept what came early
+		r.asks = r.asks[:0]
+	}
 	r.sel.forget(r.una)
 }
 

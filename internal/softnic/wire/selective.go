@@ -273,7 +273,7 @@ func (r *Requester) resend(now time.Duration, out Output) (full bool) {
 		case e.done || distance(g.first, r.reached(e)) > 0 || r.sel.has(g.first):
 			sent = false // it has come
 		default:
-			for most := min(g.n, r.part(e, g.first)); k < most && !r.sel.has(g.first.Add(int32(k))); {
+			for most := min(g.n, r.askedFor(e, g.first)); k < most && !r.sel.has(g.first.Add(int32(k))); {
 				k++
 			}
 			if !r.ask(e, g.first, k, out) {

@@ -90,7 +90,7 @@ func (x *node) random(r *rand.Rand, peer *node, e *expected) {
 // Random requests both ways over a network that loses, doubles, delays, overtakes and changes packets, a receiver that is
 // late, and an output that is full now and then: each is executed once, in order, and all succeed.
 func runRandom(t *testing.T, seed uint64, ops int, trace bool) *network {
-	n := newNetwork(t, seed, func(c *Config) { c.Selective = seed%2 == 1 })
+	n := newNetwork(t, seed, func(c *Config) { c.Selective, c.Congestion = seed%2 == 1, seed%4 >= 2 })
 	r := n.r
 	if trace {
 		n.trace = t.Logf
