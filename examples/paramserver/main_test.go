@@ -31,9 +31,10 @@ func TestMain(m *testing.M) {
 	testutil.Main(m)
 }
 
+// patience bounds a test that trains: seconds, and minutes where the machine is emulated and its host has other things to do.
 func patience(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*testutil.Patience)
+	ctx, cancel := context.WithTimeout(t.Context(), 6*testutil.Patience)
 	t.Cleanup(cancel)
 	return ctx
 }
