@@ -62,7 +62,7 @@ func serve(args []string, h transport.Handler) {
 func serveMode(mode transport.PollMode, h transport.Handler) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	l, err := transport.Listen(ctx, "127.0.0.1:0", &transport.Config{Device: transporttest.Device, PollMode: mode, Linger: time.Second})
+	l, err := transport.Listen(ctx, "127.0.0.1:0", &transport.Config{Device: transporttest.Device, PollMode: mode, Linger: time.Second, HandshakeTimeout: testutil.Patience})
 	if err != nil {
 		return err
 	}
@@ -102,7 +102,7 @@ func dialChild(tb testing.TB, name string, mode transport.PollMode) (*testutil.C
 	child := testutil.StartChild(tb, name, mode.String())
 	addr := strings.TrimPrefix(child.Expect("listening "), "listening ")
 	addr = strings.TrimSpace(addr)
-	c, err := transport.Dial(context.Background(), addr, &transport.Config{Device: transporttest.Device, PollMode: mode, Linger: time.Second})
+	c, err := transport.Dial(context.Background(), addr, &transport.Config{Device: transporttest.Device, PollMode: mode, Linger: time.Second, HandshakeTimeout: testutil.Patience})
 	if err != nil {
 		tb.Fatal(err)
 	}
