@@ -55,7 +55,7 @@ func answer(t *testing.T, l *transport.Listener, send []byte, hangUp bool) (tran
 }
 
 func TestBootstrapRefusals(t *testing.T) {
-	l := listen(t, &transport.Config{HandshakeTimeout: 300 * time.Millisecond})
+	l, hurried := listen(t, nil), listen(t, &transport.Config{HandshakeTimeout: 300 * time.Millisecond})
 	frame := func(version uint16, kind byte, n uint32, body string) []byte {
 		b := append([]byte("RSDE"), byte(version), byte(version>>8), kind, 0)
 		b = binary.LittleEndian.AppendUint32(b, n)
@@ -81,7 +81,11 @@ func TestBootstrapRefusals(t *testing.T) {
 		"garbage as a body": {frame(1, 1, 200, strings.Repeat("\xff", 200)), false, transport.RefusedProtocol, "hello"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			code, text := answer(t, l, c.send, c.hangUp)
+			at := l
+			if c.code == transport.RefusedTimeout {
+				at = hurried
+			}
+			code, text := answer(t, at, c.send, c.hangUp)
 			if code != c.code || !strings.Contains(text, c.text) {
 				t.Errorf("refused with %v: %q", code, text)
 			}
