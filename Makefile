@@ -136,7 +136,7 @@ cross:
 VM = $(GO) run ./test/soft-roce -timeout 60m -out $(CURDIR)/bin/vm -host -- $(MAKE) -j 2
 VMTEST = $(GO) test -count=1 -p 1 -timeout 9m
 # What of test/interop needs no kernel device: unit and race have run it.
-SOFTONLY = OnSoftwareNIC|WithThemselves|BetweenProcesses|NoSense
+SOFTONLY = OnSoftwareNIC|CommandsBetweenProcesses|NoSense
 TRANSPORTS = ./rpc ./examples/quickstart ./examples/pingpong ./examples/kv ./examples/filecp
 
 vm: vm-soft
