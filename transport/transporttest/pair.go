@@ -61,6 +61,9 @@ func onDevice(cfg *transport.Config) *transport.Config {
 	if c.Device == "" && c.Context == nil && c.Poller == nil {
 		c.Device = Device
 	}
+	if c.HandshakeTimeout == 0 {
+		c.HandshakeTimeout = 30 * time.Second // a test is about something else, and its machine may be slow
+	}
 	return &c
 }
 
