@@ -5,22 +5,18 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ringside-rdma/ringside/internal/softnic/readiness"
 )
 
-// A sysSocket is the socket's descriptor. It is none of the Go runtime's poller, which would wake a thread for each packet,
-// whether somebody waits or not: waiting is done on an epoll descriptor that looks at the socket when it is asked to.
+// A sysSocket is the socket's descriptor. It is none of the Go runtime's poller: see package readiness.
 type sysSocket struct {
 	fd    int  // -1: closed
 	whole bool // the network device does not take pieces
-	epoll *os.File
-	look  syscall.RawConn
-	ready func(fd uintptr) bool
-	armed bool          // the epoll descriptor looks at the socket: a packet would wake somebody. For who sleeps
-	rest  func(uintptr) // has it look away
+	wait  *readiness.Waiter
 }
 
 func (y *sysSocket) open(a netip.AddrPort) (local netip.AddrPort, err error) {
@@ -54,39 +50,8 @@ func (y *sysSocket) open(a netip.AddrPort) (local netip.AddrPort, err error) {
 	case *unix.SockaddrInet6:
 		local = netip.AddrPortFrom(a.Addr(), uint16(n.Port))
 	}
-	return local, y.openEpoll(fd)
-}
-
-func (y *sysSocket) openEpoll(fd int) error {
-	ep, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
-	if err != nil {
-		return os.NewSyscallError("epoll_create1", err)
-	}
-	unix.SetNonblock(ep, true) // so that the runtime waits for it
-	y.epoll = os.NewFile(uintptr(ep), "epoll")
-	if y.look, err = y.epoll.SyscallConn(); err != nil {
-		return err
-	}
-	if err := unix.EpollCtl(ep, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLONESHOT}); err != nil {
-		return os.NewSyscallError("epoll_ctl", err)
-	}
-	events := make([]unix.EpollEvent, 1)
-	y.ready = func(ep uintptr) bool {
-		if !y.armed {
-			y.armed = true
-			if unix.EpollCtl(int(ep), unix.EPOLL_CTL_MOD, fd, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLONESHOT}) != nil {
-				return true
-			}
-		}
-		n, _ := unix.EpollWait(int(ep), events, 0)
-		y.armed = n == 0
-		return n > 0
-	}
-	y.rest = func(ep uintptr) {
-		y.armed = false
-		unix.EpollCtl(int(ep), unix.EPOLL_CTL_MOD, fd, &unix.EpollEvent{Events: unix.EPOLLONESHOT})
-	}
-	return nil
+	y.wait, err = readiness.New(fd)
+	return local, err
 }
 
 func sockaddrOf(a netip.AddrPort) unix.Sockaddr {
@@ -151,26 +116,17 @@ func (y *sysSocket) allowECN(v4 bool) error {
 	return unix.SetsockoptInt(y.fd, unix.IPPROTO_IPV6, unix.IPV6_TCLASS, capable)
 }
 
-func (y *sysSocket) setDeadline(t time.Time) { y.epoll.SetReadDeadline(t) }
+func (y *sysSocket) setDeadline(t time.Time) { y.wait.SetDeadline(t) }
 
 // sleep waits until there are packets, or the deadline that was set. One goroutine at a time.
-func (y *sysSocket) sleep() error {
-	err := y.look.Read(y.ready)
-	if y.armed { // the deadline has come
-		y.look.Control(y.rest)
-	}
-	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-		return net.ErrClosed
-	}
-	return err
-}
+func (y *sysSocket) sleep() error { return y.wait.Wait(false) }
 
 func (y *sysSocket) close() error {
 	if y.fd < 0 {
 		return net.ErrClosed
 	}
-	if y.epoll != nil {
-		y.epoll.Close()
+	if y.wait != nil {
+		y.wait.Close()
 	}
 	fd := y.fd
 	y.fd = -1
