@@ -3,6 +3,9 @@ package conformance
 import (
 	"flag"
 	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/netip"
 	"os"
 	"runtime"
 	"strconv"
@@ -61,6 +64,35 @@ func TestUDPLossy(t *testing.T) {
 
 // TestUDPProcesses is TestUDP with a process for each.
 func TestUDPProcesses(t *testing.T) { runUDP(t, pathUDPProcs) }
+
+// TestUDP6 runs a part of the table over IPv6; PARTS=1, all of it.
+func TestUDP6(t *testing.T) {
+	local := netip.IPv6Loopback()
+	n, err := net.Listen("tcp", netip.AddrPortFrom(local, 0).String())
+	if err != nil {
+		testutil.Skip(t, "this host has no IPv6")
+	}
+	n.Close()
+	runUDP(t, path{name: "udp", soft: "udp", net: local}.share(t, 5))
+}
+
+// share is the path with one of so many parts of the table (PARTS says otherwise): a different one each time, which -seed decides.
+func (p path) share(t *testing.T, parts int) path {
+	if n, err := strconv.Atoi(os.Getenv("PARTS")); err == nil && n > 0 {
+		parts = n
+	}
+	seed := options.Seed
+	if seed == 0 {
+		seed = rand.Uint64()>>32 + 1
+	}
+	p.part, p.parts = int(seed%uint64(parts)), parts
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("to repeat this part of the table: -seed %d", seed)
+		}
+	})
+	return p
+}
 
 func runUDP(t *testing.T, p path) {
 	if options.Device != "soft0" || options.PeerDevice != "" {

@@ -25,9 +25,7 @@ var simAddrs = [2]netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, 1}), netip.AddrFr
 type simPath struct {
 	seed    uint64
 	profile simProfile
-	// A case runs if its place in the table is the part's, of so many parts.
-	part, parts int
-	traces      map[string]string // of the cases that have ended, by name
+	traces  map[string]string // of the cases that have ended, by name
 }
 
 type simProfile struct {

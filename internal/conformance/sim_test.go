@@ -41,8 +41,10 @@ func TestSim(t *testing.T) {
 // runSim runs one of the parts of the table, and returns the traces of its cases.
 func runSim(t *testing.T, seed uint64, parts int) map[string]string {
 	n := uint64(len(simProfiles))
-	p := &simPath{seed: seed, profile: simProfiles[seed%n], part: int(seed / n % uint64(parts)), parts: parts, traces: map[string]string{}}
-	t.Run(fmt.Sprintf("%d-%s", seed, p.profile.name), func(t *testing.T) { runUDP(t, path{name: "sim", sim: p}) })
+	p := &simPath{seed: seed, profile: simProfiles[seed%n], traces: map[string]string{}}
+	t.Run(fmt.Sprintf("%d-%s", seed, p.profile.name), func(t *testing.T) {
+		runUDP(t, path{name: "sim", sim: p, part: int(seed / n % uint64(parts)), parts: parts})
+	})
 	return p.traces
 }
 

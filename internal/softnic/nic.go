@@ -118,10 +118,13 @@ func newNIC() *NIC {
 	return n
 }
 
+// softGID is the first byte of every NIC's GID: fd00::/8, locally assigned addresses.
+const softGID = 0xfd
+
 // identify makes a GID of n.gid's random bits, and what goes with it.
 func (n *NIC) identify() {
-	// fd00::/8: a locally assigned address. Its random part is the NIC's identity on this host.
-	n.gid[0] = 0xfd
+	// Its random part is the NIC's identity on this host.
+	n.gid[0] = softGID
 	n.guid = ib.GUID(n.gid.InterfaceID())
 	n.nextQPN = ib.QPN(n.regions.random() & 0xffff) // so that stale QPNs of other runs rarely fit
 	n.nextQPN += 16

@@ -139,12 +139,12 @@ func (n *NIC) linkLocal(peer *NIC) (*link, error) {
 	return la, nil
 }
 
-// CheckReach implements driver.ReachChecker. An IPv4 address is none of a NIC on this host.
+// CheckReach implements driver.ReachChecker. What cannot be the GID of a NIC on this host (identify) is an address.
 func (n *NIC) CheckReach(ctx context.Context, g ib.GID) (string, error) {
-	if n.sim != nil && g.Addr().Is4() {
+	switch address := g[0] != softGID && !g.IsZero(); {
+	case address && n.sim != nil:
 		return pathSim, nil
-	}
-	if g.Addr().Is4() {
+	case address:
 		return pathUDP, nil // whether anybody is there shows when packets are answered
 	}
 	l, err := n.linkTo(ctx, g)
