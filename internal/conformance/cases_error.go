@@ -210,6 +210,9 @@ func flushReceives(c *C) {
 // types are the transports that the device has.
 func (c *C) types() []ib.QPType {
 	t := []ib.QPType{ib.RC}
+	if c.streams {
+		return t
+	}
 	if c.A.dev.Attr.Caps.Has(ib.CapUC) {
 		t = append(t, ib.UC)
 	}

@@ -76,6 +76,18 @@ func TestUDP6(t *testing.T) {
 	runUDP(t, path{name: "udp", soft: "udp", net: local}.share(t, 5))
 }
 
+// TestTCP runs the table between two software NICs whose queue pairs are connected by streams.
+func TestTCP(t *testing.T) {
+	parts := 1
+	if testing.Short() || raceEnabled {
+		parts = 5
+	}
+	runUDP(t, pathTCP.share(t, parts))
+}
+
+// TestTCPProcesses is TestTCP with a process for each: a part, and what ends a process.
+func TestTCPProcesses(t *testing.T) { runUDP(t, pathTCPProcs.share(t, 5)) }
+
 // share is the path with one of so many parts of the table (PARTS says otherwise): a different one each time, which -seed decides.
 func (p path) share(t *testing.T, parts int) path {
 	if n, err := strconv.Atoi(os.Getenv("PARTS")); err == nil && n > 0 {

@@ -11,9 +11,12 @@ import (
 type end struct {
 	*Side
 	*QP
-	mem   *Mem
-	turns int32 // times that it was taken out of RESET
+	mem    *Mem
+	turns  int32  // times that it was taken out of RESET
+	stream handle // that its peer has made for it; 0: none
 }
+
+const onlyReliable = "a stream is for reliable connections"
 
 // link is two ends that are connected.
 type link struct{ a, b *end }
@@ -63,6 +66,9 @@ func (c *C) pairOn(a, b *Side, o linkOpts) link {
 	c.Helper()
 	if o.typ != ib.RC && (lossy != "" || c.lossy) {
 		c.Skip("an unreliable service on a network that loses packets")
+	}
+	if o.typ != ib.RC && c.streams {
+		c.Skip(onlyReliable)
 	}
 	if o.typ == ib.UD || o.typ == ib.UC {
 		o.memAccess &^= ib.AccessRemoteAtomic | ib.AccessRemoteRead
@@ -187,6 +193,9 @@ func (e *end) rtrAttr(o linkOpts, to *end) (ib.QPAttr, ib.QPAttrMask) {
 func (e *end) toRTR(o linkOpts, to *end) {
 	e.c.Helper()
 	attr, mask := e.rtrAttr(o, to)
+	if e.c.streams {
+		e.useStream(to)
+	}
 	e.modify(attr, mask)
 }
 

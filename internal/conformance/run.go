@@ -57,6 +57,7 @@ type path struct {
 	// Of two different devices: their names, where the software NIC among them meets the other, and the network namespace of the
 	// process that it is in, the other side's.
 	devices   [2]string
+	streams   bool     // QPs are connected by streams
 	sim       *simPath // the sides meet on a network in virtual time
 	net       netip.Addr
 	namespace string
@@ -71,6 +72,8 @@ var (
 	pathProcesses   = path{name: "processes", twoProcesses: true, soft: "shm"}
 	pathUDP         = path{name: "udp", soft: "udp", net: localhost}
 	pathUDPProcs    = path{name: "udp", twoProcesses: true, soft: "udp", net: localhost}
+	pathTCP         = path{name: "tcp", soft: "tcp", streams: true}
+	pathTCPProcs    = path{name: "tcp", twoProcesses: true, soft: "tcp", streams: true}
 	pathProcessesBA = path{name: "processes", twoProcesses: true, remoteIsA: true, soft: "shm"}
 )
 
@@ -115,6 +118,9 @@ func warmUp(c *C) {
 func currentPath(c *C) string {
 	if c.net != nil {
 		return "sim"
+	}
+	if c.streams {
+		return pathTCP.soft
 	}
 	if c.A.dev.Net || c.B.dev.Net {
 		return pathUDP.soft
@@ -161,7 +167,7 @@ func (r *runner) peerFor(t T, own bool) *peer {
 func (r *runner) run(t T, tc testCase) {
 	column := options.Device
 	res := &Result{Case: tc.name, Feature: tc.feature, Path: r.name}
-	c := &C{T: t, record: func(n string) { res.Notes = append(res.Notes, n) }}
+	c := &C{T: t, streams: r.streams, record: func(n string) { res.Notes = append(res.Notes, n) }}
 	here := newHost()
 	c.A = &Side{c: c, name: "A", local: here}
 	c.B = &Side{c: c, name: "B", local: newHost()}

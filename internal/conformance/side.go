@@ -30,10 +30,11 @@ type T interface {
 // C is what a case gets: the test, and two sides with an open context each.
 type C struct {
 	T
-	A, B   *Side
-	record func(note string)
-	net    *simnet.Network // where the sides meet; nil: in the real world
-	lossy  bool            // it loses packets
+	A, B    *Side
+	record  func(note string)
+	net     *simnet.Network // where the sides meet; nil: in the real world
+	lossy   bool            // it loses packets
+	streams bool            // QPs are connected by streams
 }
 
 // A Side is one end of a case: a context with its objects, here or in another process.

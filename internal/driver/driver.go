@@ -261,8 +261,17 @@ type MW interface {
 
 // PathReporter is an optional part of QP: how a connected QP reaches its peer.
 type PathReporter interface {
-	// Path is a short name, such as "inproc", "shm", "udp" or "roce"; empty before the QP is connected.
+	// Path is a short name, such as "inproc", "shm", "udp", "tcp" or "roce"; empty before the QP is connected.
 	Path() string
+}
+
+// StreamUser is an optional part of QP: an RC QP that can be connected by a TCP connection.
+type StreamUser interface {
+	// UseStream gives the QP, in Init, the connection that RTR will connect it by, whatever address RTR has. It takes c over; if it
+	// fails, c stays as it was.
+	UseStream(c *net.TCPConn) error
+	// StreamErr is why the connection has ended; nil: it has not, or the QP has none.
+	StreamErr() error
 }
 
 // ReachChecker is an optional part of Context: whether a peer's GID can be reached before queue pairs are made.

@@ -387,11 +387,7 @@ func (c *CQ) Arm(solicitedOnly bool) error {
 	c.armMu.Unlock()
 	// Producers publish, then load the armed word, without a fence between the two: this is the fence.
 	heavyBarrier()
-	if ports := c.nic.netPorts.Load(); ports != nil {
-		for _, p := range *ports {
-			p.wake()
-		}
-	}
+	c.nic.wakePorts()
 	return nil
 }
 

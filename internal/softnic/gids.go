@@ -11,10 +11,11 @@ import (
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// pathUDP is the path of QPs that are connected over a network, pathSim, over one in virtual time.
+// pathUDP is the path of QPs that are connected over a network, pathSim, over one in virtual time, pathTCP, over a stream.
 const (
 	pathUDP = "udp"
 	pathSim = "sim"
+	pathTCP = "tcp"
 )
 
 // A gidTable holds the NIC's GIDs: at index 0 the one that names it to other NICs of the host, behind it the addresses of the

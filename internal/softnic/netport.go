@@ -25,10 +25,11 @@ import (
 //
 // mu comes before every lock of a QP but cfg, and a thread that has a QP's sq may only try to take it.
 type netPort struct {
-	nic  *NIC
-	sock socket
-	mtu  int   // of the net device
-	link *link // with nobody: gives out the blocks that the port itself writes to
+	nic    *NIC
+	sock   socket
+	mtu    int           // of the net device
+	link   *link         // with nobody: gives out the blocks that the port itself writes to
+	stream *streamSocket // what sock is, if the port is one end of a stream; nil: it meets a network
 
 	again atomic.Bool   // there is work that mu's holder may not have seen
 	users atomic.Int32  // QPs; without any, pollers stay away
@@ -88,7 +89,7 @@ func openPort(n *NIC, addr netip.Addr, mtu int) (*netPort, error) {
 
 // startPort makes the port of a socket, which it closes if it cannot.
 func startPort(n *NIC, sock *udp.Socket, mtu int) (p *netPort, err error) {
-	p = newNetPort(n, mtu)
+	p = newNetPort(n, mtu, netLink(n))
 	p.sock = &udpSocket{sock, time.Now()}
 	p.recv, sock.Expect, sock.OnDrop = p.deliver, p.expect, p.tapNone
 	if p.faults, err = faultsFromEnv(); err != nil {
@@ -109,14 +110,19 @@ func startPort(n *NIC, sock *udp.Socket, mtu int) (p *netPort, err error) {
 	return p, nil
 }
 
-func newNetPort(n *NIC, mtu int) *netPort {
-	p := &netPort{nic: n, mtu: mtu, wakeC: make(chan struct{}, 1), ended: make(chan struct{}),
+func newNetPort(n *NIC, mtu int, l *link) *netPort {
+	p := &netPort{nic: n, mtu: mtu, link: l, wakeC: make(chan struct{}, 1), ended: make(chan struct{}),
 		qps: map[ib.QPN]*wireQP{}, newest: map[peerQP]*wireQP{}, uds: map[ib.QPN]*wireUD{}, wakeAt: neverWake}
-	p.link = newLink(n, n.gid, pathInproc)
-	p.link.full, p.link.net = !asymmetric(), true
-	p.link.out = &nobody{p.link}
 	p.recv = p.receive
 	return p
+}
+
+// netLink makes a link with nobody.
+func netLink(n *NIC) *link {
+	l := newLink(n, n.gid, pathInproc)
+	l.full, l.net = !asymmetric(), true
+	l.out = &nobody{l}
+	return l
 }
 
 // nobody is the other end of a port's link: it has nothing to let go of.
@@ -180,15 +186,34 @@ func (p *netPort) poll() (some bool) {
 	return some
 }
 
+// wakePorts has the ports look whether somebody sleeps.
+func (n *NIC) wakePorts() {
+	if ports := n.netPorts.Load(); ports != nil {
+		for _, p := range *ports {
+			p.wake()
+		}
+	}
+	if streams := n.streams.polled(); streams != nil {
+		for _, p := range *streams {
+			p.wake()
+		}
+	}
+}
+
 // pollPorts receives what there is at the ports that somebody uses, and reports whether there was anything.
 func (n *NIC) pollPorts() (some bool) {
-	ports := n.netPorts.Load()
-	if ports == nil {
-		return false
+	if ports := n.netPorts.Load(); ports != nil {
+		for _, p := range *ports {
+			if p.users.Load() > 0 && p.poll() {
+				some = true
+			}
+		}
 	}
-	for _, p := range *ports {
-		if p.users.Load() > 0 && p.poll() {
-			some = true
+	if streams := n.streams.polled(); streams != nil {
+		for _, p := range *streams {
+			if p.poll() {
+				some = true
+			}
 		}
 	}
 	return some
@@ -252,6 +277,10 @@ func (p *netPort) turn(receive bool) (some bool) {
 		p.settle()
 	}
 	p.sock.Flush()
+	if p.stream != nil && p.stream.Err() != nil {
+		p.streamEnded()
+		return some
+	}
 	p.wakeInTime()
 	return some
 }
@@ -340,7 +369,15 @@ func (p *netPort) wakeInTime() {
 			at = min(at, d)
 		}
 	}
-	if len(p.blocked) > 0 || len(p.owing) > 0 || p.sock.Queued() > 0 {
+	full := len(p.blocked) > 0 || p.sock.Queued() > 0
+	if p.stream != nil && full {
+		full = false
+		if !p.stream.awaited { // drive is to wait for room, too
+			p.stream.awaited = true
+			at = p.now
+		}
+	}
+	if full || len(p.owing) > 0 {
 		at = min(at, p.now+blockedRetry)
 	}
 	if at < p.wakeAt {
@@ -489,6 +526,10 @@ func (p *netPort) round() bool {
 	p.wakeAt = neverWake
 	p.now = p.sock.Now()
 	p.sock.SetDeadline(neverWake)
+	if s := p.stream; s != nil {
+		s.awaited = len(p.blocked) > 0 || s.Queued() > 0
+		s.AwaitRoom(s.awaited)
+	}
 	p.wakeInTime()
 	p.unlock()
 	return true

@@ -64,9 +64,10 @@ type NIC struct {
 	following atomic.Bool                // the host's addresses are followed; set under mu
 	unfollow  func()                     // ends that; nil: it has not begun. Guarded by mu
 	netPorts  atomic.Pointer[[]*netPort] // that are open; replaced under gids.mu
-	early     *wire.EarlyPool            // for packets of networks that came before others
-	listeners []*cmListener              // guarded by mu
-	sleepers  atomic.Int32               // CQs that are armed
+	streams   streamPorts
+	early     *wire.EarlyPool // for packets of networks that came before others
+	listeners []*cmListener   // guarded by mu
+	sleepers  atomic.Int32    // CQs that are armed
 
 	stalled   atomic.Int32 // QPs whose head request waits
 	stalledMu sync.Mutex

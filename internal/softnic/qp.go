@@ -12,6 +12,7 @@ import (
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/ring"
 	"github.com/ringside-rdma/ringside/internal/softnic/observe"
+	"github.com/ringside-rdma/ringside/internal/softnic/stream"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -34,7 +35,8 @@ type QP struct {
 	sIdx   int  // member index in scq
 	rIdx   int  // and in rcq
 
-	cfg    sync.Mutex // serialises Modify and Close
+	cfg    sync.Mutex     // serialises Modify and Close
+	stream *stream.Socket // what the QP is to be connected by, before RTR; guarded by cfg
 	closed atomic.Bool
 
 	// The send side.
@@ -54,6 +56,7 @@ type QP struct {
 	assist   assist
 	met      bool  // the peer has been there since RTR; guarded by sq
 	lost     bool  // the peer's NIC has gone, and no request has said so yet; guarded by sq
+	cut      error // why the stream that it was connected by has ended; guarded by sq
 	drained  drain // guarded by sq
 	stalled  bool  // in the NIC's set of QPs to retry; guarded by sq
 	shown    shown
@@ -243,10 +246,8 @@ func (q *QP) Path() string {
 	q.sq.Lock()
 	defer q.sq.Unlock()
 	switch {
-	case q.wire != nil && q.nic.sim != nil:
-		return pathSim
 	case q.wire != nil:
-		return pathUDP
+		return q.wire.path()
 	case q.link == nil:
 		return ""
 	}
@@ -404,6 +405,9 @@ func (q *QP) toRTR(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) err
 		q.setAttr(attr, mask)
 		q.state.Store(uint32(ib.RTR))
 		return q.attachNet()
+	}
+	if q.stream != nil {
+		return q.toRTRStream(attr, mask)
 	}
 	if attr.AH.SGIDIndex != 0 {
 		return q.toRTRWire(attr, mask)
@@ -596,7 +600,7 @@ func (q *QP) reset() {
 		w.stop()
 	}
 	q.pv, q.link, q.wire = nil, nil, nil
-	q.met, q.lost, q.drained = false, false, drainedYes
+	q.met, q.lost, q.cut, q.drained = false, false, nil, drainedYes
 	clear(q.rcache[:])
 	clear(q.hcache[:])
 	for q.pendLen > 0 {
@@ -611,6 +615,10 @@ func (q *QP) reset() {
 	}
 	if w != nil {
 		w.detach()
+	}
+	if q.stream != nil {
+		q.stream.Close()
+		q.stream = nil
 	}
 	if q.typ == ib.UD {
 		q.detachNet()

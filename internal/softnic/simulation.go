@@ -32,7 +32,7 @@ func OpenSim(network *simnet.Network, addr netip.Addr) (*NIC, error) {
 	}
 	n.identify()
 	n.regions.init(heapBytes(maxMRs*4), -1)
-	p := newNetPort(n, simMTU)
+	p := newNetPort(n, simMTU, netLink(n))
 	p.congestion = true
 	host, err := network.Attach(addr, func() { p.round() }, n.catchUp)
 	if err != nil {

@@ -74,7 +74,7 @@ func (q *QP) counters() observe.QP {
 	}
 	q.sq.Unlock()
 	if w != nil {
-		c.Path, c.Peer, c.Wire = pathUDP, w.out.Addr().String(), w.counters()
+		c.Path, c.Peer, c.Wire = w.path(), w.out.Addr().String(), w.counters()
 		c.RNR += c.Wire.RNRNAKs
 	}
 	return c

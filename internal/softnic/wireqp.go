@@ -61,15 +61,21 @@ func (q *QP) toRTRWire(attr *ib.QPAttr, mask ib.QPAttrMask) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", driver.ErrUnreachable, err)
 	}
+	return q.connectWire(p, peer, attr, mask, wire.Config{Selective: attr.AH.UDPPort != 0, Congestion: p.congestion})
+}
+
+// connectWire takes the QP to RTR by a port. cfg says what is particular to the way.
+func (q *QP) connectWire(p *netPort, peer netPeer, attr *ib.QPAttr, mask ib.QPAttrMask, cfg wire.Config) error {
 	q.setAttr(attr, mask)
 	in, err := q.openInbound(p.link, uint32(attr.DestQPN))
 	if err != nil {
 		return err
 	}
-	w := &wireQP{q: q, port: p, addr: to.Addr(), service: roce.RC, epoch: q.epoch.Load()}
+	w := &wireQP{q: q, port: p, addr: peer.Addr().Addr(), service: roce.RC, epoch: q.epoch.Load()}
 	w.out = output{netPeer: peer, port: p, w: w}
-	w.cfg = wire.Config{DestQP: uint32(attr.DestQPN), MTU: attr.PathMTU.Bytes(), RQPSN: attr.RQPSN, MinRNRTimer: attr.MinRNRTimer,
-		MaxDestRdAtomic: int(attr.MaxDestRdAtomic), SendDepth: q.cap.MaxSendWR, Selective: attr.AH.UDPPort != 0, Early: q.nic.early, Congestion: p.congestion}
+	cfg.DestQP, cfg.MTU, cfg.RQPSN, cfg.MinRNRTimer = uint32(attr.DestQPN), attr.PathMTU.Bytes(), attr.RQPSN, attr.MinRNRTimer
+	cfg.MaxDestRdAtomic, cfg.SendDepth, cfg.Early = int(attr.MaxDestRdAtomic), q.cap.MaxSendWR, q.nic.early
+	w.cfg = cfg
 	w.t = target{q: q, v: q.ownView(in), epoch: w.epoch}
 	if q.typ == ib.UC {
 		w.service = roce.UC
@@ -85,6 +91,17 @@ func (q *QP) toRTRWire(attr *ib.QPAttr, mask ib.QPAttrMask) error {
 	q.state.Store(uint32(ib.RTR))
 	q.sq.Unlock()
 	return nil
+}
+
+// path is the QP's, as QP.Path has it.
+func (w *wireQP) path() string {
+	switch {
+	case w.q.nic.sim != nil:
+		return pathSim
+	case w.port.stream != nil:
+		return pathTCP
+	}
+	return pathUDP
 }
 
 // checkMTU says whether packets of the path MTU fit the net device.
@@ -377,4 +394,8 @@ func (w *wireQP) detach() {
 	p.left.add(w)
 	p.leave(w)
 	p.unlock()
+	if p.stream != nil { // it was for this QP only
+		p.nic.streams.drop(p)
+		p.close()
+	}
 }

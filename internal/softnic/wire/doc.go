@@ -35,6 +35,9 @@ type Config struct {
 	// behind it: see selective.go.
 	Selective bool
 	Early     *EarlyPool // what it may keep meanwhile of what comes behind; nil: as much as one connection can have use for
+	// Stream: the packets go through something that loses none, as long as it lasts. Nothing is sent again then but what the peer had no
+	// receive for; AckTimeout and RetryCount are only how long a peer may say nothing (Config.silence).
+	Stream bool
 	// Congestion: the Requester slows down when the peer, or the network on the way to it, gets more than it can take: see congestion.go.
 	Congestion bool
 }
@@ -53,6 +56,18 @@ func (c *Config) fill() {
 	default:
 		c.Window = defaultWindow
 	}
+}
+
+// streamSilence is the least that a peer at the other end of a stream may say nothing: what holds the stream up, such as a packet of it
+// that is sent again three times, is nothing that the peer can be blamed for.
+const streamSilence = 2 * time.Second
+
+// silence is how long the peer of a stream may say nothing; 0: for ever.
+func (c *Config) silence() time.Duration {
+	if c.AckTimeout == 0 {
+		return 0
+	}
+	return max(c.AckTimeout*time.Duration(c.RetryCount+1), streamSilence)
 }
 
 // maxMessage is the length of the longest message (IBA 9.4.1).

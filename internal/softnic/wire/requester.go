@@ -189,6 +189,10 @@ func (r *Requester) Expire(now time.Duration) {
 	}
 	r.deadline = 0
 	r.Counters.Timeouts++
+	if r.cfg.Stream {
+		r.fail(ib.WCRetryExceeded)
+		return
+	}
 	if r.cfg.Selective && r.patient(now) {
 		return
 	}
@@ -263,6 +267,8 @@ func (r *Requester) Pump(now time.Duration, out Output) (full bool) {
 func (r *Requester) watch(now time.Duration) {
 	switch {
 	case r.deadline != 0 || r.cfg.AckTimeout == 0:
+	case r.cfg.Stream:
+		r.deadline = now + r.cfg.silence()
 	case r.cfg.Selective:
 		r.deadline = now + r.timeout()
 	default:
