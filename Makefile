@@ -94,11 +94,12 @@ unit:
 	$(GO) -C bench test -count=1 ./...
 	$(call summary,bin/test.log)
 
-# The same programs where software NICs do not share memory; then on a network that loses packets.
+# The same programs where software NICs do not share memory, nor meet over UDP; then on a network that loses packets.
 udp:
-	$(call stage,udp: transport$(comma) rpc and the examples over RoCEv2 on UDP)
+	$(call stage,udp: transport$(comma) rpc and the examples over RoCEv2 on UDP$(comma) and on TCP)
 	.ci/setup go
 	RINGSIDE_PATH=udp $(GO) test -count=1 ./transport ./rpc ./examples/...
+	RINGSIDE_PATH=tcp $(GO) test -short -count=1 ./transport ./rpc
 	RINGSIDE_PATH=udp RINGSIDE_SOFT_FAULTS=loss=0.5%,duplicate=0.5%,reorder=2% $(GO) test -short -skip Alloc -count=1 ./transport ./rpc ./examples/kv
 
 race:

@@ -34,8 +34,8 @@ type Config struct {
 	// small slots and no send memory.
 	SharedReceive bool
 
-	// Path is how software NICs are to meet; other devices have one path, and refuse PathMemory and PathUDP. It counts for both
-	// sides: if one wants PathUDP, the other's PathAny follows.
+	// Path is how software NICs are to meet; other devices have one path, and refuse all but PathAny. It counts for both sides: if one
+	// wants PathUDP or PathTCP, the other's PathAny follows.
 	Path Path
 
 	HandshakeTimeout time.Duration // of each handshake; default 5 s
@@ -52,9 +52,10 @@ type Config struct {
 type Path string
 
 const (
-	PathAny    Path = ""       // memory if the peers can share it, else UDP; or what the environment's RINGSIDE_PATH says
+	PathAny    Path = ""       // memory if the peers can share it, else UDP, else TCP; or what the environment's RINGSIDE_PATH says
 	PathMemory Path = "memory" // within a process, or shared between processes of one user on one host; or not at all
 	PathUDP    Path = "udp"    // RoCEv2 over UDP, from the address that the bootstrap connection has
+	PathTCP    Path = "tcp"    // a TCP connection for each queue pair, to the address that the bootstrap connection has gone to
 )
 
 const (
@@ -86,8 +87,10 @@ func (cfg *Config) populate() (*Config, error) {
 	if c.Path == PathAny {
 		c.Path = Path(os.Getenv("RINGSIDE_PATH"))
 	}
-	if c.Path != PathAny && c.Path != PathMemory && c.Path != PathUDP {
-		return nil, fmt.Errorf("transport: Config.Path (or RINGSIDE_PATH) is %q: want %q, %q, or nothing for whichever is better", c.Path, PathMemory, PathUDP)
+	switch c.Path {
+	case PathAny, PathMemory, PathUDP, PathTCP:
+	default:
+		return nil, fmt.Errorf("transport: Config.Path (or RINGSIDE_PATH) is %q: want %q, %q, %q, or nothing for whichever is best", c.Path, PathMemory, PathUDP, PathTCP)
 	}
 	orDefault(&c.MaxMessage, defaultMaxMessage)
 	orDefault(&c.MaxHandshakes, 64)

@@ -43,6 +43,7 @@ type Conn struct {
 	sgid     int // index of the own GID
 	udpSGID  int // and of the one for UDP, if that was offered
 	viaUDP   bool
+	viaTCP   bool
 	noUDP    error        // why it was not offered, though it may be
 	narrow   string       // what was found out about its path MTU, if it is less than the devices'
 	udpTo    *ib.AHAttr   // with viaUDP: the peer
@@ -100,7 +101,7 @@ type PeerDevice struct {
 
 // PathInfo says how a connection reaches its peer, and why not better.
 type PathInfo struct {
-	Rung     string // the path's name: "inproc", "shm", "udp", "roce"
+	Rung     string // the path's name: "inproc", "shm", "udp", "tcp", "roce"
 	Device   string // the local device
 	Provider string
 	SameHost bool // the peer is on this host

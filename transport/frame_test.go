@@ -215,6 +215,43 @@ func TestHelloUDP(t *testing.T) {
 	}
 }
 
+// Of a listener that has chosen TCP, the hello ends with the token, and why.
+func TestHelloTCP(t *testing.T) {
+	h := sampleHello()
+	plain := h.append(nil)
+	h.Features = featureTCP | featureViaTCP | featureStream
+	h.Stream, h.StreamWhy = streamToken{0: 0xaa, 15: 0xbb}, "no way"
+	b := h.append(nil)
+	if want := append(append(unhex(t, "3800000000000000"), plain[8:]...), unhex(t, "aa"+strings.Repeat("00", 14)+"bb"+"0600"+"6e6f20776179")...); !bytes.Equal(b, want) {
+		t.Errorf("hello is\n% x, want\n% x", b, want)
+	}
+	got, err := parseHello(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(h, got); d != "" {
+		t.Error(d)
+	}
+	for n := range b {
+		if _, err := parseHello(b[:n]); err == nil {
+			t.Errorf("accepted the first %d of %d bytes", n, len(b))
+		}
+	}
+	// What a dialler says has no bytes that others would stumble over.
+	h.Features, h.Stream, h.StreamWhy = featureTCP|featureViaTCP, streamToken{}, ""
+	if b := h.append(nil); len(b) != len(plain) {
+		t.Errorf("the offer takes %d bytes", len(b)-len(plain))
+	}
+	h.Features = featureViaTCP
+	if _, err := parseHello(h.append(nil)); err == nil {
+		t.Error("accepted: wanted, not offered")
+	}
+	h.Features, h.StreamWhy = featureTCP|featureStream, "\x1b[2J"+strings.Repeat("long ", 1000)
+	if got, err := parseHello(h.append(nil)); err != nil || len(got.StreamWhy) > maxReason || strings.Contains(got.StreamWhy, "\x1b") {
+		t.Errorf("a reason of %d bytes, %v", len(h.StreamWhy), err)
+	}
+}
+
 // With the connection manager's feature bit, the hello ends with where to connect.
 func TestHelloCM(t *testing.T) {
 	h := sampleHello()

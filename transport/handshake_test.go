@@ -78,6 +78,8 @@ func TestBootstrapRefusals(t *testing.T) {
 		"kind":              {frame(1, 3, 0, ""), false, transport.RefusedProtocol, "kind 3"},
 		"empty hello":       {frame(1, 1, 0, ""), false, transport.RefusedProtocol, "truncated"},
 		"hello of zeroes":   {frame(1, 1, 101, strings.Repeat("\x00", 101)), false, transport.RefusedProtocol, "MTU"},
+		"unknown token":     {frame(1, 6, 16, strings.Repeat("t", 16)), false, transport.RefusedUnreachable, "no handshake here waits for this connection"},
+		"short token":       {frame(1, 6, 3, "abc"), false, transport.RefusedProtocol, "a token of 3 bytes"},
 		"garbage as a body": {frame(1, 1, 200, strings.Repeat("\xff", 200)), false, transport.RefusedProtocol, "hello"},
 	} {
 		t.Run(name, func(t *testing.T) {

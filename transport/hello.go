@@ -32,6 +32,7 @@ const (
 	bootReady   bootKind = 3 // its queue pair is connected; the listener says so only if the connection manager has done it
 	bootReject  bootKind = 4 // either way, instead of the above: code and reason
 	bootGoodbye bootKind = 5 // either way, at the end of a connection: code and reason
+	bootStream  bootKind = 6 // dialler to listener, the first on another TCP connection: the token of the handshake that it belongs to
 )
 
 // Goodbye codes.
@@ -69,6 +70,8 @@ type hello struct {
 	CMToken     cmToken
 	Sync        mr.RemoteKey // featureCM: a byte that means nothing, for the READ that makes writes certain (Batch.seal)
 	UDP         udpEnd       // featureUDP
+	Stream      streamToken  // featureStream, of the listener
+	StreamWhy   string       // the same: why the path is no better one; empty: because it is wanted
 }
 
 // udpEnd is where a software NIC can be met by packets.
@@ -94,6 +97,13 @@ const (
 	featureUDP uint64 = 1 << 1
 	// featureViaUDP: of the dialler, that it must be so; of the listener, that it is to be so.
 	featureViaUDP uint64 = 1 << 2
+	// featureTCP: the queue pair can be connected by a TCP connection of its own.
+	featureTCP uint64 = 1 << 3
+	// featureViaTCP is to featureTCP what featureViaUDP is to featureUDP.
+	featureViaTCP uint64 = 1 << 4
+	// featureStream: the hello ends with the token of that TCP connection. Of the listener only, and only if the dialler knows what it
+	// means: others refuse a hello that is longer than its features say.
+	featureStream uint64 = 1 << 5
 )
 
 func appendFrame(b []byte, kind bootKind, body []byte) []byte {
@@ -151,6 +161,12 @@ func (h *hello) append(b []byte) []byte {
 		b = append(b, h.UDP.GID[:]...)
 		b = le.AppendUint16(b, h.UDP.Port)
 		b = append(b, byte(h.UDP.MTU), 0)
+	}
+	if h.Features&featureStream != 0 {
+		b = append(b, h.Stream[:]...)
+		why := toValid(h.StreamWhy[:min(len(h.StreamWhy), maxReason)])
+		b = le.AppendUint16(b, uint16(len(why)))
+		b = append(b, why...)
 	}
 	return b
 }
@@ -250,9 +266,21 @@ func parseHello(b []byte) (*hello, error) {
 			return nil, fmt.Errorf("UDP at %v, port %d, MTU code %d", h.UDP.GID, h.UDP.Port, uint8(h.UDP.MTU))
 		}
 	}
+	if h.Features&featureStream != 0 {
+		copy(h.Stream[:], r.bytes(len(h.Stream)))
+		n := int(r.u16())
+		if n > maxReason {
+			return nil, fmt.Errorf("a reason of %d bytes: at most %d", n, maxReason)
+		}
+		if why := r.bytes(n); !r.fail {
+			h.StreamWhy = toValid(string(why))
+		}
+	}
 	switch {
 	case r.fail:
 		return nil, errTruncated
+	case h.Features&(featureTCP|featureViaTCP) == featureViaTCP:
+		return nil, errors.New("TCP is wanted, and not offered")
 	case h.Features&(featureUDP|featureViaUDP) == featureViaUDP:
 		return nil, errors.New("UDP is wanted, and not offered")
 	case len(r.b) != 0:
@@ -275,37 +303,43 @@ func parseHello(b []byte) (*hello, error) {
 
 // readFrame reads one frame of the bootstrap protocol. Errors are *HandshakeError or the connection's.
 func readFrame(conn io.Reader, want bootKind) ([]byte, error) {
+	kind, body, err := readAnyFrame(conn)
+	if err == nil && kind != want {
+		return nil, refuse(RefusedProtocol, nil, "frame of kind %d, want %d", kind, want)
+	}
+	return body, err
+}
+
+// readAnyFrame is readFrame for frames of any kind but a reject, which is an error.
+func readAnyFrame(conn io.Reader) (bootKind, []byte, error) {
 	var hd [bootHeaderLen]byte
 	if n, err := io.ReadFull(conn, hd[:]); err != nil {
-		return nil, readError(err, n, "header")
+		return 0, nil, readError(err, n, "header")
 	}
 	if string(hd[:4]) != bootMagic {
-		return nil, refuse(RefusedProtocol, nil, "this is no ringside peer: its first bytes are % x", hd[:4])
+		return 0, nil, refuse(RefusedProtocol, nil, "this is no ringside peer: its first bytes are % x", hd[:4])
 	}
 	version := binary.LittleEndian.Uint16(hd[4:])
 	kind := bootKind(hd[6])
 	n := binary.LittleEndian.Uint32(hd[8:])
 	if version != bootVersion && kind != bootReject {
-		return nil, refuse(RefusedVersion, nil, "bootstrap protocol version %d, and this side speaks %d", version, bootVersion)
+		return 0, nil, refuse(RefusedVersion, nil, "bootstrap protocol version %d, and this side speaks %d", version, bootVersion)
 	}
 	if hd[7] != 0 || n > maxBootBody {
-		return nil, refuse(RefusedProtocol, nil, "frame of kind %d with flags %#x and %d bytes: at most %d", kind, hd[7], n, maxBootBody)
+		return 0, nil, refuse(RefusedProtocol, nil, "frame of kind %d with flags %#x and %d bytes: at most %d", kind, hd[7], n, maxBootBody)
 	}
 	body := make([]byte, n)
 	if k, err := io.ReadFull(conn, body); err != nil {
-		return nil, readError(err, k+bootHeaderLen, "body")
+		return 0, nil, readError(err, k+bootHeaderLen, "body")
 	}
 	if kind == bootReject {
 		code, reason, err := parseReason(body)
 		if err != nil {
-			return nil, refuse(RefusedProtocol, nil, "reject frame: %v", err)
+			return 0, nil, refuse(RefusedProtocol, nil, "reject frame: %v", err)
 		}
-		return nil, &HandshakeError{Code: HandshakeCode(code), Reason: reason, Remote: true}
+		return 0, nil, &HandshakeError{Code: HandshakeCode(code), Reason: reason, Remote: true}
 	}
-	if kind != want {
-		return nil, refuse(RefusedProtocol, nil, "frame of kind %d, want %d", kind, want)
-	}
-	return body, nil
+	return kind, body, nil
 }
 
 func readError(err error, got int, part string) error {

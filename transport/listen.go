@@ -30,6 +30,7 @@ type Listener struct {
 
 	mu      sync.Mutex
 	active  int
+	streams streamHub
 	waiting []*intake // handshakes whose hello has not come completely, oldest first
 }
 
@@ -183,7 +184,7 @@ func (l *Listener) greeted(in *intake) (ok, room bool) {
 
 func (l *Listener) handshake(in *intake) {
 	t := in.tcp
-	body, err := readFrame(t, bootHello)
+	kind, body, err := readAnyFrame(t)
 	alive, room := l.greeted(in)
 	if alive {
 		defer func() {
@@ -199,6 +200,12 @@ func (l *Listener) handshake(in *intake) {
 	case !alive:
 		err = refuse(RefusedBusy, nil, "%d handshakes are in progress, and this one was the slowest", l.cfg.MaxHandshakes)
 	case err != nil:
+	case kind == bootStream: // the handshake that it belongs to is counted already
+		if err = l.streams.pass(t, body); err == nil {
+			return
+		}
+	case kind != bootHello:
+		err = refuse(RefusedProtocol, nil, "frame of kind %d, want %d", kind, bootHello)
 	case !room:
 		err = refuse(RefusedBusy, nil, "%d handshakes are in progress", l.cfg.MaxHandshakes)
 	default:
@@ -275,12 +282,19 @@ func (l *Listener) accept(t net.Conn, body []byte) (*Conn, error) {
 	}
 	c.agreeOn(mine, theirs)
 	var wait *cmWait
-	if l.p.needsCM() {
+	var stream *streamWait
+	switch {
+	case l.p.needsCM():
 		wait, err = c.awaitCM(mine)
 		if err == nil {
 			defer wait.cancel()
 		}
-	} else {
+	case c.viaTCP:
+		stream = l.streams.expect()
+		defer stream.cancel()
+		mine.Features |= featureStream
+		mine.Stream = stream.token
+	default:
 		err = c.connect(ctx, mine, theirs)
 	}
 	if err != nil {
@@ -289,8 +303,13 @@ func (l *Listener) accept(t net.Conn, body []byte) (*Conn, error) {
 	if _, err := t.Write(appendFrame(nil, bootAccept, mine.append(nil))); err != nil {
 		return give(err)
 	}
-	if wait != nil {
-		if err := c.acceptCM(ctx, wait, mine, theirs); err != nil {
+	if wait != nil || stream != nil {
+		if wait != nil {
+			err = c.acceptCM(ctx, wait, mine, theirs)
+		} else {
+			err = c.acceptStream(ctx, stream, mine, theirs)
+		}
+		if err != nil {
 			return give(err)
 		}
 		if _, err := t.Write(appendFrame(nil, bootReady, nil)); err != nil {
@@ -372,8 +391,11 @@ func dial(ctx context.Context, p *Poller, cfg *Config, t net.Conn) (*Conn, error
 	}
 	c.agreeOn(mine, theirs)
 	connect := c.connect
-	if p.needsCM() {
+	switch {
+	case p.needsCM():
 		connect = c.dialCM
+	case c.viaTCP:
+		connect = c.dialStream
 	}
 	if err := connect(ctx, mine, theirs); err != nil {
 		return give(err)
@@ -445,7 +467,7 @@ func prepare(ctx context.Context, p *Poller, cfg *Config, t net.Conn, near netip
 	if p.needsCM() {
 		err = c.describeCM(h, near)
 	} else {
-		err = c.offerUDP(h, gid.Type, addrOf(t.LocalAddr()))
+		err = c.offerPaths(h, gid.Type, addrOf(t.LocalAddr()))
 	}
 	if err != nil {
 		c.discard()

@@ -17,10 +17,10 @@ func init() {
 	testutil.RegisterChild("net-dial", netDial)
 }
 
-// netListen echoes what comes, at an address, and says how each connection begins and ends.
+// netListen echoes what comes, at an address, over a path, and says how each connection begins and ends.
 func netListen(args []string) {
 	ctx := context.Background()
-	l, err := transport.Listen(ctx, args[0], &transport.Config{Device: "soft0", Path: transport.PathUDP})
+	l, err := transport.Listen(ctx, args[0], &transport.Config{Device: "soft0", Path: transport.Path(args[1])})
 	if err != nil {
 		fmt.Println("error", err)
 		return
@@ -52,7 +52,7 @@ func netListen(args []string) {
 // netDial dials, and sends a message that is to be echoed for each line that it is given: the message's length.
 func netDial(args []string) {
 	ctx := context.Background()
-	c, err := transport.Dial(ctx, args[0], &transport.Config{Device: "soft0", Path: transport.PathUDP})
+	c, err := transport.Dial(ctx, args[0], &transport.Config{Device: "soft0", Path: transport.Path(args[1])})
 	if err != nil {
 		fmt.Println("refused", err)
 		return
@@ -87,24 +87,25 @@ type netPair struct {
 	t      *testing.T
 	server *testutil.Child
 	addr   string
+	path   transport.Path
 }
 
-func newNetPair(t *testing.T, v6 bool) *netPair {
+func newNetPair(t *testing.T, v6 bool, path transport.Path) *netPair {
 	t.Helper()
 	softOnly(t)
-	n := &netPair{RoutedNet: testutil.NewRoutedNet(t), t: t}
+	n := &netPair{RoutedNet: testutil.NewRoutedNet(t), t: t, path: path}
 	at := n.Addr[1].V4
 	if v6 {
 		at = n.Addr[1].V6
 	}
-	n.server = testutil.StartChildIn(t, n.B, nil, "net-listen", netip.AddrPortFrom(at, 7000).String())
+	n.server = testutil.StartChildIn(t, n.B, nil, "net-listen", netip.AddrPortFrom(at, 7000).String(), string(path))
 	n.addr = n.server.Expect("listening ")
 	return n
 }
 
 func (n *netPair) dial() *testutil.Child {
 	n.t.Helper()
-	return testutil.StartChildIn(n.t, n.A, nil, "net-dial", n.addr)
+	return testutil.StartChildIn(n.t, n.A, nil, "net-dial", n.addr, string(n.path))
 }
 
 // echoes has messages of some lengths, the long ones by rendezvous, go both ways.
@@ -127,7 +128,7 @@ func wantText(t *testing.T, what, got string, want ...string) {
 // If UDP does not pass one way, or both, the handshake finds out, and says what to open.
 func TestUDPBlocked(t *testing.T) {
 	for _, v6 := range []bool{false, true} {
-		n := newNetPair(t, v6)
+		n := newNetPair(t, v6, transport.PathUDP)
 		a, b := n.Addr[0].V4.String()+":4791", n.Addr[1].V4.String()+":4791"
 		if v6 {
 			a, b = "["+n.Addr[0].V6.String()+"]:4791", "["+n.Addr[1].V6.String()+"]:4791"
@@ -153,7 +154,7 @@ func TestUDPBlocked(t *testing.T) {
 
 // A connection whose UDP is blocked later ends, on both sides, with a reason that says so.
 func TestUDPBlockedLater(t *testing.T) {
-	n := newNetPair(t, false)
+	n := newNetPair(t, false, transport.PathUDP)
 	c := n.dial()
 	c.Expect("dialled udp")
 	echoes(c)
@@ -167,7 +168,7 @@ func TestUDPBlockedLater(t *testing.T) {
 // changes then.
 func TestNarrowLink(t *testing.T) {
 	for _, told := range []bool{true, false} {
-		n := newNetPair(t, !told) // IPv6 wants 1280 bytes at least
+		n := newNetPair(t, !told, transport.PathUDP) // IPv6 wants 1280 bytes at least
 		wide := n.dial()
 		wide.Expect("dialled udp")
 		echoes(wide)
@@ -182,4 +183,32 @@ func TestNarrowLink(t *testing.T) {
 		wantText(t, "the wide one", wide.Expect("lost "), "packets of path MTU 4096 do not arrive any more, those of 1024 do", "a new connection")
 		echoes(c)
 	}
+}
+
+// Where UDP does not pass, peers that have not said how they are to meet do so by TCP, and both know why.
+func TestTCPWhereUDPIsBlocked(t *testing.T) {
+	for _, v6 := range []bool{false, true} {
+		n := newNetPair(t, v6, transport.PathAny)
+		c := n.dial()
+		wantText(t, "at first", c.Expect("dialled udp"), "no shared memory")
+		n.server.Expect("accepted udp")
+		n.BlockUDP(testutil.RouterDevB)
+		c = n.dial()
+		wantText(t, "the dialler", c.Expect("dialled tcp"), "no shared memory", "no UDP: ", "is blocked", "let UDP pass")
+		wantText(t, "the listener", n.server.Expect("accepted tcp"), "no shared memory", "no UDP: ", "is blocked", "let UDP pass")
+		echoes(c)
+		n.server.Kill()
+		c.Send("10")
+		wantText(t, "the dialler", c.Expect("lost "), "the peer is gone")
+	}
+}
+
+// The listener notices as well that the other side was killed, while nothing is under way.
+func TestTCPPeerKilled(t *testing.T) {
+	n := newNetPair(t, false, transport.PathTCP)
+	c := n.dial()
+	c.Expect("dialled tcp")
+	echoes(c)
+	c.Kill()
+	wantText(t, "the listener", n.server.Expect("ended "), "the peer is gone")
 }

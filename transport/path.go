@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"time"
 
@@ -11,12 +12,12 @@ import (
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// Software NICs can meet in memory or over UDP. Each side offers both in its hello, unless its configuration rules one out; the
-// listener, who has seen both hellos, chooses, and says so in its own.
+// Software NICs can meet in memory, over UDP, or by a TCP connection. Each side offers all in its hello, unless its configuration rules
+// some out; the listener, who has seen both hellos, chooses, and says so in its own.
 
-// offerUDP adds to the hello where a software NIC can be met by packets. t is the type of the GID that stands in the hello, near
-// the own address that the peer reaches.
-func (c *Conn) offerUDP(h *hello, t ib.GIDType, near netip.Addr) error {
+// offerPaths adds to the hello how a software NIC can be met other than in memory. t is the type of the GID that stands in the hello,
+// near the own address that the peer reaches.
+func (c *Conn) offerPaths(h *hello, t ib.GIDType, near netip.Addr) error {
 	want := c.cfg.Path
 	if t != ib.GIDSoft {
 		if want != PathAny {
@@ -25,6 +26,13 @@ func (c *Conn) offerUDP(h *hello, t ib.GIDType, near netip.Addr) error {
 		return nil
 	}
 	if want == PathMemory {
+		return nil
+	}
+	if _, ok := c.tcp.(*net.TCPConn); ok && want != PathUDP {
+		h.Features |= featureTCP
+	}
+	if want == PathTCP {
+		h.Features |= featureViaTCP
 		return nil
 	}
 	end, index, err := udpEndOf(c.p.vctx, near)
@@ -62,28 +70,40 @@ func udpEndOf(v *verbs.Context, near netip.Addr) (udpEnd, int, error) {
 
 // choosePath is the listener's decision. Its hello is to say so.
 func (c *Conn) choosePath(ctx context.Context, mine, theirs *hello) error {
+	both, either := mine.Features&theirs.Features, mine.Features|theirs.Features
+	onlyUDP, onlyTCP := either&featureViaUDP != 0, either&featureViaTCP != 0
+	switch {
+	case onlyTCP && both&featureTCP == 0:
+		return refuse(RefusedUnreachable, nil, "TCP is wanted (Config.Path), and not offered by both sides")
+	case onlyUDP && both&featureUDP == 0:
+		return refuse(RefusedUnreachable, c.noUDP, "UDP is wanted (Config.Path), and not offered by both sides%s", because(c.noUDP))
+	case onlyTCP:
+		c.takeTCP(mine, theirs, nil, nil)
+		return nil
+	}
 	var memory error
-	forced := (mine.Features|theirs.Features)&featureViaUDP != 0
-	if !forced {
+	if !onlyUDP {
 		if memory = c.meet(ctx, mine, theirs); memory == nil {
 			return nil
 		}
 	}
-	if mine.Features&theirs.Features&featureUDP == 0 {
-		if forced {
-			return refuse(RefusedUnreachable, c.noUDP, "UDP is wanted (Config.Path), and not offered by both sides%s", because(c.noUDP))
+	noUDP := c.noUDP
+	if both&featureUDP != 0 {
+		if noUDP = c.probeUDP(ctx, mine, theirs); noUDP == nil {
+			c.takeUDP(mine, theirs, memory)
+			return nil
 		}
+	}
+	switch {
+	case both&featureTCP != 0 && !onlyUDP && ctx.Err() == nil:
+		c.takeTCP(mine, theirs, memory, noUDP)
+		return nil
+	case both&featureUDP == 0:
 		return memory
+	case memory != nil:
+		return refuse(RefusedUnreachable, noUDP, "%v; and no shared memory: %v", noUDP, memory)
 	}
-	if err := c.probeUDP(ctx, mine, theirs); err != nil {
-		if memory != nil {
-			return refuse(RefusedUnreachable, err, "%v; and no shared memory: %v", err, memory)
-		}
-		return refuse(RefusedUnreachable, err, "%v", err)
-	}
-	mine.Features |= featureViaUDP
-	c.takeUDP(mine, theirs, memory)
-	return nil
+	return refuse(RefusedUnreachable, noUDP, "%v", noUDP)
 }
 
 // probeUDP has the device find out whether packets pass between both sides, and of which path MTU: the hello says so. A rung that
@@ -106,8 +126,14 @@ func (c *Conn) udpPeer(theirs *hello) *ib.AHAttr {
 	return &ib.AHAttr{DGID: theirs.UDP.GID, SGIDIndex: c.udpSGID, UDPPort: theirs.UDP.Port, Port: 1}
 }
 
-// lostReason says why a peer that was reached over UDP does not answer any more, if that is the network.
+// lostReason says why a peer that was reached over a network does not answer any more, if that is the network.
 func (c *Conn) lostReason() string {
+	if c.viaTCP {
+		if err := c.q.StreamErr(); err != nil {
+			return err.Error()
+		}
+		return ""
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), lostTime)
 	defer cancel()
 	switch m, err := c.p.vctx.ProbePath(ctx, c.udpTo, c.udpQPN, c.udpMTU); {
@@ -125,7 +151,23 @@ const lostTime = 500 * time.Millisecond
 
 // followPath does as the listener has decided.
 func (c *Conn) followPath(ctx context.Context, mine, theirs *hello) error {
+	if theirs.Features&featureViaTCP != 0 {
+		if mine.Features&featureTCP == 0 {
+			return refuse(RefusedUnreachable, nil, "the listener wants TCP, and this side does not offer it")
+		}
+		if theirs.Features&featureStream == 0 {
+			return refuse(RefusedProtocol, nil, "the listener chooses TCP, and has no token for it")
+		}
+		var udp error
+		if theirs.StreamWhy != "" {
+			udp = errors.New(theirs.StreamWhy)
+		}
+		c.takeTCP(mine, theirs, nil, udp)
+		return nil
+	}
 	switch via := theirs.Features&featureViaUDP != 0; {
+	case mine.Features&featureViaTCP != 0:
+		return refuse(RefusedUnreachable, nil, "TCP is wanted (Config.Path), and the listener does not offer it")
 	case via && mine.Features&featureUDP == 0:
 		return refuse(RefusedUnreachable, c.noUDP, "the listener wants UDP, and this side does not offer it%s", because(c.noUDP))
 	case via:
@@ -171,16 +213,44 @@ func (c *Conn) meet(ctx context.Context, mine, theirs *hello) error {
 // takeUDP has the connection go over UDP. memory is why not through memory, if that was tried.
 func (c *Conn) takeUDP(mine, theirs *hello, memory error) {
 	c.viaUDP = true
+	mine.Features |= featureViaUDP
 	c.udpTo, c.udpQPN, c.udpMTU = c.udpPeer(theirs), theirs.QPN, min(mine.UDP.MTU, theirs.UDP.MTU)
 	c.setPath("udp", mine, theirs)
 	if c.narrow != "" {
 		c.path.Reasons = append(c.path.Reasons, c.narrow)
 	}
+	c.noMemory(mine, theirs, memory, PathUDP, "UDP", theirs.Features&featureViaUDP != 0)
+}
+
+// takeTCP has the queue pairs be connected by a TCP connection of their own. memory and udp are why not in better ways, if these were
+// tried.
+func (c *Conn) takeTCP(mine, theirs *hello, memory, udp error) {
+	c.viaTCP = true
+	mine.Features |= featureViaTCP
+	wanted := theirs.Features&featureViaTCP != 0
+	c.setPath("tcp", mine, theirs)
+	c.noMemory(mine, theirs, memory, PathTCP, "TCP", wanted)
+	switch {
+	case udp != nil:
+		mine.StreamWhy = udp.Error()
+		c.path.Reasons = append(c.path.Reasons, "no UDP: "+udp.Error())
+	case c.cfg.Path == PathTCP:
+		c.path.Reasons = append(c.path.Reasons, "no UDP: Config.Path is tcp")
+	case wanted:
+		c.path.Reasons = append(c.path.Reasons, "no UDP: the peer wants TCP")
+	default:
+		mine.StreamWhy = "it is not offered by both sides"
+		c.path.Reasons = append(c.path.Reasons, "no UDP: "+mine.StreamWhy)
+	}
+}
+
+// noMemory says why the path is not memory: this side wants another, or the peer does, or memory is the reason, or their hosts.
+func (c *Conn) noMemory(mine, theirs *hello, memory error, want Path, name string, wanted bool) {
 	switch why := hostReasons(mine, theirs); {
-	case c.cfg.Path == PathUDP:
-		c.path.Reasons = append(c.path.Reasons, "no shared memory: Config.Path is udp")
-	case theirs.Features&featureViaUDP != 0 && memory == nil && why == "":
-		c.path.Reasons = append(c.path.Reasons, "no shared memory: the peer wants UDP")
+	case c.cfg.Path == want:
+		c.path.Reasons = append(c.path.Reasons, "no shared memory: Config.Path is "+string(want))
+	case wanted && memory == nil && why == "":
+		c.path.Reasons = append(c.path.Reasons, "no shared memory: the peer wants "+name)
 	case mine.HostID != theirs.HostID: // setPath has said so
 	case why != "":
 		c.path.Reasons = append(c.path.Reasons, "no shared memory: "+why)

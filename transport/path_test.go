@@ -34,6 +34,12 @@ func TestPathChoice(t *testing.T) {
 		{"", transport.PathUDP, "udp", [2]string{"the peer wants UDP", "Config.Path is udp"}, ""},
 		{transport.PathMemory, transport.PathUDP, "", [2]string{}, "UDP is wanted (Config.Path), and not offered by both sides"},
 		{transport.PathUDP, transport.PathMemory, "", [2]string{}, "UDP is wanted (Config.Path), and not offered by both sides"},
+		{transport.PathTCP, transport.PathTCP, "tcp", [2]string{"no UDP: Config.Path is tcp", "no shared memory: Config.Path is tcp"}, ""},
+		{transport.PathTCP, "", "tcp", [2]string{"no shared memory: Config.Path is tcp", "no UDP: the peer wants TCP"}, ""},
+		{"", transport.PathTCP, "tcp", [2]string{"no shared memory: the peer wants TCP", "no UDP: Config.Path is tcp"}, ""},
+		{transport.PathMemory, transport.PathTCP, "", [2]string{}, "TCP is wanted (Config.Path), and not offered by both sides"},
+		{transport.PathTCP, transport.PathMemory, "", [2]string{}, "TCP is wanted (Config.Path), and not offered by both sides"},
+		{transport.PathTCP, transport.PathUDP, "", [2]string{}, "TCP is wanted (Config.Path), and not offered by both sides"},
 	} {
 		t.Run("dial "+string(tc.dialler)+" listen "+string(tc.listener), func(t *testing.T) {
 			l := listen(t, &transport.Config{Device: transporttest.Device, Path: tc.listener})

@@ -301,8 +301,8 @@ func TestProcesses(t *testing.T) {
 		t.Run(mode.String(), func(t *testing.T) {
 			child, c, r := dialChild(t, "echo", mode)
 			want := "shm"
-			if os.Getenv("RINGSIDE_PATH") == string(transport.PathUDP) {
-				want = "udp"
+			if path := os.Getenv("RINGSIDE_PATH"); path == string(transport.PathUDP) || path == string(transport.PathTCP) {
+				want = path
 			}
 			if p := c.Path(); p.Provider == "soft" && p.Rung != want && runtime.GOOS == "linux" || !p.SameHost {
 				t.Errorf("path %v", p)

@@ -456,7 +456,7 @@ func (c *Conn) failLater(err *CloseError) {
 	time.AfterFunc(peerGrace, func() {
 		if cause := c.cause.Load(); cause != nil {
 			err = cause
-		} else if c.viaUDP && !c.ended.Load() {
+		} else if (c.viaUDP || c.viaTCP) && !c.ended.Load() {
 			if why := c.lostReason(); why != "" {
 				err.Reason += ": " + why
 			}
