@@ -210,8 +210,8 @@ func newPerfTest(op perf.Op, kind perf.Kind) *cobra.Command {
 	fl.IntVar(&f.spec.Warmup, "warmup", 0, fmt.Sprintf("operations before that (default %d, at most --iters; fewer of large messages)", def.Warmup))
 	f.poll = choiceValue{v: def.Poll.String(), all: []string{"busy", "adaptive", "event"}}
 	fl.Var(&f.poll, "poll", "how both sides wait: busy, adaptive or event")
-	f.path = choiceValue{v: def.Path.String(), all: []string{"auto", "memory", "udp"}}
-	fl.Var(&f.path, "path", "how software NICs meet: auto (memory on one host, else udp), memory or udp")
+	f.path = choiceValue{v: def.Path.String(), all: []string{"auto", "memory", "udp", "tcp"}}
+	fl.Var(&f.path, "path", "how software NICs meet: auto (memory on one host, else udp), memory, udp or tcp")
 	fl.DurationVar(&f.spec.Spin, "spin", def.Spin, "how long --poll adaptive polls before it sleeps")
 	if op == perf.OpRPC {
 		if kind != perf.Lat {

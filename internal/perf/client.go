@@ -239,7 +239,17 @@ func (r *runner) measure(ctx context.Context, spec *Spec, step, steps int) (*Res
 	if err != nil {
 		return nil, "", err
 	}
-	if err := s.connect(ctx, &up.endpoint); err != nil {
+	var streams []*net.TCPConn
+	if spec.Path == PathTCP {
+		var addr string
+		if addr, err = joinHost(r.control.conn, up.endpoint.service); err == nil {
+			streams, err = dialStreams(ctx, addr, &local)
+		}
+	}
+	if err == nil {
+		err = s.connect(ctx, &up.endpoint, streams)
+	}
+	if err != nil {
 		// Perhaps because the server failed meanwhile, and has said why.
 		err = r.cause(err)
 		r.control.sendError(fmt.Errorf("the client cannot connect: %w", err))

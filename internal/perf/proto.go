@@ -83,7 +83,7 @@ type setup struct {
 	endpoint endpoint // the client's
 }
 
-// endpoint is where one side's queue pairs are. For rpc, only service is set, by the server.
+// endpoint is where one side's queue pairs are. For rpc, only service is set, by the server, and for queue pairs over TCP as well.
 type endpoint struct {
 	gid     ib.GID
 	lid     ib.LID
@@ -91,7 +91,7 @@ type endpoint struct {
 	udpPort uint16
 	qps     []qpAddr // one for each of the spec's QPs
 	buffer  [24]byte // mr.RemoteKey of the whole region
-	service string   // rpc: where the server listens, "host:port"
+	service string   // where the server listens for this test, "host:port"
 }
 
 type qpAddr struct {
@@ -99,7 +99,7 @@ type qpAddr struct {
 	psn ib.PSN
 }
 
-// ready says that the server's queue pairs are connected and its receives are posted.
+// ready says that the server's queue pairs are connected and its receives are posted; over TCP, that it waits for the connections.
 type ready struct{ endpoint endpoint }
 
 // mark separates warm-up and measurement; marked answers it.

@@ -18,7 +18,7 @@ const echoMethod rpc.Method = 1
 // transportConfig is what both sides of an rpc test connect with.
 func transportConfig(spec *Spec) *transport.Config {
 	return &transport.Config{
-		Path:       map[Path]transport.Path{PathMemory: transport.PathMemory, PathUDP: transport.PathUDP}[spec.Path],
+		Path:       map[Path]transport.Path{PathMemory: transport.PathMemory, PathUDP: transport.PathUDP, PathTCP: transport.PathTCP}[spec.Path],
 		PollMode:   map[PollMode]transport.PollMode{PollBusy: transport.Busy, PollAdaptive: transport.Adaptive, PollEvent: transport.Event}[spec.Poll],
 		MaxMessage: max(16<<20, min(spec.Size+4096, MaxSize)), // the frame's header needs room too
 		SendDepth:  max(128, spec.InFlight+16),                // what is in flight must not wait for slots
@@ -88,17 +88,13 @@ func (r *runner) measureRPC(ctx context.Context, spec *Spec, step, steps int) (*
 		return nil, "", err
 	}
 	// The server's own idea of its address may not be how it is reached from here; its port is.
-	host, _, err := net.SplitHostPort(r.control.conn.RemoteAddr().String())
+	addr, err := joinHost(r.control.conn, up.endpoint.service)
 	if err != nil {
 		return nil, "", err
 	}
-	_, port, err := net.SplitHostPort(up.endpoint.service)
-	if err != nil {
-		return nil, "", fmt.Errorf("the server listens for calls at %q: %w", up.endpoint.service, err)
-	}
 	cfg := transportConfig(spec)
 	cfg.Context = r.vctx
-	cl, err := rpc.Dial(ctx, net.JoinHostPort(host, port), cfg, &rpc.ClientConfig{MaxInFlight: max(1024, spec.InFlight)})
+	cl, err := rpc.Dial(ctx, addr, cfg, &rpc.ClientConfig{MaxInFlight: max(1024, spec.InFlight)})
 	if err != nil {
 		return nil, "", r.cause(err)
 	}

@@ -103,6 +103,10 @@ func TestRun(t *testing.T) {
 		{"atomic rate", Spec{Op: OpAtomic, Kind: Rate, QPs: 2}, nil},
 		{"compare and swap", Spec{Op: OpAtomic, Kind: BW, Atomic: CompareSwap}, nil},
 		{"system clock", Spec{Op: OpRead, Kind: Lat}, []int{8}},
+		{"send lat by TCP", Spec{Op: OpSend, Kind: Lat, Path: PathTCP, Inline: InlineAuto}, []int{1, 5000}},
+		{"read rate by TCP, 3 QPs", Spec{Op: OpRead, Kind: Rate, Path: PathTCP, QPs: 3}, []int{64}},
+		{"send bw by TCP", Spec{Op: OpSend, Kind: BW, Path: PathTCP, QPs: 2}, []int{65536}},
+		{"rpc lat by TCP", Spec{Op: OpRPC, Kind: Lat, Path: PathTCP}, []int{8}},
 		{"rpc lat", Spec{Op: OpRPC, Kind: Lat}, []int{8, 20000}},
 		{"rpc lat adaptive", Spec{Op: OpRPC, Kind: Lat, Poll: PollAdaptive}, []int{8}},
 		{"rpc lat by events", Spec{Op: OpRPC, Kind: Lat, Poll: PollEvent}, []int{8}},
@@ -128,6 +132,9 @@ func TestRun(t *testing.T) {
 				t.Fatal(err)
 			}
 			checkReport(t, rep, cfg)
+			if cfg.Spec.Path == PathTCP && rep.Path != "tcp" {
+				t.Errorf("path %q", rep.Path)
+			}
 		})
 	}
 }
@@ -428,7 +435,7 @@ func sidePair(t testing.TB, spec Spec) (client, server *side) {
 		}
 	}
 	for i := range sides {
-		if err := sides[i].connect(t.Context(), &ends[1-i]); err != nil {
+		if err := sides[i].connect(t.Context(), &ends[1-i], nil); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -221,11 +221,33 @@ func (s *Server) test(ctx context.Context, c *control, t *setup) error {
 	if err != nil {
 		return err
 	}
-	if err := side.connect(ctx, &t.endpoint); err != nil {
+	v := &verbsService{side: side, done: make(chan struct{})}
+	if t.spec.Path == PathTCP {
+		l, err := listenNear(c.conn)
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		local.service = l.Addr().String()
+		v.cancel = cancel
+		v.connect = func() error {
+			streams, err := acceptStreams(ctx, l, &t.endpoint)
+			if err != nil {
+				return err
+			}
+			return side.connect(ctx, &t.endpoint, streams)
+		}
+	} else if err := side.connect(ctx, &t.endpoint, nil); err != nil {
 		return err
 	}
-	s.log("  %v %v, %d bytes, %s", t.spec.Op, t.spec.Kind, t.spec.Size, side.path())
-	return s.attend(ctx, c, local, &verbsService{side: side, done: make(chan struct{})})
+	path := side.path()
+	if v.connect != nil {
+		path = PathTCP.String()
+	}
+	s.log("  %v %v, %d bytes, %s", t.spec.Op, t.spec.Kind, t.spec.Size, path)
+	return s.attend(ctx, c, local, v)
 }
 
 // attend says that the server is ready, runs the loop, and answers the client until it stops the test.
@@ -284,13 +306,20 @@ func (s *Server) attend(ctx context.Context, c *control, local endpoint, v servi
 
 // verbsService runs the loops of a side.
 type verbsService struct {
-	side *side
-	done chan struct{} // closed when a passive side may end
-	once sync.Once
+	side    *side
+	connect func() error       // what comes before the loop; nil: nothing
+	cancel  context.CancelFunc // ends that; nil if it is nil
+	done    chan struct{}      // closed when a passive side may end
+	once    sync.Once
 }
 
 func (v *verbsService) run() error {
 	s := v.side
+	if v.connect != nil {
+		if err := v.connect(); err != nil {
+			return err
+		}
+	}
 	switch {
 	case s.spec.Op == OpSend && s.spec.Kind == Lat:
 		return s.pongSend()
@@ -311,6 +340,9 @@ func (v *verbsService) finish(messages uint64) {
 }
 
 func (v *verbsService) halt() {
+	if v.cancel != nil {
+		v.cancel()
+	}
 	v.side.halt()
 	v.once.Do(func() { close(v.done) })
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"sync/atomic"
 	"time"
@@ -293,8 +294,10 @@ func (s *side) endpoint() (endpoint, error) {
 	return e, nil
 }
 
-// connect connects every queue pair to the peer's, posts the receives and prepares the work requests.
-func (s *side) connect(ctx context.Context, peer *endpoint) error {
+// connect connects every queue pair to the peer's, posts the receives and prepares the work requests. streams are the queue pairs' TCP
+// connections, which it takes over; nil: they have none.
+func (s *side) connect(ctx context.Context, peer *endpoint, streams []*net.TCPConn) error {
+	defer func() { closeAll(streams) }() // those that are not taken over
 	if len(peer.qps) != len(s.lanes) {
 		return fmt.Errorf("the peer offers %d queue pairs for a test with %d", len(peer.qps), len(s.lanes))
 	}
@@ -305,6 +308,12 @@ func (s *side) connect(ctx context.Context, peer *endpoint) error {
 		return fmt.Errorf("the peer's region has %d bytes: the test needs %d", s.remote.Len, s.spec.regionSize())
 	}
 	for i := range s.lanes {
+		if streams != nil {
+			if err := s.lanes[i].q.UseStream(streams[i]); err != nil {
+				return err
+			}
+			streams[i] = nil
+		}
 		err := s.lanes[i].q.Connect(ctx, qp.ConnectParams{
 			Remote:    qp.Endpoint{GID: peer.gid, LID: peer.lid, QPN: peer.qps[i].qpn, PSN: peer.qps[i].psn, UDPPort: peer.udpPort},
 			LocalPSN:  s.psns[i],

@@ -58,9 +58,10 @@ const (
 	PathAuto   Path = 1 // through memory on one host (going by the hosts' names), else by UDP
 	PathMemory Path = 2 // through memory
 	PathUDP    Path = 3 // by RoCEv2 over UDP, between the addresses that client and server talk to each other from
+	PathTCP    Path = 4 // by TCP connections between these
 )
 
-var pathNames = map[Path]string{PathAuto: "auto", PathMemory: "memory", PathUDP: "udp"}
+var pathNames = map[Path]string{PathAuto: "auto", PathMemory: "memory", PathUDP: "udp", PathTCP: "tcp"}
 
 func (p Path) String() string { return nameOf(pathNames, p) }
 
