@@ -47,6 +47,12 @@ type Context struct {
 	objects  map[uint64]any // guarded by cookieMu
 }
 
+// A notified is a completion queue that hears of each of its events that is taken from a channel. Its device counts them.
+type notified interface {
+	// Notified is called by the goroutine that waits; it must not block.
+	Notified()
+}
+
 // An eventTarget is an object of a provider that hears of its own asynchronous events first.
 type eventTarget interface {
 	// Event is called on the context's own goroutine; it must not block.
@@ -453,6 +459,9 @@ func (ch *CompChannel) fired(b []byte) driver.CQ {
 		return nil
 	}
 	cq, _ := ch.c.tracked(binary.NativeEndian.Uint64(b)).(driver.CQ)
+	if n, ok := cq.(notified); ok {
+		n.Notified()
+	}
 	return cq
 }
 

@@ -206,8 +206,8 @@ type QP struct {
 	state  atomic.Uint32 // as last heard; errors change it without a word
 }
 
-// Init makes the queue pair; cq and srq are handles, srq -1 for none.
-func (q *QP) Init(p *PD, cfg *driver.QPConfig, cookie uint64, sendCQ, recvCQ uint32, srq int, uhwOut []byte) error {
+// Init makes the queue pair; cq and srq are handles, srq -1 for none. uhwIn and uhwOut are what the provider's driver takes and gives.
+func (q *QP) Init(p *PD, cfg *driver.QPConfig, cookie uint64, sendCQ, recvCQ uint32, srq int, uhwIn, uhwOut []byte) error {
 	cmd := abi.CreateQP{
 		UserHandle: cookie, PDHandle: p.Handle, SendCQHandle: sendCQ, RecvCQHandle: recvCQ,
 		MaxSendWR: uint32(cfg.Cap.MaxSendWR), MaxRecvWR: uint32(cfg.Cap.MaxRecvWR), MaxSendSGE: uint32(cfg.Cap.MaxSendSGE),
@@ -219,7 +219,7 @@ func (q *QP) Init(p *PD, cfg *driver.QPConfig, cookie uint64, sendCQ, recvCQ uin
 	if srq >= 0 {
 		cmd.IsSRQ, cmd.SRQHandle = 1, uint32(srq)
 	}
-	info, err := p.C.CreateQP(&cmd, nil, uhwOut)
+	info, err := p.C.CreateQP(&cmd, uhwIn, uhwOut)
 	if err != nil {
 		return err
 	}

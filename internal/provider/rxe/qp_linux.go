@@ -55,7 +55,7 @@ func (p *pd) CreateQP(cfg driver.QPConfig) (driver.QP, error) {
 		srqHandle = int(s.handle)
 	}
 	var resp abi.RxeCreateQPResp
-	if err := q.Init(&p.PD, &cfg, q.cookie, scq.handle, rcq.handle, srqHandle, uverbs.Bytes(&resp)); err != nil {
+	if err := q.Init(&p.PD, &cfg, q.cookie, scq.handle, rcq.handle, srqHandle, nil, uverbs.Bytes(&resp)); err != nil {
 		p.c.Forget(q.cookie)
 		return nil, err
 	}

@@ -88,7 +88,7 @@ func (p *pd) CreateQP(cfg driver.QPConfig) (driver.QP, error) {
 	defer p.c.qpMu.Unlock()
 	q.cookie = p.c.Track(q)
 	var resp abi.SiwUrespCreateQP
-	if err := q.Init(&p.PD, &cfg, q.cookie, scq.handle, rcq.handle, srqHandle, uverbs.Bytes(&resp)); err != nil {
+	if err := q.Init(&p.PD, &cfg, q.cookie, scq.handle, rcq.handle, srqHandle, nil, uverbs.Bytes(&resp)); err != nil {
 		p.c.Forget(q.cookie)
 		return nil, err
 	}
