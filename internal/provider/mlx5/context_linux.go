@@ -1,0 +1,101 @@
+//go:build amd64 || arm64
+
+package mlx5
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/ringside-rdma/ringside/internal/abi"
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/uverbs"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// ErrDevice is a device, or its kernel driver, that has said what cannot be.
+var ErrDevice = errors.New("the device cannot be trusted any more: close it, and look for errors of its driver in the kernel's log")
+
+type mlx5Context struct {
+	*uverbs.Context
+	info    *deviceInfo
+	uars    uars
+	records records
+
+	qps table[qp]            // by user index, or by number: see deviceInfo.byIndex
+	ahs table[addressVector] // by ib.AHNum
+
+	mu      sync.RWMutex
+	windows map[uint32]*mw      // guarded by mu; by the number that their keys have in common
+	regions map[ib.LKey]*region // guarded by mu
+	links   []ib.LinkLayer      // of the ports, by number less 1
+}
+
+// newContext takes over a context that the kernel has made. It closes it if it fails.
+func newContext(u *uverbs.Context, resp *abi.Mlx5AllocUcontextResp) (*mlx5Context, error) {
+	c := &mlx5Context{Context: u, windows: map[uint32]*mw{}, regions: map[ib.LKey]*region{}}
+	err := c.open(resp)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", u.Device(), err), c.Close())
+	}
+	return c, nil
+}
+
+func (c *mlx5Context) open(resp *abi.Mlx5AllocUcontextResp) (err error) {
+	if c.info, err = learn(resp); err != nil {
+		return err
+	}
+	for port := range c.info.ports {
+		p, err := c.QueryPort(port + 1)
+		if err != nil {
+			return err
+		}
+		c.links = append(c.links, p.LinkLayer)
+	}
+	c.uars.c, c.uars.info = c.Context, c.info
+	return c.uars.open()
+}
+
+// Close implements driver.Context.
+func (c *mlx5Context) Close() error {
+	return errors.Join(c.uars.close(), c.Context.Close(), c.records.close())
+}
+
+// QueryDevice implements driver.Context.
+func (c *mlx5Context) QueryDevice() (ib.DeviceAttr, error) {
+	a, err := c.Context.QueryDevice()
+	if err != nil {
+		return a, err
+	}
+	a.Caps |= ib.CapUC | ib.CapUD | ib.CapResizeCQ
+	if c.info.maxSRQSlots == 0 {
+		a.Caps &^= ib.CapSRQ
+	}
+	a.MaxInline = c.maxInline()
+	a.MaxSGE = min(a.MaxSGE, c.maxSGE())
+	a.MaxSGERead = min(a.MaxSGERead, a.MaxSGE)
+	return a, nil
+}
+
+// link is the link layer of a port, or unspecified.
+func (c *mlx5Context) link(port uint8) ib.LinkLayer {
+	if port == 0 || int(port) > len(c.links) {
+		return ib.LinkUnspecified
+	}
+	return c.links[port-1]
+}
+
+type pd struct {
+	uverbs.PD
+	c *mlx5Context
+}
+
+// AllocPD implements driver.Context.
+func (c *mlx5Context) AllocPD() (driver.PD, error) {
+	var resp abi.Mlx5AllocPDResp // the device's number of it, which only what is left out would need
+	p, err := c.Context.AllocPD(uverbs.Bytes(&resp))
+	if err != nil {
+		return nil, err
+	}
+	return &pd{p, c}, nil
+}

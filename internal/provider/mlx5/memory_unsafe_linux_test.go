@@ -1,0 +1,16 @@
+//go:build amd64 || arm64
+
+package mlx5
+
+import "unsafe"
+
+// memoryAt is n bytes at an address that a command has told the device.
+func memoryAt(addr uint64, n int) []byte {
+	p := *(*unsafe.Pointer)(unsafe.Pointer(&addr)) // Safe: mapped memory of the provider's, as it says; the device would believe it, too
+	return unsafe.Slice((*byte)(p), n)             // Safe: likewise
+}
+
+// bytesAt is memory that a test's element or completion lies in.
+func bytesAt(p unsafe.Pointer, n int) []byte {
+	return unsafe.Slice((*byte)(p), n) // Safe: the caller's queue is that long
+}

@@ -1,0 +1,220 @@
+//go:build amd64 || arm64
+
+package mlx5
+
+import (
+	"fmt"
+	"sync/atomic"
+
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/ring"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+var errSGELen = fmt.Errorf("%w: an SGE has less than 2 GiB", driver.ErrInvalidWR)
+
+// PostSend implements driver.QP.
+func (q *qp) PostSend(wrs []ib.SendWR) (n int, err error) {
+	if err := q.c.Removed(); err != nil {
+		return 0, err
+	}
+	q.sendMu.Lock()
+	n, err = q.postSendLocked(wrs)
+	q.sendMu.Unlock()
+	return n, err
+}
+
+func (q *qp) postSendLocked(wrs []ib.SendWR) (n int, err error) {
+	if q.closed {
+		return 0, driver.ErrClosed
+	}
+	if s := q.State(); s < ib.RTS { // with the lock held: whoever resets the queue pair has said so before it takes it
+		return 0, driver.StateErr(s)
+	}
+	sq := &q.sq
+	room := int(sq.limit - (sq.head - atomic.LoadUint32(&q.polled)))
+	var last, length uint32 // the newest request's first block, and how many units it has
+	for n < len(wrs) {
+		if n == room {
+			err = driver.ErrQueueFull
+			break
+		}
+		wr := &wrs[n]
+		k, bad := q.write(wr)
+		if bad != nil {
+			err = bad
+			break
+		}
+		last, length = sq.cur, k
+		s := &sq.sent[last&sq.mask]
+		s.id, s.head, s.block, s.op = wr.ID, sq.head, uint16(last), wr.Opcode
+		sq.head++
+		sq.cur += (k + 3) / 4
+		n++
+	}
+	if n == 0 {
+		return 0, err
+	}
+	ring.StoreRel32(&q.posted, sq.head)
+	if n == 1 {
+		q.reg.ringOne(sq, sq.block(last), length)
+	} else {
+		q.reg.ringLast(sq, sq.block(last))
+	}
+	return n, err
+}
+
+// write writes a request to the next blocks, and returns how many units it takes. Called with sendMu held; if it fails, nothing
+// has happened.
+func (q *qp) write(wr *ib.SendWR) (n uint32, err error) {
+	o := &q.ops[wr.Opcode&15]
+	if o.shape == noShape || wr.Opcode > 15 {
+		return 0, q.noOperation(wr.Opcode)
+	}
+	if len(wr.SGEs) > q.maxSGE {
+		return 0, driver.ErrTooManySGEs
+	}
+	if len(wr.Inline) > 0 && (len(wr.SGEs) > 0 || len(wr.Inline) > q.inline || !o.inline) {
+		return 0, driver.ErrNoInline
+	}
+	sq := &q.sq
+	p := sq.block(sq.cur)
+	seg := forward(p, ctrlBytes)
+	n = ctrlBytes / unitBytes
+	fence := q.fence
+	next := uint32(0)
+	imm := uint32(0)
+	switch o.shape {
+	case remoteShape:
+		putRemote(seg, wr.RemoteAddr, wr.RKey)
+		seg = forward(seg, raddrBytes)
+		n += raddrBytes / unitBytes
+	case atomicShape:
+		if len(wr.SGEs) != 1 || wr.SGEs[0].Length != 8 {
+			return 0, driver.ErrAtomicLen
+		}
+		putRemote(seg, wr.RemoteAddr, wr.RKey)
+		putOperands(forward(seg, raddrBytes), wr)
+		seg = forward(seg, 2*raddrBytes)
+		n += 2 * raddrBytes / unitBytes
+	case datagramShape:
+		av := q.c.ahs.get(uint32(wr.AH))
+		if av == nil {
+			return 0, driver.ErrNoAH
+		}
+		putAV(seg, av, wr.RemoteQPN, wr.RemoteQKey)
+		if seg = forward(seg, avBytes); seg == sq.end {
+			seg = sq.base
+		}
+		n += avBytes / unitBytes
+	case bindShape, invalShape:
+		c := cursor{seg, n}
+		if imm, err = q.writeKey(wr, o, &c); err != nil {
+			return 0, err
+		}
+		n = c.units
+		next = ctrlSmallFence // whatever comes next may use the key
+	}
+	if o.shape >= bindShape {
+		// no data
+	} else if len(wr.Inline) > 0 {
+		n += sq.putInline(seg, wr.Inline)
+	} else {
+		for i := range wr.SGEs {
+			s := &wr.SGEs[i]
+			if s.Length-1 >= maxSGELen { // to the device, a length of 0 is 2 GiB
+				if s.Length == 0 {
+					continue
+				}
+				return 0, errSGELen
+			}
+			if seg == sq.end {
+				seg = sq.base
+			}
+			putSGE(seg, s)
+			seg = forward(seg, dataBytes)
+			n += dataBytes / unitBytes
+		}
+	}
+	switch o.imm {
+	case immData:
+		imm = wr.Imm
+	case immKey:
+		imm = uint32(wr.InvalidateRKey)
+	}
+	flags := ctrlFlags[wr.Flags&7] | q.sigFlags
+	if wr.Flags&ib.SendFence == 0 {
+		flags |= fence
+	}
+	q.fence = next
+	sq.putControl(p, o.code, q.number, n, flags, imm)
+	return n, nil
+}
+
+// writeKey writes a request that binds or frees a memory window. It returns the last field of its control segment.
+func (q *qp) writeKey(wr *ib.SendWR, o *operation, c *cursor) (imm uint32, err error) {
+	if o.shape == invalShape {
+		q.sq.putInvalidate(c)
+		return 0, nil
+	}
+	if wr.Bind == nil {
+		return 0, driver.ErrNoBind
+	}
+	key, err := q.bind(wr.Bind)
+	if err != nil {
+		return 0, err
+	}
+	q.sq.putBind(c, wr.Bind, q.number)
+	return uint32(key), nil
+}
+
+// noOperation says why there is no such operation.
+func (q *qp) noOperation(o ib.Opcode) error {
+	if q.Type() == ib.RC && (o == ib.OpFlush || o == ib.OpAtomicWrite) {
+		return driver.ErrNoPlacement
+	}
+	return driver.ErrOpcode
+}
+
+// PostRecv implements driver.QP.
+func (q *qp) PostRecv(wrs []ib.RecvWR) (n int, err error) {
+	if q.srq != nil {
+		return 0, driver.ErrHasSRQ
+	}
+	if err := q.c.Removed(); err != nil {
+		return 0, err
+	}
+	q.recvMu.Lock()
+	n, err = q.postRecvLocked(wrs)
+	q.recvMu.Unlock()
+	return n, err
+}
+
+func (q *qp) postRecvLocked(wrs []ib.RecvWR) (n int, err error) {
+	if q.recvClosed {
+		return 0, driver.ErrClosed
+	}
+	if s := q.State(); s == ib.Reset {
+		return 0, driver.StateErr(s)
+	}
+	rq := &q.rq
+	room := int(rq.limit - (rq.head - atomic.LoadUint32(&q.recvPolled)))
+	for n < len(wrs) {
+		if n == room {
+			err = driver.ErrQueueFull
+			break
+		}
+		wr := &wrs[n]
+		if err = putRecv(rq.slot(rq.head), wr.SGEs, q.maxRecvSGE); err != nil {
+			break
+		}
+		rq.ids[rq.head&rq.mask] = wr.ID
+		rq.head++
+		n++
+	}
+	if n > 0 {
+		ring.StoreRel32(&q.recvPosted, rq.head)
+		publish(rq.record, be32(rq.head&0xffff))
+	}
+	return n, err
+}
