@@ -165,7 +165,7 @@ func sameBytes(t *testing.T, what string, got, want []byte) {
 	t.Helper()
 	for i := range want {
 		if got[i] != want[i] {
-			t.Errorf("%s: byte %d is %#x, want %#x\n got %x\nwant %x", what, i, got[i], want[i], got, want)
+			t.Errorf("%s: byte %d is %#x, want %#x\n got %x\nwant %x", what, i, got[i], want[i], got[:len(want)], want)
 			return
 		}
 	}

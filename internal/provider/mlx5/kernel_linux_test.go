@@ -89,6 +89,7 @@ type fakeKernel struct {
 	resized  func(old, fresh *fakeCQ)
 	tweak    func(cmd uint32, out, uhw []byte) // changes an answer
 	pageID   uint32                            // of the first UAR
+	dead     bool                              // everything that is destroyed has gone already
 }
 
 const uarPageBytes = 4096
@@ -282,6 +283,9 @@ func (k *fakeKernel) destroy(h uint32, kind string) syscall.Errno {
 		return unix.EINVAL
 	}
 	delete(k.live, h)
+	if k.dead {
+		return unix.EIO
+	}
 	return 0
 }
 
@@ -574,6 +578,13 @@ func (q *fakeQP) complete() (wqes [][]byte) {
 // register is the half of the send register of a page that turn names.
 func (k *fakeKernel) register(page uint32, reg, half int) []byte {
 	return k.pages[page][0x800+512*reg+256*half:][:256]
+}
+
+func write(t *testing.T, fd int, b []byte) {
+	t.Helper()
+	if _, err := unix.Write(fd, b); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func mustBe(t *testing.T, what string, err, want error) {

@@ -14,3 +14,8 @@ func memoryAt(addr uint64, n int) []byte {
 func bytesAt(p unsafe.Pointer, n int) []byte {
 	return unsafe.Slice((*byte)(p), n) // Safe: the caller's queue is that long
 }
+
+// words is the number of 32 bits at off.
+func words(mem []byte, off int) *uint32 {
+	return (*uint32)(unsafe.Pointer(&mem[off])) // Safe: aligned, and within mem
+}

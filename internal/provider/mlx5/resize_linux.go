@@ -28,7 +28,7 @@ func (q *cq) Resize(entries int) error {
 	switch {
 	case same:
 		return nil
-	case queued >= n-1:
+	case queued > n-1:
 		return q.c.cqError("resize_cq", fmt.Errorf("%d completions are queued: poll them first, or ask for more than %d entries", queued, entries))
 	}
 	fresh, err := newRing(n)

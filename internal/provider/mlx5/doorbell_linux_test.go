@@ -1,0 +1,136 @@
+//go:build amd64 || arm64
+
+package mlx5
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// disassemble returns the instructions of the package's functions, by name without the package, as they are in a program for an
+// architecture. Names end in .abi0 for those in assembly: there are Go functions of the same names around them.
+func disassemble(t *testing.T, arch string) map[string][]string {
+	t.Helper()
+	goTool, err := exec.LookPath("go")
+	if err != nil {
+		t.Skip("no go command")
+	}
+	program := filepath.Join(t.TempDir(), "mlx5.test")
+	run := func(args ...string) []byte {
+		cmd := exec.Command(goTool, args...)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch, "GOFLAGS=-pgo=off")
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("go %s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+		return out
+	}
+	run("test", "-c", "-o", program, ".")
+	const pkg = "internal/provider/mlx5."
+	funcs := map[string][]string{}
+	name := ""
+	for line := range strings.Lines(string(run("tool", "objdump", "-s", regexp.QuoteMeta(pkg), program))) {
+		if strings.HasPrefix(line, "TEXT ") {
+			_, name, _ = strings.Cut(strings.Fields(line)[1], pkg)
+			name = strings.TrimSuffix(name, "(SB)")
+		} else if f := strings.Fields(line); len(f) > 3 && name != "" { // place, address, bytes, instruction
+			funcs[name] = append(funcs[name], strings.Join(f[3:], " "))
+		}
+	}
+	if len(funcs) < 50 {
+		t.Fatalf("%d functions found", len(funcs))
+	}
+	return funcs
+}
+
+// The stores to registers and doorbell records are plain ones, with the fences that their order needs, and what posts and polls
+// makes them by no other way.
+func TestDoorbellInstructions(t *testing.T) {
+	for arch, want := range map[string]map[string]string{
+		"amd64": {
+			"doorbell.abi0":   `MOVL CX, 0\(AX\).*SFENCE.*MOVQ BX, 0\(DX\).*SFENCE.*RET`,
+			"blueFlame.abi0":  `MOVL CX, 0\(AX\).*SFENCE(.*MOVQ R1\d, (0x\w+|0)\(DX\)){8}.*JNE.*SFENCE.*RET`,
+			"publish.abi0":    `MOVL CX, 0\(AX\).*RET`,
+			"consumed.abi0":   `MOVL CX, 0\(AX\).*RET`,
+			"fromDevice.abi0": `LFENCE.*RET`,
+		},
+		"arm64": {
+			"doorbell.abi0":   `DMB \$2.*MOVW R1, \(R0\).*DSB \$14.*MOVD R3, \(R2\).*DSB \$14.*RET`,
+			"blueFlame.abi0":  `DMB \$2.*MOVW R1, \(R0\).*DSB \$14.*VST1.P .*\(R2\).*BNE.*DSB \$14.*RET`,
+			"publish.abi0":    `DMB \$2.*MOVW R1, \(R0\).*RET`,
+			"consumed.abi0":   `DMB \$3.*MOVW R1, \(R0\).*RET`,
+			"fromDevice.abi0": `DMB \$1.*RET`,
+		},
+	} {
+		t.Run(arch, func(t *testing.T) {
+			funcs := disassemble(t, arch)
+			// A locked instruction, or one that orders more than it should and is slow on device memory.
+			locked := regexp.MustCompile(`\b(LOCK|XCHG\w*|CMPXCHG\w*|XADD\w*|MFENCE|STLR\w*|LDAXR\w*|STLXR\w*|SWPAL\w*|CAS\w*|LDADD\w*)\b`)
+			for name, pattern := range want {
+				text := strings.Join(funcs[name], "; ")
+				if !regexp.MustCompile(pattern).MatchString(text) {
+					t.Errorf("%s is %q, want %s", name, text, pattern)
+				}
+				if l := locked.FindString(text); l != "" {
+					t.Errorf("%s has %s: %q", name, l, text)
+				}
+			}
+			// Would it be found? This function has one.
+			if text := strings.Join(funcs["(*cq).Notified"], "; "); !locked.MatchString(text) {
+				t.Errorf("an atomic exchange is not seen: %q", text)
+			}
+			for caller, callees := range map[string][]string{
+				"(*sendReg).ringOne":   {"doorbell", "blueFlame"},
+				"(*sendReg).ringLast":  {"doorbell"},
+				"(*qp).postSendLocked": {"(*sendReg).ringOne", "(*sendReg).ringLast"},
+				"(*qp).postRecvLocked": {"publish"},
+				"(*srq).PostRecv":      {"publish"},
+				"(*cq).pollLocked":     {"consumed", "fromDevice"},
+				"(*cq).Arm":            {"doorbell"},
+				"(*record).clear":      {"publish"},
+			} {
+				text := strings.Join(funcs[caller], "; ")
+				for _, callee := range callees {
+					if !strings.Contains(text, "mlx5."+callee) {
+						t.Errorf("%s does not call %s: %q", caller, callee, text)
+					}
+				}
+			}
+		})
+	}
+}
+
+// What the functions store, on the machine that runs the tests: an element that goes round the end of its queue as well.
+func TestDoorbellStores(t *testing.T) {
+	mem, err := mapPages(4096)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unmapPages(mem)
+	for i := range mem[:512] {
+		mem[i] = byte(i * 7)
+	}
+	rec := &record{word: [2]*uint32{words(mem, 1024), words(mem, 1028)}}
+	reg := word64(mem, 2048)
+	doorbell(rec.word[1], 0x01020304, reg, 0x1122334455667788)
+	if le.Uint32(mem[1028:]) != 0x01020304 || le.Uint64(mem[2048:]) != 0x1122334455667788 || le.Uint32(mem[1024:]) != 0 || le.Uint64(mem[2056:]) != 0 {
+		t.Errorf("doorbell: %x %x", mem[1024:1032], mem[2048:2064])
+	}
+	blueFlame(rec.word[0], 7, reg, bytesOf(at(mem, 384, 64)), bytesOf(at(mem, 0, 1)), bytesOf(at(mem, 512, 1)), 4)
+	if le.Uint32(mem[1024:]) != 7 || string(mem[2048:][:128]) != string(mem[384:512]) || string(mem[2176:][:128]) != string(mem[:128]) {
+		t.Errorf("blueFlame: %x", mem[2048:][:256])
+	}
+	if mem[2048+256] != 0 {
+		t.Error("blueFlame: more than was asked for")
+	}
+	publish(rec.word[0], 8)
+	consumed(rec.word[1], 9)
+	fromDevice()
+	if le.Uint32(mem[1024:]) != 8 || le.Uint32(mem[1028:]) != 9 {
+		t.Errorf("records: %x", mem[1024:1032])
+	}
+}
