@@ -31,6 +31,8 @@ type cq struct {
 	r     ringOfCQEs    // guarded by mu; no memory once closed, and while away
 	next  uint32        // guarded by mu: completions taken, ever
 	last  *qp           // guarded by mu: whose completion was the last one
+	any   bool          // guarded by mu: it was armed for any completion, which arming it for solicited ones does not take back,
+	anyAt uint32        // guarded by mu: after so many events
 	away  bool          // guarded by mu: a command changes the ring, and there is nothing to poll meanwhile
 	count uint32        // guarded by mu: of the ring, also while away
 
@@ -184,8 +186,12 @@ func (q *cq) Arm(solicitedOnly bool) error {
 	if q.r.mem == nil {
 		return driver.ErrClosed
 	}
-	v := q.events.Load()&3<<28 | q.next&number24
-	if solicitedOnly {
+	events := q.events.Load()
+	v := events&3<<28 | q.next&number24
+	switch {
+	case !solicitedOnly:
+		q.any, q.anyAt = true, events
+	case !q.any || q.anyAt != events:
 		v |= 1 << 24
 	}
 	doorbell(q.rec.word[armWord], be32(v), q.c.uars.arm, be64(uint64(v)<<32|uint64(q.number)))

@@ -394,14 +394,16 @@ func TestArm(t *testing.T) {
 		}
 	}
 	for events := range uint32(6) {
-		if err := b.cq.Arm(false); err != nil {
-			t.Fatal(err)
-		}
-		check(events&3<<28 | events)
 		if err := b.cq.Arm(true); err != nil {
 			t.Fatal(err)
 		}
 		check(events&3<<28 | 1<<24 | events)
+		for _, solicitedOnly := range []bool{false, true} { // the latter takes nothing back (IBA 11.4.2.2)
+			if err := b.cq.Arm(solicitedOnly); err != nil {
+				t.Fatal(err)
+			}
+			check(events&3<<28 | events)
+		}
 		b.post(ib.SendWR{Opcode: ib.OpSend, Flags: ib.SendSignaled})
 		b.kq.complete()
 		b.poll(1)
