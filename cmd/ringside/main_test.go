@@ -208,9 +208,9 @@ func TestDevices(t *testing.T) {
 	if status != 0 || stderr != "" {
 		t.Fatalf("status %d, %s", status, stderr)
 	}
-	wants := []string{"software NIC", "ACTIVE", "GID 0", "max_qp_wr", "not hardware"}
+	wants := []string{"software NIC", "ACTIVE", "GID 0", "max_qp_wr", "not provider mlx5 (hardware)"}
 	if all, _ := verbs.Devices(); len(all) == 1 {
-		wants = append(wants, "soft0  (chosen)", "programs that name no device get soft0", "not provider rxe", "not provider siw")
+		wants = append(wants, "soft0  (chosen)", "programs that name no device get soft0", "not provider mlx5", "not provider rxe", "not provider siw")
 	}
 	for _, want := range wants {
 		if !strings.Contains(text, want) {
@@ -252,7 +252,7 @@ func TestKernelDevices(t *testing.T) {
 		t.Fatalf("status %d, %s", status, stderr)
 	}
 	for _, want := range []string{"rxe0  (chosen)", "rxe1", "siw0", "siw1", "soft0", "kernel software", "veth0", "/dev/infiniband/uverbs", "10.77.0.1",
-		"programs that name no device get rxe0", "not hardware"} {
+		"programs that name no device get rxe0", "not provider mlx5 (hardware)"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("%q is missing from:\n%s", want, text)
 		}

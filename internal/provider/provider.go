@@ -3,6 +3,7 @@ package provider
 
 import (
 	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/provider/mlx5"
 	"github.com/ringside-rdma/ringside/internal/provider/rxe"
 	"github.com/ringside-rdma/ringside/internal/provider/siw"
 	"github.com/ringside-rdma/ringside/internal/provider/soft"
@@ -16,6 +17,6 @@ type Entry struct {
 
 // Table returns the providers, best tier first.
 func Table() []Entry {
-	return []Entry{{driver.TierKernelSoft, rxe.Provider()}, {driver.TierKernelSoft, siw.Provider()},
+	return []Entry{{driver.TierHardware, mlx5.Provider()}, {driver.TierKernelSoft, rxe.Provider()}, {driver.TierKernelSoft, siw.Provider()},
 		{driver.TierSoft, soft.Provider()}}
 }

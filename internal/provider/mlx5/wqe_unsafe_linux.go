@@ -123,11 +123,12 @@ func putEnd(p unsafe.Pointer) {
 // it was.
 func (q *sendQueue) putInline(p unsafe.Pointer, data []byte) (n uint32) {
 	put(p, 0, be32(inlineSegment|uint32(len(data))))
-	// Safe: a request of the queue pair's MaxInline fits its blocks; what does not fit before the end goes to the beginning.
-	at := unsafe.Add(p, 4)
+	at := forward(p, 4)
 	room := int(uintptr(q.end) - uintptr(at))
+	// Safe: up to the end of the queue, and of a request of the queue pair's MaxInline, which fits its blocks.
 	to := unsafe.Slice((*byte)(at), min(len(data), room))
 	if k := copy(to, data); k < len(data) {
+		// Safe: likewise; the rest of such a request is at the beginning.
 		copy(unsafe.Slice((*byte)(q.base), len(data)-k), data[k:])
 	}
 	return uint32(4+len(data)+unitBytes-1) / unitBytes
@@ -228,12 +229,11 @@ func putRecv(p unsafe.Pointer, sges []ib.SGE, most int) error {
 			}
 			return errSGELen
 		}
-		// Safe: most elements fit the slot.
-		putSGE(unsafe.Add(p, n), s)
+		putSGE(forward(p, n), s)
 		n += dataBytes
 	}
 	if n < uintptr(most)*dataBytes {
-		putEnd(unsafe.Add(p, n))
+		putEnd(forward(p, n))
 	}
 	return nil
 }
