@@ -287,26 +287,26 @@ func (q *cq) owner(e cqe) (*qp, error) {
 	return p, nil
 }
 
-// retire tells those who post how far a queue pair's queues are done. Called with q.mu held.
-func (p *qp) retire(q *cq) {
-	if p.scq == q && p.polled != p.tail {
-		ring.StoreRel32(&p.polled, p.tail)
+// retire tells those who post how far the queues that complete on c are done. Called with c.mu held.
+func (q *qp) retire(c *cq) {
+	if q.scq == c && q.polled != q.tail {
+		ring.StoreRel32(&q.polled, q.tail)
 	}
-	if p.rcq == q && p.recvPolled != p.recvTail {
-		ring.StoreRel32(&p.recvPolled, p.recvTail)
+	if q.rcq == c && q.recvPolled != q.recvTail {
+		ring.StoreRel32(&q.recvPolled, q.recvTail)
 	}
 }
 
 // finished finds the request that has ended, and with it all before it. Called with scq.mu held.
-func (p *qp) finished(tail uint32) (*sent, error) {
+func (q *qp) finished(tail uint32) (*sent, error) {
 	counter := cqeCounter(tail)
-	if outstanding := atomic.LoadUint32(&p.posted) - p.tail; outstanding > 0 {
-		if s := &p.sq.sent[uint32(counter)&p.sq.mask]; s.block == counter && s.head-p.tail < outstanding {
-			p.tail = s.head + 1
+	if outstanding := atomic.LoadUint32(&q.posted) - q.tail; outstanding > 0 {
+		if s := &q.sq.sent[uint32(counter)&q.sq.mask]; s.block == counter && s.head-q.tail < outstanding {
+			q.tail = s.head + 1
 			return s, nil
 		}
 	}
-	return nil, fmt.Errorf("it is of the request at block %d of queue pair %#x, and none is outstanding there", counter, p.number)
+	return nil, fmt.Errorf("it is of the request at block %d of queue pair %#x, and none is outstanding there", counter, q.number)
 }
 
 // setWC makes wc that of a success. Field by field: a literal would be made elsewhere and copied.
@@ -464,9 +464,9 @@ func (q *cq) ready() (n uint32) {
 }
 
 // owns reports whether a completion is the queue pair's.
-func (p *qp) owns(e cqe) bool {
-	if p.c.info.byIndex {
-		return cqeIndex(e) == p.index
+func (q *qp) owns(e cqe) bool {
+	if q.c.info.byIndex {
+		return cqeIndex(e) == q.index
 	}
-	return cqeOpcodeAndQPN(e)&number24 == p.number
+	return cqeOpcodeAndQPN(e)&number24 == q.number
 }

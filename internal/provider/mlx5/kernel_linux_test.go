@@ -210,8 +210,8 @@ func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
 	if le.Uint32(cmd[16:]) != 1 {
 		k.t.Errorf("driver %d", le.Uint32(cmd[16:]))
 	}
-	switch le.Uint32(cmd[2:]) { // object and method
-	case 0<<16 | 0: // INVOKE_WRITE
+	switch le.Uint32(cmd[2:]) { // the method above the object
+	case 0x00000000: // INVOKE_WRITE
 		n := uint32(le.Uint64(attrs[2].v))
 		k.commands = append(k.commands, n)
 		if e := k.errs[n]; e != 0 {
@@ -222,19 +222,19 @@ func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
 			k.tweak(n, attrs[1].data, attrs[0x1001].data)
 		}
 		return e
-	case 2<<16 | 0: // QUERY_PORT
+	case 0x00020000: // QUERY_PORT
 		r := attrs[1].data
 		le.PutUint32(r[4:], 1<<30)
 		le.PutUint32(r[16:], 256)
 		le.PutUint16(r[20:], 128)
 		le.PutUint16(r[22:], 7)
 		r[26], r[27], r[28], r[37] = 4, 5, 5, k.link
-	case 3<<16 | 0: // GET_CONTEXT
+	case 0x00030000: // GET_CONTEXT
 		copy(uverbs.Bytes(&k.request), attrs[0x1000].data)
 		le.PutUint32(attrs[0].data, 1)
 		le.PutUint64(attrs[1].data, 1)
 		copy(attrs[0x1001].data, uverbs.Bytes(&k.resp))
-	case 5<<16 | 0: // QUERY_GID_TABLE
+	case 0x00050000: // QUERY_GID_TABLE
 		for i, typ := range []uint32{1, 2} { // RoCE v1 at index 0, v2 at 1
 			g := attrs[2].data[32*i:]
 			g[0], g[15] = 0xfd, 1
@@ -243,9 +243,9 @@ func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
 			le.PutUint32(g[24:], typ)
 		}
 		le.PutUint64(attrs[3].data, 2)
-	case 0<<16 | 16: // ASYNC_EVENT
+	case 0x00000010: // ASYNC_EVENT
 		le.PutUint64(attrs[0].v, uint64(k.async[0]))
-	case 0x1000<<16 | 0x1008: // a UAR
+	case 0x10001008: // a UAR
 		if e := k.errs[0x1008]; e != 0 {
 			return e
 		}
@@ -262,7 +262,7 @@ func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
 		if k.tweak != nil {
 			k.tweak(0x1008, attrs[0x1002].data, attrs[0x1003].data)
 		}
-	case 0x1001<<16 | 0x1008:
+	case 0x10011008:
 		return k.destroy(uint32(le.Uint64(attrs[0x1000].v)), "uar")
 	default:
 		k.t.Errorf("unexpected method %d of object %d", le.Uint16(cmd[4:]), le.Uint16(cmd[2:]))

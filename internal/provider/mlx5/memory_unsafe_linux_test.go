@@ -10,11 +10,6 @@ func memoryAt(addr uint64, n int) []byte {
 	return unsafe.Slice((*byte)(p), n)             // Safe: likewise
 }
 
-// bytesAt is memory that a test's element or completion lies in.
-func bytesAt(p unsafe.Pointer, n int) []byte {
-	return unsafe.Slice((*byte)(p), n) // Safe: the caller's queue is that long
-}
-
 // words is the number of 32 bits at off.
 func words(mem []byte, off int) *uint32 {
 	return (*uint32)(unsafe.Pointer(&mem[off])) // Safe: aligned, and within mem

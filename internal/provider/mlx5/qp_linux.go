@@ -169,7 +169,7 @@ func (q *qp) open(p *pd, cfg *driver.QPConfig, z size) (err error) {
 		cmd.Flags, cmd.BFRegIndex = abi.MLX5_QP_FLAG_UAR_PAGE_INDEX, q.reg.page
 	}
 	if c.info.byIndex {
-		if q.index, err = c.qps.add(q); err != nil {
+		if q.index, err = c.qps.add(&unfinished); err != nil {
 			return err
 		}
 		cmd.Uidx = q.index
@@ -190,6 +190,7 @@ func (q *qp) open(p *pd, cfg *driver.QPConfig, z size) (err error) {
 	q.lay(z)
 	q.QPInfo.Cap = ib.QPCap{MaxSendWR: int(z.requests), MaxRecvWR: int(z.slots), MaxSendSGE: cfg.Cap.MaxSendSGE, MaxRecvSGE: q.maxRecvSGE, MaxInline: z.inline}
 	q.maxSGE, q.inline = cfg.Cap.MaxSendSGE, z.inline
+	c.qps.set(q.index, q) // for those who poll, and not before all of it is there
 	return nil
 }
 
@@ -209,10 +210,12 @@ func (q *qp) finish(resp *abi.Mlx5CreateQPResp) (err error) {
 			return fmt.Errorf("%w: the number %#x is another queue pair's", ErrDevice, q.number)
 		}
 		q.index = q.number
-		c.qps.set(q.index, q)
 	}
 	return nil
 }
+
+// unfinished stands in the table for a queue pair that is being made: no completion can be of it.
+var unfinished qp
 
 // lay divides the memory: receives, then sends.
 func (q *qp) lay(z size) {
