@@ -155,7 +155,7 @@ func (u *uars) release(p *uar) (err error) {
 	return err
 }
 
-// openFixed maps the registers that the kernel has set aside for the context (Linux before 5.8). It chooses one of them for each
+// openFixed maps the registers that the kernel has set aside for the context, if it has no objects for them. It chooses one of them for each
 // queue pair.
 func (u *uars) openFixed() error {
 	pages := u.info.fixedRegs / (u.info.uarsPerPage * usablePerUAR)
