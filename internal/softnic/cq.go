@@ -32,6 +32,7 @@ type CQ struct {
 	// single is the only member, if whether it has news can be seen without the lock; else nil. Replaced under mu.
 	single atomic.Pointer[QP]
 	closed bool
+	marks  bool // see MarkSolicited
 
 	err atomic.Pointer[error]
 
@@ -69,6 +70,13 @@ func (n *NIC) CreateCQ(cfg driver.CQConfig) (driver.CQ, error) {
 	}
 	return c, nil
 }
+
+// WCSolicited is a flag of receives whose sender asked for a solicited event. The verbs do not have it: it is only set on CQs that
+// were told to.
+const WCSolicited ib.WCFlags = 1 << 7
+
+// MarkSolicited has c set WCSolicited, for those who raise its events themselves. To be called before c is used.
+func (c *CQ) MarkSolicited() { c.marks = true }
 
 // Entries implements driver.CQ.
 func (c *CQ) Entries() int {

@@ -430,6 +430,9 @@ func (q *QP) recvWC(wc *ib.WC, in *inbound, n uint32, b uint64, id uint64, total
 	}
 	q.got.Messages++
 	q.got.Bytes += uint64(n)
+	if q.rcq.marks && flags&cqeSolicited != 0 {
+		wc.Flags |= WCSolicited
+	}
 	if flags&cqeRDMA != 0 {
 		wc.Opcode = ib.WCRecvRDMAWithImm
 		if flags&cqeImm == 0 {

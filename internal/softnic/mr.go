@@ -176,18 +176,23 @@ type MR struct {
 
 // RegisterMR implements driver.PD.
 func (pd *PD) RegisterMR(cfg driver.MRConfig) (driver.MR, error) {
+	at := addrOf(cfg.Mem)
+	if cfg.Access&ib.AccessZeroBased != 0 {
+		at = 0
+	}
+	return pd.RegisterMRAt(cfg, at)
+}
+
+// RegisterMRAt is RegisterMR of memory that SGEs and peers know by addresses from at on.
+func (pd *PD) RegisterMRAt(cfg driver.MRConfig, at uint64) (driver.MR, error) {
 	if err := cfg.Access.Check(); err != nil {
 		return nil, err
 	}
 	if a := cfg.Access & (ib.AccessFlushGlobal | ib.AccessFlushPersistent); a != 0 {
 		return nil, fmt.Errorf("%v: the software NIC has no FLUSH: %w", a, errors.ErrUnsupported)
 	}
-	r := &region{nic: pd.nic, pd: pd, mem: cfg.Mem, memAt: addrOf(cfg.Mem), length: uint64(len(cfg.Mem)),
+	r := &region{nic: pd.nic, pd: pd, mem: cfg.Mem, memAt: at, base: at, length: uint64(len(cfg.Mem)),
 		access: cfg.Access, fd: cfg.FD, fdOff: cfg.FDOffset}
-	if cfg.Access&ib.AccessZeroBased != 0 {
-		r.memAt = 0
-	}
-	r.base = r.memAt
 	if err := pd.addChild(); err != nil {
 		return nil, err
 	}

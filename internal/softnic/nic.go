@@ -96,6 +96,20 @@ func Open() (*NIC, error) {
 	n := newNIC()
 	rand.Read(n.gid[:])
 	n.identify()
+	return n.open()
+}
+
+// OpenNumbered makes a NIC with predictable numbers, for tests that compare what was written with what it was: the first queue pair
+// is number first, and keys of regions and windows are key's, of which windows set bit 8.
+func OpenNumbered(first ib.QPN, key func() uint32) (*NIC, error) {
+	n := newNIC()
+	rand.Read(n.gid[:])
+	n.identify()
+	n.nextQPN, n.regions.random = first, key
+	return n.open()
+}
+
+func (n *NIC) open() (*NIC, error) {
 	if err := n.openShared(); err != nil {
 		n.sharedE = err
 		n.regions.init(heapBytes(maxMRs*4), -1)

@@ -1,0 +1,99 @@
+package mlx5emu
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/softnic"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// Config describes a device. The zero value is a device as a current kernel shows it.
+type Config struct {
+	// Name is the device's, by default "mlx5_0".
+	Name string
+	// StaticUARs makes it the device of a kernel that has no UAR objects: UAR pages are made with the context, and mapped by
+	// their number.
+	StaticUARs bool
+	// Numbered gives QPs, keys and CQEs predictable numbers, the same in each run: QPNs from 0x100 on, keys 0x1842, 0x1942 and so
+	// on, and time that counts completions. Peers should then be of this device.
+	Numbered bool
+	// Manual leaves the data path to whoever calls Step. By default a goroutine does.
+	Manual bool
+	// Trace, if it is not nil, gets a line of text for each doorbell, WQE and CQE. Its Write is called with locks held.
+	Trace io.Writer
+}
+
+// A Device is an emulated ConnectX. It is safe for concurrent use.
+type Device struct {
+	cfg   Config
+	nic   *softnic.NIC
+	attr  ib.DeviceAttr
+	guid  ib.GUID
+	began time.Time
+
+	// mu guards all that follows, and what is in contexts and objects unless it says otherwise. It may be held while the
+	// software NIC is called, but not where that waits for a peer: the change of a QP's state, and the end of an object.
+	mu       sync.Mutex
+	closed   bool
+	order    []*Context // in the order they were opened
+	clock    uint64     // of a numbered device: counts CQEs
+	nextPDN  uint32
+	nextCQN  uint32
+	nextSRQN uint32
+	numbers  *keySource     // of a numbered device
+	keys     map[uint32]*mr // regions, by key
+	windows  map[uint32]*mw // windows, by the upper 24 bits of their key
+	qps      map[uint32]*qp // by number
+	engine   engine
+}
+
+// ErrClosed is the error of a device that was closed.
+var ErrClosed = driver.ErrClosed
+
+// NewDevice makes a device.
+func NewDevice(cfg Config) (*Device, error) {
+	if cfg.Name == "" {
+		cfg.Name = "mlx5_0"
+	}
+	nic, keys, err := openNIC(cfg.Numbered)
+	if err != nil {
+		return nil, fmt.Errorf("mlx5emu: the software NIC behind %s: %w", cfg.Name, err)
+	}
+	attr, err := nic.QueryDevice()
+	if err != nil {
+		return nil, errors.Join(err, nic.Close())
+	}
+	d := &Device{cfg: cfg, nic: nic, attr: attr, guid: attr.NodeGUID, began: time.Now(), numbers: keys,
+		keys: map[uint32]*mr{}, windows: map[uint32]*mw{}, qps: map[uint32]*qp{}}
+	if cfg.Numbered {
+		d.guid = numberedGUID
+	}
+	d.start()
+	return d, nil
+}
+
+// Name is the device's name.
+func (d *Device) Name() string { return d.cfg.Name }
+
+// Close ends the device, with all contexts that are still open. It may be called again.
+func (d *Device) Close() error {
+	d.mu.Lock()
+	if d.closed {
+		d.mu.Unlock()
+		return nil
+	}
+	d.closed = true
+	open := slices.Clone(d.order)
+	d.mu.Unlock()
+	d.stop()
+	for _, c := range open {
+		c.Close()
+	}
+	return d.nic.Close()
+}

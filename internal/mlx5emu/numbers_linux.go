@@ -1,0 +1,65 @@
+package mlx5emu
+
+import (
+	"errors"
+	"net"
+
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/softnic"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// retry reports whether a request that was refused may be taken later: the queue is full, or the state not one to send in.
+func retry(err error) bool {
+	return errors.Is(err, driver.ErrQueueFull) || errors.Is(err, driver.ErrState)
+}
+
+// wcSolicited is the flag by which the software NIC's CQs mark what the sender wanted an event for.
+const wcSolicited = softnic.WCSolicited
+
+// Numbered devices.
+const (
+	firstQPN  ib.QPN = 0x100
+	keyFirst         = 0x18
+	keyBottom        = 0x42 // the byte of a key that its owner chooses
+)
+
+// openNIC opens the software NIC behind a device.
+func openNIC(numbered bool) (*softnic.NIC, *keySource, error) {
+	if !numbered {
+		nic, err := softnic.Open()
+		return nic, nil, err
+	}
+	keys := &keySource{next: keyFirst}
+	nic, err := softnic.OpenNumbered(firstQPN, keys.take)
+	return nic, keys, err
+}
+
+// A keySource counts keys.
+type keySource struct{ next uint32 }
+
+func (k *keySource) take() uint32 {
+	v := k.next<<8 | keyBottom
+	k.next++
+	return v
+}
+
+// allocMW makes a memory window.
+func (d *Device) allocMW(p *softnic.PD) (driver.MW, error) {
+	if d.numbers != nil && d.numbers.next&1 == 0 {
+		d.numbers.next++ // the software NIC makes keys of windows odd, and would take the next region's
+	}
+	return p.AllocMW()
+}
+
+// ifIndex is the number of a net device, or 0.
+func ifIndex(name string) uint32 {
+	if name == "" {
+		return 0
+	}
+	dev, err := net.InterfaceByName(name)
+	if err != nil {
+		return 0
+	}
+	return uint32(dev.Index)
+}

@@ -1,0 +1,438 @@
+package mlx5emu
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ringside-rdma/ringside/internal/abi"
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/softnic"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// A qp is a queue pair whose queues are in the client's memory.
+type qp struct {
+	counted  // by nobody
+	c        *Context
+	pd       *pd
+	scq, rcq *cq
+	srq      *srq
+	typ      ib.QPType
+	soft     *softnic.QP
+	qpn      uint32
+	user     uint64 // the client's number, in events
+	index    uint32 // uidx
+	cap      abi.QPCap
+	sigAll   bool
+	uar      *uar
+	bfreg    uint32 // static UARs: the register, else noBFReg
+	events   uint32 // asynchronous events
+
+	// The queues: receives first, then sends. Only the client writes to them and to its doorbell record: word 0 is the number of
+	// receives it has posted, word 1 that of basic blocks (16 bits, big endian).
+	buf, db  uint64
+	rqCount  uint32
+	rqShift  uint32
+	sqCount  uint32 // basic blocks
+	sqOffset uint64
+
+	modify sync.Mutex // one change at a time
+
+	// The data path's.
+	frozen      bool   // it is being reset
+	rung        bool   // there was a doorbell
+	life        uint16 // counts resets: completions of an earlier life are dropped
+	sendNext    uint16 // the basic block that is read next
+	recvNext    uint16 // the receive that is read next
+	outstanding int    // requests that the software NIC has
+	recvBad     bool   // the receive queue cannot be read any more
+	hold        *held
+	wrecked     bool // it is to go to ERR, and does not read its queue before
+}
+
+const noBFReg = 1<<32 - 1
+
+// A held is a request that completes without the software NIC, once everything in front of it has.
+type held struct {
+	id sendID
+	st ib.WCStatus
+}
+
+// qpRequest is what makes a queue pair, in whichever form it came.
+type qpRequest struct {
+	user              uint64
+	pd, scq, rcq, srq uint32
+	hasSRQ            bool
+	cap               abi.QPCap
+	typ               ib.QPType
+	sigAll            bool
+	uhw               []byte
+}
+
+// Limits of what the software NIC is asked for. Deeper queues wait in the client's memory.
+const (
+	softSends    = 256
+	softUDRecvs  = 4096
+	softMaxSGE   = 32
+	softInline   = maxWQE
+	maxRQStride  = 9 // log2 of maxRQDesc
+	uidxUnused   = 1<<24 - 1
+	qpFlagsKnown = abi.MLX5_QP_FLAG_SCATTER_CQE | abi.MLX5_QP_FLAG_ALLOW_SCATTER_CQE | abi.MLX5_QP_FLAG_BFREG_INDEX |
+		abi.MLX5_QP_FLAG_UAR_PAGE_INDEX | abi.MLX5_QP_FLAG_PACKET_BASED_CREDIT_MODE
+)
+
+// createQP makes a queue pair.
+func (c *Context) createQP(q *qpRequest) (*qp, uint32, syscall.Errno) {
+	u := structOf[abi.Mlx5CreateQP](q.uhw)
+	switch {
+	case q.typ != ib.RC && q.typ != ib.UC && q.typ != ib.UD:
+		return nil, 0, unix.EOPNOTSUPP
+	case len(q.uhw) < 36 || u.Flags&^qpFlagsKnown != 0:
+		return nil, 0, unix.EINVAL
+	case u.SQWQECount&(u.SQWQECount-1) != 0 || u.SQWQECount > maxSendWQEBB || u.RQWQECount&(u.RQWQECount-1) != 0 || u.RQWQECount > maxRecvWR:
+		return nil, 0, unix.EINVAL
+	case q.cap.MaxSendWR > 0 && u.SQWQECount == 0 || q.cap.MaxSendSGE > softMaxSGE || q.cap.MaxRecvSGE > softMaxSGE || q.cap.MaxInlineData > maxWQE:
+		return nil, 0, unix.EINVAL
+	case q.hasSRQ && (u.RQWQECount != 0 || q.typ == ib.UC), !q.hasSRQ && u.RQWQECount > 0 && (u.RQWQEShift < 4 || u.RQWQEShift > maxRQStride):
+		return nil, 0, unix.EINVAL
+	case u.BufAddr%pageSize != 0 || u.DBAddr%8 != 0:
+		return nil, 0, unix.EINVAL
+	case c.cqeVersion == 1 && u.Uidx >= uidxUnused, c.cqeVersion == 0 && u.Uidx != uidxUnused:
+		return nil, 0, unix.EINVAL
+	}
+	n := &qp{c: c, typ: q.typ, user: q.user, index: u.Uidx, cap: q.cap, sigAll: q.sigAll, buf: u.BufAddr, db: u.DBAddr,
+		rqCount: u.RQWQECount, rqShift: u.RQWQEShift, sqCount: u.SQWQECount, bfreg: noBFReg}
+	n.sqOffset = uint64(n.rqCount) << n.rqShift
+	if !c.present(n.buf, n.sqOffset+uint64(n.sqCount)*bbSize) || !c.present(n.db, 8) {
+		return nil, 0, unix.EFAULT
+	}
+	c.dev.mu.Lock()
+	defer c.dev.mu.Unlock()
+	var ok [4]bool
+	n.pd, ok[0] = get[*pd](c, uint64(q.pd))
+	n.scq, ok[1] = get[*cq](c, uint64(q.scq))
+	n.rcq, ok[2] = get[*cq](c, uint64(q.rcq))
+	ok[3] = true
+	if q.hasSRQ {
+		n.srq, ok[3] = get[*srq](c, uint64(q.srq))
+	}
+	if ok != [4]bool{true, true, true, true} {
+		return nil, 0, unix.EINVAL
+	}
+	if errno := n.takeDoorbells(&u); errno != 0 {
+		return nil, 0, errno
+	}
+	if errno := n.makeSoft(); errno != 0 {
+		c.putDoorbells(n)
+		return nil, 0, errno
+	}
+	n.pd.n++
+	n.scq.n++
+	n.rcq.n++
+	if n.srq != nil {
+		n.srq.n++
+	}
+	c.qps = append(c.qps, n)
+	c.dev.qps[n.qpn] = n
+	return n, c.add(n), 0
+}
+
+// makeSoft makes the software NIC's part.
+func (n *qp) makeSoft() syscall.Errno {
+	recvs := min(int(n.rqCount), softUDRecvs)
+	if n.typ != ib.UD {
+		recvs = int(n.rqCount)
+	}
+	cfg := driver.QPConfig{Type: n.typ, SendCQ: n.scq.soft, RecvCQ: n.rcq.soft, SignalAll: true, Cap: ib.QPCap{
+		MaxSendWR: min(max(int(n.sqCount), 1), softSends), MaxRecvWR: max(recvs, 1), MaxSendSGE: softMaxSGE,
+		MaxRecvSGE: max(1<<n.rqShift/segSize, 1), MaxInline: softInline,
+	}}
+	if n.srq != nil {
+		cfg.SRQ = n.srq.soft
+	}
+	soft, err := n.pd.soft.CreateQP(cfg)
+	if err != nil {
+		return unix.ENOMEM
+	}
+	n.soft = soft.(*softnic.QP)
+	n.qpn = uint32(n.soft.QPN())
+	return 0
+}
+
+// takeDoorbells finds the UAR page, or static register, that the client will ring for this queue pair.
+func (n *qp) takeDoorbells(u *abi.Mlx5CreateQP) syscall.Errno {
+	c := n.c
+	switch {
+	case u.Flags&abi.MLX5_QP_FLAG_UAR_PAGE_INDEX != 0:
+		if n.uar = c.uars[u.BFRegIndex]; n.uar == nil {
+			return unix.EINVAL
+		}
+	case c.dynamic:
+		return unix.EINVAL // it has no registers of its own
+	case u.Flags&abi.MLX5_QP_FLAG_BFREG_INDEX != 0:
+		if u.BFRegIndex >= c.bfregs {
+			return unix.EINVAL
+		}
+		n.bfreg = u.BFRegIndex
+	default:
+		n.bfreg = 0 // is shared by those for whom there is none left
+		for i := 1; i < len(c.inUse); i++ {
+			if c.inUse[i] == 0 {
+				n.bfreg = uint32(i)
+				break
+			}
+		}
+	}
+	if n.bfreg != noBFReg {
+		n.uar = c.uars[n.bfreg/bfregsPerUAR]
+		c.inUse[n.bfreg]++
+	}
+	n.uar.n++
+	return 0
+}
+
+// putDoorbells gives them back. Called with dev.mu held.
+func (c *Context) putDoorbells(n *qp) {
+	n.uar.n--
+	if n.bfreg != noBFReg {
+		c.inUse[n.bfreg]--
+	}
+}
+
+// bfregIndex is the register as the client computes its address from it.
+func (n *qp) bfregIndex() uint32 {
+	if n.bfreg == noBFReg {
+		return 0
+	}
+	return n.bfreg/bfregsPerUAR*bfregStride + n.bfreg%bfregsPerUAR
+}
+
+func (n *qp) uhwResponse() []byte { return bytesOf(&abi.Mlx5CreateQPResp{BFRegIndex: n.bfregIndex()}) }
+
+func qpCreate(r *call) syscall.Errno {
+	const known = abi.IB_UVERBS_QP_CREATE_SQ_SIG_ALL
+	flags := r.num(abi.UVERBS_ATTR_CREATE_QP_FLAGS)
+	if flags&^known != 0 || r.attr(abi.UVERBS_ATTR_CREATE_QP_SOURCE_QPN) != nil {
+		return unix.EOPNOTSUPP
+	}
+	for _, id := range []uint16{abi.UVERBS_ATTR_CREATE_QP_PD_HANDLE, abi.UVERBS_ATTR_CREATE_QP_SEND_CQ_HANDLE, abi.UVERBS_ATTR_CREATE_QP_RECV_CQ_HANDLE} {
+		if r.attr(id) == nil {
+			return unix.EINVAL
+		}
+	}
+	q := &qpRequest{user: r.num(abi.UVERBS_ATTR_CREATE_QP_USER_HANDLE), pd: uint32(r.num(abi.UVERBS_ATTR_CREATE_QP_PD_HANDLE)),
+		scq: uint32(r.num(abi.UVERBS_ATTR_CREATE_QP_SEND_CQ_HANDLE)), rcq: uint32(r.num(abi.UVERBS_ATTR_CREATE_QP_RECV_CQ_HANDLE)),
+		srq: uint32(r.num(abi.UVERBS_ATTR_CREATE_QP_SRQ_HANDLE)), hasSRQ: r.attr(abi.UVERBS_ATTR_CREATE_QP_SRQ_HANDLE) != nil,
+		cap: structOf[abi.QPCap](r.in(abi.UVERBS_ATTR_CREATE_QP_CAP)), typ: ib.QPType(r.num(abi.UVERBS_ATTR_CREATE_QP_TYPE)),
+		sigAll: flags&abi.IB_UVERBS_QP_CREATE_SQ_SIG_ALL != 0, uhw: r.in(abi.UVERBS_ATTR_UHW_IN)}
+	n, h, errno := r.c.createQP(q)
+	if errno != 0 {
+		return errno
+	}
+	r.newNumber(abi.UVERBS_ATTR_CREATE_QP_HANDLE, uint64(h))
+	return firstOf(r.out(abi.UVERBS_ATTR_CREATE_QP_RESP_CAP, bytesOf(&n.cap)), r.out32(abi.UVERBS_ATTR_CREATE_QP_RESP_QP_NUM, n.qpn),
+		r.out(abi.UVERBS_ATTR_UHW_OUT, n.uhwResponse()))
+}
+
+func (w *writeCmd) createQP(q *abi.ExCreateQP) (abi.CreateQPResp, []byte, syscall.Errno) {
+	n, h, errno := w.c.createQP(&qpRequest{user: q.UserHandle, pd: q.PDHandle, scq: q.SendCQHandle, rcq: q.RecvCQHandle, srq: q.SRQHandle,
+		hasSRQ: q.IsSRQ != 0, typ: ib.QPType(q.QPType), sigAll: q.SQSigAll != 0, uhw: w.uhw, cap: abi.QPCap{MaxSendWR: q.MaxSendWR,
+			MaxRecvWR: q.MaxRecvWR, MaxSendSGE: q.MaxSendSGE, MaxRecvSGE: q.MaxRecvSGE, MaxInlineData: q.MaxInlineData}})
+	if errno != 0 {
+		return abi.CreateQPResp{}, nil, errno
+	}
+	return abi.CreateQPResp{QPHandle: h, QPN: n.qpn, MaxSendWR: n.cap.MaxSendWR, MaxRecvWR: n.cap.MaxRecvWR, MaxSendSGE: n.cap.MaxSendSGE,
+		MaxRecvSGE: n.cap.MaxRecvSGE, MaxInlineData: n.cap.MaxInlineData}, n.uhwResponse(), 0
+}
+
+func writeCreateQP(w *writeCmd) (response, syscall.Errno) {
+	q := structOf[abi.ExCreateQP](w.core[8:56]) // the same, but for the address of the response in front
+	r, uhw, errno := w.createQP(&q)
+	if errno != 0 {
+		return response{}, errno
+	}
+	return response{bytesOf(&r), uhw}, 0
+}
+
+func writeCreateQPEx(w *writeCmd) (response, syscall.Errno) {
+	q := structOf[abi.ExCreateQP](w.core)
+	if q.CompMask != 0 || q.CreateFlags != 0 || q.SourceQPN != 0 {
+		return response{}, unix.EOPNOTSUPP
+	}
+	r, uhw, errno := w.createQP(&q)
+	if errno != 0 {
+		return response{}, errno
+	}
+	return response{bytesOf(&abi.ExCreateQPResp{Base: r, ResponseLength: 40}), uhw}, 0
+}
+
+func writeModifyQP(w *writeCmd) (response, syscall.Errno) {
+	q := structOf[abi.ModifyQP](w.core)
+	const standard = 1<<21 - 1
+	if q.AttrMask&^standard != 0 {
+		return response{}, unix.EOPNOTSUPP
+	}
+	return response{}, w.c.modifyQP(&q)
+}
+
+func writeModifyQPEx(w *writeCmd) (response, syscall.Errno) {
+	q := structOf[abi.ExModifyQP](w.core)
+	const standard, rateLimit = 1<<21 - 1, 1 << 25
+	if q.Base.AttrMask&^(standard|rateLimit) != 0 || q.Reserved != 0 {
+		return response{}, unix.EOPNOTSUPP
+	}
+	if errno := w.c.modifyQP(&q.Base); errno != 0 {
+		return response{}, errno
+	}
+	return response{bytesOf(&abi.ExModifyQPResp{ResponseLength: 8}), bytesOf(&abi.Mlx5ModifyQPResp{ResponseLength: uint32(min(w.uhwRoom, 16))})}, 0
+}
+
+// modifyQP checks a change as the kernel does, and makes it.
+func (c *Context) modifyQP(q *abi.ModifyQP) syscall.Errno {
+	c.dev.mu.Lock()
+	n, ok := get[*qp](c, uint64(q.QPHandle))
+	c.dev.mu.Unlock()
+	if !ok {
+		return unix.EINVAL
+	}
+	n.modify.Lock()
+	defer n.modify.Unlock()
+	now, err := n.soft.Query()
+	if err != nil {
+		return unix.EINVAL
+	}
+	mask := ib.QPAttrMask(q.AttrMask)
+	if errno := checkModify(q, mask, &now); errno != 0 {
+		return errno
+	}
+	to := now.State
+	if mask&ib.AttrState != 0 {
+		to = ib.QPState(q.QPState)
+	}
+	if mask&ib.AttrAV != 0 && mask&ib.AttrState == 0 && mask&ib.AttrPort == 0 {
+		mask |= ib.AttrPort
+		q.PortNum = q.Dest.PortNum
+	}
+	if !mayChange(n.typ, now.State, to, mask) {
+		return unix.EINVAL
+	}
+	a := attrOf(q)
+	mask &^= attrAltPath | attrMigState
+	if to == ib.Reset {
+		return n.reset(&a, mask)
+	}
+	if err := n.soft.Modify(context.Background(), &a, mask); err != nil {
+		return modifyErrno(err)
+	}
+	return 0
+}
+
+// checkModify checks values, as far as the kernel's core does.
+func checkModify(q *abi.ModifyQP, mask ib.QPAttrMask, now *ib.QPAttr) syscall.Errno {
+	switch {
+	case mask&ib.AttrPort != 0 && q.PortNum != 1:
+		return unix.EINVAL
+	case mask&attrAltPath != 0:
+		return unix.EINVAL // RoCE has no alternate paths
+	case mask&ib.AttrCurState != 0 && q.CurQPState > uint8(ib.Err), mask&ib.AttrState != 0 && q.QPState > uint8(ib.Err):
+		return unix.EINVAL
+	case mask&ib.AttrCurState != 0 && ib.QPState(q.CurQPState) != now.State:
+		return unix.EINVAL
+	case mask&ib.AttrMaxRdAtomic != 0 && q.MaxRdAtomic > maxRdAtomic, mask&ib.AttrMaxDestRdAtomic != 0 && q.MaxDestRdAtomic > maxRdAtomic:
+		return unix.EINVAL
+	case mask&ib.AttrAccess != 0 && ib.Access(q.QPAccessFlags)&^mrAccess != 0:
+		return unix.EINVAL
+	}
+	if mask&ib.AttrAV == 0 {
+		return 0
+	}
+	toRTR := mask&ib.AttrState != 0 && ib.QPState(q.QPState) == ib.RTR
+	switch {
+	case q.Dest.PortNum != 1, toRTR && q.Dest.PortNum != now.Port:
+		return unix.EINVAL
+	case mask&ib.AttrPort != 0 && q.PortNum != q.Dest.PortNum:
+		return unix.EINVAL
+	case q.Dest.IsGlobal == 0 || q.Dest.SGIDIndex >= gidSlots:
+		return unix.EINVAL
+	}
+	return 0
+}
+
+func attrOf(q *abi.ModifyQP) ib.QPAttr {
+	d := &q.Dest
+	return ib.QPAttr{
+		State: ib.QPState(q.QPState), CurState: ib.QPState(q.CurQPState), PKeyIndex: q.PKeyIndex, Port: q.PortNum, QKey: ib.QKey(q.QKey),
+		Access: ib.Access(q.QPAccessFlags), PathMTU: ib.MTU(q.PathMTU), DestQPN: ib.QPN(q.DestQPNum), RQPSN: ib.PSN(q.RQPSN) & ib.MaxPSN,
+		SQPSN: ib.PSN(q.SQPSN) & ib.MaxPSN, MaxDestRdAtomic: q.MaxDestRdAtomic, MaxRdAtomic: q.MaxRdAtomic,
+		MinRNRTimer: ib.RNRTimer(q.MinRNRTimer), AckTimeout: ib.AckTimeout(q.Timeout), RetryCount: q.RetryCnt, RNRRetry: q.RNRRetry,
+		SQDNotify: q.EnSqdAsyncNotify != 0,
+		AH: ib.AHAttr{DGID: d.DGID, SGIDIndex: int(d.SGIDIndex), HopLimit: d.HopLimit, TrafficClass: d.TrafficClass, FlowLabel: d.FlowLabel,
+			DLID: ib.LID(d.DLID), SL: d.SL, Port: d.PortNum},
+	}
+}
+
+// modifyErrno is why the software NIC has refused a change, as the kernel would say it.
+func modifyErrno(err error) syscall.Errno {
+	switch {
+	case errors.Is(err, driver.ErrUnreachable), errors.Is(err, context.DeadlineExceeded):
+		return unix.EHOSTUNREACH
+	case errors.Is(err, driver.ErrClosed):
+		return unix.EIO
+	}
+	return unix.EINVAL
+}
+
+// reset takes the queue pair to RESET: nothing that was posted completes any more.
+func (n *qp) reset(a *ib.QPAttr, mask ib.QPAttrMask) syscall.Errno {
+	d := n.c.dev
+	d.mu.Lock()
+	n.frozen = true
+	d.mu.Unlock()
+	err := n.soft.Modify(context.Background(), a, mask)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	n.frozen = false
+	if err != nil {
+		return modifyErrno(err)
+	}
+	n.life++
+	n.sendNext, n.recvNext, n.outstanding = 0, 0, 0
+	n.rung, n.wrecked, n.hold, n.recvBad = false, false, nil, false
+	return 0
+}
+
+func writeQueryQP(w *writeCmd) (response, syscall.Errno) {
+	c, q := w.c, structOf[abi.QueryQP](w.core)
+	c.dev.mu.Lock()
+	defer c.dev.mu.Unlock()
+	n, ok := get[*qp](c, uint64(q.QPHandle))
+	if !ok {
+		return response{}, unix.EINVAL
+	}
+	a, err := n.soft.Query()
+	if err != nil {
+		return response{}, unix.EINVAL
+	}
+	r := abi.QueryQPResp{
+		MaxSendWR: n.cap.MaxSendWR, MaxRecvWR: n.cap.MaxRecvWR, MaxSendSGE: n.cap.MaxSendSGE, MaxRecvSGE: n.cap.MaxRecvSGE,
+		MaxInlineData: n.cap.MaxInlineData, QKey: uint32(a.QKey), RQPSN: uint32(a.RQPSN), SQPSN: uint32(a.SQPSN),
+		DestQPNum: uint32(a.DestQPN), QPAccessFlags: uint32(a.Access), PKeyIndex: a.PKeyIndex, QPState: uint8(a.State),
+		CurQPState: uint8(a.State), PathMTU: uint8(a.PathMTU), MaxRdAtomic: a.MaxRdAtomic, MaxDestRdAtomic: a.MaxDestRdAtomic,
+		MinRNRTimer: uint8(a.MinRNRTimer), PortNum: a.Port, Timeout: uint8(a.AckTimeout), RetryCnt: a.RetryCount, RNRRetry: a.RNRRetry,
+	}
+	if a.State == ib.SQD && n.outstanding > 0 {
+		r.SQDraining = 1
+	}
+	if n.sigAll {
+		r.SQSigAll = 1
+	}
+	if n.typ != ib.UD && a.State >= ib.RTR {
+		r.Dest = abi.QPDest{DGID: a.AH.DGID, FlowLabel: a.AH.FlowLabel, SGIDIndex: uint8(a.AH.SGIDIndex), HopLimit: a.AH.HopLimit,
+			TrafficClass: a.AH.TrafficClass, SL: a.AH.SL, IsGlobal: 1, PortNum: a.AH.Port}
+	}
+	return response{core: bytesOf(&r)}, 0
+}

@@ -1,0 +1,154 @@
+package mlx5emu
+
+import (
+	"fmt"
+	"os"
+	"sync/atomic"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ringside-rdma/ringside/internal/abi"
+)
+
+// Where things lie in a UAR page.
+const (
+	uarArm      = 0x20  // a CQ's doorbell
+	uarSend     = 0x800 // the first of the send registers
+	sendRegs    = 4
+	sendRegStep = bfRegSize / 2 // each is two buffers, which take turns
+	sendBuffers = 4             // what is looked at: both buffers of the two registers that clients may use
+)
+
+// The map of the file behind a context. Static UARs lie where the kernel's mmap commands put them: (command<<8 | page) pages.
+// UAR objects are told their offset, which is the device's to choose.
+const (
+	mmapCommandPages = 256
+	dynamicBase      = 0x900 // pages
+	maxDynamic       = 1024
+	filePages        = dynamicBase + maxDynamic
+)
+
+// pages is the memory that device and client share. Only the client writes to it, except that the device takes doorbells back
+// by writing zero to where it has found them.
+type pages struct {
+	file *os.File
+	mem  []byte
+}
+
+func newPages(name string) (*pages, error) {
+	fd, err := unix.MemfdCreate("uverbs-"+name, unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("mlx5emu: memory for UAR pages: %w", err)
+	}
+	p := &pages{file: os.NewFile(uintptr(fd), "uverbs-"+name)}
+	if err := unix.Ftruncate(fd, filePages*pageSize); err == nil {
+		p.mem, err = unix.Mmap(fd, 0, filePages*pageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+		if err == nil {
+			return p, nil
+		}
+	}
+	p.file.Close()
+	return nil, fmt.Errorf("mlx5emu: map UAR pages: %w", err)
+}
+
+func (p *pages) close() error {
+	if p.mem != nil {
+		unix.Munmap(p.mem)
+		p.mem = nil
+	}
+	return p.file.Close()
+}
+
+// A uar is a page of doorbells. A static one is seen at several places of the file, one for each mmap command.
+type uar struct {
+	counted
+	id    uint32
+	views []int // offsets in the file
+}
+
+func (c *Context) staticUAR(id uint32) *uar {
+	u := &uar{id: id}
+	for _, command := range []int{abi.MLX5_IB_MMAP_REGULAR_PAGE, abi.MLX5_IB_MMAP_WC_PAGE, abi.MLX5_IB_MMAP_NC_PAGE} {
+		u.views = append(u.views, (command*mmapCommandPages+int(id))*pageSize)
+	}
+	return u
+}
+
+// uarAlloc is the method that makes a UAR object.
+func uarAlloc(r *call) syscall.Errno {
+	c := r.c
+	switch r.num(abi.MLX5_IB_ATTR_UAR_OBJ_ALLOC_TYPE) {
+	case abi.MLX5_IB_UAPI_UAR_ALLOC_TYPE_BF, abi.MLX5_IB_UAPI_UAR_ALLOC_TYPE_NC:
+	default:
+		return unix.EOPNOTSUPP
+	}
+	c.dev.mu.Lock()
+	defer c.dev.mu.Unlock()
+	id := uint32(0)
+	for ; c.uars[id] != nil; id++ {
+	}
+	if id >= maxDynamic {
+		return unix.ENOMEM
+	}
+	u := &uar{id: id, views: []int{(dynamicBase + int(id)) * pageSize}}
+	if errno := firstOf(
+		r.out64(abi.MLX5_IB_ATTR_UAR_OBJ_ALLOC_MMAP_OFFSET, uint64(u.views[0])),
+		r.out32(abi.MLX5_IB_ATTR_UAR_OBJ_ALLOC_MMAP_LENGTH, pageSize),
+		r.out32(abi.MLX5_IB_ATTR_UAR_OBJ_ALLOC_PAGE_ID, id),
+	); errno != 0 {
+		return errno
+	}
+	clear(c.pages.mem[u.views[0]:][:pageSize])
+	c.uars[id] = u
+	c.uarIDs = max(c.uarIDs, int(id)+1)
+	r.newNumber(abi.MLX5_IB_ATTR_UAR_OBJ_ALLOC_HANDLE, uint64(c.add(u)))
+	return 0
+}
+
+// dropUAR ends a UAR object. Called with dev.mu held.
+func (c *Context) dropUAR(u *uar) { delete(c.uars, u.id) }
+
+// A doorbell is a write to a send register that the device has found.
+type doorbell struct {
+	offset int // in the UAR
+	word   [8]byte
+	bf     [56]byte // what lies behind it: the rest of the first 64 bytes, if it was a BlueFlame write
+}
+
+// rings takes the doorbells that the client has written to u, and reports whether the CQ register was written. A write that
+// follows another one before the device has looked replaces it: so whoever uses the page has to be looked at.
+func (c *Context) rings(u *uar, send func(*doorbell)) (sends, arms bool) {
+	for _, view := range u.views {
+		page := c.pages.mem[view:][:pageSize]
+		if takeWord(page, uarArm) != 0 {
+			arms = true
+		}
+		for k := range sendBuffers {
+			at := uarSend + k*sendRegStep
+			v := takeWord(page, at)
+			if v == 0 {
+				continue
+			}
+			sends = true
+			if send != nil {
+				d := doorbell{offset: at}
+				native.PutUint64(d.word[:], v)
+				copy(d.bf[:], page[at+8:])
+				send(&d)
+			}
+		}
+	}
+	return sends, arms
+}
+
+// takeWord takes what was written to a register of a page, and leaves zero, which is no doorbell.
+func takeWord(page []byte, at int) uint64 {
+	w := word64(page, at)
+	for {
+		v := atomic.LoadUint64(w)
+		if v == 0 || atomic.CompareAndSwapUint64(w, v, 0) {
+			return v
+		}
+	}
+}
