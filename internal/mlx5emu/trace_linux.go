@@ -32,12 +32,11 @@ func (d *Device) traceCQE(n *cq, e *cqe) {
 	if d.cfg.Trace == nil {
 		return
 	}
-	w := strings.Fields(groups(e[:]))
-	if op := e[cqeOwner] >> 4; op != cqeRequesterErr && op != cqeResponderErr { // these have syndromes there
-		const time = 15 // the first of two words, behind three bars
-		w = slices.Replace(w, time, time+2, "TIMESTAMP")
+	const time = 15 // where the first of its two words is, behind three bars
+	d.trace("CQE pi=%d %s ", n.pi, strings.Join(slices.Replace(strings.Fields(groups(e[:])), time, time+2, "TIMESTAMP"), " "))
+	if op := e[cqeOwner] >> 4; op == cqeRequesterErr || op == cqeResponderErr {
+		d.trace("SYNDROME %#x", e[cqeSyndrome]) // which lies where others have the time
 	}
-	d.trace("CQE pi=%d %s ", n.pi, strings.Join(w, " "))
 }
 
 func (d *Device) traceArm(n *cq, v uint32) {

@@ -1,0 +1,9 @@
+package mlx5emu
+
+import (
+	"testing"
+
+	"github.com/ringside-rdma/ringside/internal/testutil"
+)
+
+func TestMain(m *testing.M) { testutil.Main(m) }
