@@ -22,8 +22,8 @@ type cq struct {
 	channel *eventFile
 	uar     *uar // where it is armed
 
-	// The queue. Only the device writes CQEs, only the client its doorbell record: word 0 is how many it has taken (24 bits, big
-	// endian), word 1 what it has armed.
+	// The queue. Only the device writes CQEs, only the client its doorbell record (but for neverArmed): word 0 is how many it has taken
+	// (24 bits, big endian), word 1 what it has armed.
 	buf, db uint64
 	entries uint32 // a power of two
 	cqeSize uint32
@@ -32,7 +32,7 @@ type cq struct {
 
 	armed     bool
 	solicited bool   // only a solicited or failed completion fires
-	arm       uint32 // the last value of the record's word 1
+	arm       uint32 // the last value of the record's word 1; at first, what the device has written there
 	urgentAt  uint32 // pi after the last solicited or failed completion
 	urgent    bool   // there has been one
 
@@ -84,7 +84,7 @@ func (c *Context) createCQ(q *cqRequest) (*cq, uint32, syscall.Errno) {
 	if err != nil {
 		return nil, 0, unix.ENOMEM
 	}
-	n.soft = soft.(*softnic.CQ)
+	n.soft, n.arm = soft.(*softnic.CQ), neverArmed
 	n.soft.MarkSolicited()
 	c.dev.mu.Lock()
 	defer c.dev.mu.Unlock()
@@ -99,6 +99,13 @@ func (c *Context) createCQ(q *cqRequest) (*cq, uint32, syscall.Errno) {
 		if n.channel = c.channels[int(q.channel)]; n.channel == nil || n.channel.deserted() {
 			return fail(unix.EBADF)
 		}
+	}
+	var mark [4]byte
+	be.PutUint32(mark[:], neverArmed)
+	if c.mem.WriteAt(mark[:], n.db+4) != nil {
+		return fail(unix.EFAULT)
+	}
+	if n.channel != nil {
 		n.channel.refs++
 	}
 	n.uar.n++
@@ -255,7 +262,9 @@ func (n *cq) doorbell() {
 	if v == n.arm {
 		return
 	}
-	n.arm, n.armed, n.solicited = v, true, v&armSolicited != 0
+	// What was armed for any completion stays so (IBA 11.4.2.2), until its event has been taken: the sequence number says that.
+	stays := n.armed && !n.solicited && n.arm>>armSequence == v>>armSequence
+	n.arm, n.armed, n.solicited = v, true, v&armSolicited != 0 && !stays
 	n.c.dev.traceArm(n, v)
 	// A CQE that the client had not seen when it armed fires at once.
 	const mask = 1<<24 - 1
@@ -268,7 +277,13 @@ func (n *cq) doorbell() {
 	}
 }
 
-const armSolicited = 1 << 24
+const (
+	armSolicited = 1 << 24
+	armSequence  = 28 // above it: 2 bits, which the client counts with the events it has taken
+	// neverArmed is what the device writes where clients arm, before they do: the first value that they write is usually 0, which
+	// would look like nothing. Clients do not read it.
+	neverArmed = 1<<32 - 1
+)
 
 // fire raises the event that was armed.
 func (n *cq) fire() {

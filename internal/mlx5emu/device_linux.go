@@ -23,6 +23,9 @@ type Config struct {
 	// Numbered gives QPs, keys and CQEs predictable numbers, the same in each run: QPNs from 0x100 on, keys 0x1842, 0x1942 and so
 	// on, and time that counts completions. Peers should then be of this device.
 	Numbered bool
+	// HostOnly leaves the host's addresses out of the GID table: peers are then met through memory only. Without it, of several devices
+	// on a host only the first can be reached at an address, since only one can have UDP port 4791 there.
+	HostOnly bool
 	// Manual leaves the data path to whoever calls Step. By default a goroutine does.
 	Manual bool
 	// Trace, if it is not nil, gets a line of text for each doorbell, WQE and CQE. Its Write is called with locks held.
@@ -74,6 +77,7 @@ func NewDevice(cfg Config) (*Device, error) {
 	if cfg.Numbered {
 		d.guid = numberedGUID
 	}
+	d.register()
 	d.start()
 	return d, nil
 }
@@ -92,6 +96,7 @@ func (d *Device) Close() error {
 	open := slices.Clone(d.order)
 	d.mu.Unlock()
 	d.stop()
+	d.unregister()
 	for _, c := range open {
 		c.Close()
 	}

@@ -3,6 +3,8 @@ package mlx5emu
 import (
 	"context"
 	"runtime"
+	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -77,8 +79,18 @@ func (d *Device) run() {
 func (d *Device) Step() bool {
 	d.mu.Lock()
 	some := d.nic.Progress()
+	lossy := false
 	for _, c := range d.order {
-		some = c.step() || some
+		rang, l := c.look()
+		some, lossy = rang || some, l || lossy
+	}
+	if lossy {
+		d.mu.Unlock()
+		eachDevice(d, (*Device).readRecvs)
+		d.mu.Lock()
+	}
+	for _, c := range d.order {
+		some = c.work() || some
 	}
 	some = d.collect() || some
 	some = d.asyncEvents() || some
@@ -92,28 +104,25 @@ func (d *Device) Step() bool {
 	return some
 }
 
-// step looks at one client's doorbells and queues. Called with dev.mu held, as those below.
-func (c *Context) step() (some bool) {
-	if !c.established {
-		return false
-	}
-	if c.async != nil {
-		c.async.flush()
-	}
-	for id := uint32(0); int(id) < c.uarIDs; id++ {
-		u := c.uars[id]
+// look takes a client's doorbells. It reports whether there were any, and whether some are for queue pairs whose messages are lost if
+// nobody receives them. Called with dev.mu held, as those below.
+func (c *Context) look() (some, lossy bool) {
+	for id := range c.uarIDs {
+		u := c.uars[uint32(id)]
 		if u == nil {
 			continue
 		}
 		sends, arms := c.rings(u, func(b *doorbell) { c.dev.traceDoorbell(u, b) })
+		some = some || sends || arms
 		if sends {
-			some = true
 			for _, n := range c.qps {
-				n.rung = n.rung || n.uar == u
+				if n.uar == u {
+					n.rung = true
+					lossy = lossy || n.typ != ib.RC
+				}
 			}
 		}
 		if arms {
-			some = true
 			for _, n := range c.cqs {
 				if n.uar == u {
 					n.doorbell()
@@ -121,6 +130,27 @@ func (c *Context) step() (some bool) {
 			}
 		}
 	}
+	return some, lossy
+}
+
+// work does what a client's queues ask for.
+func (c *Context) work() (some bool) {
+	if c.async != nil {
+		c.async.flush()
+	}
+	for _, ch := range c.channels {
+		ch.flush()
+	}
+	some = c.readRecvs()
+	for _, n := range c.qps {
+		if n.rung && !n.frozen {
+			some = n.fetchSends() || some
+		}
+	}
+	return some
+}
+
+func (c *Context) readRecvs() (some bool) {
 	for _, n := range c.srqs {
 		some = n.fetch() || some
 	}
@@ -129,15 +159,47 @@ func (c *Context) step() (some bool) {
 			some = n.fetchRecvs() || some
 		}
 	}
-	for _, n := range c.qps {
-		if n.rung && !n.frozen {
-			some = n.fetchSends() || some
+	return some
+}
+
+// readRecvs reads the receive queues of all clients of a device. A device reads them when a message comes, the software NIC must have
+// them before: so before a message is sent that would be lost, all devices of this process look.
+func (d *Device) readRecvs() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, c := range d.order {
+		c.readRecvs()
+	}
+}
+
+// The devices of this process.
+var (
+	devicesMu sync.Mutex
+	devices   []*Device
+)
+
+func (d *Device) register() {
+	devicesMu.Lock()
+	defer devicesMu.Unlock()
+	devices = append(slices.Clone(devices), d)
+}
+
+func (d *Device) unregister() {
+	devicesMu.Lock()
+	defer devicesMu.Unlock()
+	devices = slices.DeleteFunc(slices.Clone(devices), func(o *Device) bool { return o == d })
+}
+
+// eachDevice calls f for every device but one.
+func eachDevice(but *Device, f func(*Device)) {
+	devicesMu.Lock()
+	all := devices
+	devicesMu.Unlock()
+	for _, d := range all {
+		if d != but {
+			f(d)
 		}
 	}
-	for _, ch := range c.channels {
-		ch.flush()
-	}
-	return some
 }
 
 // counter reads a counter of 16 bits in a doorbell record. What was read twice alike was not torn.

@@ -39,6 +39,9 @@ func (d *Device) GUID() ib.GUID { return d.guid }
 // devices of the host find each other through memory; like all others it is told as RoCE v2.
 func (d *Device) GIDs() ([]ib.GIDEntry, error) {
 	l, err := d.nic.GIDs(1)
+	if d.cfg.HostOnly && len(l) > 0 {
+		l = l[:1]
+	}
 	for i := range l {
 		l[i].Type = ib.GIDRoCEv2
 	}
