@@ -1,0 +1,46 @@
+//go:build amd64 || arm64
+
+package conformance
+
+import (
+	"errors"
+
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/mlx5emu"
+	"github.com/ringside-rdma/ringside/internal/provider/mlx5"
+	"github.com/ringside-rdma/ringside/verbs"
+)
+
+// emulated is the name of a device that this package makes: the driver for ConnectX on an emulated one in this process.
+const emulated = "mlx5emu"
+
+// emulatedDevice is a device of its own for each context.
+type emulatedDevice struct{}
+
+func (emulatedDevice) Info() driver.DeviceInfo {
+	return driver.DeviceInfo{Name: emulated, Provider: "mlx5", Tier: driver.TierHardware}
+}
+
+func (emulatedDevice) Open() (driver.Context, error) {
+	d, err := mlx5emu.NewDevice(mlx5emu.Config{Name: emulated, HostOnly: true})
+	if err != nil {
+		return nil, err
+	}
+	k, err := d.OpenKernel()
+	if err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return mlx5.OpenKernel(wholeDevice{k, d}, emulated)
+}
+
+// wholeDevice is the kernel of a device that ends with its only context.
+type wholeDevice struct {
+	*mlx5emu.Kernel
+	d *mlx5emu.Device
+}
+
+func (w wholeDevice) Close() error { return errors.Join(w.Kernel.Close(), w.d.Close()) }
+
+func init() {
+	brought[emulated] = func() (*verbs.Context, error) { return verbs.OpenDriver(emulatedDevice{}) }
+}
