@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -37,12 +38,29 @@ func newDevice(t testing.TB, cfg Config) *Device {
 	if err != nil {
 		t.Fatal(err)
 	}
+	inUse.Store(t, &[]func(){})
 	t.Cleanup(func() {
 		if err := d.Close(); err != nil {
 			t.Error(err)
 		}
+		l, _ := inUse.LoadAndDelete(t)
+		for _, f := range *l.(*[]func()) {
+			f()
+		}
 	})
 	return d
+}
+
+// inUse is what has to stay until a test's device is closed: registered memory must not be unmapped before.
+var inUse sync.Map // testing.TB -> *[]func()
+
+// afterDevice has f called when the test's device is closed.
+func afterDevice(t testing.TB, f func()) {
+	l, ok := inUse.Load(t)
+	if !ok {
+		t.Fatal("memory before there is a device")
+	}
+	*l.(*[]func()) = append(*l.(*[]func()), f)
 }
 
 // connect opens a device with dynamic UARs, and makes a protection domain.

@@ -19,7 +19,7 @@ func mapAt(t testing.TB, addr uintptr, n int) []byte {
 	if err != nil {
 		t.Fatalf("map %d bytes at %#x: %v", n, addr, err)
 	}
-	t.Cleanup(func() { unix.MunmapPtr(p, uintptr(n)) })
+	afterDevice(t, func() { unix.MunmapPtr(p, uintptr(n)) })
 	return unsafe.Slice((*byte)(p), n)
 }
 

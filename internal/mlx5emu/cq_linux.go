@@ -306,7 +306,7 @@ func (n *cq) fail() {
 	n.c.raise(n, n.user, &n.events, ib.EventCQErr)
 	for _, q := range n.c.qps {
 		if q.scq == n || q.rcq == n {
-			q.fatal("its completion queue has overrun, or is gone")
+			q.fatal()
 		}
 	}
 	if n.armed {

@@ -59,10 +59,13 @@ func (d *Device) run() {
 	const patience = 200 // steps without a pause
 	idle, pause := 0, shortest
 	for !d.engine.stopping.Load() {
+		some, waits := d.step()
 		switch {
-		case d.Step():
+		case some:
 			idle, pause = 0, shortest
 			runtime.Gosched() // or a client that spins on our processor would not see it
+		case waits:
+			time.Sleep(shortest)
 		case idle < patience:
 			idle++
 			runtime.Gosched()
@@ -77,8 +80,14 @@ func (d *Device) run() {
 // was anything. With Config.Manual, a client's request that involves no other process is done when it has returned false. It never
 // waits.
 func (d *Device) Step() bool {
+	some, _ := d.step()
+	return some
+}
+
+// step is Step. waits: the software NIC has requests that wait for a peer, and must be tried again.
+func (d *Device) step() (some, waits bool) {
 	d.mu.Lock()
-	some := d.nic.Progress()
+	waits = d.nic.Progress()
 	lossy := false
 	for _, c := range d.order {
 		rang, l := c.look()
@@ -101,7 +110,7 @@ func (d *Device) Step() bool {
 		n.toError()
 		some = true
 	}
-	return some
+	return some, waits
 }
 
 // look takes a client's doorbells. It reports whether there were any, and whether some are for queue pairs whose messages are lost if
@@ -254,8 +263,7 @@ func (n *qp) fetchRecvs() (some bool) {
 		return false
 	}
 	if !ok || uint32(posted-n.recvNext) > n.rqCount {
-		n.recvBad = true
-		n.fatal("its receive counter cannot be")
+		n.lostRecvs()
 		return true
 	}
 	d := n.c.dev
@@ -266,8 +274,7 @@ func (n *qp) fetchRecvs() (some bool) {
 		}
 		at := uint64(uint32(n.recvNext)&(n.rqCount-1)) << n.rqShift
 		if n.c.mem.ReadAt(slot, n.buf+at) != nil {
-			n.recvBad = true
-			n.fatal("its receive queue is gone")
+			n.lostRecvs()
 			return true
 		}
 		wr := d.engine.recv(n.c, uint64(n.life)<<48|uint64(n.recvNext), slot)
@@ -282,7 +289,7 @@ func (n *qp) fetchRecvs() (some bool) {
 
 // fetchSends hands WQEs that the client has posted to the software NIC, in order, and reports whether there were any.
 func (n *qp) fetchSends() (some bool) {
-	if n.wrecked {
+	if n.wrecked || n.sendBad {
 		return false
 	}
 	if n.hold != nil {
@@ -293,7 +300,7 @@ func (n *qp) fetchSends() (some bool) {
 	}
 	posted, ok := n.c.sendCounter(n.db)
 	if !ok || uint32(posted-n.sendNext) > n.sqCount {
-		n.fatal("its send counter cannot be")
+		n.lostSends()
 		return true
 	}
 	for range sendBudget {
@@ -317,7 +324,7 @@ func (n *qp) fetchSend(posted uint16, left int) bool {
 	e := &n.c.dev.engine
 	w := &e.send
 	if !n.readSQ(e.wqe[:bbSize], n.sendNext) {
-		n.fatal("its send queue is gone")
+		n.lostSends()
 		return false
 	}
 	w.control(e.wqe[:])
@@ -329,7 +336,7 @@ func (n *qp) fetchSend(posted uint16, left int) bool {
 	}
 	b := e.wqe[:w.segs*segSize]
 	if len(b) > bbSize && !n.readSQ(b[bbSize:], n.sendNext+1) {
-		n.fatal("its send queue is gone")
+		n.lostSends()
 		return false
 	}
 	n.c.dev.traceWQE(n, posted, b)
@@ -564,8 +571,20 @@ func (d *Device) now() uint64 {
 	return uint64(time.Since(d.began))
 }
 
+// lostSends and lostRecvs end a queue that cannot be read: its memory is gone, or its counter cannot be. What has been read before is
+// flushed, and nothing more is read until RESET.
+func (n *qp) lostSends() {
+	n.sendBad = true
+	n.fatal()
+}
+
+func (n *qp) lostRecvs() {
+	n.recvBad = true
+	n.fatal()
+}
+
 // fatal puts the queue pair into the error state, and says so.
-func (n *qp) fatal(string) {
+func (n *qp) fatal() {
 	if !n.wrecked {
 		n.c.raise(n, n.user, &n.events, ib.EventQPFatal)
 		n.wreck()

@@ -95,7 +95,7 @@ func (e *eventFile) forget(about any) (n int) {
 		return n
 	}
 	// Records can be taken out of a pipe at its reading end only, and in order: so all are, and the others put back.
-	r, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", e.fd), unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC|unix.O_DIRECT, 0)
+	r, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", e.fd), unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return n
 	}

@@ -31,7 +31,7 @@ func init() {
 			need(out(abi.UVERBS_ATTR_QUERY_GID_TABLE_RESP_ENTRIES, 0, 1<<16-1)),
 			need(out(abi.UVERBS_ATTR_QUERY_GID_TABLE_RESP_NUM_ENTRIES, 8, 8))}},
 		methodKey(abi.UVERBS_OBJECT_DEVICE, abi.UVERBS_METHOD_QUERY_GID_ENTRY): {run: queryGIDEntry, attrs: []attrSpec{
-			need(in(abi.UVERBS_ATTR_QUERY_GID_ENTRY_PORT, 4, 4)), need(in(abi.UVERBS_ATTR_QUERY_GID_ENTRY_GID_INDEX, 4, 4)),
+			need(number(abi.UVERBS_ATTR_QUERY_GID_ENTRY_PORT)), need(number(abi.UVERBS_ATTR_QUERY_GID_ENTRY_GID_INDEX)),
 			need(in(abi.UVERBS_ATTR_QUERY_GID_ENTRY_FLAGS, 4, 8)), need(longer(out(abi.UVERBS_ATTR_QUERY_GID_ENTRY_RESP_ENTRY, 28, 32)))}},
 		methodKey(abi.UVERBS_OBJECT_ASYNC_EVENT, abi.UVERBS_METHOD_ASYNC_EVENT_ALLOC): {run: asyncAlloc, attrs: []attrSpec{
 			need(attrSpec{id: abi.UVERBS_ATTR_ASYNC_EVENT_ALLOC_FD_HANDLE, kind: kindNewFD})}},

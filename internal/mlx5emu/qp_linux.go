@@ -49,7 +49,8 @@ type qp struct {
 	sendNext    uint16 // the basic block that is read next
 	recvNext    uint16 // the receive that is read next
 	outstanding int    // requests that the software NIC has
-	recvBad     bool   // the receive queue cannot be read any more
+	sendBad     bool   // the send queue cannot be read any more
+	recvBad     bool   // likewise the receive queue
 	hold        *held
 	wrecked     bool // it is to go to ERR, and does not read its queue before
 }
@@ -401,7 +402,7 @@ func (n *qp) reset(a *ib.QPAttr, mask ib.QPAttrMask) syscall.Errno {
 	}
 	n.life++
 	n.sendNext, n.recvNext, n.outstanding = 0, 0, 0
-	n.rung, n.wrecked, n.hold, n.recvBad = false, false, nil, false
+	n.rung, n.wrecked, n.hold, n.sendBad, n.recvBad = false, false, nil, false, false
 	return 0
 }
 
