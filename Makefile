@@ -114,7 +114,7 @@ fuzz:
 	$(call stage,fuzz: each target for a moment)
 	.ci/setup go
 	for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -r -n1 dirname | sort -u); do
-		case $$pkg in */softnic) count=1200x ;; */mlx5) count=8000x ;; *) count=40000x ;; esac
+		case $$pkg in */softnic|*/mlx5emu) count=1200x ;; */mlx5) count=8000x ;; *) count=40000x ;; esac
 		for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do
 			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(or $(FUZZTIME),$$count) $$pkg
 		done

@@ -46,8 +46,10 @@ type softAH struct {
 // idleAHs bounds those that no handle of the client's keeps.
 const idleAHs = 256
 
-func (k *ahKey) attr() ib.AHAttr {
-	return ib.AHAttr{DGID: k.gid, SGIDIndex: int(k.sgid), HopLimit: k.hop, TrafficClass: k.tc, FlowLabel: k.flow, Port: 1}
+func (k *ahKey) attr(d *Device) ib.AHAttr {
+	a := ib.AHAttr{DGID: k.gid, SGIDIndex: int(k.sgid), HopLimit: k.hop, TrafficClass: k.tc, FlowLabel: k.flow, Port: 1}
+	d.reach(&a)
+	return a
 }
 
 func writeCreateAH(w *writeCmd) (response, syscall.Errno) {
@@ -62,7 +64,7 @@ func writeCreateAH(w *writeCmd) (response, syscall.Errno) {
 	}
 	k := ahKey{pd: p, gid: g.DGID, sgid: g.SGIDIndex, tc: g.TrafficClass, hop: g.HopLimit, flow: g.FlowLabel & (1<<20 - 1)}
 	// What is on its way is waited for here, not when a datagram is sent.
-	soft, err := p.soft.CreateAH(k.attr())
+	soft, err := p.soft.CreateAH(k.attr(c.dev))
 	if err != nil {
 		c.putPD(p)
 		return response{}, modifyErrno(err)
@@ -137,7 +139,7 @@ func (n *qp) address(a *avSeg) (ib.AHNum, bool) {
 	k := ahKey{pd: n.pd, gid: a.gid, sgid: a.sgidIndex, tc: a.tclass, hop: a.hopLimit, flow: a.flowLabel}
 	e := h.m[k]
 	if e == nil {
-		soft, err := n.pd.soft.CreateAH(k.attr())
+		soft, err := n.pd.soft.CreateAH(k.attr(n.c.dev))
 		if err != nil {
 			return 0, false
 		}

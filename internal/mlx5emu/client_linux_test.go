@@ -290,7 +290,7 @@ func (q *queuePair) modify(a ib.QPAttr, mask ib.QPAttrMask) {
 // attributes of a connection to a queue pair of the same device.
 func (q *queuePair) attrs(peer uint32) ib.QPAttr {
 	return ib.QPAttr{Port: 1, Access: ib.AccessRemote, QKey: 0x1111, PathMTU: ib.MTU1024, DestQPN: ib.QPN(peer), RQPSN: 1, SQPSN: 1,
-		MaxDestRdAtomic: 4, MaxRdAtomic: 4, MinRNRTimer: 1, AckTimeout: 14, RetryCount: 7, RNRRetry: 7,
+		MaxDestRdAtomic: 4, MaxRdAtomic: 4, MinRNRTimer: 1, AckTimeout: 20, RetryCount: 7, RNRRetry: 7,
 		AH: ib.AHAttr{DGID: q.c.dev.nic.GID(), HopLimit: 64, Port: 1}}
 }
 

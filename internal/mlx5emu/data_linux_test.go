@@ -101,11 +101,11 @@ func TestOperations(t *testing.T) {
 // The counters of WQEs and CQEs run through 16 bits, and around queues of other sizes.
 func TestWrapAround(t *testing.T) {
 	p := newPair(t, Config{Manual: true}, ib.RC)
-	const rounds = 1<<16/5 + 300 // of five basic blocks in all
+	const rounds = 1<<16/18 + 300 // of 18 basic blocks in all
 	for i := range rounds {
 		p.b.recv(segData(addrOf(p.mb), 512, p.kb))
 		p.ma[0] = byte(i)
-		p.a.post(opWrite, 0, 0, segRemote(addrOf(p.mb)+600, p.kb), segInline(make([]byte, 150)))
+		p.a.post(opWrite, 0, 0, segRemote(addrOf(p.mb)+600, p.kb), segInline(make([]byte, 970)))
 		p.a.send(opSend, ceUpdate, 0, segData(addrOf(p.ma), 1, p.ka), segData(addrOf(p.ma), 1, p.ka), segData(addrOf(p.ma), 1, p.ka), segData(addrOf(p.ma), 1, p.ka))
 		if e := p.ca.expect(cqeRequester, 4); e.index != uint16(p.a.cur-2) {
 			t.Fatalf("round %d: CQE of WQE %d, want %d", i, e.index, uint16(p.a.cur-2))

@@ -52,6 +52,24 @@ func (d *Device) allocMW(p *softnic.PD) (driver.MW, error) {
 	return p.AllocMW()
 }
 
+// reach fills in where packets for a destination are received, if that is this device: its software NIC may have another port than
+// that for RoCEv2, where another process has it.
+func (d *Device) reach(a *ib.AHAttr) {
+	if a.SGIDIndex == 0 {
+		return
+	}
+	l, err := d.nic.GIDs(1)
+	if err != nil {
+		return
+	}
+	for _, e := range l {
+		if e.Index != 0 && e.GID == a.DGID {
+			a.UDPPort, _ = d.nic.UDPPort(1, e.Index)
+			return
+		}
+	}
+}
+
 // ifIndex is the number of a net device, or 0.
 func ifIndex(name string) uint32 {
 	if name == "" {

@@ -16,7 +16,8 @@ type writeCmd struct {
 	files   FilePasser
 	core    []byte
 	uhw     []byte
-	uhwRoom int // for the driver's part of the response
+	room    int // for the core's part of the response
+	uhwRoom int // for the driver's
 }
 
 // A response is what a command answers: the core's part and the driver's.
@@ -79,6 +80,7 @@ func (w *writeCmd) do(cmd uint32, outRoom int) (response, syscall.Errno) {
 	if !m.early && !w.c.ready() {
 		return response{}, unix.EINVAL
 	}
+	w.room = outRoom
 	return m.run(w)
 }
 
@@ -193,9 +195,9 @@ func writeQueryDeviceEx(w *writeCmd) (response, syscall.Errno) {
 	if q := structOf[abi.ExQueryDevice](w.core); q.CompMask != 0 || q.Reserved != 0 {
 		return response{}, unix.EINVAL
 	}
-	r := abi.ExQueryDeviceResp{Base: w.c.dev.deviceResp(), TimestampMask: 1<<63 - 1 + 1<<63, HCACoreClock: 1e6}
+	r := abi.ExQueryDeviceResp{Base: w.c.dev.deviceResp(), TimestampMask: 1<<64 - 1, HCACoreClock: 1e6}
 	b := bytesOf(&r)
-	r.ResponseLength = uint32(len(b))
+	r.ResponseLength = uint32(min(w.room, len(b)))
 	u := abi.Mlx5QueryDeviceResp{}
 	ub := bytesOf(&u)
 	u.ResponseLength = uint32(min(w.uhwRoom, len(ub)))

@@ -1,0 +1,155 @@
+package mlx5emu
+
+import (
+	"context"
+	"time"
+
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// Completions, and how queue pairs end.
+
+// collect writes CQEs for what has completed: receives first, as they were there first.
+func (d *Device) collect() (some bool) {
+	for _, c := range d.order {
+		for _, n := range c.cqs {
+			for {
+				k := n.soft.Poll(d.engine.wcs[:])
+				if k < 0 {
+					n.fail()
+				}
+				if k <= 0 {
+					break
+				}
+				n.pending = append(n.pending, d.engine.wcs[:k]...)
+				some = true
+				if k < len(d.engine.wcs) {
+					break
+				}
+			}
+		}
+	}
+	if !some {
+		return false
+	}
+	for _, receives := range []bool{true, false} {
+		for _, c := range d.order {
+			for _, n := range c.cqs {
+				for i := range n.pending {
+					if wc := &n.pending[i]; wc.Opcode.IsRecv() == receives {
+						d.completed(wc)
+					}
+				}
+			}
+		}
+	}
+	for _, c := range d.order {
+		for _, n := range c.cqs {
+			n.pending = n.pending[:0]
+		}
+	}
+	return true
+}
+
+// completed writes the CQE of a completion, if it is wanted.
+func (d *Device) completed(wc *ib.WC) {
+	n := d.qps[uint32(wc.QPN)]
+	if n == nil || n.frozen {
+		return // it has gone meanwhile, or will have forgotten
+	}
+	if wc.Opcode.IsRecv() {
+		n.completeRecv(wc)
+		return
+	}
+	if id := sendID(wc.ID); id.life() == n.life {
+		n.outstanding--
+		n.completeSend(wc)
+	}
+}
+
+func (n *qp) completeSend(wc *ib.WC) {
+	if wc.Status == ib.WCSuccess && !sendID(wc.ID).signaled() {
+		return
+	}
+	var e cqe
+	e.requester(wc, n.qpn)
+	n.stamp(&e)
+	n.scq.complete(&e, wc.Status != ib.WCSuccess)
+}
+
+func (n *qp) completeRecv(wc *ib.WC) {
+	if n.srq == nil && uint16(wc.ID>>48) != n.life {
+		return
+	}
+	var e cqe
+	e.responder(wc, n.qpn, uint16(wc.ID))
+	n.stamp(&e)
+	n.rcq.complete(&e, wc.Status != ib.WCSuccess || wc.Flags&wcSolicited != 0)
+}
+
+// stamp fills what all CQEs have: the number by which the client knows the queue pair, and the time.
+func (n *qp) stamp(e *cqe) {
+	index := n.index
+	if n.c.cqeVersion == 0 {
+		index = 0
+		if n.srq != nil && e[cqeOwner]>>4 != cqeRequester && e[cqeOwner]>>4 != cqeRequesterErr {
+			index = n.srq.srqn
+		}
+	}
+	be.PutUint32(e[cqeUserIndex:], index&cqeUserIndexMask)
+	if op := e[cqeOwner] >> 4; op != cqeRequesterErr && op != cqeResponderErr {
+		be.PutUint64(e[cqeTime:], n.c.dev.now())
+	}
+}
+
+// now is the time of a CQE, in nanoseconds of a clock that begins anywhere.
+func (d *Device) now() uint64 {
+	if d.cfg.Numbered {
+		d.clock++
+		return d.clock
+	}
+	return uint64(time.Since(d.began))
+}
+
+// lostSends and lostRecvs end a queue that cannot be read: its memory is gone, or its counter cannot be. What has been read before is
+// flushed, and nothing more is read until RESET.
+func (n *qp) lostSends() {
+	n.sendBad = true
+	n.fatal()
+}
+
+func (n *qp) lostRecvs() {
+	n.recvBad = true
+	n.fatal()
+}
+
+// fatal puts the queue pair into the error state, and says so.
+func (n *qp) fatal() {
+	if !n.wrecked {
+		n.c.raise(n, n.user, &n.events, ib.EventQPFatal)
+		n.wreck()
+	}
+}
+
+// wreck has the queue pair put into the error state, which waits for peers, and so is done without the lock.
+func (n *qp) wreck() {
+	n.wrecked = true
+	n.c.dev.engine.later = append(n.c.dev.engine.later, n)
+}
+
+// toError is the other half of wreck, without the lock.
+func (n *qp) toError() {
+	n.modify.Lock()
+	defer n.modify.Unlock()
+	d := n.c.dev
+	d.mu.Lock()
+	wrecked := n.wrecked
+	d.mu.Unlock()
+	if !wrecked {
+		return // it was reset meanwhile
+	}
+	n.soft.Modify(context.Background(), &ib.QPAttr{State: ib.Err}, ib.AttrState)
+	d.mu.Lock()
+	n.wrecked, n.rung = false, true // what is left in the queue is flushed
+	d.mu.Unlock()
+}

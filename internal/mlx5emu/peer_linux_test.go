@@ -1,0 +1,155 @@
+package mlx5emu
+
+import (
+	"bytes"
+	"context"
+	"net/netip"
+	"testing"
+
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/softnic"
+	"github.com/ringside-rdma/ringside/internal/testutil"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// A client of the emulated device speaks to a software NIC that knows nothing of it.
+func TestPeerIsSoftwareNIC(t *testing.T) {
+	d := newDevice(t, Config{})
+	nic := openPeer(t)
+	talk(t, d, nic, ib.AHAttr{DGID: nic.GID(), HopLimit: 64, Port: 1}, ib.AHAttr{DGID: d.nic.GID(), HopLimit: 64, Port: 1})
+}
+
+// Two queue pairs of a device that are connected by an address of the host meet over UDP.
+func TestUDP(t *testing.T) {
+	c := connect(t, newDevice(t, Config{}))
+	gid := gidOf(t, c.dev, netip.MustParseAddr("127.0.0.1"))
+	m := mapAt(t, 0, 4*pageSize)
+	key := uint32(c.reg(m, everything).LKey)
+	cq := c.newCQ(64, -1)
+	for _, typ := range []ib.QPType{ib.RC, ib.UC} {
+		a, b := c.newQP(cq, cq, qpOptions{typ: typ, srq: -1, uidx: 3}), c.newQP(cq, cq, qpOptions{typ: typ, srq: -1, uidx: 4})
+		for _, x := range [][2]*queuePair{{a, b}, {b, a}} {
+			for _, s := range []ib.QPState{ib.Init, ib.RTR, ib.RTS} {
+				r := x[0].attrs(x[1].qpn)
+				r.State, r.AH = s, ib.AHAttr{DGID: gid.GID, SGIDIndex: gid.Index, HopLimit: 64, Port: 1}
+				x[0].modify(r, changes[typ][[2]ib.QPState{s - 1, s}].need|ib.AttrState)
+			}
+		}
+		fill(m[:3000], byte(typ))
+		b.recv(segData(addrOf(m)+8192, 4096, key))
+		a.send(opSendImm, ceUpdate, 9, segData(addrOf(m), 3000, key))
+		both := []completion{cq.wait(), cq.wait()}
+		for _, e := range both {
+			if e.op != cqeRequester && (e.op != cqeRecvSendImm || e.n != 3000 || e.imm != 9) || e.syndrome != 0 && e.op >= cqeRequesterErr {
+				t.Errorf("%v: CQE %+v", typ, e)
+			}
+		}
+		if !bytes.Equal(m[:3000], m[8192:11192]) {
+			t.Errorf("%v: what was received is not what was sent", typ)
+		}
+	}
+}
+
+func openPeer(t *testing.T) *softnic.NIC {
+	t.Helper()
+	nic, err := softnic.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := nic.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return nic
+}
+
+func gidOf(t *testing.T, d *Device, addr netip.Addr) ib.GIDEntry {
+	t.Helper()
+	l, err := d.GIDs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range l {
+		if e.GID.Addr() == addr {
+			return e
+		}
+	}
+	t.Fatalf("no GID of %v", addr)
+	return ib.GIDEntry{}
+}
+
+// talk connects a queue pair of the device with one of the NIC's, and sends both ways.
+func talk(t *testing.T, d *Device, nic *softnic.NIC, toPeer, toDevice ib.AHAttr) {
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := connect(t, d)
+	m := mapAt(t, 0, pageSize)
+	key := uint32(c.reg(m, everything).LKey)
+	cq := c.newCQ(64, -1)
+	q := c.newQP(cq, cq, qpOptions{srq: -1, uidx: 3})
+
+	pd, err := nic.AllocPD()
+	must(err)
+	defer pd.Close()
+	pcq, err := nic.CreateCQ(driver.CQConfig{Entries: 64})
+	must(err)
+	defer pcq.Close()
+	p, err := pd.CreateQP(driver.QPConfig{Type: ib.RC, SendCQ: pcq, RecvCQ: pcq, Cap: ib.QPCap{MaxSendWR: 8, MaxRecvWR: 8, MaxSendSGE: 1, MaxRecvSGE: 1, MaxInline: 64}})
+	must(err)
+	defer p.Close()
+	theirs := make([]byte, 256)
+	mr, err := pd.RegisterMR(driver.MRConfig{Mem: theirs, Access: everything, FD: -1})
+	must(err)
+	defer mr.Close()
+
+	for _, s := range []ib.QPState{ib.Init, ib.RTR, ib.RTS} {
+		need := changes[ib.RC][[2]ib.QPState{s - 1, s}].need | ib.AttrState
+		a := q.attrs(uint32(p.QPN()))
+		a.State, a.AH = s, toPeer
+		q.modify(a, need)
+		b := q.attrs(q.qpn)
+		b.State, b.AH = s, toDevice
+		must(p.Modify(context.Background(), &b, need))
+	}
+	wait := func() ib.WC {
+		t.Helper()
+		var wcs [1]ib.WC
+		testutil.Eventually(t, "the peer's completion", func() bool { return pcq.Poll(wcs[:]) == 1 })
+		if wcs[0].Status != ib.WCSuccess {
+			t.Fatalf("the peer's completion: %v", wcs[0].Status)
+		}
+		return wcs[0]
+	}
+	at := addrOf(theirs)
+	_, err = p.PostRecv([]ib.RecvWR{{ID: 1, SGEs: []ib.SGE{{Addr: at, Length: 64, LKey: mr.LKey()}}}})
+	must(err)
+	copy(m, "from the emulated device")
+	q.send(opSendImm, ceUpdate, 77, segData(addrOf(m), 24, key))
+	cq.expect(cqeRequester, 24)
+	if wc := wait(); wc.Imm != 77 || string(theirs[:24]) != "from the emulated device" {
+		t.Errorf("the peer received %q, %+v", theirs[:24], wc)
+	}
+	q.recv(segData(addrOf(m)+512, 64, key))
+	_, err = p.PostSend([]ib.SendWR{{ID: 2, Opcode: ib.OpSend, Flags: ib.SendSignaled, Inline: []byte("from the software NIC")}})
+	must(err)
+	cq.expect(cqeRecvSend, 21)
+	wait()
+	// The device's client knows its own region by the key that peers have to use.
+	_, err = p.PostSend([]ib.SendWR{{ID: 3, Opcode: ib.OpRDMARead, Flags: ib.SendSignaled, RemoteAddr: addrOf(m) + 512, RKey: ib.RKey(key),
+		SGEs: []ib.SGE{{Addr: at + 128, Length: 21, LKey: mr.LKey()}}}})
+	must(err)
+	wait()
+	if string(theirs[128:149]) != "from the software NIC" {
+		t.Errorf("the peer read %q", theirs[128:149])
+	}
+	q.send(opRead, ceUpdate, 0, segRemote(at, uint32(mr.RKey())), segData(addrOf(m)+1024, 24, key))
+	cq.expect(cqeRequester, 24)
+	if string(m[1024:1048]) != "from the emulated device" {
+		t.Errorf("the device read %q", m[1024:1048])
+	}
+}
