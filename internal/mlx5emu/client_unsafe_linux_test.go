@@ -20,6 +20,7 @@ func mapAt(t testing.TB, addr uintptr, n int) []byte {
 		t.Fatalf("map %d bytes at %#x: %v", n, addr, err)
 	}
 	afterDevice(t, func() { unix.MunmapPtr(p, uintptr(n)) })
+	// Safe: these n bytes were just mapped.
 	return unsafe.Slice((*byte)(p), n)
 }
 

@@ -124,7 +124,6 @@ type arenaClient struct {
 	files noFiles
 	key   uint32
 	qpn   [2]uint32
-	uar   uint64 // where its pages are in the file
 }
 
 func (c *arenaClient) write(cmd uint32, core, uhw []byte) (reply []byte, errno syscall.Errno) {

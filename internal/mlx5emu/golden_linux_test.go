@@ -14,7 +14,7 @@ import (
 // The trace of a client that does what a C program did with libmlx5 (rdma-core 44.0): sends, a write, a read, inline data, immediates,
 // then 200 writes. The emulation that recorded it was another one, so where the two differ, one of them is wrong.
 func TestTraceIsLibmlx5s(t *testing.T) {
-	f, err := os.Open("testdata/golden_libmlx5.txt.gz")
+	f, err := os.Open("../provider/mlx5/testdata/libmlx5-44.0.txt.gz")
 	if err != nil {
 		t.Fatal(err)
 	}

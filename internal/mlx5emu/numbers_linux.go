@@ -19,9 +19,9 @@ const wcSolicited = softnic.WCSolicited
 
 // Numbered devices.
 const (
-	firstQPN  ib.QPN = 0x100
-	keyFirst         = 0x18
-	keyBottom        = 0x42 // the byte of a key that its owner chooses
+	firstQPN  = ib.QPN(0x100)
+	keyFirst  = 0x18
+	keyBottom = 0x42 // the byte of a key that its owner chooses
 )
 
 // openNIC opens the software NIC behind a device.

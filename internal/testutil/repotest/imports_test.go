@@ -32,7 +32,7 @@ var arrows = map[string][]string{
 	"internal/provider/siw":    {"internal/uverbs", "internal/driver", "internal/ring", "internal/mem", "internal/abi"},
 	"internal/provider/mlx5":   {"internal/uverbs", "internal/driver", "internal/ring", "internal/mem", "internal/abi"},
 	// An emulated device below uverbs: what drives it is a provider, or a C program.
-	"internal/mlx5emu": {"internal/softnic", "internal/driver", "internal/mem", "internal/abi"},
+	"internal/mlx5emu": {"internal/softnic", "internal/driver", "internal/abi"},
 	"internal/life":    {"internal/driver"}, // Close, once for all public objects
 
 	"verbs":                   {"internal/provider", "internal/driver", "internal/life"},

@@ -50,7 +50,10 @@ func init() {
 //
 // Between an emulated device and the software NIC itself, or one of another process, reliable connections work as well; but UC and UD
 // may lose a message whose receive was posted only just before, as the emulated device has to read that out of its client's memory
-// first, and nobody tells it to.
+// first, and nobody tells it to. (-device mlx5emu -run TestProcesses runs the table between two processes.)
 func TestConnectX(t *testing.T) {
+	if testing.Short() || raceEnabled {
+		t.Skip("the packages of device and driver have tests of their own; with -device mlx5emu, TestInProcess does the same")
+	}
 	runTable(t, path{name: "emulated", devices: [2]string{emulated, emulated}})
 }
