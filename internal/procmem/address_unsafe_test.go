@@ -1,0 +1,5 @@
+package procmem
+
+import "unsafe"
+
+func address(b []byte) uint64 { return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b)))) }

@@ -1,0 +1,51 @@
+package procmem
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Check reports, with EFAULT, whether the program may at present read [va, va+n), and write it, if write is set: what the kernel
+// looks at when memory is registered.
+func (m *Memory) Check(va, n uint64, write bool) error {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/maps", m.pid))
+	if err != nil {
+		return ErrGone
+	}
+	defer f.Close()
+	return checkMaps(f, va, n, write)
+}
+
+// checkMaps is Check for a list of mappings in the form of /proc/PID/maps.
+func checkMaps(maps io.Reader, va, n uint64, write bool) error {
+	if va+n < va {
+		return fmt.Errorf("%d bytes at %#x reach beyond the last address: %w", n, va, unix.EFAULT)
+	}
+	end := va + n
+	for s := bufio.NewScanner(maps); va < end && s.Scan(); {
+		var from, to uint64
+		var rights string
+		if k, _ := fmt.Sscanf(s.Text(), "%x-%x %s", &from, &to, &rights); k != 3 {
+			return fmt.Errorf("a list of mappings has the line %q", s.Text())
+		}
+		if to <= va {
+			continue
+		}
+		if from > va {
+			break
+		}
+		if !strings.HasPrefix(rights, "r") || write && !strings.HasPrefix(rights, "rw") {
+			return fmt.Errorf("memory at %#x has the rights %s: %w", max(from, va), rights, unix.EFAULT)
+		}
+		va = to
+	}
+	if va < end {
+		return fmt.Errorf("there is no memory at %#x: %w", va, unix.EFAULT)
+	}
+	return nil
+}
