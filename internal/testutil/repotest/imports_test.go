@@ -19,6 +19,8 @@ var arrows = map[string][]string{
 	"internal/roce":    {},
 	"internal/pcap":    {},
 	"internal/driver":  {},
+	"internal/procmem": {},
+	"internal/seccomp": {"internal/procmem"},
 	"internal/netlink": {},
 	"internal/nldev":   {"internal/abi", "internal/netlink"},
 	"internal/uverbs":  {"internal/abi", "internal/driver", "internal/mem", "internal/netlink", "internal/nldev", "internal/rdmacm"},

@@ -1,0 +1,144 @@
+package seccomp
+
+import (
+	"errors"
+	"fmt"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ringside-rdma/ringside/internal/procmem"
+)
+
+// ErrWithdrawn means that nobody waits for the answer to a call any more: the caller was killed, or, before Linux 5.19, a signal
+// has come, after which it makes the call again.
+var ErrWithdrawn = errors.New("the caller has gone")
+
+// A Listener receives the calls of a program and of all that it has started. Receive is for one goroutine; calls may be answered by
+// any.
+type Listener struct {
+	fd   int
+	stop [2]int // a pipe that Stop closes one end of
+}
+
+func newListener(fd int) (*Listener, error) {
+	l := &Listener{fd: fd}
+	if err := unix.Pipe2(l.stop[:], unix.O_CLOEXEC); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("a pipe: %w", err)
+	}
+	return l, nil
+}
+
+// A Call is a system call that waits for an answer: exactly one of Continue, Return, Fail and ReturnFD, of which the error is
+// ErrWithdrawn if it came too late.
+type Call struct {
+	Number int // unix.SYS_*
+	Args   [6]uint64
+	TID    int // the thread that calls
+
+	l  *Listener
+	id uint64
+}
+
+// Receive waits for a call. It returns nil when nobody is left who could make one, or after Stop.
+func (l *Listener) Receive() (*Call, error) {
+	for {
+		fds := []unix.PollFd{{Fd: int32(l.fd), Events: unix.POLLIN}, {Fd: int32(l.stop[0]), Events: unix.POLLIN}}
+		if _, err := unix.Poll(fds, -1); err != nil && err != unix.EINTR {
+			return nil, fmt.Errorf("waiting for calls: %w", err)
+		}
+		switch {
+		case fds[1].Revents != 0:
+			return nil, nil
+		case fds[0].Revents&unix.POLLIN != 0:
+		case fds[0].Revents&(unix.POLLHUP|unix.POLLERR) != 0:
+			return nil, nil
+		default:
+			continue
+		}
+		var n notif
+		switch e := recvNotif(l.fd, &n); e {
+		case 0:
+			return &Call{Number: int(n.call), Args: n.args, TID: int(n.tid), l: l, id: n.id}, nil
+		case unix.EINTR, unix.ENOENT: // ENOENT: the caller was gone before we had it
+		default:
+			return nil, fmt.Errorf("receiving a call: %w", e)
+		}
+	}
+}
+
+// Stop ends Receive, now and later.
+func (l *Listener) Stop() { unix.Close(l.stop[1]) }
+
+// Close gives the descriptors back, after Receive has ended. Calls that are made later fail with ENOSYS.
+func (l *Listener) Close() {
+	unix.Close(l.fd)
+	unix.Close(l.stop[0])
+}
+
+// Valid reports whether the caller still waits, so that what was found out under its number is about it, and not about another that
+// has the number since.
+func (c *Call) Valid() bool { return idValid(c.l.fd, c.id) }
+
+// Memory opens the memory of the caller. The caller of Memory closes it.
+func (c *Call) Memory() (*procmem.Memory, error) {
+	m, err := procmem.Open(c.TID)
+	if !c.Valid() {
+		if err == nil {
+			m.Close()
+		}
+		return nil, ErrWithdrawn
+	}
+	return m, err
+}
+
+// Continue has the kernel do the call after all.
+func (c *Call) Continue() error {
+	return c.answer(response{id: c.id, flags: unix.SECCOMP_USER_NOTIF_FLAG_CONTINUE})
+}
+
+// Return ends the call with the value v.
+func (c *Call) Return(v int64) error { return c.answer(response{id: c.id, val: v}) }
+
+// Fail ends the call with an errno.
+func (c *Call) Fail(e syscall.Errno) error { return c.answer(response{id: c.id, err: -int32(e)}) }
+
+func (c *Call) answer(r response) error {
+	switch e := sendResponse(c.l.fd, &r); e {
+	case 0:
+		return nil
+	case unix.ENOENT:
+		return ErrWithdrawn
+	default:
+		return fmt.Errorf("answering a call: %w", e)
+	}
+}
+
+// ReturnFD ends the call with a duplicate of fd in the caller, closed by execve if cloexec. The descriptor is there, and the call
+// has returned it, or neither.
+func (c *Call) ReturnFD(fd int, cloexec bool) error {
+	_, err := c.add(fd, cloexec, unix.SECCOMP_ADDFD_FLAG_SEND)
+	return err
+}
+
+// AddFD makes a duplicate of fd in the caller, which still waits, and returns its number there.
+func (c *Call) AddFD(fd int, cloexec bool) (int, error) { return c.add(fd, cloexec, 0) }
+
+func (c *Call) add(fd int, cloexec bool, flags uint32) (int, error) {
+	a := addfd{id: c.id, flags: flags, src: uint32(fd)}
+	if cloexec {
+		a.targetFlag = unix.O_CLOEXEC
+	}
+	for {
+		switch n, e := addFD(c.l.fd, &a); e {
+		case 0:
+			return n, nil
+		case unix.EINTR:
+		case unix.ENOENT:
+			return -1, ErrWithdrawn
+		default:
+			return -1, fmt.Errorf("a descriptor for process %d: %w", c.TID, e)
+		}
+	}
+}
