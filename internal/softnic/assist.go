@@ -28,8 +28,7 @@ func (q *QP) execAssist(v *peerView, wr *ib.SendWR, n uint32) (ib.WCStatus, stal
 	a := &q.assist
 	if !a.active {
 		*a = assist{active: true}
-		q.sendAssist(v, wr, n)
-		return 0, stallAssist
+		return q.sendAssist(v, wr, n)
 	}
 	if !a.reply {
 		return 0, stallAssist
@@ -49,22 +48,27 @@ func (q *QP) execAssist(v *peerView, wr *ib.SendWR, n uint32) (ib.WCStatus, stal
 			v.link.fault("answer of %d bytes to a read of %d", len(a.data), a.chunk)
 			return 0, stallAssist
 		}
-		q.scatter(wr, a.data, a.off)
+		if !q.scatter(wr, a.data, a.off) {
+			*a = assist{}
+			return ib.WCLocalProtErr, stallNone
+		}
 	case ib.OpAtomicCmpSwap, ib.OpAtomicFetchAdd:
 		var b [8]byte
 		putHost64(b[:], a.value)
-		q.scatter(wr, b[:], 0)
+		if !q.scatter(wr, b[:], 0) {
+			*a = assist{}
+			return ib.WCLocalProtErr, stallNone
+		}
 	}
 	a.off += a.chunk
 	if a.off < n {
-		q.sendAssist(v, wr, n)
-		return 0, stallAssist
+		return q.sendAssist(v, wr, n)
 	}
 	*a = assist{}
 	return ib.WCSuccess, stallNone
 }
 
-func (q *QP) sendAssist(v *peerView, wr *ib.SendWR, n uint32) {
+func (q *QP) sendAssist(v *peerView, wr *ib.SendWR, n uint32) (ib.WCStatus, stallKind) {
 	a := &q.assist
 	a.chunk = min(n-a.off, assistChunk)
 	m := ctl{kind: ctlAssist, status: uint8(wr.Opcode), qpn: uint32(q.qpn), dst: uint32(v.qpn), a: uint32(wr.RKey), b: a.chunk,
@@ -72,7 +76,10 @@ func (q *QP) sendAssist(v *peerView, wr *ib.SendWR, n uint32) {
 	switch wr.Opcode {
 	case ib.OpRDMAWrite, ib.OpRDMAWriteWithImm:
 		m.data = make([]byte, a.chunk)
-		q.gather(m.data, wr, a.off)
+		if !q.gather(m.data, wr, a.off) {
+			*a = assist{}
+			return ib.WCLocalProtErr, stallNone
+		}
 	case ib.OpAtomicCmpSwap, ib.OpAtomicFetchAdd:
 		m.y, m.z = wr.CompareAdd, wr.Swap
 	}
@@ -84,6 +91,7 @@ func (q *QP) sendAssist(v *peerView, wr *ib.SendWR, n uint32) {
 	l.assists[a.id] = q
 	l.mu.Unlock()
 	l.send(m)
+	return 0, stallAssist
 }
 
 // assisted takes the peer's answer.
@@ -143,21 +151,22 @@ func (l *link) doAssist(m, answer *ctl) ib.WCStatus {
 	if r == nil || r.pd != q.pd || r.access&need == 0 || rights&need == 0 || r.qpn != 0 && r.qpn != q.qpn || !r.contains(m.x, m.b) {
 		return ib.WCRemoteAccessErr
 	}
-	b := r.bytes(m.x, m.b)
+	st := ib.WCSuccess
+	ok = true
 	switch op {
 	case ib.OpRDMAWrite, ib.OpRDMAWriteWithImm:
-		dma(b, m.data)
+		ok = r.store(m.x, m.data)
 	case ib.OpRDMARead:
-		answer.data = make([]byte, len(b))
-		dma(answer.data, b)
+		answer.data = make([]byte, m.b)
+		ok = r.load(answer.data, m.x)
 	default:
-		w := word64At(r.mem, m.x-r.memAt)
-		if w == nil {
-			return ib.WCRemoteInvalidReqErr
-		}
-		answer.x = doAtomic(w, op, m.y, m.z)
+		answer.x, st = r.atomic(m.x, op, m.y, m.z)
 	}
-	return ib.WCSuccess
+	if !ok {
+		answer.data = nil
+		return ib.WCRemoteOpErr
+	}
+	return st
 }
 
 // grh builds the header that a datagram's receive buffer starts with: an IPv6 header with both GIDs (IBA 8.3).

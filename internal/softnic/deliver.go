@@ -6,6 +6,9 @@ import (
 
 func (q *QP) execSend(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKind) {
 	b, n, st := q.local(wr, 0)
+	if b == nil && st == ib.WCSuccess {
+		b, st = q.fetch(wr, n)
+	}
 	if st != ib.WCSuccess {
 		return st, 0, stallNone
 	}
@@ -46,7 +49,7 @@ func (q *QP) deliver(v *peerView, wr *ib.SendWR, b []byte, n, imm uint32, flags 
 		if r == nil {
 			return 0, stallResolve
 		}
-		if !r.missing && r.ok() {
+		if !r.missing && r.ok() && r.mem != nil { // only what is mapped can be received into
 			v.hdl, v.region = h, r
 		}
 	}
@@ -60,8 +63,8 @@ func (q *QP) deliver(v *peerView, wr *ib.SendWR, b []byte, n, imm uint32, flags 
 		dst := v.region.bytes(slot.addr, n)
 		if b != nil {
 			dma(dst, b)
-		} else {
-			q.gather(dst, wr, 0)
+		} else if !q.gather(dst, wr, 0) {
+			return q.cutShort(v, slot)
 		}
 	}
 	v.complete(slot, n, imm, flags, ib.WCSuccess, q.qpn)
@@ -69,7 +72,8 @@ func (q *QP) deliver(v *peerView, wr *ib.SendWR, b []byte, n, imm uint32, flags 
 	return ib.WCSuccess, stallNone
 }
 
-// deliverSlow handles scatter lists and receives that do not fit: the receiver learns of the latter by its completion.
+// deliverSlow handles scatter lists, foreign memory, and receives that do not fit: the receiver learns of the latter by its
+// completion.
 func (q *QP) deliverSlow(v *peerView, wr *ib.SendWR, slot *recvSlot, n, imm uint32, flags uint8) (ib.WCStatus, stallKind) {
 	var parts [maxSGE]struct {
 		r    *remoteRegion
@@ -81,14 +85,19 @@ func (q *QP) deliverSlow(v *peerView, wr *ib.SendWR, slot *recvSlot, n, imm uint
 	switch {
 	case n > slot.length() && !(slot.handle() == sgeList && slot.addr == 0 && n == 0):
 		bad = ib.WCLocalLengthErr
-	case n > 0 && slot.handle() == sgeList:
-		if slot.addr > uint64(len(slot.list)/2) {
-			v.link.fault("receive with %d scatter elements", slot.addr)
+	case n > 0:
+		list, count := slot.list, slot.addr
+		if slot.handle() != sgeList {
+			one := [2]uint64{slot.addr, slot.lenHdl}
+			list, count = one[:], 1
+		}
+		if count > uint64(len(list)/2) {
+			v.link.fault("receive with %d scatter elements", count)
 			return 0, stallPeer
 		}
 		left := n
-		for i := 0; i < int(slot.addr) && left > 0; i++ {
-			addr, lenHdl := slot.list[2*i], slot.list[2*i+1]
+		for i := 0; i < int(count) && left > 0; i++ {
+			addr, lenHdl := list[2*i], list[2*i+1]
 			k := min(uint32(lenHdl), left)
 			if k == 0 {
 				continue
@@ -97,7 +106,7 @@ func (q *QP) deliverSlow(v *peerView, wr *ib.SendWR, slot *recvSlot, n, imm uint
 			if r == nil {
 				return 0, stallResolve
 			}
-			if r.missing || !r.ok() || !r.contains(addr, uint32(lenHdl)) || r.mem == nil {
+			if r.missing || !r.ok() || !r.contains(addr, uint32(lenHdl)) || r.mem == nil && r.own == nil {
 				v.dropBad(r)
 				bad = ib.WCLocalProtErr
 				break
@@ -109,11 +118,6 @@ func (q *QP) deliverSlow(v *peerView, wr *ib.SendWR, slot *recvSlot, n, imm uint
 		if left > 0 && bad == ib.WCSuccess {
 			bad = ib.WCLocalLengthErr
 		}
-	case n > 0:
-		if r := v.link.regionByHandle(slot.handle()); r != nil {
-			v.dropBad(r)
-		}
-		bad = ib.WCLocalProtErr
 	}
 	if q.typ == ib.UD && bad == ib.WCLocalLengthErr {
 		return ib.WCSuccess, stallNone // a datagram that does not fit is dropped
@@ -123,9 +127,12 @@ func (q *QP) deliverSlow(v *peerView, wr *ib.SendWR, slot *recvSlot, n, imm uint
 	}
 	if bad == ib.WCSuccess && n > 0 {
 		var skip uint32
-		for i := range np {
+		for i := 0; i < np && bad == ib.WCSuccess; i++ {
 			p := &parts[i]
-			q.gather(p.r.bytes(p.addr, p.n), wr, skip)
+			var ok bool
+			if bad, ok = q.storePart(p.r, p.addr, p.n, wr, skip); !ok {
+				return q.cutShort(v, slot)
+			}
 			skip += p.n
 		}
 	}
@@ -138,6 +145,16 @@ func (q *QP) deliverSlow(v *peerView, wr *ib.SendWR, slot *recvSlot, n, imm uint
 		return ib.WCRemoteInvalidReqErr, stallNone
 	}
 	return ib.WCRemoteOpErr, stallNone
+}
+
+// cutShort ends a message of which a part has arrived when the rest, in foreign memory here, could not be read. A receive that has
+// been taken is completed, as one that failed.
+func (q *QP) cutShort(v *peerView, slot *recvSlot) (ib.WCStatus, stallKind) {
+	if v.geo.srq {
+		v.complete(slot, 0, 0, 0, ib.WCLocalProtErr, q.qpn)
+		v.port.notify(true)
+	}
+	return ib.WCLocalProtErr, stallNone
 }
 
 // dropBad forgets a region that turned out unusable for receives, so that its handle is asked for again if it comes back.

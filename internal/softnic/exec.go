@@ -65,7 +65,7 @@ func isLocal(st ib.WCStatus) bool {
 }
 
 // local checks the local buffers of a request and returns their length. A payload in one piece, the usual case, is returned
-// as b; of several pieces b is nil, and gather or scatter do the copying. The memory cannot go while sq is held.
+// as b; of several pieces, and of foreign memory, b is nil, and gather or scatter do the copying. The memory cannot go while sq is held.
 func (q *QP) local(wr *ib.SendWR, need ib.Access) (b []byte, n uint32, st ib.WCStatus) {
 	if len(wr.Inline) > 0 {
 		return wr.Inline, uint32(len(wr.Inline)), ib.WCSuccess
@@ -78,6 +78,9 @@ func (q *QP) local(wr *ib.SendWR, need ib.Access) (b []byte, n uint32, st ib.WCS
 		r := q.nic.regions.lookup(uint32(s.LKey))
 		if r == nil || r.pd != q.pd || r.qpn != 0 || r.access&need != need || !r.contains(s.Addr, s.Length) {
 			return nil, 0, ib.WCLocalProtErr
+		}
+		if r.mem == nil {
+			return nil, s.Length, ib.WCSuccess // foreign memory
 		}
 		return r.bytes(s.Addr, s.Length), s.Length, ib.WCSuccess
 	}
@@ -104,44 +107,54 @@ func (q *QP) localList(wr *ib.SendWR, need ib.Access) (uint32, ib.WCStatus) {
 	return uint32(sum), ib.WCSuccess
 }
 
-// gather copies the request's payload, from byte skip on, to dst; local has checked it.
-func (q *QP) gather(dst []byte, wr *ib.SendWR, skip uint32) {
+// gather copies the request's payload, from byte skip on, to dst; local has checked it. false: foreign memory cannot be read.
+func (q *QP) gather(dst []byte, wr *ib.SendWR, skip uint32) bool {
 	if len(wr.Inline) > 0 {
 		dma(dst, wr.Inline[skip:])
-		return
+		return true
 	}
 	for i := range wr.SGEs {
 		s := &wr.SGEs[i]
 		if len(dst) == 0 {
-			return
+			return true
 		}
 		if s.Length <= skip {
 			skip -= s.Length
 			continue
 		}
 		if r := q.nic.regions.lookup(uint32(s.LKey)); r != nil {
-			dst = dst[dma(dst, r.bytes(s.Addr+uint64(skip), s.Length-skip)):]
+			k := min(uint32(len(dst)), s.Length-skip)
+			if !r.load(dst[:k], s.Addr+uint64(skip)) {
+				return false
+			}
+			dst = dst[k:]
 		}
 		skip = 0
 	}
+	return true
 }
 
-// scatter copies src to the request's buffers, from byte skip on.
-func (q *QP) scatter(wr *ib.SendWR, src []byte, skip uint32) {
+// scatter copies src to the request's buffers, from byte skip on. false: foreign memory cannot be written.
+func (q *QP) scatter(wr *ib.SendWR, src []byte, skip uint32) bool {
 	for i := range wr.SGEs {
 		s := &wr.SGEs[i]
 		if len(src) == 0 {
-			return
+			return true
 		}
 		if s.Length <= skip {
 			skip -= s.Length
 			continue
 		}
 		if r := q.nic.regions.lookup(uint32(s.LKey)); r != nil {
-			src = src[dma(r.bytes(s.Addr+uint64(skip), s.Length-skip), src):]
+			k := min(uint32(len(src)), s.Length-skip)
+			if !r.store(s.Addr+uint64(skip), src[:k]) {
+				return false
+			}
+			src = src[k:]
 		}
 		skip = 0
 	}
+	return true
 }
 
 // remote finds the peer's memory for a one-sided operation: n bytes at addr under rkey, with the right need. A nil slice with
@@ -186,14 +199,18 @@ func (q *QP) remoteWindow(v *peerView, k ib.RKey) (ib.WCStatus, stallKind) {
 // accessFault tells the responder that we were refused, which ends its QP as well (IBA 9.9.3: NAK remote access error).
 func (q *QP) accessFault(v *peerView) ib.WCStatus {
 	if q.typ == ib.RC {
-		v.link.send(ctl{kind: ctlFault, qpn: uint32(q.qpn), dst: uint32(v.qpn), a: v.chunk, b: v.off, status: uint8(ib.EventQPAccessErr)})
+		q.fault(v, ib.EventQPAccessErr)
 	}
 	return ib.WCRemoteAccessErr
 }
 
 func (q *QP) invalidFault(v *peerView) ib.WCStatus {
-	v.link.send(ctl{kind: ctlFault, qpn: uint32(q.qpn), dst: uint32(v.qpn), a: v.chunk, b: v.off, status: uint8(ib.EventQPReqErr)})
+	q.fault(v, ib.EventQPReqErr)
 	return ib.WCRemoteInvalidReqErr
+}
+
+func (q *QP) fault(v *peerView, e ib.EventType) {
+	v.link.send(ctl{kind: ctlFault, qpn: uint32(q.qpn), dst: uint32(v.qpn), a: v.chunk, b: v.off, status: uint8(e)})
 }
 
 // uncache forgets an rkey that this QP has had invalidated.
@@ -205,6 +222,9 @@ func (q *QP) uncache(k ib.RKey) {
 
 func (q *QP) execWrite(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKind) {
 	b, n, st := q.local(wr, 0)
+	if b == nil && st == ib.WCSuccess {
+		b, st = q.fetch(wr, n)
+	}
 	if st != ib.WCSuccess {
 		return st, 0, stallNone
 	}
@@ -222,14 +242,18 @@ func (q *QP) execWrite(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKi
 			return st, 0, s
 		}
 		switch {
+		case r.own != nil:
+			if st := q.execForeign(v, r.own, wr, b, n); st != ib.WCSuccess {
+				return st, 0, stallNone
+			}
 		case r.assisted:
 			if st, s := q.execAssist(v, wr, n); st != ib.WCSuccess || s != stallNone {
 				return st, 0, s
 			}
 		case b != nil:
 			dma(r.bytes(wr.RemoteAddr, n), b)
-		default:
-			q.gather(r.bytes(wr.RemoteAddr, n), wr, 0)
+		case !q.gather(r.bytes(wr.RemoteAddr, n), wr, 0):
+			return ib.WCLocalProtErr, 0, stallNone
 		}
 	}
 	if withImm {
@@ -264,13 +288,16 @@ func (q *QP) execRead(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKin
 		return st, 0, s
 	}
 	if r.assisted {
+		if r.own != nil {
+			return q.execForeign(v, r.own, wr, b, n), n, stallNone
+		}
 		st, s := q.execAssist(v, wr, n)
 		return st, n, s
 	}
 	if b != nil {
 		dma(b, r.bytes(wr.RemoteAddr, n))
-	} else {
-		q.scatter(wr, r.bytes(wr.RemoteAddr, n), 0)
+	} else if !q.scatter(wr, r.bytes(wr.RemoteAddr, n), 0) {
+		return ib.WCLocalProtErr, 0, stallNone
 	}
 	ring.AcquireFence() // what the caller reads after this read is not older than it
 	return ib.WCSuccess, n, stallNone
@@ -292,6 +319,9 @@ func (q *QP) execAtomic(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallK
 		return st, 0, s
 	}
 	if r.assisted {
+		if r.own != nil {
+			return q.execForeign(v, r.own, wr, b, 8), 8, stallNone
+		}
 		st, s := q.execAssist(v, wr, 8)
 		return st, 8, s
 	}
@@ -301,7 +331,11 @@ func (q *QP) execAtomic(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallK
 	}
 	var old [8]byte
 	putHost64(old[:], doAtomic(w, wr.Opcode, wr.CompareAdd, wr.Swap))
-	dma(b, old[:]) // checkWR: one buffer of 8 bytes
+	if b != nil {
+		dma(b, old[:]) // checkWR: one buffer of 8 bytes
+	} else if !q.scatter(wr, old[:], 0) {
+		return ib.WCLocalProtErr, 0, stallNone
+	}
 	return ib.WCSuccess, 8, stallNone
 }
 

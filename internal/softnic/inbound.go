@@ -399,7 +399,7 @@ func (q *QP) prefetch(h, n uint32) {
 		return
 	}
 	r := q.nic.regions.lookup(uint32(d.lenHdl >> 32))
-	if r == nil {
+	if r == nil || r.mem == nil {
 		return
 	}
 	b := r.bytes(d.addr, n)

@@ -19,7 +19,7 @@ type region struct {
 	pd     *PD
 	handle uint32 // slot in the region table and a generation; also the lkey
 	rkey   ib.RKey
-	mem    []byte // of the whole region, also for a window
+	mem    []byte // of the whole region, also for a window; nil for foreign memory
 	memAt  uint64 // address of mem[0]
 	base   uint64 // first address that the rkey covers
 	length uint64
@@ -27,6 +27,9 @@ type region struct {
 	fd     int // memfd that mem maps, -1 if peers cannot map it
 	fdOff  int64
 	qpn    ib.QPN // windows: the QP that may be used, else 0
+
+	foreign   ForeignMemory // another process' memory instead of mem, or nil
+	foreignAt uint64        // its address there that memAt stands for
 
 	windows  atomic.Int32 // windows bound to the region
 	exported atomic.Bool  // some peer was told about it
@@ -193,6 +196,10 @@ func (pd *PD) RegisterMRAt(cfg driver.MRConfig, at uint64) (driver.MR, error) {
 	}
 	r := &region{nic: pd.nic, pd: pd, mem: cfg.Mem, memAt: at, base: at, length: uint64(len(cfg.Mem)),
 		access: cfg.Access, fd: cfg.FD, fdOff: cfg.FDOffset}
+	return pd.register(r)
+}
+
+func (pd *PD) register(r *region) (driver.MR, error) {
 	if err := pd.addChild(); err != nil {
 		return nil, err
 	}
@@ -200,7 +207,7 @@ func (pd *PD) RegisterMRAt(cfg driver.MRConfig, at uint64) (driver.MR, error) {
 		pd.dropChild()
 		return nil, err
 	}
-	if cfg.Access&ib.AccessRemote != 0 {
+	if r.access&ib.AccessRemote != 0 {
 		pd.nic.eachLink(func(l *link) { l.push(r) })
 	}
 	return &MR{r: r}, nil

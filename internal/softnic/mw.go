@@ -111,7 +111,8 @@ func (q *QP) bind(b *ib.BindMW) ib.WCStatus {
 		return ib.WCSuccess
 	}
 	n := &region{nic: q.nic, pd: q.pd, rkey: b.RKey, mem: r.mem, memAt: r.memAt, base: b.Addr, length: b.Length,
-		access: b.Access &^ ib.AccessZeroBased, fd: r.fd, fdOff: r.fdOff, qpn: q.qpn}
+		access: b.Access &^ ib.AccessZeroBased, fd: r.fd, fdOff: r.fdOff, qpn: q.qpn,
+		foreign: r.foreign, foreignAt: r.foreignAt}
 	if b.Access&ib.AccessZeroBased != 0 {
 		n.memAt = r.memAt - b.Addr
 		n.base = 0

@@ -54,11 +54,12 @@ type QP struct {
 	pendLen  uint32
 	stall    stall
 	assist   assist
-	met      bool  // the peer has been there since RTR; guarded by sq
-	lost     bool  // the peer's NIC has gone, and no request has said so yet; guarded by sq
-	cut      error // why the stream that it was connected by has ended; guarded by sq
-	drained  drain // guarded by sq
-	stalled  bool  // in the NIC's set of QPs to retry; guarded by sq
+	between  []byte // a buffer for foreign memory; guarded by sq
+	met      bool   // the peer has been there since RTR; guarded by sq
+	lost     bool   // the peer's NIC has gone, and no request has said so yet; guarded by sq
+	cut      error  // why the stream that it was connected by has ended; guarded by sq
+	drained  drain  // guarded by sq
+	stalled  bool   // in the NIC's set of QPs to retry; guarded by sq
 	shown    shown
 	done     observe.Traffic // requests that have completed with success; guarded by sq
 	rnrs     uint64          // attempts in vain, for want of a receive; guarded by sq
@@ -399,7 +400,7 @@ func (q *QP) setAttr(a *ib.QPAttr, mask ib.QPAttrMask) {
 	set(ib.AttrSQDNotify, func() { d.SQDNotify = a.SQDNotify })
 }
 
-// toRTR makes the QP reachable: for RC and UC it finds the link to the peer and gives the peer a block to write to.
+// toRTR makes the QP memReach: for RC and UC it finds the link to the peer and gives the peer a block to write to.
 func (q *QP) toRTR(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) error {
 	if q.typ == ib.UD {
 		q.setAttr(attr, mask)

@@ -20,11 +20,12 @@ type remoteRegion struct {
 	length uint64
 	access ib.Access
 	memAt  uint64
-	mem    []byte // nil if assisted
+	mem    []byte  // nil if assisted
+	own    *region // of a NIC of this process, if it is foreign memory; it is assisted, too
 	// live is the peer's word for the region: equal to handle as long as it is valid. Loaded with the busy word raised.
 	live     *uint32
 	reg      *mem.Region
-	assisted bool        // private memory of the peer: its NIC does the copying
+	assisted bool        // nothing that could be mapped: the peer's NIC does the copying, or execForeign
 	missing  bool        // the peer does not know it
 	dead     atomic.Bool // the mapping is about to go
 }
@@ -245,6 +246,9 @@ func (l *link) describe(r *region, m *ctl) (done func(), err error) {
 	m.a, m.b, m.c, m.d, m.qpn = r.handle, uint32(r.rkey), uint32(r.access), r.pd.id, uint32(r.qpn)
 	m.x, m.y, m.z = r.base, r.length, r.memAt
 	switch {
+	case l.path == pathInproc && r.foreign != nil:
+		m.obj = r
+		m.flags |= regionAssisted
 	case l.path == pathInproc:
 		m.obj = r.mem
 	case r.fd >= 0:
@@ -273,6 +277,7 @@ func (l *link) handleRegion(m *ctl) error {
 		switch {
 		case l.path == pathInproc:
 			r.mem, _ = m.obj.([]byte)
+			r.own, r.assisted = m.obj.(*region)
 		case m.flags&regionAssisted != 0:
 			r.assisted = true
 		default:

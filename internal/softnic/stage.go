@@ -7,8 +7,8 @@ import (
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// Staging: a peer in another process cannot map memory that is private to this one (ordinary slices). A receive into such
-// memory gets a buffer in shared memory instead, and its bytes are copied when the completion is polled.
+// Staging: a peer in another process cannot map memory that is private to this one (ordinary slices, and foreign memory). A receive
+// into such memory gets a buffer in shared memory instead, and its bytes are copied when the completion is polled.
 
 // stageBuf is a staging buffer.
 type stageBuf struct {
@@ -122,10 +122,9 @@ func (n *NIC) scatterDescs(sges []descriptor, data []byte) bool {
 		}
 		k := min(uint32(len(data)), uint32(s.lenHdl))
 		reg := n.regions.lookup(uint32(s.lenHdl >> 32))
-		if reg == nil {
+		if reg == nil || !reg.store(s.addr, data[:k]) {
 			return false
 		}
-		dma(reg.bytes(s.addr, k), data[:k])
 		data = data[k:]
 	}
 	return true

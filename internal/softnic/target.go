@@ -55,7 +55,9 @@ func (n *NIC) putSlot(s *recvSlot, off uint32, data []byte) ib.WCStatus {
 		if r == nil || !r.contains(list[0], size) {
 			return ib.WCRemoteOpErr
 		}
-		dma(r.bytes(list[0]+uint64(off), k), data[:k])
+		if !r.store(list[0]+uint64(off), data[:k]) {
+			return ib.WCRemoteOpErr
+		}
 		data, off = data[k:], 0
 	}
 	return ib.WCSuccess
@@ -107,7 +109,9 @@ func (t *target) Write(rkey uint32, addr uint64, data []byte) ib.WCStatus {
 	if r == nil {
 		return ib.WCRemoteAccessErr
 	}
-	dma(r.bytes(addr, uint32(len(data))), data)
+	if !r.store(addr, data) {
+		return ib.WCRemoteOpErr
+	}
 	return ib.WCSuccess
 }
 
@@ -120,7 +124,9 @@ func (t *target) Read(rkey uint32, addr uint64, dst []byte) ib.WCStatus {
 	if r == nil {
 		return ib.WCRemoteAccessErr
 	}
-	dma(dst, r.bytes(addr, uint32(len(dst))))
+	if !r.load(dst, addr) {
+		return ib.WCRemoteOpErr
+	}
 	return ib.WCSuccess
 }
 
@@ -130,11 +136,7 @@ func (t *target) Atomic(rkey uint32, addr uint64, op ib.Opcode, compareAdd, swap
 	if r == nil {
 		return 0, ib.WCRemoteAccessErr
 	}
-	w := word64At(r.mem, addr-r.memAt)
-	if w == nil {
-		return 0, ib.WCRemoteInvalidReqErr
-	}
-	return doAtomic(w, op, compareAdd, swap), ib.WCSuccess
+	return r.atomic(addr, op, compareAdd, swap)
 }
 
 // Invalidate implements wire.Target. The window goes when the message's completion is polled, as on the other paths.

@@ -110,19 +110,24 @@ func (l *link) udView(qpn ib.QPN) *udView {
 
 // execUD executes a datagram: it arrives, or is lost without a word. Called with sq held.
 func (q *QP) execUD(wr *ib.SendWR) (ib.WCStatus, uint32, stallKind) {
-	_, n, st := q.local(wr, 0)
+	b, n, st := q.local(wr, 0)
 	if st != ib.WCSuccess {
 		return st, 0, stallNone
 	}
 	if n > maxUDMTU {
 		return ib.WCLocalLengthErr, 0, stallNone
 	}
+	if b == nil {
+		if b, st = q.fetch(wr, n); st != ib.WCSuccess {
+			return st, 0, stallNone
+		}
+	}
 	a := q.nic.ah(wr.AH)
 	if a == nil {
 		return ib.WCLocalQPOpErr, 0, stallNone
 	}
 	if a.port != nil {
-		return q.sendNet(a, wr, n)
+		return q.sendNet(a, wr, b, n)
 	}
 	u := a.link.udView(wr.RemoteQPN & ib.MaxQPN)
 	if u == nil {
@@ -146,7 +151,7 @@ func (q *QP) execUD(wr *ib.SendWR) (ib.WCStatus, uint32, stallKind) {
 	s := stallNone
 	if v.enter() {
 		if atomic.LoadUint32(v.qkey) == uint32(q.qkey(wr)) {
-			s = q.deliverUD(v, a, wr, n)
+			s = q.deliverUD(v, a, wr, b, n)
 		}
 		v.leave()
 	}
@@ -162,8 +167,8 @@ func (q *QP) qkey(wr *ib.SendWR) ib.QKey {
 	return wr.RemoteQKey
 }
 
-// deliverUD copies a datagram, behind its GRH, into a receive of the peer's QP, or drops it.
-func (q *QP) deliverUD(v *peerView, a *AH, wr *ib.SendWR, n uint32) stallKind {
+// deliverUD copies a datagram (b, if it is in one piece), behind its GRH, into a receive of the peer's QP, or drops it.
+func (q *QP) deliverUD(v *peerView, a *AH, wr *ib.SendWR, b []byte, n uint32) stallKind {
 	var slot recvSlot
 	for {
 		if !v.peek(&slot) || slot.length() < n+ib.GRHLen {
@@ -198,7 +203,7 @@ func (q *QP) deliverUD(v *peerView, a *AH, wr *ib.SendWR, n uint32) stallKind {
 			if r == nil {
 				return stallResolve
 			}
-			if r.missing || !r.ok() || r.mem == nil || !r.contains(addr, uint32(lenHdl)) {
+			if r.missing || !r.ok() || r.mem == nil && r.own == nil || !r.contains(addr, uint32(lenHdl)) {
 				v.dropBad(r)
 				bad = ib.WCLocalProtErr
 				break
@@ -216,12 +221,21 @@ func (q *QP) deliverUD(v *peerView, a *AH, wr *ib.SendWR, n uint32) stallKind {
 			head, skip := h[:], uint32(0)
 			for i := range np {
 				p := &parts[i]
-				dst := p.r.bytes(p.addr, p.n)
-				k := dma(dst, head)
-				head, dst = head[k:], dst[k:]
-				if len(dst) > 0 {
-					q.gather(dst, wr, skip)
+				var whole []byte
+				if p.r.own != nil {
+					whole = make([]byte, p.n)
+				} else {
+					whole = p.r.bytes(p.addr, p.n)
+				}
+				k := dma(whole, head)
+				head = head[k:]
+				if dst := whole[k:]; len(dst) > 0 {
+					q.payload(dst, wr, b, skip)
 					skip += uint32(len(dst))
+				}
+				if p.r.own != nil && !p.r.own.store(p.addr, whole) {
+					bad = ib.WCLocalProtErr
+					break
 				}
 			}
 		}
@@ -236,6 +250,16 @@ func (q *QP) deliverUD(v *peerView, a *AH, wr *ib.SendWR, n uint32) stallKind {
 		v.port.notify(bad != ib.WCSuccess || flags&cqeSolicited != 0)
 		return stallNone
 	}
+}
+
+// payload copies a datagram, from byte skip on, to dst. b is the datagram if it is in one piece, which it is if it was in foreign
+// memory.
+func (q *QP) payload(dst []byte, wr *ib.SendWR, b []byte, skip uint32) {
+	if b != nil {
+		dma(dst, b[skip:])
+		return
+	}
+	q.gather(dst, wr, skip)
 }
 
 func (l *link) forgetUD(qpn ib.QPN, v *udView) {

@@ -227,8 +227,7 @@ func (s *sendQueue) Gather(n, off uint32, dst []byte) bool {
 	if _, _, st := s.q.local(wr, 0); st != ib.WCSuccess { // a region has gone since it was posted
 		return false
 	}
-	s.q.gather(dst, wr, off)
-	return true
+	return s.q.gather(dst, wr, off)
 }
 
 func (s *sendQueue) Scatter(n, off uint32, src []byte) bool {
@@ -236,8 +235,7 @@ func (s *sendQueue) Scatter(n, off uint32, src []byte) bool {
 	if _, _, st := s.q.local(wr, ib.AccessLocalWrite); st != ib.WCSuccess {
 		return false
 	}
-	s.q.scatter(wr, src, off)
-	return true
+	return s.q.scatter(wr, src, off)
 }
 
 func (s *sendQueue) Complete(n uint32, st ib.WCStatus) {

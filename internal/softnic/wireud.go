@@ -99,9 +99,9 @@ func (a *AH) resolveNet(attr *ib.AHAttr) error {
 	return nil
 }
 
-// sendNet sends a datagram of n bytes. Called with sq held: so it does not wait for the port, and leaves the system call to
+// sendNet sends a datagram of n bytes (b, if it is in one piece). Called with sq held: so it does not wait for the port, and leaves the system call to
 // whoever lets go of sq.
-func (q *QP) sendNet(a *AH, wr *ib.SendWR, n uint32) (ib.WCStatus, uint32, stallKind) {
+func (q *QP) sendNet(a *AH, wr *ib.SendWR, b []byte, n uint32) (ib.WCStatus, uint32, stallKind) {
 	p := a.port
 	if int(n) > wireMTU(p.mtu).Bytes() {
 		return ib.WCLocalLengthErr, 0, stallNone
@@ -122,7 +122,7 @@ func (q *QP) sendNet(a *AH, wr *ib.SendWR, n uint32) (ib.WCStatus, uint32, stall
 	if !ok {
 		return 0, 0, stallNet
 	}
-	q.gather(payload, wr, 0)
+	q.payload(payload, wr, b, 0)
 	a.out.Commit()
 	q.attr.SQPSN = q.attr.SQPSN.Add(1)
 	return ib.WCSuccess, n, stallNone
