@@ -14,6 +14,7 @@ import (
 )
 
 func main() {
+	launcherMain()
 	conformance.ServePeer() // of doctor's self-test
 	os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 }
@@ -33,6 +34,7 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	root.SetErr(stderr)
 	err := root.ExecuteContext(ctx)
 	var u *usageError
+	var e *exitError
 	switch {
 	case err == nil:
 		return 0
@@ -44,8 +46,20 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 		return 2
 	}
 	fmt.Fprintf(stderr, "ringside: %v\n", err)
+	if errors.As(err, &e) {
+		return e.status
+	}
 	return 1
 }
+
+// An exitError is a failure with an exit status of its own.
+type exitError struct {
+	status int
+	err    error
+}
+
+func (e *exitError) Error() string { return e.err.Error() }
+func (e *exitError) Unwrap() error { return e.err }
 
 // A usageError is a mistake in the arguments rather than a failure.
 type usageError struct {
@@ -99,7 +113,7 @@ software NIC that is part of this program and needs neither hardware nor rights.
 		RunE:          subcommand,
 	}
 	root.SetFlagErrorFunc(usage)
-	root.AddCommand(newCapture(), newDevices(), newDoctor(), newPerf(), newStats(), newVersion())
+	root.AddCommand(newCapture(), newDevices(), newDoctor(), newEmulate(), newPerf(), newStats(), newVersion())
 	return root
 }
 

@@ -1,6 +1,7 @@
 package seccomp
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"syscall"
@@ -141,4 +142,32 @@ func (c *Call) add(fd int, cloexec bool, flags uint32) (int, error) {
 			return -1, fmt.Errorf("a descriptor for process %d: %w", c.TID, e)
 		}
 	}
+}
+
+// String reads a string of the caller's that ends with a zero, of up to PATH_MAX bytes, as arguments that are paths have it. What
+// is not there, or is longer, is cut: the kernel has an errno for it.
+func (c *Call) String(va uint64) (string, error) {
+	var b [unix.PathMax]byte
+	n := 0
+	for n < len(b) {
+		k := min(len(b)-n, int(4096-(va+uint64(n))&4095)) // the next page may be nobody's
+		local := []unix.Iovec{{Base: &b[n]}}
+		local[0].SetLen(k)
+		got, err := unix.ProcessVMReadv(c.TID, local, []unix.RemoteIovec{{Base: uintptr(va) + uintptr(n), Len: k}}, 0)
+		if err != nil || got <= 0 {
+			if errors.Is(err, unix.EPERM) {
+				return "", fmt.Errorf("memory of process %d: %w: the system forbids tracing (kernel.yama.ptrace_scope must be 0 or 1)", c.TID, err)
+			}
+			break
+		}
+		if i := bytes.IndexByte(b[n:n+got], 0); i >= 0 {
+			n += i
+			break
+		}
+		n += got
+	}
+	if !c.Valid() {
+		return "", ErrWithdrawn
+	}
+	return string(b[:n]), nil
 }

@@ -34,7 +34,8 @@ var arrows = map[string][]string{
 	"internal/provider/siw":    {"internal/uverbs", "internal/driver", "internal/ring", "internal/mem", "internal/abi"},
 	"internal/provider/mlx5":   {"internal/uverbs", "internal/driver", "internal/ring", "internal/mem", "internal/abi"},
 	// An emulated device below uverbs: what drives it is a provider, or a C program.
-	"internal/mlx5emu": {"internal/softnic", "internal/driver", "internal/abi"},
+	"internal/mlx5emu": {"internal/softnic", "internal/driver", "internal/mem", "internal/abi"},
+	"internal/emulate": {"internal/mlx5emu", "internal/seccomp", "internal/procmem", "internal/softnic", "internal/driver", "internal/abi"},
 	"internal/life":    {"internal/driver"}, // Close, once for all public objects
 
 	"verbs":                   {"internal/provider", "internal/driver", "internal/life"},
@@ -45,7 +46,7 @@ var arrows = map[string][]string{
 	"rpc":                     {"rpc", "transport", "mr", "internal/ring"}, // never a QP
 
 	"internal/perf":        {"internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
-	"cmd":                  {"cmd", "internal/conformance", "internal/softnic/observe", "internal/pcap", "internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
+	"cmd":                  {"cmd", "internal/conformance", "internal/emulate", "internal/seccomp", "internal/softnic/observe", "internal/pcap", "internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
 	"examples":             {"examples", "rpc", "transport", "qp", "mr", "verbs"},
 	"internal/testutil":    {"internal/testutil"},
 	"internal/conformance": {"internal/testutil", "internal/softnic", "internal/softnic/simnet", "internal/driver", "qp", "mr", "verbs"},

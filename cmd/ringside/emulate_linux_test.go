@@ -1,0 +1,113 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The program sees the devices, and ends as it would by itself.
+func TestEmulate(t *testing.T) {
+	for _, c := range []struct {
+		script string
+		stdout string
+		want   syscall.WaitStatus
+	}{
+		{"ls /dev/infiniband /sys/class/infiniband; exit 7", "/dev/infiniband:\nuverbs0\nuverbs1\n\n/sys/class/infiniband:\nmlx5_0\nmlx5_1\n", 7 << 8},
+		{"cat /sys/class/infiniband/mlx5_1/node_type", "1: CA\n", 0},
+		{"test -c /dev/infiniband/uverbs0 && test -r /dev/infiniband/uverbs0 && test -w /dev/infiniband/uverbs0", "", 0},
+		{"kill -TERM $$", "", syscall.WaitStatus(unix.SIGTERM)},
+		{"kill -SEGV $$", "", syscall.WaitStatus(unix.SIGSEGV)},
+		{"cat", "what it is given", 0},
+	} {
+		cmd := command(t, "emulate", "--devices", "2", "--", "sh", "-c", c.script)
+		cmd.Stdin = strings.NewReader("what it is given")
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		cmd.Run()
+		if st := cmd.ProcessState.Sys().(syscall.WaitStatus); st != c.want || stdout.String() != c.stdout || stderr.Len() > 0 {
+			t.Errorf("%s: ended with %#x, want %#x, and printed %q, %q", c.script, st, c.want, stdout.String(), stderr.String())
+		}
+	}
+}
+
+func TestEmulateMistakes(t *testing.T) {
+	dir := t.TempDir()
+	text := filepath.Join(dir, "text")
+	if err := os.WriteFile(text, []byte("neither a script nor a program"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		args   string
+		status int
+		says   string
+	}{
+		{"", 2, "no program given"},
+		{"--devices 0 -- true", 2, "--devices"},
+		{"--devices 33 -- true", 1, "1 to 32"},
+		{"--loss 100% -- true", 2, "less than 100%"},
+		{"--loss much -- true", 2, "--loss"},
+		{"--trace " + dir + " -- true", 1, "trace"},
+		{"-- " + dir + "/none", 127, "no such file"},
+		{"-- no-such-program", 127, "no-such-program"},
+		{"-- " + text, 126, "exec format error"},
+	} {
+		cmd := command(t, append([]string{"emulate"}, strings.Fields(c.args)...)...)
+		out, err := cmd.CombinedOutput()
+		var exit *exec.ExitError
+		if !errors.As(err, &exit) || exit.ExitCode() != c.status || !strings.Contains(string(out), c.says) {
+			t.Errorf("emulate %s: %v, %q; want %d, and %q", c.args, err, out, c.status, c.says)
+		}
+	}
+}
+
+// Signals to emulate are the program's.
+func TestEmulateSignals(t *testing.T) {
+	cmd := command(t, "emulate", "--", "sh", "-c", "trap 'exit 9' USR1; echo ready; while :; do sleep 0.01; done")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer time.AfterFunc(time.Minute, func() { cmd.Process.Kill() }).Stop()
+	if line, err := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
+		t.Fatal(line, err)
+	}
+	cmd.Process.Signal(unix.SIGUSR1)
+	cmd.Wait()
+	if n := cmd.ProcessState.ExitCode(); n != 9 {
+		t.Errorf("the program has ended with %d", n)
+	}
+}
+
+// Killed, it takes the program along.
+func TestEmulateKilled(t *testing.T) {
+	cmd := command(t, "emulate", "--", "sh", "-c", "echo ready; exec sleep 1000")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	r := bufio.NewReader(out)
+	if line, err := r.ReadString('\n'); line != "ready\n" {
+		t.Fatal(line, err)
+	}
+	cmd.Process.Kill()
+	if line, err := r.ReadString('\n'); err == nil { // its end of the pipe closes with it
+		t.Errorf("it says %q", line)
+	}
+	cmd.Wait()
+}

@@ -1,0 +1,5 @@
+//go:build linux && !amd64
+
+package emulate
+
+var oldCalls map[int]handler

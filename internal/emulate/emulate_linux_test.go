@@ -1,0 +1,172 @@
+package emulate
+
+import (
+	"bufio"
+	"bytes"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ringside-rdma/ringside/internal/testutil"
+)
+
+// start starts one of the programs.
+func start(t *testing.T, cfg Config, name string, args ...string) *Session {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := Start(cfg, self, append([]string{"program:" + name}, args...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func end(t *testing.T, s *Session, status int) {
+	t.Helper()
+	st, err := s.Wait()
+	if err != nil || !st.Exited() || st.ExitStatus() != status {
+		t.Errorf("the program has ended with %#x, %v; its output is above", st, err)
+	}
+	if len(s.contexts) > 0 {
+		t.Errorf("%d contexts are left", len(s.contexts))
+	}
+	if _, err := os.Stat(s.tree.root); !os.IsNotExist(err) {
+		t.Errorf("the tree is left: %v", err)
+	}
+}
+
+func TestFiles(t *testing.T) { end(t, start(t, Config{Devices: 2, Log: t.Output()}, "files"), 0) }
+
+func TestVerbs(t *testing.T) {
+	var trace bytes.Buffer
+	end(t, start(t, Config{Devices: 2, Trace: &trace, Log: t.Output()}, "verbs"), 0)
+	for _, want := range []string{"mlx5_0 EMU DB ", "mlx5_0 EMU WQE ", "mlx5_0 EMU CQE ", "mlx5_1 EMU CQE "} {
+		if !strings.Contains(trace.String(), "\n"+want) && !strings.HasPrefix(trace.String(), want) {
+			t.Errorf("the trace has no line %q", want)
+		}
+	}
+}
+
+func TestStatus(t *testing.T) { end(t, start(t, Config{}, "exit"), 5) }
+
+func TestKilled(t *testing.T) {
+	s := start(t, Config{}, "steps", newSteps(t).dir)
+	s.Signal(unix.SIGTERM)
+	st, err := s.Wait()
+	if err != nil || !st.Signaled() || st.Signal() != unix.SIGTERM {
+		t.Errorf("ended with %#x, %v", st, err)
+	}
+}
+
+// A testSteps is the test's side of a stepper.
+type testSteps struct {
+	dir     string
+	out, in *os.File
+}
+
+func newSteps(t *testing.T) *testSteps {
+	t.Helper()
+	s := &testSteps{dir: t.TempDir()}
+	open := func(name string) *os.File {
+		path := filepath.Join(s.dir, name)
+		if err := unix.Mkfifo(path, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.OpenFile(path, os.O_RDWR, 0) // waits for nobody
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		return f
+	}
+	s.out, s.in = open("out"), open("in")
+	return s
+}
+
+// A context ends with the last reference to its file, whatever that is, and not before.
+func TestContextsEnd(t *testing.T) {
+	x := newSteps(t)
+	s := start(t, Config{Log: t.Output()}, "steps", x.dir)
+	lines := bufio.NewScanner(x.out)
+	seen := 0
+	for seen < 10 && lines.Scan() {
+		seen++
+		n, what, _ := strings.Cut(lines.Text(), " ")
+		want, err := strconv.Atoi(n)
+		if err != nil {
+			t.Fatal(lines.Text())
+		}
+		testutil.Eventually(t, lines.Text(), func() bool {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return len(s.contexts) == want
+		})
+		if want > 0 { // what ends too early does so soon
+			for range 20 {
+				unix.Nanosleep(&unix.Timespec{Nsec: 1e6}, nil)
+			}
+			s.mu.Lock()
+			if len(s.contexts) != want {
+				t.Errorf("%s: %d contexts are left, want %d", what, len(s.contexts), want)
+			}
+			s.mu.Unlock()
+		}
+		x.in.Write([]byte{1})
+	}
+	end(t, s, 0)
+}
+
+func TestOtherProcess(t *testing.T) {
+	var log lockedBuffer
+	end(t, start(t, Config{Log: &log}, "fork"), 0)
+	if !strings.Contains(log.String(), "only that one can") {
+		t.Errorf("nothing was said of it: %q", log.String())
+	}
+}
+
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func TestRefused(t *testing.T) {
+	for name, cfg := range map[string]Config{
+		"less than none": {Devices: -1},
+		"too many":       {Devices: 33},
+		"all is lost":    {Loss: 1},
+		"less than lost": {Loss: -0.1},
+	} {
+		if s, err := Start(cfg, "/proc/self/exe", []string{"program:exit"}); err == nil {
+			t.Errorf("%s: started", name)
+			s.Wait()
+		}
+	}
+	before, _ := filepath.Glob(filepath.Join(os.TempDir(), "ringside-emulate-*"))
+	if s, err := Start(Config{}, "/nowhere", []string{"nowhere"}); err == nil {
+		t.Error("a program that is not there was started")
+		s.Wait()
+	}
+	if after, _ := filepath.Glob(filepath.Join(os.TempDir(), "ringside-emulate-*")); len(after) > len(before) {
+		t.Errorf("%d folders are left", len(after)-len(before))
+	}
+}

@@ -1,0 +1,140 @@
+package emulate
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ringside-rdma/ringside/internal/seccomp"
+	"github.com/ringside-rdma/ringside/internal/testutil"
+)
+
+func TestMain(m *testing.M) {
+	seccomp.Main()
+	if what, ok := strings.CutPrefix(os.Args[0], "program:"); ok {
+		if err := programs[what](os.Args[1:]); err != nil {
+			fmt.Printf("%s: %v\n", what, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	testutil.Main(m)
+}
+
+// programs are what the tests emulate devices for: this test binary, by argv[0].
+var programs = map[string]func(args []string) error{
+	"files": files,
+	"verbs": verbs,
+	"steps": steps,
+	"fork":  fork,
+	"use":   use,
+	"exit":  func([]string) error { os.Exit(5); return nil },
+}
+
+const node0 = "/dev/infiniband/uverbs0"
+
+func openNode() (int, error) { return unix.Open(node0, unix.O_RDWR|unix.O_CLOEXEC, 0) }
+
+// A step tells the test that something was done, and waits until it has looked.
+type stepper struct{ out, in *os.File }
+
+func newStepper(dir string) (s stepper, err error) {
+	if s.out, err = os.OpenFile(dir+"/out", os.O_WRONLY, 0); err == nil {
+		s.in, err = os.OpenFile(dir+"/in", os.O_RDONLY, 0)
+	}
+	return s, err
+}
+
+func (s stepper) done(what string) error {
+	if _, err := fmt.Fprintln(s.out, what); err != nil {
+		return err
+	}
+	_, err := s.in.Read(make([]byte, 1))
+	return err
+}
+
+// steps opens a device and lets go of it, in all ways that there are.
+func steps(args []string) error {
+	s, err := newStepper(args[0])
+	if err != nil {
+		return err
+	}
+	open := func() int {
+		fd, e := openNode()
+		if e != nil {
+			err = e
+		}
+		return fd
+	}
+	step := func(what string) {
+		if err == nil {
+			err = s.done(what)
+		}
+	}
+	fd := open()
+	step("1 open")
+	unix.Close(fd)
+	step("0 closed")
+	fd = open()
+	dup, _ := unix.Dup(fd)
+	unix.Close(fd)
+	step("1 a duplicate is left")
+	page, _ := unix.Mmap(dup, 0x900*4096, 4096, unix.PROT_WRITE, unix.MAP_SHARED)
+	unix.Close(dup)
+	step("1 a mapping is left")
+	unix.Munmap(page)
+	step("0 unmapped")
+	fds := []int{open(), open()}
+	step("2 open")
+	pair, _ := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	unix.Sendmsg(pair[0], []byte{0}, unix.UnixRights(fds[0]), nil, 0)
+	unix.Close(fds[0])
+	unix.Close(fds[1])
+	step("1 in a socket that nobody has read")
+	unix.Close(pair[1])
+	unix.Close(pair[0])
+	step("0 the socket has gone")
+	fd = open()
+	unix.FcntlInt(uintptr(fd), unix.F_SETFD, 0) // not closed by execve
+	child := exec.Command("sleep", "1000")
+	child.ExtraFiles = []*os.File{os.NewFile(uintptr(fd), "device")}
+	if e := child.Start(); e != nil {
+		return e
+	}
+	unix.Close(fd)
+	step("1 inherited")
+	child.Process.Kill()
+	child.Wait()
+	step("0 the heir was killed")
+	return err
+}
+
+// fork has another process use the device that this one has opened.
+func fork([]string) error {
+	fd, err := openNode()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Args = []string{"program:use"}
+	cmd.ExtraFiles = []*os.File{os.NewFile(uintptr(fd), "device")}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	if errno := command(fd); errno != unix.ENOSPC {
+		return fmt.Errorf("the opener's command: %v", errno)
+	}
+	return nil
+}
+
+func use([]string) error {
+	if errno := command(3); errno != unix.EPERM {
+		return fmt.Errorf("a command of another process: %v", errno)
+	}
+	return nil
+}
