@@ -32,6 +32,7 @@ test:
 	.ci/setup go gcc
 	.ci/setup -optional ucx_perftest
 	.ci/setup -optional tshark
+	.ci/setup -optional ibv_rc_pingpong ib_write_bw
 	for target in build lint cross unit udp race fuzz bench-once demo-check bench-quick vm; do
 		t=$$SECONDS
 		$(MAKE) $$target
