@@ -17,7 +17,10 @@ import (
 
 // Others' programs, as their packages install them: rdma-core's (ibverbs-utils, with libmlx5 of ibverbs-providers) and perftest.
 
-// run runs a script of the shell with devices, and returns what it has printed. It is killed after Patience.
+// patience is how long a program may take. It is longer than testutil's, since some of them spin where the devices need the processor.
+const patience = 5 * testutil.Patience
+
+// run runs a script of the shell with devices, and returns what it has printed. It is killed after patience.
 func run(t *testing.T, cfg Config, script string) string {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), "out")
@@ -27,8 +30,8 @@ func run(t *testing.T, cfg Config, script string) string {
 		t.Fatal(err)
 	}
 	pid := s.PID()
-	late := time.AfterFunc(2*testutil.Patience, func() {
-		t.Errorf("not over after %v", 2*testutil.Patience)
+	late := time.AfterFunc(patience, func() {
+		t.Errorf("not over after %v", patience)
 		killTree(pid)
 	})
 	st, err := s.Wait()

@@ -77,13 +77,15 @@ func (s *side) sge(off, n int) []ib.SGE {
 	return []ib.SGE{{Addr: s.addr(off), Length: uint32(n), LKey: s.mr.LKey()}}
 }
 
-func (s *side) want(id uint64) error {
+func (s *side) want(id uint64) error { return s.wantStatus(id, ib.WCSuccess) }
+
+func (s *side) wantStatus(id uint64, st ib.WCStatus) error {
 	var wc [1]ib.WC
 	for s.cq.Poll(wc[:]) == 0 {
 		time.Sleep(20 * time.Microsecond) // two who spin leave the devices no processor
 	}
-	if wc[0].ID != id || wc[0].Status != ib.WCSuccess {
-		return fmt.Errorf("completion %+v, want %d", wc[0], id)
+	if wc[0].ID != id || wc[0].Status != st {
+		return fmt.Errorf("completion %+v, want %d with %v", wc[0], id, st)
 	}
 	return nil
 }
