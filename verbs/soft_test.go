@@ -95,7 +95,7 @@ func TestSoftAttributes(t *testing.T) {
 	if path := must(c.CheckReach(t.Context(), gid)); path == "" {
 		t.Error("no path to itself")
 	}
-	if _, err := c.CheckReach(t.Context(), ib.GID{1, 2, 3}); !errors.Is(err, verbs.ErrUnreachable) {
+	if _, err := c.CheckReach(t.Context(), ib.GID{0xfd, 1, 2, 3}); !errors.Is(err, verbs.ErrUnreachable) {
 		t.Error(err)
 	}
 }

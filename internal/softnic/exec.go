@@ -329,11 +329,11 @@ func (q *QP) execAtomic(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallK
 	if w == nil {
 		return q.invalidFault(v), 0, stallNone
 	}
-	var old [8]byte
-	putHost64(old[:], doAtomic(w, wr.Opcode, wr.CompareAdd, wr.Swap))
+	old := q.result[:] // an array of this function's would be on the heap: foreign memory is behind an interface
+	putHost64(old, doAtomic(w, wr.Opcode, wr.CompareAdd, wr.Swap))
 	if b != nil {
-		dma(b, old[:]) // checkWR: one buffer of 8 bytes
-	} else if !q.scatter(wr, old[:], 0) {
+		dma(b, old) // checkWR: one buffer of 8 bytes
+	} else if !q.scatter(wr, old, 0) {
 		return ib.WCLocalProtErr, 0, stallNone
 	}
 	return ib.WCSuccess, 8, stallNone

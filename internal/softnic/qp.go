@@ -54,12 +54,13 @@ type QP struct {
 	pendLen  uint32
 	stall    stall
 	assist   assist
-	between  []byte // a buffer for foreign memory; guarded by sq
-	met      bool   // the peer has been there since RTR; guarded by sq
-	lost     bool   // the peer's NIC has gone, and no request has said so yet; guarded by sq
-	cut      error  // why the stream that it was connected by has ended; guarded by sq
-	drained  drain  // guarded by sq
-	stalled  bool   // in the NIC's set of QPs to retry; guarded by sq
+	between  []byte  // a buffer for foreign memory; guarded by sq
+	result   [8]byte // of an atomic; guarded by sq
+	met      bool    // the peer has been there since RTR; guarded by sq
+	lost     bool    // the peer's NIC has gone, and no request has said so yet; guarded by sq
+	cut      error   // why the stream that it was connected by has ended; guarded by sq
+	drained  drain   // guarded by sq
+	stalled  bool    // in the NIC's set of QPs to retry; guarded by sq
 	shown    shown
 	done     observe.Traffic // requests that have completed with success; guarded by sq
 	rnrs     uint64          // attempts in vain, for want of a receive; guarded by sq

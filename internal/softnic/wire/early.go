@@ -43,16 +43,16 @@ func (a *aheads) open(slots int, want ib.PSN) bool {
 
 // keep copies a packet to its slot, which is free; false: there is no memory for it. placed: its payload is where it belongs.
 func (a *aheads) keep(x *early, p *roce.Packet, placed bool) bool {
-	payload := p.Payload
+	var payload []byte // never p's, even if it is empty: what has a capacity here is the pool's
 	if placed {
-		payload = inPlace[:len(payload)]
-	} else if len(payload) > 0 {
-		b := a.pool.buffer(len(payload), a.held)
+		payload = inPlace[:len(p.Payload)]
+	} else if len(p.Payload) > 0 {
+		b := a.pool.buffer(len(p.Payload), a.held)
 		if b == nil {
 			return false
 		}
 		a.held += cap(b)
-		payload = append(b, payload...)
+		payload = append(b, p.Payload...)
 	}
 	a.n++
 	x.there, x.placed, x.pkt = true, placed, *p

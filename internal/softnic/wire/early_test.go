@@ -94,3 +94,19 @@ func TestWithoutEarlyMemory(t *testing.T) {
 		})
 	}
 }
+
+// What has no payload keeps nothing of the buffer that it came in: an empty slice of that is not the pool's.
+func TestEarlyWithoutPayload(t *testing.T) {
+	pool := NewEarlyPool(4 << 20)
+	r := NewResponder(Config{MTU: 4096, Selective: true, Early: pool}, nobody{})
+	p := earlyPacket(1, 1<<16)
+	p.Payload = p.Payload[:0]
+	r.Receive(p)
+	if n := r.ahead.n; n != 1 {
+		t.Fatalf("%d packets are kept", n)
+	}
+	r.Receive(earlyPacket(0, 64))
+	if r.want != 2 || pool.Lent() != 0 {
+		t.Errorf("%d is expected next; %d bytes are lent", r.want, pool.Lent())
+	}
+}

@@ -51,7 +51,7 @@ var arrows = map[string][]string{
 	"internal/testutil":    {"internal/testutil"},
 	"internal/conformance": {"internal/testutil", "internal/softnic", "internal/softnic/simnet", "internal/driver", "qp", "mr", "verbs"},
 	"internal/cmd":         {},
-	"bench":                {"bench", "internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
+	"bench":                {"bench", "internal/perf", "internal/roce", "rpc", "transport", "qp", "mr", "verbs"},
 	"test":                 {"test", "internal/testutil", "internal/netlink", "internal/nldev", "rpc", "transport", "qp", "mr", "verbs"},
 }
 
