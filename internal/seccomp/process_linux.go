@@ -160,7 +160,9 @@ func EndAs(st syscall.WaitStatus) {
 	sig := st.Signal()
 	unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})
 	setDefaultAction(sig)
-	unix.Kill(unix.Getpid(), sig)
+	// To this thread, which has it before the call returns. Another one might get it too late.
+	runtime.LockOSThread()
+	unix.Tgkill(unix.Getpid(), unix.Gettid(), sig)
 	os.Exit(128 + int(sig))
 }
 
