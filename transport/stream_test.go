@@ -17,6 +17,7 @@ import (
 func tcpListener(t *testing.T, cfg Config) *Listener {
 	t.Helper()
 	cfg.Device = "soft0"
+	t.Setenv("RINGSIDE_PATH", "") // cfg decides
 	l, err := Listen(t.Context(), "127.0.0.1:0", &cfg)
 	if err != nil {
 		t.Fatal(err)
