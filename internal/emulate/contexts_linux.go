@@ -21,6 +21,7 @@ func idOf(st *unix.Stat_t) fileID { return fileID{uint64(st.Dev), st.Ino} }
 
 // An openContext is a device that the program has open.
 type openContext struct {
+	stat   unix.Stat_t // of its file, when it was opened
 	ctx    *mlx5emu.Context
 	device int
 	mem    *procmem.Memory
@@ -59,7 +60,7 @@ func (s *Session) openDevice(c call, device, flags int) error {
 		o.close()
 		return c.Fail(errnoOf(err))
 	}
-	o.id = idOf(&st)
+	o.id, o.stat = idOf(&st), st
 	s.mu.Lock()
 	s.contexts[o.id] = o
 	s.mu.Unlock()

@@ -146,10 +146,10 @@ func (s *Session) subject(c call, dir, path, flags uint64) (st unix.Stat_t, devi
 // openFile is subject for a descriptor.
 func (s *Session) openFile(c call, fd uint64) (st unix.Stat_t, device int, ok bool) {
 	o, _ := s.contextOf(c, fd)
-	if o == nil || unix.Fstat(int(o.ctx.Pages().Fd()), &st) != nil {
+	if o == nil {
 		return st, 0, false
 	}
-	return st, o.device, true
+	return o.stat, o.device, true // not of our descriptor, which watch may be closing
 }
 
 // asNode makes the stat of a file that of a device's node.
