@@ -145,8 +145,8 @@ func (l *link) doAssist(m, answer *ctl) ib.WCStatus {
 	if !ok {
 		return ib.WCRemoteInvalidReqErr
 	}
-	l.nic.assistMu.RLock() // the region cannot go while we copy: quiesce takes the lock
-	defer l.nic.assistMu.RUnlock()
+	l.nic.regionUse.RLock() // the region cannot go while we copy: quiesce takes the lock
+	defer l.nic.regionUse.RUnlock()
 	r := l.nic.regions.lookupRKey(ib.RKey(m.a))
 	if r == nil || r.pd != q.pd || r.access&need == 0 || rights&need == 0 || r.qpn != 0 && r.qpn != q.qpn || !r.contains(m.x, m.b) {
 		return ib.WCRemoteAccessErr

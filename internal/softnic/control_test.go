@@ -63,6 +63,37 @@ func TestResolveOnlyWhatIsGranted(t *testing.T) {
 	}
 }
 
+// A region that is closed between being looked up and being told to a peer is not told: the descriptor of its file may be that of
+// something else by then.
+func TestRegionGoesBeforeItIsTold(t *testing.T) {
+	na, nb, a, _ := joined(t)
+	reg, err := mem.Alloc(8192, mem.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	mr, err := a.pd.RegisterMR(driver.MRConfig{Mem: reg.Bytes(), FD: reg.FD(), Access: ib.AccessLocalWrite | ib.AccessRemoteWrite})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := na.regions.lookupRKey(mr.RKey())
+	if err := mr.Close(); err != nil {
+		t.Fatal(err)
+	}
+	reg.Close()
+	la, lb := na.linkWith(nb), nb.linkWith(na)
+	la.push(r)
+	if la.grant(r, ctl{kind: ctlRegion}) {
+		t.Error("a closed region was told")
+	}
+	testutil.Eventually(t, "the peer hears that there is none", func() bool {
+		r := lb.regionByRKey(mr.RKey())
+		return r != nil && r.missing || la.reason() != nil
+	})
+	if err := la.reason(); err != nil {
+		t.Error(err)
+	}
+}
+
 // A zero-based window in the middle of its region is reached by peers.
 func TestZeroBasedWindow(t *testing.T) {
 	paths(t, func(t *testing.T, na, nb *NIC) {

@@ -257,8 +257,8 @@ func (n *NIC) quiesce() {
 		c.mu.Unlock() //lint:ignore SA2001 waiting for the holder is the point
 	})
 	n.eachInbound(func(in *inbound) { in.waitIdle() })
-	n.assistMu.Lock()
-	n.assistMu.Unlock() //lint:ignore SA2001 waiting for the readers is the point
+	n.regionUse.Lock()
+	n.regionUse.Unlock() //lint:ignore SA2001 waiting for the readers is the point
 }
 
 // busyLimit is how long a peer may keep an operation running on something that is taken away from it. The longest honest

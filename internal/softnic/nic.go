@@ -32,7 +32,7 @@ type NIC struct {
 	stages  stagePool
 	regions regionTable
 
-	assistMu sync.RWMutex // held for reading while a peer's operation is done for it
+	regionUse sync.RWMutex // held for reading while a region is used for a peer: something is done for it, or the file is passed on
 
 	mu       sync.Mutex
 	closed   bool

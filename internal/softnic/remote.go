@@ -123,13 +123,21 @@ func (l *link) pushAs(r *region, flags uint16) {
 	if !ok {
 		return
 	}
-	m := ctl{kind: ctlRegion, flags: flags}
-	done, err := l.describe(r, &m)
-	if err != nil {
-		return // the peer will ask, and the error is reported then
+	l.grant(r, ctl{kind: ctlRegion, flags: flags})
+}
+
+// grant sends the peer what it needs to use a region of ours, as m, and reports whether the region still lives. It cannot go
+// meanwhile: its file is still the one that is passed on, and a ctlGone comes after.
+func (l *link) grant(r *region, m ctl) bool {
+	l.nic.regionUse.RLock()
+	defer l.nic.regionUse.RUnlock()
+	if l.nic.regions.lookup(r.handle) != r {
+		return false
 	}
+	done := l.describe(r, &m)
 	l.send(m)
 	done()
+	return true
 }
 
 // regionByRKey returns what is known of a peer's rkey, or nil after asking the peer: the QP is retried when it answers.
@@ -225,21 +233,14 @@ func (l *link) handleResolve(m *ctl) error {
 	} else if r = l.nic.regions.lookupRKey(ib.RKey(m.b)); r != nil && r.access&ib.AccessRemote == 0 {
 		r = nil
 	}
-	if r == nil {
+	if r == nil || !l.grant(r, answer) {
 		l.send(answer)
-		return nil
 	}
-	done, err := l.describe(r, &answer)
-	if err != nil {
-		return err
-	}
-	l.send(answer)
-	done()
 	return nil
 }
 
 // describe fills a ctlRegion. done frees what the message holds, once it was handed over.
-func (l *link) describe(r *region, m *ctl) (done func(), err error) {
+func (l *link) describe(r *region, m *ctl) (done func()) {
 	r.exported.Store(true)
 	done = func() {}
 	m.status = 1
@@ -253,17 +254,18 @@ func (l *link) describe(r *region, m *ctl) (done func(), err error) {
 		m.obj = r.mem
 	case r.fd >= 0:
 		writable := m.flags&resolveByHandle != 0 || r.access&(ib.AccessRemoteWrite|ib.AccessRemoteAtomic) != 0
-		var fd int
-		if fd, done, err = shareFD(r.fd, writable); err != nil {
-			return nil, err
+		fd, free, err := shareFD(r.fd, writable)
+		if err != nil { // no descriptor is left: what can be done without one is done
+			m.flags |= regionAssisted
+			return done
 		}
-		m.fd, m.hasFD = fd, true
+		m.fd, m.hasFD, done = fd, true, free
 		m.data = binary.LittleEndian.AppendUint64(nil, uint64(r.fdOff))
 		m.data = binary.LittleEndian.AppendUint64(m.data, uint64(len(r.mem)))
 	default:
 		m.flags |= regionAssisted
 	}
-	return done, nil
+	return done
 }
 
 // handleRegion takes the answer to a resolve.
