@@ -5,50 +5,117 @@ import (
 	"bytes"
 	"compress/gzip"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
+	"maps"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
-	"github.com/ringside-rdma/ringside/internal/driver"
-	"github.com/ringside-rdma/ringside/internal/provider/mlx5"
 	"github.com/ringside-rdma/ringside/internal/testutil"
-	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// The trace of stock libmlx5 44.0 doing testdata/golden.script, as `ringside emulate --numbered --trace` writes it for
-// testdata/golden.c.
-const goldenTrace = "testdata/golden.txt.gz"
+// What golden.c and golden do, and the trace of stock libmlx5 44.0 doing it, as `ringside emulate --numbered --trace` writes it.
+const (
+	goldenLists = "testdata/golden.lists"
+	goldenTrace = "testdata/golden.txt.gz"
+)
+
+var (
+	listCount = flag.Int("lists", 200, "how many random lists TestGoldenRandom compares")
+	listSeed  = flag.Uint64("list-seed", 0, "their seed; 0: another one each time")
+)
+
+// A stream is what happens in a fixed order: the requests of a queue pair, or the completions that it has. How these are between each
+// other is the device's affair.
+func stream(line string) string {
+	f := strings.Fields(line)
+	switch {
+	case len(f) > 3 && f[1] == "DB":
+		return "requests of " + strings.TrimPrefix(f[3], "first8=")[8:14]
+	case len(f) > 2 && f[1] == "WQE":
+		var n uint32
+		fmt.Sscanf(f[2], "qpn=0x%x", &n)
+		return fmt.Sprintf("requests of %06x", n)
+	case len(f) > 2 && f[1] == "RECV":
+		return "receives of " + f[2]
+	case len(f) > 2 && f[1] == "CQE":
+		return "completions of " + f[len(f)-2][2:]
+	case len(f) > 2 && f[1] == "ARM":
+		return "arms of " + f[2]
+	}
+	return ""
+}
 
 // What the two programs may do differently, and does not count, is masked in both traces.
 func mask(line string) string {
 	f := strings.Fields(line)
 	switch {
 	case len(f) == 5 && f[1] == "DB":
-		// Which UAR page it is: a driver asks for pages as it likes. Behind the request's own bytes, of which the first 64 go to the
-		// register, is what was there before.
-		words := strings.TrimPrefix(f[3], "first8=") + strings.TrimPrefix(f[4], "bf=")
-		return "DB " + f[2][strings.Index(f[2], "+"):] + " " + request(words)
+		// Which UAR page it is: a driver asks for pages as it likes.
+		return "DB " + f[2][strings.Index(f[2], "+"):] + " " + request(register(f))
 	case len(f) > 5 && f[1] == "WQE":
 		return strings.Join(f[1:5], " ") + " " + request(strings.ReplaceAll(strings.Join(f[5:], ""), "|", ""))
-	case len(f) > 12 && f[1] == "CQE":
+	case len(f) > 13 && f[1] == "CQE":
 		f[13] = "UIDX" // the number by which a driver finds its queue pair, of its own choice
 	}
-	return strings.Join(f, " ")
+	return strings.Join(f[1:], " ")
 }
 
-// request is a request in hexadecimal, without what lies behind it, and behind inline data up to the next 16 bytes: libmlx5 leaves
-// there what was there.
+// register is what a DB line says.
+func register(f []string) string {
+	return strings.TrimPrefix(f[3], "first8=") + strings.TrimPrefix(f[4], "bf=")
+}
+
+// wide reports whether a DB line is of a register that the request itself was written to, of which at least 64 bytes are known, and not
+// its first 8 bytes alone: behind these is what was there before.
+func wide(db, wqe []string) bool {
+	r, w := register(db), strings.ReplaceAll(strings.Join(wqe[5:], ""), "|", "")
+	n := min(len(r), len(w))
+	return r[:n] == w[:n]
+}
+
+// request is a request in hexadecimal, without what lies behind it, and without the fields below.
 func request(words string) string {
 	units := 0
 	fmt.Sscanf(words[14:16], "%02x", &units)
-	words = words[:min(len(words), 32*(units&0x3f))]
+	b := []byte(words[:min(len(words), 32*(units&0x3f))])
+	drop := func(from, to int) {
+		for i := 2 * from; i < min(2*to, len(b)); i++ {
+			b[i] = '.'
+		}
+	}
+	switch words[6:8] {
+	case "12": // FETCH_ADD: what a COMPARE_SWAP would compare with is left as it was
+		drop(40, 48)
+	case "25": // UMR: of the key's context only what its mask names is written
+		const context = 16 + 48
+		drop(context+1, context+2)
+		drop(context+3, context+4)
+		drop(context+8, context+16)
+		drop(context+32, context+64)
+		if len(b) > 2*context && b[2*context] == '4' { // the key becomes free: neither rights, address nor length
+			drop(context+2, context+3)
+			drop(context+16, context+32)
+		}
+		return string(b)
+	case "0a", "0b":
+		if len(b) >= 2*64 && string(b[32:40]) == fmt.Sprintf("%08x", goldenQKey) { // a datagram, to a device with a random GID
+			drop(30, 32) // the UDP source port, which is anything
+			drop(36, 42) // MAC address
+			drop(48, 64) // GID
+		}
+	}
+	words = string(b)
+	// Behind inline data, up to the next 16 bytes, is what was there.
 	for at := 32; at+8 <= len(words); at += 32 {
 		var n int
-		if fmt.Sscanf(words[at:at+8], "%08x", &n); n>>31&1 == 1 && n&0x7fffffff <= 64 {
+		if fmt.Sscanf(words[at:at+8], "%08x", &n); n>>31&1 == 1 && n&0x7fffffff <= 1024 {
 			end := min(at+8+2*(n&0x7fffffff), len(words))
 			return words[:end] + strings.Repeat(".", len(words)-end)
 		}
@@ -56,19 +123,46 @@ func request(words string) string {
 	return words
 }
 
-func masked(t *testing.T, r io.Reader) (lines []string) {
+// A trace is its lines by stream, masked.
+type trace map[string][]string
+
+func readTrace(t *testing.T, r io.Reader) trace {
 	t.Helper()
+	tr := trace{}
 	s := bufio.NewScanner(r)
+	var in string
+	rung := map[string][]string{} // the last DB line of a stream, by what it rang for
+	at := map[string]int{}        // and where it is
 	for s.Scan() {
-		lines = append(lines, mask(s.Text()))
+		line := s.Text()
+		if k := stream(line); k != "" { // else it belongs to the line before
+			in = k
+		}
+		switch f := strings.Fields(line); {
+		case len(f) == 5 && f[1] == "DB":
+			rung[in], at[in] = f, len(tr[in])
+		case len(f) > 5 && f[1] == "WQE" && rung[in] != nil && strings.HasPrefix(register(rung[in]), f[5]):
+			if !wide(rung[in], f) {
+				tr[in][at[in]] = tr[in][at[in]][:len("DB +0x800 ")+16]
+			}
+			rung[in] = nil
+		}
+		tr[in] = append(tr[in], mask(line))
 	}
 	if err := s.Err(); err != nil {
 		t.Fatal(err)
 	}
-	return lines
+	return tr
 }
 
-func readGolden(t *testing.T) []string {
+func (tr trace) lines() (n int) {
+	for _, l := range tr {
+		n += len(l)
+	}
+	return n
+}
+
+func readGolden(t *testing.T) trace {
 	t.Helper()
 	f, err := os.Open(goldenTrace)
 	if err != nil {
@@ -79,52 +173,70 @@ func readGolden(t *testing.T) []string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return masked(t, z)
+	return readTrace(t, z)
 }
 
-func sameTrace(t *testing.T, got, want []string) {
+func sameTrace(t *testing.T, got, want trace) {
 	t.Helper()
 	wrong := 0
-	for i := range max(len(got), len(want)) {
-		g, w := "nothing", "nothing"
-		if i < len(got) {
-			g = got[i]
-		}
-		if i < len(want) {
-			w = want[i]
-		}
-		if g != w {
-			t.Errorf("line %d:\n got %s\nwant %s", i+1, g, w)
-			if wrong++; wrong == 5 {
-				t.Fatal("and so on")
+	names := maps.Clone(want)
+	maps.Copy(names, got)
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		g, w := got[name], want[name]
+		for i := range max(len(g), len(w)) {
+			a, b := "nothing", "nothing"
+			if i < len(g) {
+				a = g[i]
+			}
+			if i < len(w) {
+				b = w[i]
+			}
+			if a != b {
+				t.Errorf("%s, line %d:\n got %s\nwant %s", name, i+1, a, b)
+				if wrong++; wrong == 5 {
+					t.Fatal("and so on")
+				}
+				break
 			}
 		}
 	}
 }
 
-// This repository's driver writes the bytes that libmlx5 writes, and rings the same registers.
-func TestGoldenDriver(t *testing.T) {
-	var trace bytes.Buffer
-	end(t, start(t, Config{Numbered: true, Trace: &trace, Log: t.Output()}, "golden"), 0)
-	want := readGolden(t)
-	if len(want) < 1000 {
-		t.Fatalf("the golden trace has %d lines", len(want))
-	}
-	sameTrace(t, masked(t, &trace), want)
+// play returns the trace of this repository's driver doing what the file says.
+func play(t *testing.T, file string) trace {
+	t.Helper()
+	var b bytes.Buffer
+	end(t, start(t, Config{Numbered: true, Trace: &b, Log: t.Output()}, "golden", file), 0)
+	return readTrace(t, &b)
 }
 
-// The committed trace is libmlx5's.
-func TestGoldenLibmlx5(t *testing.T) {
+// goldenC returns a program that does lists with stock libmlx5.
+func goldenC(t *testing.T) string {
 	need(t, "gcc")
 	if _, err := os.Stat("/usr/include/infiniband/verbs.h"); err != nil {
 		testutil.Skip(t, "libibverbs-dev is not installed")
 	}
 	program := filepath.Join(t.TempDir(), "golden")
-	if out, err := exec.Command("gcc", "-Wall", "-Werror", "-O2", "-o", program, "testdata/golden.c", "-libverbs").CombinedOutput(); err != nil {
+	if out, err := exec.Command("gcc", "-Wall", "-Wextra", "-Werror", "-O2", "-o", program, "testdata/golden.c", "-libverbs").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
+	return program
+}
+
+// This repository's driver writes the bytes that libmlx5 writes, and rings the same registers.
+func TestGoldenDriver(t *testing.T) {
+	want := readGolden(t)
+	if want.lines() < 1000 {
+		t.Fatalf("the golden trace has %d lines", want.lines())
+	}
+	sameTrace(t, play(t, goldenLists), want)
+}
+
+// The committed trace is libmlx5's.
+func TestGoldenLibmlx5(t *testing.T) {
+	program := goldenC(t)
 	var trace bytes.Buffer
-	run(t, Config{Numbered: true, Trace: &trace}, program+" testdata/golden.script")
+	run(t, Config{Numbered: true, Trace: &trace}, program+" "+goldenLists)
 	if *update {
 		f, err := os.Create(goldenTrace)
 		if err != nil {
@@ -138,141 +250,31 @@ func TestGoldenLibmlx5(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	sameTrace(t, masked(t, &trace), readGolden(t))
+	sameTrace(t, readTrace(t, &trace), readGolden(t))
 }
 
-const goldenSize = 4096
-
-// golden is golden.c.
-func golden([]string) error {
-	devices, err := mlx5.Provider().Devices()
-	if err != nil {
-		return err
-	}
-	ctx, err := devices[0].Open()
-	if err != nil {
-		return err
-	}
-	pd, err := ctx.AllocPD()
-	if err != nil {
-		return err
-	}
-	gids, err := ctx.GIDs(1)
-	if err != nil {
-		return err
-	}
-	a, b := &side{ctx: ctx, pd: pd, gid: gids[0].GID}, &side{ctx: ctx, pd: pd, gid: gids[0].GID}
-	am, bm, err := goldenMemory()
-	if err != nil {
-		return err
-	}
-	for i := range am {
-		am[i] = byte(i * 7)
-	}
-	for _, s := range []struct {
-		*side
-		mem []byte
-	}{{a, am}, {b, bm}} {
-		if s.mr, err = pd.RegisterMR(driver.MRConfig{Mem: s.mem, FD: -1, Access: ib.AccessLocalWrite | ib.AccessRemote}); err != nil {
-			return err
+// The two do the same of random lists, too.
+func TestGoldenRandom(t *testing.T) {
+	program := goldenC(t)
+	const most = 200 // in one run
+	lines := 0
+	for left := *listCount; left > 0 && !t.Failed(); left -= most {
+		seed := rand.Uint64() >> 32
+		if *listSeed != 0 {
+			seed = *listSeed
+		}
+		file := filepath.Join(t.TempDir(), "random.lists")
+		if err := os.WriteFile(file, randomLists(seed, min(left, most)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var trace bytes.Buffer
+		run(t, Config{Numbered: true, Trace: &trace}, program+" "+file)
+		want := readTrace(t, &trace)
+		lines += want.lines()
+		sameTrace(t, play(t, file), want)
+		if t.Failed() {
+			t.Logf("to repeat: -run TestGoldenRandom -lists %d -list-seed %d", min(left, most), seed)
 		}
 	}
-	for _, s := range []*side{a, b} {
-		if s.cq, err = ctx.CreateCQ(driver.CQConfig{Entries: 63}); err != nil {
-			return err
-		}
-	}
-	for _, s := range []*side{a, b} {
-		s.q, err = pd.CreateQP(driver.QPConfig{Type: ib.RC, SendCQ: s.cq, RecvCQ: s.cq,
-			Cap: ib.QPCap{MaxSendWR: 64, MaxRecvWR: 64, MaxSendSGE: 2, MaxRecvSGE: 2, MaxInline: 64}})
-		if err != nil {
-			return err
-		}
-	}
-	if err := errors.Join(a.connect(b), b.connect(a)); err != nil {
-		return err
-	}
-	script, err := os.ReadFile("testdata/golden.script")
-	if err != nil {
-		return err
-	}
-	for line := range strings.Lines(string(script)) {
-		if strings.HasPrefix(line, "#") {
-			continue
-		}
-		if err := goldenLine(a, b, am, line); err != nil {
-			return fmt.Errorf("%s: %w", strings.TrimSpace(line), err)
-		}
-	}
-	for _, c := range []interface{ Close() error }{a.q, b.q, a.cq, b.cq, a.mr, b.mr, pd, ctx} {
-		if err := c.Close(); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func goldenLine(a, b *side, am []byte, line string) error {
-	var op string
-	var times, n, off, n2, off2, to int
-	if k, err := fmt.Sscan(line, &op, &times, &n, &off, &n2, &off2, &to); k != 7 {
-		return err
-	}
-	wr := ib.SendWR{Opcode: ib.OpSend, Flags: ib.SendSignaled, RemoteAddr: goldenB + uint64(to), RKey: b.mr.RKey()}
-	if n > 0 {
-		wr.SGEs = append(wr.SGEs, ib.SGE{Addr: goldenA + uint64(off), Length: uint32(n), LKey: a.mr.LKey()})
-	}
-	if n2 > 0 {
-		wr.SGEs = append(wr.SGEs, ib.SGE{Addr: goldenA + uint64(off2), Length: uint32(n2), LKey: a.mr.LKey()})
-	}
-	want := ib.WCSuccess
-	switch op {
-	case "sendimm", "inlineimm":
-		wr.Opcode = ib.OpSendWithImm
-	case "write", "inlinewrite", "badkey", "fenced":
-		wr.Opcode = ib.OpRDMAWrite
-	case "writeimm":
-		wr.Opcode = ib.OpRDMAWriteWithImm
-	case "read":
-		wr.Opcode = ib.OpRDMARead
-	case "fetchadd":
-		wr.Opcode, wr.CompareAdd = ib.OpAtomicFetchAdd, 5
-	case "compareswap":
-		wr.Opcode, wr.CompareAdd, wr.Swap = ib.OpAtomicCmpSwap, 5, 9
-	}
-	switch op {
-	case "solicited":
-		wr.Flags |= ib.SendSolicited
-	case "fenced":
-		wr.Flags |= ib.SendFence
-	case "badkey":
-		wr.RKey, want = 0xdead00, ib.WCRemoteAccessErr
-	}
-	if strings.Contains(op, "inline") {
-		wr.Inline, wr.SGEs = am[off:off+n], nil
-	}
-	recv := wr.Opcode == ib.OpSend
-	if wr.Opcode == ib.OpSendWithImm || wr.Opcode == ib.OpRDMAWriteWithImm {
-		wr.Imm, recv = 0xcafe, true
-	}
-	for range times {
-		if recv {
-			r := ib.RecvWR{SGEs: []ib.SGE{{Addr: goldenB + 2048, Length: 1024, LKey: b.mr.LKey()}}}
-			if _, err := b.q.PostRecv([]ib.RecvWR{r}); err != nil {
-				return err
-			}
-		}
-		if _, err := a.q.PostSend([]ib.SendWR{wr}); err != nil {
-			return err
-		}
-		if err := a.wantStatus(0, want); err != nil {
-			return err
-		}
-		if recv {
-			if err := b.want(0); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
+	t.Logf("%d lists, %d lines of trace", *listCount, lines)
 }

@@ -81,6 +81,7 @@ func (n *qp) completeRecv(wc *ib.WC) {
 	if n.srq == nil && uint16(wc.ID>>48) != n.life {
 		return
 	}
+	n.c.dev.traceRecv(n, wc)
 	var e cqe
 	e.responder(wc, n.qpn, uint16(wc.ID))
 	n.stamp(&e)

@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+
+	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// The trace: a line for each doorbell, WQE and CQE, which is the same for two drivers that do the same. So it has no numbers that
+// The trace: a line for each doorbell, WQE, completed receive and CQE, which is the same for two drivers that do the same. So it has no numbers that
 // the kernel chooses, and no time.
 
 func (d *Device) trace(format string, args ...any) {
@@ -41,8 +43,26 @@ func (d *Device) traceCQE(n *cq, e *cqe) {
 
 func (d *Device) traceArm(n *cq, v uint32) {
 	if d.cfg.Trace != nil {
-		d.trace("ARM ci=%d solicited=%t", v&(1<<24-1), v&armSolicited != 0)
+		d.trace("ARM cqn=%#x ci=%d solicited=%t", n.cqn, v&(1<<24-1), v&armSolicited != 0)
 	}
+}
+
+// traceRecv shows the receive that has completed, whose slot is the client's again only with the CQE: its segments, with the one that
+// ends the list if it is there.
+func (d *Device) traceRecv(n *qp, wc *ib.WC) {
+	if d.cfg.Trace == nil {
+		return
+	}
+	at, size, skip := n.buf+uint64(uint32(uint16(wc.ID))&(n.rqCount-1))<<n.rqShift, uint32(1)<<n.rqShift, uint32(0)
+	if q := n.srq; q != nil {
+		at, size, skip = q.buf+uint64(uint16(wc.ID))*uint64(q.stride), q.stride, nextSegSize
+	}
+	b := make([]byte, size)
+	if n.c.mem.ReadAt(b, at) != nil {
+		return // the client has unmapped it
+	}
+	segs := scatterList(nil, b[skip:])
+	d.trace("RECV qpn=%#x idx=%d %s", n.qpn, uint16(wc.ID), groups(b[skip:min(size, skip+uint32(len(segs)+1)*segSize)]))
 }
 
 // groups shows bytes as words of four, four to a segment.

@@ -1,127 +1,256 @@
-// Does what golden.script says, with stock libibverbs and libmlx5. The trace of the device is what is looked at.
+// Does what lists of operations say, with stock libibverbs and libmlx5. The trace of the device is what is looked at.
+// golden_linux_test.go has the language of the lists, and does the same with another driver.
 #include <arpa/inet.h>
 #include <infiniband/verbs.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 
-#define CHECK(x) do { if (!(x)) { fprintf(stderr, "line %d: %s\n", __LINE__, #x); exit(1); } } while (0)
+static int line_number;
 
-enum { SIZE = 4096 };
-static char *const at_a = (char *)0x200000000, *const at_b = (char *)0x200010000;
+#define CHECK(x) do { if (!(x)) { fprintf(stderr, "line %d of the lists, %d of the program: %s\n", line_number, __LINE__, #x); exit(1); } } while (0)
+
+enum { SIZE = 8192, MAX_WR = 64, MAX_SGE = 8, QKEY = 0x11111111 };
 
 struct side {
+	char *mem;
 	struct ibv_mr *mr;
 	struct ibv_cq *cq;
+	struct ibv_srq *srq;
 	struct ibv_qp *qp;
+	struct ibv_ah *ah;
+	struct ibv_mw *mw;
+	uint32_t key; // the window's
 };
 
-static void make_qp(struct side *s, struct ibv_pd *pd)
-{
-	struct ibv_qp_init_attr a = { .send_cq = s->cq, .recv_cq = s->cq, .qp_type = IBV_QPT_RC, .cap = { 64, 64, 2, 2, 64 } };
-	CHECK(s->qp = ibv_create_qp(pd, &a));
-}
+static struct side sides[2] = { { .mem = (char *)0x200000000 }, { .mem = (char *)0x200010000 } };
+static struct ibv_context *ctx;
+static struct ibv_pd *pd;
+static union ibv_gid gid;
+static enum ibv_qp_type type;
 
-static void join(struct side *s, struct side *to, union ibv_gid gid)
+enum { RIGHTS = IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC };
+
+static void join(struct side *s, struct side *to)
 {
-	struct ibv_qp_attr a = { .qp_state = IBV_QPS_INIT, .port_num = 1,
-		.qp_access_flags = IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC };
-	CHECK(!ibv_modify_qp(s->qp, &a, IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS));
+	struct ibv_qp_attr i = { .qp_state = IBV_QPS_INIT, .port_num = 1, .qkey = QKEY, .qp_access_flags = type == IBV_QPT_UC ? IBV_ACCESS_REMOTE_WRITE : RIGHTS };
+	CHECK(!ibv_modify_qp(s->qp, &i, IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | (type == IBV_QPT_UD ? IBV_QP_QKEY : IBV_QP_ACCESS_FLAGS)));
 	struct ibv_qp_attr r = { .qp_state = IBV_QPS_RTR, .path_mtu = IBV_MTU_1024, .dest_qp_num = to->qp->qp_num, .max_dest_rd_atomic = 4,
-		.min_rnr_timer = 12, .ah_attr = { .is_global = 1, .port_num = 1, .grh = { .dgid = gid, .hop_limit = 1 } } };
-	CHECK(!ibv_modify_qp(s->qp, &r, IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN |
-		IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER));
-	struct ibv_qp_attr t = { .qp_state = IBV_QPS_RTS, .timeout = 14, .retry_cnt = 7, .rnr_retry = 7, .max_rd_atomic = 4 };
-	CHECK(!ibv_modify_qp(s->qp, &t, IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_SQ_PSN |
-		IBV_QP_MAX_QP_RD_ATOMIC));
+		.min_rnr_timer = 1, .ah_attr = { .is_global = 1, .port_num = 1, .grh = { .dgid = gid, .hop_limit = 1 } } };
+	int mask = IBV_QP_STATE;
+	if (type != IBV_QPT_UD)
+		mask |= IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN;
+	if (type == IBV_QPT_RC)
+		mask |= IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER;
+	CHECK(!ibv_modify_qp(s->qp, &r, mask));
+	struct ibv_qp_attr t = { .qp_state = IBV_QPS_RTS, .timeout = 18, .retry_cnt = 7, .rnr_retry = 7, .max_rd_atomic = 4 };
+	mask = IBV_QP_STATE | IBV_QP_SQ_PSN;
+	if (type == IBV_QPT_RC)
+		mask |= IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC;
+	CHECK(!ibv_modify_qp(s->qp, &t, mask));
 }
 
-static void poll(struct side *s, enum ibv_wc_status want)
+static void reset(struct side *s)
 {
-	struct ibv_wc wc;
-	int n;
-	while (!(n = ibv_poll_cq(s->cq, 1, &wc)))
+	struct ibv_qp_attr a = { .qp_state = IBV_QPS_RESET };
+	CHECK(!ibv_modify_qp(s->qp, &a, IBV_QP_STATE));
+}
+
+static void begin(const char *line)
+{
+	char kind[8];
+	int sges, inl, depth, rsges, rdepth, srq, sigall, windows;
+	CHECK(sscanf(line, "list %7s %d %d %d %d %d %d %d %d", kind, &sges, &inl, &depth, &rsges, &rdepth, &srq, &sigall, &windows) == 9);
+	type = !strcmp(kind, "rc") ? IBV_QPT_RC : !strcmp(kind, "uc") ? IBV_QPT_UC : IBV_QPT_UD;
+	for (int i = 0; i < 2; i++) {
+		struct side *s = &sides[i];
+		for (int k = 0; k < SIZE; k++)
+			s->mem[k] = k * (i ? 3 : 7);
+		CHECK(s->cq = ibv_create_cq(ctx, 255, NULL, NULL, 0));
+		struct ibv_srq_init_attr q = { .attr = { .max_wr = rdepth, .max_sge = rsges } };
+		if (srq)
+			CHECK(s->srq = ibv_create_srq(pd, &q));
+		struct ibv_qp_init_attr a = { .send_cq = s->cq, .recv_cq = s->cq, .srq = s->srq, .qp_type = type, .sq_sig_all = sigall,
+			.cap = { depth, srq ? 0 : rdepth, sges, srq ? 0 : rsges, inl } };
+		CHECK(s->qp = ibv_create_qp(pd, &a));
+		if (windows) {
+			CHECK(s->mw = ibv_alloc_mw(pd, IBV_MW_TYPE_2));
+			s->key = s->mw->rkey;
+		}
+		struct ibv_ah_attr h = { .is_global = 1, .port_num = 1, .grh = { .dgid = gid, .hop_limit = 1 } };
+		if (type == IBV_QPT_UD)
+			CHECK(s->ah = ibv_create_ah(pd, &h));
+	}
+	join(&sides[0], &sides[1]);
+	join(&sides[1], &sides[0]);
+}
+
+static void end(void)
+{
+	for (int i = 0; i < 2; i++) {
+		struct side *s = &sides[i];
+		CHECK(!ibv_destroy_qp(s->qp));
+		if (s->srq)
+			CHECK(!ibv_destroy_srq(s->srq));
+		if (s->mw)
+			CHECK(!ibv_dealloc_mw(s->mw));
+		if (s->ah)
+			CHECK(!ibv_destroy_ah(s->ah));
+		CHECK(!ibv_destroy_cq(s->cq));
+		s->qp = NULL, s->srq = NULL, s->mw = NULL, s->ah = NULL, s->cq = NULL;
+	}
+}
+
+static void wait_for(struct side *s, int n)
+{
+	struct timespec from, now;
+	clock_gettime(CLOCK_MONOTONIC, &from);
+	while (n > 0) {
+		struct ibv_wc wc;
+		int k = ibv_poll_cq(s->cq, 1, &wc);
+		CHECK(k >= 0);
+		if (!(n -= k))
+			break;
+		if (!k)
+			sched_yield();
+		clock_gettime(CLOCK_MONOTONIC, &now);
+		CHECK(now.tv_sec - from.tv_sec < 60);
+	}
+}
+
+static struct ibv_send_wr wrs[MAX_WR];
+static struct ibv_recv_wr rrs[MAX_WR];
+static struct ibv_sge sges[MAX_WR][MAX_SGE];
+static struct side *sender;
+static int count;
+
+static int scatter(char *at, struct side *s, uint32_t lkey)
+{
+	int n, used;
+	CHECK(count < MAX_WR && sscanf(at, "%d%n", &n, &used) == 1 && n <= MAX_SGE);
+	for (int i = 0; i < n; i++) {
+		unsigned off, len;
+		CHECK(sscanf(at += used, "%u %u%n", &off, &len, &used) == 2);
+		sges[count][i] = (struct ibv_sge){ (uintptr_t)s->mem + off, len, lkey };
+	}
+	return n;
+}
+
+// wr SIDE OP FLAGS TO KEY N [OFF LEN]...
+static void request(char *line)
+{
+	static const struct { const char *name; enum ibv_wr_opcode op; } ops[] = {
+		{ "send", IBV_WR_SEND }, { "sendimm", IBV_WR_SEND_WITH_IMM }, { "sendinv", IBV_WR_SEND_WITH_INV }, { "write", IBV_WR_RDMA_WRITE },
+		{ "writeimm", IBV_WR_RDMA_WRITE_WITH_IMM }, { "read", IBV_WR_RDMA_READ }, { "fetchadd", IBV_WR_ATOMIC_FETCH_AND_ADD },
+		{ "cmpswap", IBV_WR_ATOMIC_CMP_AND_SWP }, { "bind", IBV_WR_BIND_MW }, { "inv", IBV_WR_LOCAL_INV } };
+	char who, op[16], flags[16], key;
+	unsigned to;
+	int used;
+	CHECK(sscanf(line, "wr %c %15s %15s %u %c%n", &who, op, flags, &to, &key, &used) == 5);
+	struct side *s = sender = &sides[who == 'b'], *peer = &sides[who != 'b'];
+	struct ibv_send_wr *w = &wrs[count];
+	*w = (struct ibv_send_wr){ .sg_list = sges[count] };
+	w->num_sge = scatter(line + used, s, strchr(flags, 'l') ? 0xdead00 : s->mr->lkey);
+	size_t i;
+	for (i = 0; i < sizeof ops / sizeof *ops && strcmp(ops[i].name, op); i++)
 		;
-	CHECK(n == 1 && wc.status == want);
+	CHECK(i < sizeof ops / sizeof *ops);
+	w->opcode = ops[i].op;
+	w->send_flags = (strchr(flags, 's') ? IBV_SEND_SIGNALED : 0) | (strchr(flags, 'e') ? IBV_SEND_SOLICITED : 0) |
+		(strchr(flags, 'f') ? IBV_SEND_FENCE : 0) | (strchr(flags, 'i') ? IBV_SEND_INLINE : 0);
+	uint32_t rkey = key == 'w' ? peer->key : key == 'x' ? 0xdead00 : peer->mr->rkey;
+	switch (w->opcode) {
+	case IBV_WR_SEND_WITH_INV:
+		w->invalidate_rkey = rkey;
+		break;
+	case IBV_WR_LOCAL_INV:
+		w->invalidate_rkey = s->key;
+		break;
+	case IBV_WR_BIND_MW:
+		s->mw->rkey = s->key; // libmlx5 tells the device that; keeping it is the program's business
+		s->key = w->bind_mw.rkey = ibv_inc_rkey(s->key);
+		w->bind_mw.mw = s->mw;
+		w->bind_mw.bind_info = (struct ibv_mw_bind_info){ s->mr, sges[count][0].addr, sges[count][0].length, RIGHTS };
+		w->num_sge = 0;
+		break;
+	case IBV_WR_ATOMIC_FETCH_AND_ADD:
+	case IBV_WR_ATOMIC_CMP_AND_SWP:
+		w->wr.atomic.remote_addr = (uintptr_t)peer->mem + to;
+		w->wr.atomic.rkey = rkey;
+		w->wr.atomic.compare_add = 5 + to;
+		w->wr.atomic.swap = w->opcode == IBV_WR_ATOMIC_CMP_AND_SWP ? 9 : 0;
+		break;
+	default:
+		w->imm_data = w->opcode == IBV_WR_SEND_WITH_IMM || w->opcode == IBV_WR_RDMA_WRITE_WITH_IMM ? htonl(0xcafe0000 + to) : 0;
+		if (type == IBV_QPT_UD) {
+			w->wr.ud.ah = s->ah;
+			w->wr.ud.remote_qpn = peer->qp->qp_num;
+			w->wr.ud.remote_qkey = QKEY;
+		} else {
+			w->wr.rdma.remote_addr = (uintptr_t)peer->mem + to;
+			w->wr.rdma.rkey = rkey;
+		}
+	}
+	if (count++)
+		wrs[count - 2].next = w;
 }
 
 int main(int argc, char **argv)
 {
 	struct ibv_device **list = ibv_get_device_list(NULL);
-	CHECK(list && list[0]);
-	struct ibv_context *c = ibv_open_device(list[0]);
-	CHECK(c);
-	struct ibv_pd *pd = ibv_alloc_pd(c);
-	CHECK(pd);
-	struct side a, b;
-	int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, access = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE |
-		IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC;
-	CHECK(mmap(at_a, SIZE, PROT_READ | PROT_WRITE, flags, -1, 0) == at_a && mmap(at_b, SIZE, PROT_READ | PROT_WRITE, flags, -1, 0) == at_b);
-	for (int i = 0; i < SIZE; i++)
-		at_a[i] = i * 7;
-	CHECK(a.mr = ibv_reg_mr(pd, at_a, SIZE, access));
-	CHECK(b.mr = ibv_reg_mr(pd, at_b, SIZE, access));
-	CHECK(a.cq = ibv_create_cq(c, 63, NULL, NULL, 0));
-	CHECK(b.cq = ibv_create_cq(c, 63, NULL, NULL, 0));
-	make_qp(&a, pd);
-	make_qp(&b, pd);
-	union ibv_gid gid;
-	CHECK(!ibv_query_gid(c, 1, 0, &gid));
-	join(&a, &b, gid);
-	join(&b, &a, gid);
-
-	FILE *f = fopen(argc > 1 ? argv[1] : "golden.script", "r");
-	CHECK(f);
-	char line[256], op[32];
-	unsigned times, len, off, len2, off2, to;
-	while (fgets(line, sizeof line, f)) {
-		if (line[0] == '#')
-			continue;
-		CHECK(sscanf(line, "%31s %u %u %u %u %u %u", op, &times, &len, &off, &len2, &off2, &to) == 7);
-		struct ibv_sge sge[2] = { { (uintptr_t)at_a + off, len, a.mr->lkey }, { (uintptr_t)at_a + off2, len2, a.mr->lkey } };
-		struct ibv_send_wr wr = { .sg_list = sge, .num_sge = len ? len2 ? 2 : 1 : 0, .opcode = IBV_WR_SEND, .send_flags = IBV_SEND_SIGNALED }, *bad;
-		struct ibv_sge rsge = { (uintptr_t)at_b + 2048, 1024, b.mr->lkey };
-		struct ibv_recv_wr rr = { .sg_list = &rsge, .num_sge = 1 }, *badr;
-		int recv = 0;
-		wr.wr.rdma.remote_addr = (uintptr_t)at_b + to;
-		wr.wr.rdma.rkey = b.mr->rkey;
-		if (strstr(op, "inline"))
-			wr.send_flags |= IBV_SEND_INLINE;
-		if (!strcmp(op, "solicited"))
-			wr.send_flags |= IBV_SEND_SOLICITED;
-		if (!strcmp(op, "fenced"))
-			wr.send_flags |= IBV_SEND_FENCE;
-		if (!strcmp(op, "sendimm") || !strcmp(op, "inlineimm"))
-			wr.opcode = IBV_WR_SEND_WITH_IMM;
-		else if (!strcmp(op, "write") || !strcmp(op, "inlinewrite") || !strcmp(op, "badkey") || !strcmp(op, "fenced"))
-			wr.opcode = IBV_WR_RDMA_WRITE;
-		else if (!strcmp(op, "writeimm"))
-			wr.opcode = IBV_WR_RDMA_WRITE_WITH_IMM;
-		else if (!strcmp(op, "read"))
-			wr.opcode = IBV_WR_RDMA_READ;
-		else if (!strcmp(op, "fetchadd") || !strcmp(op, "compareswap")) {
-			wr.opcode = op[0] == 'f' ? IBV_WR_ATOMIC_FETCH_AND_ADD : IBV_WR_ATOMIC_CMP_AND_SWP;
-			wr.wr.atomic.remote_addr = (uintptr_t)at_b + to;
-			wr.wr.atomic.rkey = b.mr->rkey;
-			wr.wr.atomic.compare_add = 5;
-			wr.wr.atomic.swap = op[0] == 'f' ? 0 : 9;
-		}
-		if (wr.opcode == IBV_WR_SEND_WITH_IMM || wr.opcode == IBV_WR_RDMA_WRITE_WITH_IMM)
-			wr.imm_data = htonl(0xcafe);
-		recv = wr.opcode == IBV_WR_SEND || wr.opcode == IBV_WR_SEND_WITH_IMM || wr.opcode == IBV_WR_RDMA_WRITE_WITH_IMM;
-		if (!strcmp(op, "badkey"))
-			wr.wr.rdma.rkey = 0xdead00;
-		for (; times; times--) {
-			if (recv)
-				CHECK(!ibv_post_recv(b.qp, &rr, &badr));
-			CHECK(!ibv_post_send(a.qp, &wr, &bad));
-			poll(&a, strcmp(op, "badkey") ? IBV_WC_SUCCESS : IBV_WC_REM_ACCESS_ERR);
-			if (recv)
-				poll(&b, IBV_WC_SUCCESS);
+	CHECK(list && list[0] && (ctx = ibv_open_device(list[0])) && (pd = ibv_alloc_pd(ctx)) && !ibv_query_gid(ctx, 1, 0, &gid));
+	for (int i = 0; i < 2; i++) {
+		struct side *s = &sides[i];
+		CHECK(mmap(s->mem, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) == s->mem);
+		CHECK(s->mr = ibv_reg_mr(pd, s->mem, SIZE, IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_MW_BIND | RIGHTS));
+	}
+	FILE *f;
+	CHECK(argc == 2 && (f = fopen(argv[1], "r")));
+	char line[1024];
+	while (line_number++, fgets(line, sizeof line, f)) {
+		char who;
+		int n, used;
+		if (line[0] == '#') {
+		} else if (!strncmp(line, "list ", 5)) {
+			begin(line);
+		} else if (!strncmp(line, "end", 3)) {
+			end();
+		} else if (!strncmp(line, "wr ", 3)) {
+			request(line);
+		} else if (!strncmp(line, "post", 4)) {
+			struct ibv_send_wr *bad;
+			CHECK(!ibv_post_send(sender->qp, wrs, &bad));
+			count = 0;
+		} else if (sscanf(line, "rr %c%n", &who, &used) == 1) {
+			struct side *s = &sides[who == 'b'];
+			n = scatter(line + used, s, s->mr->lkey);
+			rrs[count] = (struct ibv_recv_wr){ .sg_list = sges[count], .num_sge = n };
+			if (count++)
+				rrs[count - 2].next = &rrs[count - 1];
+		} else if (sscanf(line, "recv %c", &who) == 1) {
+			struct side *s = &sides[who == 'b'];
+			struct ibv_recv_wr *bad;
+			CHECK(!(s->srq ? ibv_post_srq_recv(s->srq, rrs, &bad) : ibv_post_recv(s->qp, rrs, &bad)));
+			count = 0;
+		} else if (sscanf(line, "wait %c %d", &who, &n) == 2) {
+			wait_for(&sides[who == 'b'], n);
+		} else if (sscanf(line, "arm %c %d", &who, &n) == 2) {
+			CHECK(!ibv_req_notify_cq(sides[who == 'b'].cq, n));
+		} else if (sscanf(line, "resize %c %d", &who, &n) == 2) {
+			CHECK(!ibv_resize_cq(sides[who == 'b'].cq, n));
+		} else {
+			CHECK(!strncmp(line, "reset", 5));
+			reset(&sides[0]);
+			reset(&sides[1]);
+			join(&sides[0], &sides[1]);
+			join(&sides[1], &sides[0]);
 		}
 	}
-	CHECK(!ibv_destroy_qp(a.qp) && !ibv_destroy_qp(b.qp) && !ibv_destroy_cq(a.cq) && !ibv_destroy_cq(b.cq));
-	CHECK(!ibv_dereg_mr(a.mr) && !ibv_dereg_mr(b.mr) && !ibv_dealloc_pd(pd) && !ibv_close_device(c));
+	for (int i = 0; i < 2; i++)
+		CHECK(!ibv_dereg_mr(sides[i].mr));
+	CHECK(!ibv_dealloc_pd(pd) && !ibv_close_device(ctx));
 	return 0;
 }
