@@ -176,29 +176,54 @@ func readGolden(t *testing.T) trace {
 	return readTrace(t, z)
 }
 
-func sameTrace(t *testing.T, got, want trace) {
-	t.Helper()
-	wrong := 0
+// differences are the first of each stream.
+func (tr trace) differences(want trace) (list []difference) {
 	names := maps.Clone(want)
-	maps.Copy(names, got)
+	maps.Copy(names, tr)
 	for _, name := range slices.Sorted(maps.Keys(names)) {
-		g, w := got[name], want[name]
+		g, w := tr[name], want[name]
 		for i := range max(len(g), len(w)) {
-			a, b := "nothing", "nothing"
+			d := difference{name, i, "nothing", "nothing"}
 			if i < len(g) {
-				a = g[i]
+				d.got = g[i]
 			}
 			if i < len(w) {
-				b = w[i]
+				d.want = w[i]
 			}
-			if a != b {
-				t.Errorf("%s, line %d:\n got %s\nwant %s", name, i+1, a, b)
-				if wrong++; wrong == 5 {
-					t.Fatal("and so on")
-				}
+			if d.got != d.want {
+				list = append(list, d)
 				break
 			}
 		}
+	}
+	return list
+}
+
+type difference struct {
+	stream    string
+	line      int
+	got, want string
+}
+
+// torn reports whether the device may just have looked at a register while the request was being written to it, which on a card comes
+// as one write: one of the two has the first bytes only.
+func (d difference) torn() bool {
+	return strings.HasPrefix(d.got, "DB ") && strings.HasPrefix(d.want, "DB ") && (strings.HasPrefix(d.got, d.want) || strings.HasPrefix(d.want, d.got))
+}
+
+// sameTrace compares what two programs do, which is done again if it may have been seen too early.
+func sameTrace(t *testing.T, got, want func() trace) (lines int) {
+	t.Helper()
+	for attempt := 1; ; attempt++ {
+		w := want()
+		list := got().differences(w)
+		if attempt < 4 && len(list) > 0 && !slices.ContainsFunc(list, func(d difference) bool { return !d.torn() }) {
+			continue
+		}
+		for _, d := range list[:min(len(list), 5)] {
+			t.Errorf("%s, line %d:\n got %s\nwant %s", d.stream, d.line+1, d.got, d.want)
+		}
+		return w.lines()
 	}
 }
 
@@ -208,6 +233,14 @@ func play(t *testing.T, file string) trace {
 	var b bytes.Buffer
 	end(t, start(t, Config{Numbered: true, Trace: &b, Log: t.Output()}, "golden", file), 0)
 	return readTrace(t, &b)
+}
+
+// playC returns libmlx5's, as it is, and as it is compared.
+func playC(t *testing.T, program, file string) (raw []byte, tr trace) {
+	t.Helper()
+	var b bytes.Buffer
+	run(t, Config{Numbered: true, Trace: &b}, program+" "+file)
+	return b.Bytes(), readTrace(t, bytes.NewReader(b.Bytes()))
 }
 
 // goldenC returns a program that does lists with stock libmlx5.
@@ -225,32 +258,30 @@ func goldenC(t *testing.T) string {
 
 // This repository's driver writes the bytes that libmlx5 writes, and rings the same registers.
 func TestGoldenDriver(t *testing.T) {
-	want := readGolden(t)
-	if want.lines() < 1000 {
-		t.Fatalf("the golden trace has %d lines", want.lines())
+	n := sameTrace(t, func() trace { return play(t, goldenLists) }, func() trace { return readGolden(t) })
+	if n < 1000 {
+		t.Errorf("the golden trace has %d lines", n)
 	}
-	sameTrace(t, play(t, goldenLists), want)
 }
 
 // The committed trace is libmlx5's.
 func TestGoldenLibmlx5(t *testing.T) {
 	program := goldenC(t)
-	var trace bytes.Buffer
-	run(t, Config{Numbered: true, Trace: &trace}, program+" "+goldenLists)
 	if *update {
+		raw, _ := playC(t, program, goldenLists)
 		f, err := os.Create(goldenTrace)
 		if err != nil {
 			t.Fatal(err)
 		}
 		z := gzip.NewWriter(f)
-		if _, err := z.Write(trace.Bytes()); err != nil {
+		if _, err := z.Write(raw); err != nil {
 			t.Fatal(err)
 		}
 		if err := errors.Join(z.Close(), f.Close()); err != nil {
 			t.Fatal(err)
 		}
 	}
-	sameTrace(t, readTrace(t, &trace), readGolden(t))
+	sameTrace(t, func() trace { _, tr := playC(t, program, goldenLists); return tr }, func() trace { return readGolden(t) })
 }
 
 // The two do the same of random lists, too.
@@ -267,11 +298,7 @@ func TestGoldenRandom(t *testing.T) {
 		if err := os.WriteFile(file, randomLists(seed, min(left, most)), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		var trace bytes.Buffer
-		run(t, Config{Numbered: true, Trace: &trace}, program+" "+file)
-		want := readTrace(t, &trace)
-		lines += want.lines()
-		sameTrace(t, play(t, file), want)
+		lines += sameTrace(t, func() trace { return play(t, file) }, func() trace { _, tr := playC(t, program, file); return tr })
 		if t.Failed() {
 			t.Logf("to repeat: -run TestGoldenRandom -lists %d -list-seed %d", min(left, most), seed)
 		}
