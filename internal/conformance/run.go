@@ -133,8 +133,9 @@ func currentPath(c *C) string {
 
 type runner struct {
 	path
-	shared *peer
-	report func(Result)
+	shared   *peer
+	provider string // of side A; known once the warm-up has opened it
+	report   func(Result)
 }
 
 func (r *runner) stop() {
@@ -165,9 +166,26 @@ func (r *runner) peerFor(t T, own bool) *peer {
 }
 
 func (r *runner) run(t T, tc testCase) {
-	column := options.Device
 	res := &Result{Case: tc.name, Feature: tc.feature, Path: r.name}
 	c := &C{T: t, streams: r.streams, record: func(n string) { res.Notes = append(res.Notes, n) }}
+	// First of the cleanups, so the last to run: it tells of what failed before the case began, and of all that was logged behind it.
+	t.Cleanup(func() {
+		res.Column = columnOf(r.provider, r.name)
+		switch {
+		case t.Failed():
+			res.Outcome = Failed
+			if l, ok := t.(interface{ Logged() string }); ok {
+				res.Log = l.Logged()
+			}
+		case t.Skipped():
+			res.Outcome = Skipped
+		default:
+			res.Outcome = Passed
+		}
+		if tc.feature != "" {
+			r.report(*res)
+		}
+	})
 	here := newHost()
 	c.A = &Side{c: c, name: "A", local: here}
 	c.B = &Side{c: c, name: "B", local: newHost()}
@@ -187,6 +205,7 @@ func (r *runner) run(t T, tc testCase) {
 		})
 	}
 	warm := tc.name != "warm-up"
+	t.Cleanup(func() { c.finish(warm && c.net == nil) })
 	sides := []*Side{c.A, c.B}
 	for i, s := range sides {
 		if warm && c.net == nil && !c.counted(s) {
@@ -207,25 +226,7 @@ func (r *runner) run(t T, tc testCase) {
 		}
 		s.dev = do(s, opOpen, openArgs{name, net})
 	}
-	column = columnOf(c.A.dev.Provider, r.name)
-	t.Cleanup(func() {
-		res.Column = column
-		switch {
-		case t.Failed():
-			res.Outcome = Failed
-			if l, ok := t.(interface{ Logged() string }); ok {
-				res.Log = l.Logged()
-			}
-		case t.Skipped():
-			res.Outcome = Skipped
-		default:
-			res.Outcome = Passed
-		}
-		if tc.feature != "" {
-			r.report(*res)
-		}
-	})
-	t.Cleanup(func() { c.finish(warm && c.net == nil) })
+	r.provider = c.A.dev.Provider
 	if missing := tc.needs &^ (c.A.dev.Attr.Caps & c.B.dev.Attr.Caps); missing != 0 {
 		res.Reason = fmt.Sprintf("the device does not have %v", missing)
 		testutil.Skip(t, res.Reason)
