@@ -63,8 +63,12 @@ func TestSelftestReport(t *testing.T) {
 		t.Errorf("verdict %v", err)
 	}
 	r.Selftest.Error = "interrupted"
-	if err := r.verdict(); err == nil || !strings.Contains(err.Error(), "ended early: interrupted") {
+	if err := r.verdict(); err == nil || !strings.Contains(err.Error(), "mlx5_0 ended early") {
 		t.Errorf("verdict %v", err)
+	}
+	b.Reset()
+	if err := r.write(&b, "text"); err != nil || !strings.Contains(b.String(), "ended early: interrupted\n") {
+		t.Errorf("error %v:\n%s", err, b.String())
 	}
 }
 
@@ -74,5 +78,48 @@ func TestDoctorMistakes(t *testing.T) {
 	}
 	if status, _, errs := ringside("doctor", "--selftest", "--device", "nosuch0"); status != 1 || !strings.Contains(errs, "nosuch0") {
 		t.Errorf("status %d: %s", status, errs)
+	}
+}
+
+// Whatever is wrong is said once, however many devices and providers meet it, and wherever it was found.
+func TestDoctorSaysItOnce(t *testing.T) {
+	devices := &deviceReport{
+		Problems: []string{
+			"provider mlx5: no uverbs files: load ib_uverbs", "provider rxe: no uverbs files: load ib_uverbs",
+			"verbs: open_device: no such device\nprovider mlx5 (hardware): no uverbs files: load ib_uverbs\n" +
+				"provider rxe (kernel software): no uverbs files: load ib_uverbs\nsiw0 (kernel software): open_device on siw0: not yours",
+		},
+		Devices: []deviceJSON{
+			{Name: "siw0", Provider: "siw", Error: "open_device on siw0: not yours"},
+			{Name: "siw1", Provider: "siw", Error: "open_device on siw1: not yours"},
+		},
+	}
+	want := []string{"provider mlx5, provider rxe: no uverbs files: load ib_uverbs", "verbs: open_device: no such device",
+		"siw0: open_device on siw0: not yours", "siw1: open_device on siw1: not yours"}
+	got := problemsOf(devices)
+	if !slices.Equal(got, want) {
+		t.Errorf("problems %q, want %q", got, want)
+	}
+	r := doctorReport{Devices: devices}
+	for _, text := range got {
+		r.Findings = append(r.Findings, finding{true, text})
+	}
+	var b strings.Builder
+	if err := r.write(&b, "text"); err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{"no uverbs files", "no such device", "on siw0: not yours", "on siw1: not yours"} {
+		if n := strings.Count(b.String(), text); n != 1 {
+			t.Errorf("%q is said %d times in:\n%s", text, n, b.String())
+		}
+	}
+}
+
+// With a device that there is not, the report comes nevertheless, and once.
+func TestDoctorWithoutDevice(t *testing.T) {
+	t.Setenv("RINGSIDE_DEVICE", "nosuch0")
+	status, out, errs := ringside("doctor", "--selftest")
+	if status != 1 || strings.Count(out, "nosuch0: no such device") != 1 || !strings.Contains(errs, "no device to test") || strings.Contains(errs, "nosuch0") {
+		t.Errorf("status %d: %s\n%s", status, errs, out)
 	}
 }

@@ -3,4 +3,4 @@
 package main
 
 // limitFindings are about the limits of this process.
-func limitFindings(bool) []finding { return nil }
+func limitFindings([]deviceJSON) []finding { return nil }
