@@ -44,9 +44,6 @@ var floods = []flood{
 
 func (f flood) name() string { return "ringside send rate 64 B, flood: " + f.kind }
 
-// netStranger is another address of the clients' namespace.
-const netStranger = "10.98.0.3"
-
 // netFlood is one run of `ringside perf` whose server is flooded once its queue pair is there.
 type netFlood struct {
 	kind string
@@ -73,14 +70,14 @@ func (f netFlood) run(c *config) (values, error) {
 
 // startFlood finds out what the flooder needs to know, as somebody who listens on the way could, and starts it. end ends it.
 func startFlood(c *config, kind string, flooded *floodResult) (end func() error, err error) {
-	a := floodArgs{Kind: kind, From: netClient, Rate: floodRate}
+	a := floodArgs{Kind: kind, From: network.client, Rate: floodRate}
 	if a.To, a.QPN, err = serverQP(c); err != nil {
 		return nil, err
 	}
 	var stops []func()
 	switch kind {
 	case "stranger":
-		a.From = netStranger
+		a.From = network.stranger
 	case "psn":
 		if a.PSN, err = serverPSN(c, a.QPN); err != nil {
 			return nil, err
@@ -263,8 +260,8 @@ func floodReport(p func(format string, a ...any), r *results) {
 
 // beside is run, with something that runs meanwhile; it returns what the client has written.
 func (p netPerf) beside(c *config, other func() (end func() error, err error)) (out []byte, cpu time.Duration, err error) {
-	server := elsewhere(true, c.ringside, "perf", "server", "--listen", fmt.Sprint(netServer, ":", netService), "--once")
-	client := exec.Command(c.ringside, "perf", p.op, p.kind, fmt.Sprint(netServer, ":", netService), "--path", "udp", "-o", "json",
+	server := elsewhere(true, c.ringside, "perf", "server", "--listen", fmt.Sprint(network.server, ":", netService), "--once")
+	client := exec.Command(c.ringside, "perf", p.op, p.kind, fmt.Sprint(network.server, ":", netService), "--path", "udp", "-o", "json",
 		"--iters", strconv.Itoa(p.iter), "--size", strconv.Itoa(p.size))
 	server.Env = append(os.Environ(), "RINGSIDE_SOFT_FAULTS="+p.faults)
 	client.Env = server.Env

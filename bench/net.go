@@ -7,9 +7,12 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -18,14 +21,92 @@ import (
 
 // The comparison over a network: servers in a network namespace of their own, clients in this one, joined by a pair of virtual
 // Ethernet devices.
+type netNames struct {
+	space, devA, devB        string // the servers' namespace, and the devices of the clients' and of the servers'
+	client, server, stranger string // addresses; the stranger's is another one of the clients' namespace
+}
+
+// Names begin with these, and go on with the process's id: others may do the same, and what one that was killed has left can be told from
+// what another needs. The kernel allows 15 bytes for the name of a device.
 const (
-	netSpace   = "ringside-bench"
-	netDevA    = "rsbench-a"
-	netDevB    = "rsbench-b"
-	netClient  = "10.98.0.1"
-	netServer  = "10.98.0.2"
-	netService = 18599 // where ringside perf and ucx_perftest listen
+	netSpacePrefix = "ringside-bench-"
+	netDevPrefix   = "rsbench"
 )
+
+// netService is the port where ringside perf and ucx_perftest listen.
+const netService = 18599
+
+// network is the one that netSetUp has made.
+var network netNames
+
+// namesFor are those of a process, with addresses of a subnet that none of the host's are of.
+func namesFor(pid int, taken []netip.Prefix) (netNames, error) {
+	for i := range 256 {
+		subnet := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 98, byte(pid + i), 0}), 24)
+		if slices.ContainsFunc(taken, subnet.Overlaps) {
+			continue
+		}
+		addr := func(n byte) string { a := subnet.Addr().As4(); a[3] = n; return netip.AddrFrom4(a).String() }
+		dev := netDevPrefix + strconv.Itoa(pid)
+		return netNames{netSpacePrefix + strconv.Itoa(pid), dev + "a", dev + "b", addr(1), addr(2), addr(3)}, nil
+	}
+	return netNames{}, errors.New("all of 10.98.0.0/16 is in use on this host")
+}
+
+// ownerOf returns the process that a namespace or a device was named for.
+func ownerOf(name string) (pid int, ok bool) {
+	s, isSpace := strings.CutPrefix(name, netSpacePrefix)
+	if !isSpace {
+		if s, ok = strings.CutPrefix(name, netDevPrefix); !ok {
+			return 0, false
+		}
+		if s, ok = strings.CutSuffix(s, "a"); !ok {
+			return 0, false
+		}
+	}
+	pid, err := strconv.Atoi(s)
+	return pid, err == nil && pid > 0
+}
+
+// netRemove takes a process's network away. Deleting one device deletes its peer, also if a server still runs in the namespace.
+func netRemove(pid int) {
+	exec.Command("ip", "link", "delete", netDevPrefix+strconv.Itoa(pid)+"a").Run()
+	exec.Command("ip", "netns", "delete", netSpacePrefix+strconv.Itoa(pid)).Run()
+}
+
+// netCleanUp takes away what processes that have ended have left.
+func netCleanUp() {
+	var names []string
+	if devs, err := net.Interfaces(); err == nil {
+		for _, d := range devs {
+			names = append(names, d.Name)
+		}
+	}
+	spaces, _ := os.ReadDir("/var/run/netns") // of iproute2; missing: there are none
+	for _, s := range spaces {
+		names = append(names, s.Name())
+	}
+	for _, name := range names {
+		if pid, ok := ownerOf(name); ok && errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) {
+			netRemove(pid)
+		}
+	}
+}
+
+// hostSubnets are those of this namespace's addresses.
+func hostSubnets() ([]netip.Prefix, error) {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil, err
+	}
+	var all []netip.Prefix
+	for _, a := range addrs {
+		if p, err := netip.ParsePrefix(a.String()); err == nil {
+			all = append(all, p)
+		}
+	}
+	return all, nil
+}
 
 func netMain(args []string) error {
 	var c config
@@ -50,8 +131,8 @@ func netMain(args []string) error {
 	}
 	defer remove()
 	defer stopAll()
-	serverSpace = netSpace
-	os.Setenv(listenEnv, netServer)
+	serverSpace = network.space
+	os.Setenv(listenEnv, network.server)
 	os.Setenv("RINGSIDE_PATH", "udp")
 
 	begin := time.Now()
@@ -77,20 +158,26 @@ func netMain(args []string) error {
 
 // netSetUp makes the network, and returns what takes it away.
 func netSetUp(mtu int) (remove func(), err error) {
-	remove = func() {
-		exec.Command("ip", "link", "delete", netDevA).Run()
-		exec.Command("ip", "netns", "delete", netSpace).Run()
+	netCleanUp()
+	taken, err := hostSubnets()
+	if err != nil {
+		return nil, err
 	}
-	remove()
+	if network, err = namesFor(os.Getpid(), taken); err != nil {
+		return nil, err
+	}
+	n := network
+	remove = func() { netRemove(os.Getpid()) }
+	remove() // of another process that had the same id
 	for _, line := range []string{
-		"netns add " + netSpace,
-		"link add " + netDevA + " type veth peer name " + netDevB + " netns " + netSpace,
-		"address add " + netClient + "/24 dev " + netDevA,
-		"address add " + netStranger + "/24 dev " + netDevA,
-		"link set " + netDevA + " mtu " + strconv.Itoa(mtu) + " up",
-		"-n " + netSpace + " address add " + netServer + "/24 dev " + netDevB,
-		"-n " + netSpace + " link set " + netDevB + " mtu " + strconv.Itoa(mtu) + " up",
-		"-n " + netSpace + " link set lo up",
+		"netns add " + n.space,
+		"link add " + n.devA + " type veth peer name " + n.devB + " netns " + n.space,
+		"address add " + n.client + "/24 dev " + n.devA,
+		"address add " + n.stranger + "/24 dev " + n.devA,
+		"link set " + n.devA + " mtu " + strconv.Itoa(mtu) + " up",
+		"-n " + n.space + " address add " + n.server + "/24 dev " + n.devB,
+		"-n " + n.space + " link set " + n.devB + " mtu " + strconv.Itoa(mtu) + " up",
+		"-n " + n.space + " link set lo up",
 	} {
 		if out, err := exec.Command("ip", strings.Fields(line)...).CombinedOutput(); err != nil {
 			remove()
@@ -189,10 +276,10 @@ func (u netUCX) run(*config) (values, error) {
 	}
 	port := strconv.Itoa(netService)
 	server := elsewhere(true, "ucx_perftest", "-p", port)
-	client := exec.Command("ucx_perftest", netServer, "-p", port, "-v", "-t", u.test, "-s", strconv.Itoa(u.size), "-n", strconv.Itoa(u.iter),
+	client := exec.Command("ucx_perftest", network.server, "-p", port, "-v", "-t", u.test, "-s", strconv.Itoa(u.size), "-n", strconv.Itoa(u.iter),
 		"-w", strconv.Itoa(max(100, u.iter/20)))
-	client.Env = append(os.Environ(), "UCX_TLS=tcp,self", "UCX_NET_DEVICES="+netDevA, "UCX_WARN_UNUSED_ENV_VARS=n")
-	server.Env = append(os.Environ(), "UCX_TLS=tcp,self", "UCX_NET_DEVICES="+netDevB, "UCX_WARN_UNUSED_ENV_VARS=n")
+	client.Env = append(os.Environ(), "UCX_TLS=tcp,self", "UCX_NET_DEVICES="+network.devA, "UCX_WARN_UNUSED_ENV_VARS=n")
+	server.Env = append(os.Environ(), "UCX_TLS=tcp,self", "UCX_NET_DEVICES="+network.devB, "UCX_WARN_UNUSED_ENV_VARS=n")
 	out, cpu, err := clientAndServer(client, server, nil)
 	if err != nil {
 		return nil, err
@@ -255,7 +342,7 @@ func clientAndServer(client, server *exec.Cmd, other func() (end func() error, e
 func netListening(patience time.Duration) error {
 	want := fmt.Sprintf(":%04X", netService)
 	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
-		table, err := exec.Command("ip", "netns", "exec", netSpace, "cat", "/proc/net/tcp", "/proc/net/tcp6").Output()
+		table, err := exec.Command("ip", "netns", "exec", network.space, "cat", "/proc/net/tcp", "/proc/net/tcp6").Output()
 		if err != nil {
 			return err
 		}
