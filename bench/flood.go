@@ -52,7 +52,7 @@ type netFlood struct {
 
 func (f netFlood) run(c *config) (values, error) {
 	var flooded floodResult
-	out, _, err := netPerf{"send", "rate", 64, f.iter, ""}.beside(c, func() (func() error, error) {
+	out, _, err := netPerf{"send", "rate", 64, f.iter, "udp", ""}.beside(c, func() (func() error, error) {
 		if f.kind == floodNone {
 			return func() error { return nil }, nil
 		}
@@ -261,9 +261,9 @@ func floodReport(p func(format string, a ...any), r *results) {
 // beside is run, with something that runs meanwhile; it returns what the client has written.
 func (p netPerf) beside(c *config, other func() (end func() error, err error)) (out []byte, cpu time.Duration, err error) {
 	server := elsewhere(true, c.ringside, "perf", "server", "--listen", fmt.Sprint(network.server, ":", netService), "--once")
-	client := exec.Command(c.ringside, "perf", p.op, p.kind, fmt.Sprint(network.server, ":", netService), "--path", "udp", "-o", "json",
+	client := exec.Command(c.ringside, "perf", p.op, p.kind, fmt.Sprint(network.server, ":", netService), "--path", p.path, "-o", "json",
 		"--iters", strconv.Itoa(p.iter), "--size", strconv.Itoa(p.size))
-	server.Env = append(os.Environ(), "RINGSIDE_SOFT_FAULTS="+p.faults)
+	server.Env = append(os.Environ(), "RINGSIDE_PATH="+p.path, "RINGSIDE_SOFT_FAULTS="+p.faults)
 	client.Env = server.Env
 	return clientAndServer(client, server, other)
 }

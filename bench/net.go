@@ -193,20 +193,23 @@ func netMeasurements(c *config) []measurement {
 	ucx := func(test string, size, full int) {
 		all = append(all, measurement{ucxName(test, size), netUCX{test, size, c.scale(full, full/20)}.run})
 	}
-	perf := func(name, op, kind string, size, full int, faults string) {
-		all = append(all, measurement{name, netPerf{op, kind, size, c.scale(full, full/20), faults}.run})
+	perf := func(name, op, kind string, size, full int, path, faults string) {
+		all = append(all, measurement{name, netPerf{op, kind, size, c.scale(full, full/20), path, faults}.run})
 	}
-	ours := func(op, kind string, size, full int) { perf(perfName(op, kind, size), op, kind, size, full, "") }
+	ours := func(op, kind string, size, full int) {
+		perf(perfName(op, kind, size), op, kind, size, full, "udp", "")
+		perf(overTCP(op, kind, size), op, kind, size, full, "tcp", "")
+	}
 	ucx("tag_lat", 64, 100_000)
 	ours("send", "lat", 64, 100_000)
 	ucx("tag_bw", 64, 1_000_000)
 	ours("send", "rate", 64, 2_000_000)
 	ucx("ucp_put_bw", mib, 2_000)
 	ours("write", "bw", mib, 4_000)
-	perf(lossyWrite, "write", "bw", mib, 4_000, "loss=1%")
+	perf(lossyWrite, "write", "bw", mib, 4_000, "udp", "loss=1%")
 	ours("read", "bw", mib, 4_000)
-	perf(lossyRead, "read", "bw", mib, 4_000, "loss=1%")
-	perf(lossySend, "send", "rate", 64, 2_000_000, "loss=1%")
+	perf(lossyRead, "read", "bw", mib, 4_000, "udp", "loss=1%")
+	perf(lossySend, "send", "rate", 64, 2_000_000, "udp", "loss=1%")
 	for _, f := range floods {
 		all = append(all, measurement{f.name(), netFlood{f.kind, c.scale(6_000_000, 300_000)}.run})
 	}
@@ -225,6 +228,9 @@ func netMeasurements(c *config) []measurement {
 	}
 	return all
 }
+
+// overTCP is what perfName is, of queue pairs that are connected by TCP.
+func overTCP(op, kind string, size int) string { return perfName(op, kind, size) + ", tcp" }
 
 const (
 	lossyWrite = "ringside write bw 1 MiB, 1% lost"
@@ -249,6 +255,7 @@ var netEchoes = []struct {
 type netPerf struct {
 	op, kind   string
 	size, iter int
+	path       string // udp or tcp
 	faults     string // RINGSIDE_SOFT_FAULTS of both
 }
 
@@ -257,7 +264,7 @@ func (p netPerf) run(c *config) (values, error) {
 	if err != nil {
 		return nil, err
 	}
-	v, err := parsePerf(out, "udp")
+	v, err := parsePerf(out, p.path)
 	if err == nil && p.kind == "bw" {
 		v["cpu"] = float64(cpu.Nanoseconds()) / float64(p.iter) / float64(p.size) // ns a byte, both, start and end included
 	}
@@ -393,23 +400,26 @@ func netReport(c *config, host *conditions, r *results) string {
 	p("%s\n", netPart.begin)
 	p("## The software NIC over UDP, against TCP\n")
 	p("`ringside perf` on soft0 over RoCEv2 and UDP, `ucx_perftest` with `UCX_TLS=tcp`, and grpc-go over TCP, between two network")
-	p("namespaces of one host: in turn, in processes of their own for each run, not pinned. As above otherwise. Losses are made by the")
-	p("receiving software NIC (`RINGSIDE_SOFT_FAULTS=loss=1%%`). CPU is of client and server together, in nanoseconds a byte.\n")
+	p("namespaces of one host: in turn, in processes of their own for each run, not pinned. As above otherwise. The last column of the")
+	p("first table is the software NIC where UDP is blocked: queue pairs over TCP (`--path tcp`). Losses are made by the receiving")
+	p("software NIC (`RINGSIDE_SOFT_FAULTS=loss=1%%`). CPU is of client and server together, in nanoseconds a byte.\n")
 	b.WriteString(circumstances(c.rounds, c.quick, host, "load average after each round", r.loads))
 	p("%s", targetTableOf(netTargets, r))
-	p("| | ringside | UCX over TCP | |\n|---|---|---|---|")
-	row := func(what, ours, metric, theirs string, scale float64) {
+	p("| | ringside | UCX over TCP | | ringside over TCP |\n|---|---|---|---|---|")
+	row := func(what, op, kind string, size int, metric, theirs string) {
+		ours := perfName(op, kind, size)
 		ratio, _ := r.ratio(ref{name: ours, metric: metric}, ref{name: theirs, metric: metric})
-		p("| %s | %s | %s | %s x |", what, r.series(ours, metric, scale), r.series(theirs, metric, scale), number(ratio))
+		p("| %s | %s | %s | %s x | %s |", what, r.series(ours, metric, 1), r.series(theirs, metric, 1), number(ratio),
+			r.series(overTCP(op, kind, size), metric, 1))
 	}
-	row("64 B SEND / tag_lat, p50, us", perfName("send", "lat", 64), "p50", ucxName("tag_lat", 64), 1)
-	row("64 B SEND / tag_bw, messages/s", perfName("send", "rate", 64), "rate", ucxName("tag_bw", 64), 1)
-	row("1 MiB WRITE / ucp_put_bw, GB/s", perfName("write", "bw", mib), "bw", ucxName("ucp_put_bw", mib), 1)
-	row("the same, CPU, ns a byte", perfName("write", "bw", mib), "cpu", ucxName("ucp_put_bw", mib), 1)
-	p("| 1 MiB WRITE, 1 %% lost, GB/s | %s | | |", r.series(lossyWrite, "bw", 1))
-	p("| 1 MiB READ, GB/s | %s | | |", r.series(perfName("read", "bw", mib), "bw", 1))
-	p("| 1 MiB READ, 1 %% lost, GB/s | %s | | |", r.series(lossyRead, "bw", 1))
-	p("| 64 B SEND, 1 %% lost, messages/s | %s | | |", r.series(lossySend, "rate", 1))
+	row("64 B SEND / tag_lat, p50, us", "send", "lat", 64, "p50", ucxName("tag_lat", 64))
+	row("64 B SEND / tag_bw, messages/s", "send", "rate", 64, "rate", ucxName("tag_bw", 64))
+	row("1 MiB WRITE / ucp_put_bw, GB/s", "write", "bw", mib, "bw", ucxName("ucp_put_bw", mib))
+	row("the same, CPU, ns a byte", "write", "bw", mib, "cpu", ucxName("ucp_put_bw", mib))
+	p("| 1 MiB WRITE, 1 %% lost, GB/s | %s | | | |", r.series(lossyWrite, "bw", 1))
+	p("| 1 MiB READ, GB/s | %s | | | %s |", r.series(perfName("read", "bw", mib), "bw", 1), r.series(overTCP("read", "bw", mib), "bw", 1))
+	p("| 1 MiB READ, 1 %% lost, GB/s | %s | | | |", r.series(lossyRead, "bw", 1))
+	p("| 64 B SEND, 1 %% lost, messages/s | %s | | | |", r.series(lossySend, "rate", 1))
 	floodReport(p, r)
 	p("\n| 64 B echo calls | in flight | p50, us | p99 | p99.9 | calls/s | CPU us a call |\n|---|---|---|---|---|---|---|")
 	for _, e := range netEchoes {
