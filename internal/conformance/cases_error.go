@@ -605,7 +605,8 @@ func sendQueueDrain(c *C) {
 		if c.A.dev.Provider == "soft" {
 			c.Fatal(err)
 		}
-		c.Skip("the device does not do SQD: ", err)
+		c.Log(err)
+		c.Skip("the device has no SQD")
 	}
 	if ev := c.A.event(ib.EventSQDrained); ev.QPN != l.a.QPN {
 		c.Errorf("event of QP %#x, want %#x", ev.QPN, l.a.QPN)
@@ -638,7 +639,8 @@ func sqdWaits(c *C) {
 		if c.A.dev.Provider == "soft" {
 			c.Fatal(err)
 		}
-		c.Skip("the device does not do SQD: ", err)
+		c.Log(err)
+		c.Skip("the device has no SQD")
 	}
 	c.A.noEvent("a request is still under way")
 	l.a.post(wrSend(2))

@@ -388,7 +388,7 @@ func killManyQPs(c *C) {
 // A target whose process does not run takes one-sided requests, and messages into receives that it has posted.
 func targetStopped(c *C) {
 	if !c.A.seesDeath() || c.streams {
-		c.Skip("the target is the kernel, the adapter, or a process that has to answer packets")
+		c.Skip(nothingToDo + ": the target is the kernel, the adapter, or a process that has to answer packets")
 	}
 	l := c.pair(ib.RC)
 	l.alive(c)

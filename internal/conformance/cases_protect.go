@@ -396,7 +396,8 @@ func accessFlagsChecked(c *C) {
 func zeroBased(c *C) {
 	i, err := call(c.B, opMem, memArgs{PD: c.B.pd, Size: 8192, Access: accessAll | ib.AccessZeroBased})
 	if err != nil {
-		c.Skip("no zero-based regions: ", err)
+		c.Log(err)
+		c.Skip("the device has no zero-based regions")
 	}
 	m := &Mem{c.B, i, 8192}
 	if m.Addr != 0 {

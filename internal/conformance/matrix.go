@@ -6,7 +6,7 @@ import (
 	"strings"
 )
 
-// nothingToDo is the reason of a skip that is no gap: the case is about something that the device has not by its nature.
+// nothingToDo begins the reason of a skip that is no gap: the case is about something that the device has not by its nature.
 const nothingToDo = "nothing to do"
 
 // An Outcome is how a case ended.
@@ -82,7 +82,7 @@ func markdown(all []Result) string {
 				case Failed:
 					bad = addOnce(bad, r.Case)
 				case Skipped:
-					if r.Reason != "" && r.Reason != nothingToDo {
+					if !strings.HasPrefix(r.Reason, nothingToDo) {
 						skips = addOnce(skips, r.Reason)
 					}
 				}

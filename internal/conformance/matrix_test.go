@@ -66,7 +66,7 @@ func TestMarkdown(t *testing.T) {
 		{Case: "b", Feature: "SEND", Column: "rxe", Outcome: Passed},
 		{Case: "c", Feature: "SRQ", Column: "soft, in-process", Outcome: Passed},
 		{Case: "c", Feature: "SRQ", Column: "rxe", Outcome: Skipped, Reason: "the device does not have srq"},
-		{Case: "d", Feature: "MW", Column: "soft, in-process", Outcome: Skipped, Reason: nothingToDo},
+		{Case: "d", Feature: "MW", Column: "soft, in-process", Outcome: Skipped, Reason: nothingToDo + ": it has none"},
 		{Case: "d", Feature: "MW", Column: "rxe", Outcome: Passed},
 		{Case: "e", Feature: "MW", Column: "rxe", Outcome: Skipped, Reason: "it crashes"},
 	})

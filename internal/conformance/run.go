@@ -167,7 +167,7 @@ func (r *runner) peerFor(t T, own bool) *peer {
 
 func (r *runner) run(t T, tc testCase) {
 	res := &Result{Case: tc.name, Feature: tc.feature, Path: r.name}
-	c := &C{T: t, streams: r.streams, record: func(n string) { res.Notes = append(res.Notes, n) }}
+	c := &C{T: t, result: res, streams: r.streams}
 	// First of the cleanups, so the last to run: it tells of what failed before the case began, and of all that was logged behind it.
 	t.Cleanup(func() {
 		res.Column = columnOf(r.provider, r.name)
@@ -228,13 +228,11 @@ func (r *runner) run(t T, tc testCase) {
 	}
 	r.provider = c.A.dev.Provider
 	if missing := tc.needs &^ (c.A.dev.Attr.Caps & c.B.dev.Attr.Caps); missing != 0 {
-		res.Reason = fmt.Sprintf("the device does not have %v", missing)
-		testutil.Skip(t, res.Reason)
+		testutil.Skip(c, fmt.Sprintf("the device does not have %v", missing))
 	}
 	for _, s := range sides {
 		if reason := gapOf(s.dev.Provider, tc.name); reason != "" {
-			res.Reason = reason
-			testutil.Skip(t, reason)
+			testutil.Skip(c, reason)
 		}
 	}
 	for _, s := range sides {

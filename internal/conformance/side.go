@@ -31,7 +31,7 @@ type T interface {
 type C struct {
 	T
 	A, B    *Side
-	record  func(note string)
+	result  *Result
 	net     *simnet.Network // where the sides meet; nil: in the real world
 	lossy   bool            // it loses packets
 	streams bool            // QPs are connected by streams
@@ -55,9 +55,18 @@ func (c *C) note(format string, args ...any) {
 	c.Helper()
 	s := fmt.Sprintf(format, args...)
 	c.Log(s)
-	if c.record != nil {
-		c.record(s)
+	if c.result != nil {
+		c.result.Notes = append(c.result.Notes, s)
 	}
+}
+
+// Skip ends the case, which the matrix says, with the reason, unless that begins with nothingToDo.
+func (c *C) Skip(args ...any) {
+	c.Helper()
+	if c.result != nil {
+		c.result.Reason = fmt.Sprint(args...)
+	}
+	c.T.Skip(args...)
 }
 
 func (s *Side) close(h handle) error {
