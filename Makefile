@@ -171,7 +171,7 @@ MATRICES = $(subst $(space),$(comma),$(foreach d,soft rxe siw,$(CURDIR)/bin/vm/$
 
 vm-soft:
 	mkdir -p bin/vm
-	$(GO) test -count=1 ./internal/conformance -run 'TestInProcess|TestProcesses$$|TestUDP$$|TestZMatrix' -matrix $(CURDIR)/bin/vm/soft.json
+	$(GO) test -count=1 ./internal/conformance -run 'TestInProcess|TestProcesses$$|TestUDP$$|TestTCP$$|TestZMatrix' -matrix $(CURDIR)/bin/vm/soft.json
 
 conform-rxe:
 	$(VMTEST) $(CONFORM) -device rxe0 -peer-device rxe1 -matrix /out/rxe.json

@@ -16,7 +16,7 @@ type end struct {
 	stream handle // that its peer has made for it; 0: none
 }
 
-const onlyReliable = "a stream is for reliable connections"
+const onlyReliable = "over TCP there are reliable connections only"
 
 // link is two ends that are connected.
 type link struct{ a, b *end }
