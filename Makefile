@@ -158,7 +158,7 @@ in-vm-rxe: conform-rxe
 	$(VMTEST) -short -skip '$(SOFTONLY)' ./test/interop
 
 in-vm-siw:
-	$(VMTEST) ./internal/nldev ./internal/uverbs ./internal/rdmacm ./internal/provider/... ./mr ./qp
+	$(VMTEST) ./internal/nldev ./internal/uverbs ./internal/rdmacm ./internal/provider/rxe ./internal/provider/siw ./mr ./qp
 	$(VMTEST) -run 'TestKernelDevices' ./cmd/ringside
 	RINGSIDE_DEVICE=siw0 $(VMTEST) -run 'TestDemoSync' ./examples/paramserver
 	RINGSIDE_DEVICE=siw0 $(VMTEST) -short -run 'TestSizes|TestOneSided|TestWriteImm|TestRemoteAccess|TestProcesses|TestPeerKilled' ./transport
