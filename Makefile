@@ -29,7 +29,7 @@ all: build
 
 test:
 	@start=$$SECONDS
-	.ci/setup go gcc
+	.ci/setup go gcc infiniband/verbs.h
 	.ci/setup -optional ucx_perftest
 	.ci/setup -optional tshark
 	.ci/setup -optional ibv_rc_pingpong ib_write_bw
