@@ -34,7 +34,7 @@ type QP struct {
 	QPN     uint32 `json:"qpn"`
 	Type    string `json:"type"`
 	State   string `json:"state"`
-	Path    string `json:"path"` // "inproc", "shm", "udp"; empty: not connected
+	Path    string `json:"path"` // "inproc", "shm", "udp", "tcp"; empty: not connected
 	Peer    string `json:"peer"` // its GID or its address
 	PeerQPN uint32 `json:"peer_qpn"`
 
