@@ -55,7 +55,7 @@ func answer(t *testing.T, l *transport.Listener, send []byte, hangUp bool) (tran
 }
 
 func TestBootstrapRefusals(t *testing.T) {
-	l, hurried := listen(t, nil), listen(t, &transport.Config{HandshakeTimeout: 300 * time.Millisecond})
+	l, hurried := listen(t, nil), listen(t, &transport.Config{HandshakeTimeout: time.Second})
 	frame := func(version uint16, kind byte, n uint32, body string) []byte {
 		b := append([]byte("RSDE"), byte(version), byte(version>>8), kind, 0)
 		b = binary.LittleEndian.AppendUint32(b, n)

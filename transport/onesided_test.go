@@ -404,6 +404,12 @@ func TestSendRegion(t *testing.T) {
 			return nil
 		})
 		err := <-done
+		if err == nil && errors.Is(rerr, context.DeadlineExceeded) { // a busy machine: it has gone, and not come in that time
+			rerr = b.Recv(t.Context(), func(msg *transport.Message) error {
+				got = len(msg.Bytes())
+				return nil
+			})
+		}
 		switch {
 		case err == nil && rerr == nil && got == 1<<20: // it was read before the cancel came
 		case errors.Is(err, context.DeadlineExceeded) && errors.Is(rerr, context.DeadlineExceeded):
