@@ -45,8 +45,9 @@ type congestion struct {
 	cutted bool   // cut means something
 	lost   int    // of the latest lossSpan packets, in 1/one
 
-	before int    // the window, before it was cut because nothing was heard; 0: it was not, or rightly
-	silent ib.PSN // what was not sent yet then
+	before   int    // the window, before it was cut because nothing was heard; 0: it was not, or rightly
+	silent   ib.PSN // what was not sent yet then
+	answered bool   // something was heard since
 
 	heard  uint32        // the peer's count of marks, its lower bits (notes)
 	pause  time.Duration // nothing is sent before; only if the window is less than one packet
@@ -107,6 +108,7 @@ func (c *congestion) progress(n int, una, nxt ib.PSN) {
 	if c.cutted && distance(c.cut, una) >= 0 {
 		c.cutted = false
 	}
+	c.answered = true
 	if c.before != 0 && distance(c.silent, una) >= 0 { // all is there, and hardly anything was lost: the peer was away, no more
 		c.window, c.slow = max(c.window, c.before), max(c.slow, c.before)
 		c.before = 0
@@ -131,24 +133,28 @@ func (c *congestion) mark(n int, nxt ib.PSN) bool {
 		return false
 	}
 	c.marked += n
+	c.before = 0 // after a silence, too: it was not for nothing
 	if c.cutted {
 		return false
 	}
-	c.before = 0
 	c.shrink(c.share/2, nxt)
 	return true
 }
 
-// lose notes that n packets were lost. It reports whether the window was cut for it.
-func (c *congestion) lose(n int, nxt ib.PSN) bool {
-	if !c.on || !c.losses {
+// lose notes that n packets are sent again. Those that somebody has missed were lost, and those that are still not there when the peer
+// has answered after a silence; as long as nothing is heard it may be away (see silence). It reports whether the window was cut.
+func (c *congestion) lose(n int, why Reason, nxt ib.PSN) bool {
+	if !c.on || !c.losses || why == Timeout && (c.before == 0 || !c.answered) {
 		return false
 	}
 	c.lost = min(c.lost+n*one, lossSpan*one)
-	if c.cutted || c.lost < lossTolerated*one {
+	if c.lost < lossTolerated*one {
 		return false
 	}
 	c.before = 0
+	if c.cutted {
+		return false
+	}
 	c.shrink(min(one/2, c.lost*lossWeight/lossSpan), nxt)
 	c.lost = 0 // these have had their effect
 	return true
@@ -164,6 +170,7 @@ func (c *congestion) silence(nxt ib.PSN, givenUp bool) {
 	if c.before == 0 {
 		c.before, c.silent = c.window, nxt
 	}
+	c.answered = false
 	if givenUp {
 		c.before = 0
 	}

@@ -176,39 +176,99 @@ func TestNotices(t *testing.T) {
 	}
 }
 
-// A peer that was away for some timeouts, and then takes what had come meanwhile, is no congestion; if that was lost, it is.
+// A peer that was away for some timeouts, and then takes what had come meanwhile, is no congestion: once all that was sent before has
+// been acknowledged, the window is what it was. If that was lost, or has met congestion, it is.
 func TestAway(t *testing.T) {
-	for _, lost := range []bool{false, true} {
-		n := newNetwork(t, 1, func(c *Config) { c.Selective, c.Congestion, c.AckTimeout = true, true, 67*time.Millisecond })
-		a := n.nodes[0]
-		var act func()
-		act = func() {
-			for a.req.Queued() < 60 {
-				a.post(Request{Op: ib.OpRDMAWrite, Len: 1 << 13, RKey: memKey}, payload[:1<<13])
-			}
-			a.pump()
-			n.after(10*time.Microsecond, act)
+	for _, op := range []ib.Opcode{ib.OpRDMAWrite, ib.OpRDMARead} {
+		for _, c := range []struct {
+			what         string
+			lost, marked bool
+		}{{what: "away"}, {"lost", true, false}, {"marked", false, true}} {
+			t.Run(fmt.Sprint(op, " ", c.what), func(t *testing.T) { away(t, op, c.lost, c.marked) })
 		}
-		const leaves, back = 2 * time.Millisecond, 12 * time.Millisecond
-		before, smallest := 0, 1<<30
-		n.drop = func(from *node, p *roce.Packet) bool {
-			if from != a || n.now < leaves || n.now >= back {
-				return false
-			}
-			if before == 0 {
-				before = a.req.cc.packets()
-			}
-			smallest = min(smallest, a.req.cc.packets())
-			if late := *p; !lost {
-				late.Payload = bytes.Clone(p.Payload)
-				n.after(back-n.now, func() { n.nodes[1].takes(&late) })
-			}
-			return true
+	}
+}
+
+func away(t *testing.T, op ib.Opcode, lost, marked bool) {
+	n := newNetwork(t, 1, func(c *Config) {
+		c.Selective, c.Congestion, c.AckTimeout = true, true, 67*time.Millisecond
+		c.MaxRdAtomic, c.MaxDestRdAtomic = 16, 16
+	})
+	a, b := n.nodes[0], n.nodes[1]
+	var act func()
+	act = func() {
+		for a.req.Queued() < 60 {
+			a.post(Request{Op: op, Len: 1 << 13, RKey: memKey}, payload[:1<<13])
 		}
-		act()
-		n.run(func() bool { return n.now > back+time.Millisecond })
-		if c := &a.req.Counters; before < 100 || smallest > before/2 || lost == (a.req.cc.packets() >= before) || c.Timeouts < 2 {
-			t.Errorf("lost %v: a window of %d, then %d, in the end %d; %+v", lost, before, smallest, a.req.cc.packets(), *c)
+		a.pump()
+		n.after(10*time.Microsecond, act)
+	}
+	const leaves, back = 2 * time.Millisecond, 40 * time.Millisecond
+	before, smallest := 0, 1<<30
+	var sent ib.PSN // before it came back
+	n.drop = func(from *node, p *roce.Packet) bool {
+		if (from == a) == (op == ib.OpRDMARead) || n.now < leaves || n.now >= back {
+			return false
+		}
+		if before == 0 {
+			before = a.req.cc.packets()
+		}
+		smallest, sent = min(smallest, a.req.cc.packets()), a.req.end
+		if late := *p; !lost {
+			late.Payload, late.FECN = bytes.Clone(p.Payload), marked
+			n.after(back-n.now, func() {
+				to := b
+				if from == b {
+					to = a
+				}
+				to.takes(&late)
+			})
+		}
+		return true
+	}
+	act()
+	n.run(func() bool { return n.now > back && distance(sent, a.req.una) >= 0 })
+	if c, after := &a.req.Counters, a.req.cc.packets(); before < 100 || smallest > before/2 || (lost || marked) != (after <= before/2) || !(lost || marked) && after < before || c.Timeouts < 4 {
+		t.Errorf("a window of %d, then %d, in the end %d; %+v", before, smallest, after, *c)
+	}
+}
+
+// What is heard after a silence decides what it was: marks, and more losses than are tolerated, are congestion; packets that were sent
+// again because nothing was heard are not.
+func TestSilenceWithCongestion(t *testing.T) {
+	for _, c := range []struct {
+		what     string
+		hears    func(c *congestion)
+		restored bool
+	}{
+		{"nothing", func(c *congestion) {}, true},
+		{"a mark", func(c *congestion) { c.mark(1, 500) }, false},
+		{"some losses", func(c *congestion) { c.lose(lossTolerated-1, SequenceNAK, 500) }, true},
+		{"losses", func(c *congestion) {
+			for range lossTolerated {
+				c.lose(1, SequenceNAK, 500)
+			}
+		}, false},
+		{"what is sent again unanswered", func(c *congestion) { c.lose(2*lossTolerated, Timeout, 500) }, true},
+		{"what is missing when it has answered", func(c *congestion) { c.progress(1, 1, 600); c.lose(lossTolerated, Timeout, 500) }, false},
+		{"a mark, and silence again", func(c *congestion) { c.mark(1, 500); c.silence(500, false) }, false},
+	} {
+		cfg := Config{Selective: true, Congestion: true}
+		cfg.fill()
+		var cc congestion
+		cc.init(&cfg)
+		cc.window, cc.slow, cc.limited = 200*one, 200*one, true
+		cc.silence(400, false)
+		cc.silence(450, false)
+		c.hears(&cc)
+		for una := range ib.PSN(600) {
+			cc.progress(1, una+1, 600)
+			if una+1 == 500 {
+				break
+			}
+		}
+		if restored := cc.packets() >= 200; restored != c.restored {
+			t.Errorf("%s: a window of %d", c.what, cc.packets())
 		}
 	}
 }

@@ -283,7 +283,7 @@ func (r *Requester) resend(now time.Duration, out Output) (full bool) {
 		if sent {
 			r.count()
 			r.Counters.Single++
-			if r.cc.lose(int(k), r.end) {
+			if r.cc.lose(int(k), g.why, r.end) {
 				r.Counters.Slowed++
 			}
 			r.sel.probing = false
