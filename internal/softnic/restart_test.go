@@ -254,6 +254,34 @@ func TestPeerRestartsUnnoticed(t *testing.T) {
 	})
 }
 
+// With the connection, its requester ends, whatever it was doing: no answer that still comes, and no timer, finds a request there.
+func TestAbandonedRequester(t *testing.T) {
+	for _, op := range []ib.Opcode{ib.OpSend, ib.OpRDMARead} {
+		t.Run(op.String(), func(t *testing.T) {
+			x := newSimRestart(t, 1, true)
+			b := x.open(1)
+			ea, eb := x.pair(b)
+			talk(x, ea, eb, 1, 1)
+			const requests = 5
+			for i := range requests {
+				eb.recv(uint64(i), eb.sge(1024, 600))
+				ea.send(ib.SendWR{ID: uint64(i), Opcode: op, Flags: ib.SendSignaled, SGEs: ea.sge(0, 600), RemoteAddr: addrOf(eb.buf), RKey: eb.mr.RKey()})
+			}
+			q := ea.q.(*QP)
+			w := q.wire
+			q.sq.Lock()
+			given := w.given
+			q.unanswered()
+			if given != requests || w.given != 0 || !w.req.Failed() || w.req.Deadline() != 0 {
+				t.Errorf("%d requests were given, %d are left; the requester has failed: %t, and waits until %v", given, w.given, w.req.Failed(), w.req.Deadline())
+			}
+			q.unlockSends()
+			x.net.Advance(2 * restartTimeout)
+			over(x, ea, requests)
+		})
+	}
+}
+
 // Connections to one queue pair of a peer come and go in any order.
 func TestStaleConnections(t *testing.T) {
 	x := newSimRestart(t, 1, true)

@@ -90,11 +90,14 @@ func (w *wireQP) abandon() {
 func connected(s ib.QPState) bool { return s == ib.RTR || s == ib.RTS || s == ib.SQD || s == ib.SQE }
 
 // unanswered ends the request under way with RETRY_EXC_ERR, because the peer has gone. If there is none, the next that is posted ends
-// so. Called with sq held, before the QP goes to ERR.
+// so. What a requester on a network has been given is for it to end, so that it ends, too. Called with sq held, before the QP goes to ERR.
 func (q *QP) unanswered() {
-	if q.pendLen > 0 && q.sending() {
-		q.completePending(ib.WCRetryExceeded, 0)
-	} else {
+	switch w := q.wire; {
+	case q.pendLen == 0 || !q.sending():
 		q.lost = q.typ == ib.RC && ib.QPState(q.state.Load()) == ib.RTS
+	case w != nil && w.given > 0:
+		w.req.Fail(ib.WCRetryExceeded)
+	default:
+		q.completePending(ib.WCRetryExceeded, 0)
 	}
 }

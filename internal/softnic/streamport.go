@@ -199,17 +199,11 @@ func (w *wireQP) streamDown(err error) {
 	q.sq.Lock()
 	s := ib.QPState(q.state.Load())
 	q.cut = fmt.Errorf("stream to %v: %w", w.out.Addr(), err)
-	switch {
-	case s != ib.RTR && s != ib.RTS && s != ib.SQD:
+	if s != ib.RTR && s != ib.RTS && s != ib.SQD {
 		q.sq.Unlock()
 		return
-	case q.pendLen == 0 || !q.sending():
-		q.lost = s == ib.RTS
-	case w.given > 0:
-		w.req.Fail(ib.WCRetryExceeded)
-	default:
-		q.completePending(ib.WCRetryExceeded, 0)
 	}
+	q.unanswered()
 	q.sq.Unlock()
 	q.toErrorLocked(ib.EventQPFatal, true)
 }
