@@ -15,7 +15,7 @@ import (
 // down because somebody did not run for a while, and the window, which acknowledgements move, is a bound on the queue by itself.
 //
 // Between two of this package's (Config.Selective) a Responder counts the packets that came with a mark, and tells in its
-// acknowledgements: BECN says that there were new ones, and the MSN field has the count (notes). An acknowledgement that is lost is
+// acknowledgements: each has the count in the MSN field (notes), and BECN if there were new ones. One that is lost, or is overtaken, is
 // made up for by the next. For responses to READs the Requester sees the marks itself, and asks
 // for less. With anybody else a Responder sends a CNP (A17.9.3) instead, and a Requester takes one.
 //
@@ -202,13 +202,17 @@ func (c *congestion) wait(now time.Duration) bool {
 	return c.paused
 }
 
-// echo takes an acknowledgement that says that packets were marked on their way to the peer.
+// echo takes what an acknowledgement says of packets that were marked on their way to the peer. It may be news without BECN: the one
+// that had it was lost, or comes later, and then says less than is known.
 func (r *Requester) echo(p *roce.Packet) {
-	if !p.BECN || !r.cfg.Selective {
+	if !r.cfg.Selective {
 		return
 	}
 	_, marked := notes(p.MSN)
 	n := (marked - r.cc.heard) & notesMax
+	if n > notesMax/2 {
+		return
+	}
 	r.cc.heard = marked
 	r.marks(int(min(n, uint32(r.cfg.Window))))
 }

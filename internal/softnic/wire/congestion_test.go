@@ -273,6 +273,45 @@ func TestSilenceWithCongestion(t *testing.T) {
 	}
 }
 
+// However acknowledgements overtake each other, and some are lost, a Requester hears of each marked packet once.
+func TestEchoesOutOfOrder(t *testing.T) {
+	for seed := range uint64(10) {
+		n := newNetwork(t, seed, func(c *Config) { c.Selective, c.Congestion, c.AckTimeout = true, true, 67*time.Millisecond })
+		n.link, n.loss = bottleneckOf(1000, 8), 0.01
+		a, b := n.nodes[0], n.nodes[1]
+		n.drop = func(from *node, p *roce.Packet) bool {
+			if from == a || !p.Syndrome.IsAck() || n.r.IntN(3) == 0 {
+				return false
+			}
+			if late := *p; n.r.IntN(4) != 0 {
+				n.after(time.Duration(n.r.IntN(200))*time.Microsecond, func() { a.takes(&late) })
+			}
+			return true
+		}
+		const messages = 400
+		posted := 0
+		var act func()
+		act = func() {
+			for ; posted < messages && a.req.Queued() < 60; posted++ {
+				a.post(Request{Op: ib.OpRDMAWrite, Len: 1 << 12, RKey: memKey}, payload[:1<<12])
+			}
+			a.pump()
+			if posted < messages {
+				n.after(10*time.Microsecond, act)
+			}
+		}
+		act()
+		n.run(func() bool { return posted == messages && n.ended() })
+		n.link.mark, n.loss, n.drop = 0, 0, nil
+		a.post(Request{Op: ib.OpRDMAWrite, Len: 8, RKey: memKey}, payload[:8]) // whose acknowledgement is the last word
+		a.pump()
+		n.run(n.ended)
+		if was, heard := b.resp.Counters.Marked, a.req.Counters.Marked; was < 100 || heard != was {
+			t.Errorf("seed %d: %d packets came with a mark, the requester has heard of %d", seed, was, heard)
+		}
+	}
+}
+
 // Whatever a peer says of marks, the connection goes on.
 func TestStrangeEchoes(t *testing.T) {
 	r := NewRequester(Config{Selective: true, Congestion: true, MTU: simMTU, SendDepth: 4}, nil)
