@@ -54,14 +54,22 @@ func hostAddrs() (list []gidSlot, down map[string]bool, err error) {
 	if err != nil {
 		return nil, nil, err
 	}
+	return addrsOf(ifs, (*net.Interface).Addrs)
+}
+
+// addrsOf is hostAddrs for some net devices. What the system has said of some is not told without the rest: that would be gone.
+func addrsOf(ifs []net.Interface, addrs func(*net.Interface) ([]net.Addr, error)) (list []gidSlot, down map[string]bool, err error) {
 	down = map[string]bool{}
 	for _, dev := range ifs {
 		up := dev.Flags&net.FlagUp != 0
 		if !up {
 			down[dev.Name] = true
 		}
-		addrs, _ := dev.Addrs()
-		for _, a := range addrs {
+		has, err := addrs(&dev)
+		if err != nil {
+			return nil, nil, fmt.Errorf("addresses of %s: %w", dev.Name, err)
+		}
+		for _, a := range has {
 			if p, err := netip.ParsePrefix(a.String()); err == nil && !p.Addr().IsLinkLocalUnicast() {
 				list = append(list, gidSlot{addr: p.Addr().Unmap(), mtu: dev.MTU, netDev: dev.Name, there: up, running: up && dev.Flags&net.FlagRunning != 0})
 			}
@@ -77,14 +85,15 @@ func (t *gidTable) refresh() {
 	}
 }
 
-// look asks the system which addresses there are, and tells of what has changed. Called with mu held.
-func (t *gidTable) look(now time.Time) {
+// look asks the system which addresses there are, and tells of what has changed. false: the system has not said, and all is as it was.
+// Called with mu held.
+func (t *gidTable) look(now time.Time) bool {
 	if t.fixed {
-		return
+		return true
 	}
 	list, down, err := t.system()
 	if err != nil {
-		return
+		return false
 	}
 	first, state, was := t.asked.IsZero(), t.state(), slices.Clone(t.slots)
 	t.asked = now
@@ -99,7 +108,7 @@ func (t *gidTable) look(now time.Time) {
 		t.found(s)
 	}
 	if first {
-		return
+		return true
 	}
 	if !slices.EqualFunc(was, t.slots, func(a, b gidSlot) bool { return a.there == b.there }) {
 		t.raise(ib.EventGIDChange)
@@ -111,6 +120,7 @@ func (t *gidTable) look(now time.Time) {
 	default:
 		t.raise(ib.EventPortErr)
 	}
+	return true
 }
 
 func (t *gidTable) found(s gidSlot) {
@@ -158,7 +168,10 @@ func (t *gidTable) portState() ib.PortState {
 func (n *NIC) lookAtNet(now time.Time) (next time.Time) {
 	t := &n.gids
 	t.mu.Lock()
-	t.look(now)
+	if !t.look(now) { // what was gone may be back
+		t.mu.Unlock()
+		return now.Add(gidAge)
+	}
 	var over []*netPort
 	for i := range t.slots {
 		switch s := &t.slots[i]; {

@@ -3,6 +3,7 @@ package softnic
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"testing"
@@ -88,6 +89,26 @@ func TestGIDEvents(t *testing.T) {
 	}
 }
 
+// If the system says of one device only which addresses it has, that is not the host's table.
+func TestAddressesOfSome(t *testing.T) {
+	ifs := []net.Interface{{Name: "lo", Flags: net.FlagUp | net.FlagRunning}, {Name: "eth0", Flags: net.FlagUp}, {Name: "eth1"}}
+	no, failing := errors.New("no"), ""
+	addrs := func(dev *net.Interface) ([]net.Addr, error) {
+		if dev.Name == failing {
+			return nil, no
+		}
+		return []net.Addr{&net.IPNet{IP: net.ParseIP(map[string]string{"lo": "127.0.0.1", "eth0": "10.0.0.1", "eth1": "10.0.0.2"}[dev.Name]).To4(), Mask: net.CIDRMask(8, 32)}}, nil
+	}
+	list, down, err := addrsOf(ifs, addrs)
+	if err != nil || len(list) != 3 || list[1].addr.String() != "10.0.0.1" || !list[1].there || list[1].running || list[2].there || down["eth0"] || !down["eth1"] {
+		t.Errorf("%+v, %v, %v", list, down, err)
+	}
+	failing = "eth0"
+	if list, down, err := addrsOf(ifs, addrs); list != nil || down != nil || !errors.Is(err, no) {
+		t.Errorf("%+v, %v, %v", list, down, err)
+	}
+}
+
 // Connections from an address end when it has been gone for long enough, and not when it comes back before that.
 func TestAddressGoes(t *testing.T) {
 	x := newSimRestart(t, 1, true)
@@ -100,10 +121,14 @@ func TestAddressGoes(t *testing.T) {
 	tab := f.table()
 	x.a.gids.fixed, x.a.gids.system, x.a.gids.raise = false, tab.system, tab.raise
 	now := time.Now()
-	look := func(after time.Duration, there bool) time.Duration {
+	const is, isNot, unknown = 0, 1, 2
+	look := func(after time.Duration, there int) time.Duration {
 		now = now.Add(after)
-		if f.list = nil; there {
+		switch f.list, f.err = nil, nil; there {
+		case is:
 			f.list = []gidSlot{eth}
+		case unknown:
+			f.err = errors.New("no")
 		}
 		next := x.a.lookAtNet(now)
 		for x.net.Step() {
@@ -119,17 +144,22 @@ func TestAddressGoes(t *testing.T) {
 	}
 	for i, step := range []struct {
 		after time.Duration
-		there bool
+		there int
 		next  time.Duration
 		state ib.QPState
 	}{
-		{0, true, 0, ib.RTS},
-		{time.Hour, false, gidGrace, ib.RTS},
-		{gidGrace / 2, false, gidGrace / 2, ib.RTS},
-		{gidGrace / 4, true, 0, ib.RTS},
-		{time.Hour, true, 0, ib.RTS},
-		{time.Hour, false, gidGrace, ib.RTS},
-		{gidGrace, false, 0, ib.Err},
+		{0, is, 0, ib.RTS},
+		{time.Hour, isNot, gidGrace, ib.RTS},
+		{gidGrace / 2, isNot, gidGrace / 2, ib.RTS},
+		{gidGrace / 4, is, 0, ib.RTS},
+		{time.Hour, is, 0, ib.RTS},
+		{time.Hour, unknown, gidAge, ib.RTS},
+		{gidAge, unknown, gidAge, ib.RTS},
+		{time.Hour, isNot, gidGrace, ib.RTS},
+		{gidGrace, unknown, gidAge, ib.RTS},
+		{gidAge, is, 0, ib.RTS},
+		{time.Hour, isNot, gidGrace, ib.RTS},
+		{gidGrace, isNot, 0, ib.Err},
 	} {
 		if next := look(step.after, step.there); next != step.next || state() != step.state {
 			t.Fatalf("step %d: next after %v, want %v; %v, want %v", i, next, step.next, state(), step.state)
