@@ -89,6 +89,34 @@ func TestGIDEvents(t *testing.T) {
 	}
 }
 
+// Of several devices that have an address, the one that can be used has it, in whatever order the system names them.
+func TestAddressOfTwo(t *testing.T) {
+	down, up, running := fakeAddr("10.0.0.1", "down", false, false), fakeAddr("10.0.0.1", "up", true, false), fakeAddr("10.0.0.1", "running", true, true)
+	for _, c := range []struct {
+		list []gidSlot
+		want string
+	}{
+		{[]gidSlot{down}, "down"},
+		{[]gidSlot{up, down}, "up"},
+		{[]gidSlot{down, up}, "up"},
+		{[]gidSlot{running, up, down}, "running"},
+		{[]gidSlot{down, up, running}, "running"},
+		{[]gidSlot{up, running}, "running"},
+		{[]gidSlot{running, down}, "running"},
+	} {
+		f := &fakeNet{list: []gidSlot{running}}
+		tab := f.table()
+		now := time.Now()
+		tab.look(now)
+		tab.slots[0].port = new(netPort)
+		f.list = c.list
+		tab.look(now.Add(time.Minute))
+		if s := tab.slots[0]; len(tab.slots) != 1 || s.netDev != c.want || s.there != (c.want != "down") || s.running != (c.want == "running") || s.port == nil || !s.gone.IsZero() {
+			t.Errorf("%+v: %+v, want that of %s", c.list, tab.slots, c.want)
+		}
+	}
+}
+
 // If the system says of one device only which addresses it has, that is not the host's table.
 func TestAddressesOfSome(t *testing.T) {
 	ifs := []net.Interface{{Name: "lo", Flags: net.FlagUp | net.FlagRunning}, {Name: "eth0", Flags: net.FlagUp}, {Name: "eth1"}}
