@@ -378,3 +378,11 @@ func TestCountersOfEndedConnections(t *testing.T) {
 		t.Errorf("%+v, and were %+v", is, was)
 	}
 }
+
+// The port of a NIC on a simulated network is up, as such a network is.
+func TestSimulatedPortIsActive(t *testing.T) {
+	x := newSimRestart(t, 1, true)
+	if a, err := x.a.QueryPort(1); err != nil || a.State != ib.PortActive {
+		t.Errorf("%+v, %v", a, err)
+	}
+}

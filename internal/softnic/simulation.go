@@ -41,7 +41,7 @@ func OpenSim(network *simnet.Network, addr netip.Addr) (*NIC, error) {
 	p.sock = &simSocket{Host: host}
 	close(p.ended) // it has no drive
 	n.sim = &simulation{network, p}
-	n.gids = gidTable{fixed: true, slots: []gidSlot{{addr: addr, mtu: simMTU, netDev: "sim", there: true, port: p}}}
+	n.gids = gidTable{fixed: true, slots: []gidSlot{{addr: addr, mtu: simMTU, netDev: "sim", there: true, running: true, port: p}}}
 	n.netPorts.Store(&[]*netPort{p})
 	return n, nil
 }
