@@ -143,13 +143,14 @@ func (s *Socket) Room() int { return (len(s.tx) - s.tail) / frameLen }
 func (s *Socket) Queued() int { return s.tail - s.head }
 
 // Flush hands what was committed to the system, as far as that takes it; the rest stays for the next Flush. It reports whether all is
-// gone.
+// gone. If the system refuses it for good, the stream ends for both sides.
 func (s *Socket) Flush() bool {
 	for s.head < s.tail && s.deaf == nil {
 		n, err := s.sys.write(s.tx[s.head:s.tail])
 		s.head += n
-		if err != nil { // what has come from the peer before its end is still to be read
+		if err != nil { // whoever cannot answer is not to be asked either; but what has come until now is still to be read
 			s.deaf = err
+			s.sys.shutdown()
 		} else if n == 0 {
 			break
 		}
@@ -171,7 +172,11 @@ func (s *Socket) Receive(fn func(*roce.Packet) error) (packets int, more bool) {
 		return 0, false
 	}
 	n, err := s.sys.read(s.rx[s.got:])
-	if err != nil {
+	switch {
+	case err != nil && s.deaf != nil: // then we have ended it ourselves
+		s.fail(fmt.Errorf("%w: nothing can be sent: %w", ErrEnded, s.deaf))
+		return 0, false
+	case err != nil:
 		s.fail(ended(err, s.got))
 		return 0, false
 	}

@@ -22,6 +22,7 @@ type fakeSystem struct {
 	in    [][]byte // what each read finds; nil: nothing yet. Behind it is the end
 	out   []byte
 	takes []int // bytes that each write takes; behind it, all
+	full  error // what a write ends with, instead
 	cut   bool
 }
 
@@ -37,6 +38,9 @@ func (f *fakeSystem) read(b []byte) (int, error) {
 }
 
 func (f *fakeSystem) write(b []byte) (int, error) {
+	if f.full != nil {
+		return 0, f.full
+	}
 	n := len(b)
 	if len(f.takes) > 0 {
 		n = min(n, f.takes[0])
@@ -129,6 +133,23 @@ func TestEveryBoundary(t *testing.T) {
 		if got := drain(t, onFake(f)); len(got) != 3*len(lengths) {
 			t.Errorf("in pieces of %d bytes: %d packets", size, len(got))
 		}
+	}
+}
+
+// A stream on which nothing can be sent any more ends for both sides, when what has come before is read, and says why.
+func TestWriteFails(t *testing.T) {
+	no := errors.New("no buffers, ever")
+	all := frames(t)
+	f := &fakeSystem{in: [][]byte{all}, full: no}
+	s := onFake(f)
+	commit(s, 4, 1)
+	if !s.Flush() || s.SendErr() != no || !f.cut {
+		t.Errorf("it ends with %v, the stream has been ended: %t", s.SendErr(), f.cut)
+	}
+	commit(s, 4, 1)
+	s.Flush()
+	if got := drain(t, s); len(got) != len(lengths) || !errors.Is(s.Err(), ErrEnded) || !errors.Is(s.Err(), no) || len(f.out) != 0 {
+		t.Errorf("%d packets were received, %d bytes sent; %v", len(got), len(f.out), s.Err())
 	}
 }
 
