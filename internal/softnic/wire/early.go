@@ -70,6 +70,19 @@ func (a *aheads) release(x *early) {
 	a.n--
 }
 
+// skip forgets the early packets of n PSNs from psn on, which a READ has taken: they will not be executed.
+func (a *aheads) skip(psn ib.PSN, n uint32) {
+	if a.slots == nil {
+		return
+	}
+	for range min(n, uint32(len(a.slots))) {
+		if x := a.at(psn); x.there && x.pkt.PSN == psn {
+			a.release(x)
+		}
+		psn = psn.Add(1)
+	}
+}
+
 // drop forgets all early packets.
 func (a *aheads) drop(want ib.PSN) {
 	for i := 0; a.n > 0; i++ {
@@ -235,9 +248,6 @@ func (r *Responder) early(p *roce.Packet, d int32) {
 			r.sayEarly(p)
 		}
 		return
-	}
-	if x.there { // it came before its time, and its time has passed: a READ has taken its PSN
-		a.release(x)
 	}
 	if !a.keep(x, p, r.msg.place(p, d)) {
 		a.rest()

@@ -153,7 +153,10 @@ func (r *Responder) Receive(p *roce.Packet) {
 	switch d := distance(r.want, p.PSN); {
 	case d < 0:
 		r.Counters.Duplicates++
-		r.duplicate(p)
+		want := r.want
+		if r.duplicate(p); r.want != want { // it has asked for more than before
+			r.catchUp()
+		}
 	case d > 0:
 		r.Counters.Missed++
 		if r.cfg.Selective {
@@ -204,6 +207,7 @@ func (r *Responder) execute(p *roce.Packet, placed bool) {
 
 // accept notes that n PSNs have been dealt with.
 func (r *Responder) accept(n uint32) {
+	r.ahead.skip(r.want.Add(1), n-1)
 	r.want = r.want.Add(int32(n))
 	r.nakked = false
 }

@@ -62,26 +62,57 @@ func TestSelective(t *testing.T) {
 	}
 }
 
-// An early packet whose PSN turns out to be a READ's is not kept for ever in the place of those that come a turn later.
+// An early packet whose PSN turns out to be a READ's is forgotten, and its memory given back: neither is it kept in the place of those
+// that come a turn later.
 func TestEarlyThatNeverComes(t *testing.T) {
-	n := newNetwork(t, 1, func(c *Config) { c.Selective = true })
+	pool := NewEarlyPool(1 << 20)
+	n := newNetwork(t, 1, func(c *Config) { c.Selective, c.Early = true, pool })
 	r := n.nodes[1].resp
 	n.nodes[1].recvs = 10
 	first := r.want
-	write := func(psn ib.PSN) {
+	take := func(psn ib.PSN) {
 		r.Receive(&roce.Packet{Opcode: roce.Op(roce.RC, roce.SendOnly), PSN: psn, Payload: make([]byte, 4)})
 	}
-	write(first.Add(1)) // lies in the middle of what follows
-	r.Receive(&roce.Packet{Opcode: roce.Op(roce.RC, roce.ReadRequest), PSN: first, RKey: roKey, Len: 3 * simMTU})
+	read := func(psn ib.PSN, packets int32) {
+		r.Receive(&roce.Packet{Opcode: roce.Op(roce.RC, roce.ReadRequest), PSN: psn, RKey: roKey, Addr: uint64(distance(first, psn)) * simMTU, Len: uint32(packets) * simMTU})
+	}
+	take(first.Add(1)) // lies in the middle of what follows
+	read(first, 3)
 	if r.want != first.Add(3) {
 		t.Fatalf("it expects %d", distance(first, r.want))
 	}
+	if n := pool.Lent(); n != 0 {
+		t.Errorf("%d bytes are kept for what will never be executed", n)
+	}
 	turn := int32(len(r.ahead.slots))
 	r.want = first.Add(turn) // as if all between had come
-	write(first.Add(turn + 1))
-	write(first.Add(turn))
+	take(first.Add(turn + 1))
+	take(first.Add(turn))
 	if r.want != first.Add(turn+2) {
 		t.Errorf("the early packet of a turn later was not kept: it expects %d", distance(first, r.want)-turn)
+	}
+}
+
+// A READ that is asked for again in larger parts than before takes the PSNs of parts that came early, and what is behind them is
+// executed.
+func TestEarlyBehindLargerRead(t *testing.T) {
+	pool := NewEarlyPool(1 << 20)
+	n := newNetwork(t, 1, func(c *Config) { c.Selective, c.Early = true, pool })
+	b := n.nodes[1]
+	b.recvs = 1
+	r, first := b.resp, b.resp.want
+	read := func(at, packets int32) {
+		r.Receive(&roce.Packet{Opcode: roce.Op(roce.RC, roce.ReadRequest), PSN: first.Add(at), RKey: roKey, Addr: uint64(at) * simMTU, Len: uint32(packets) * simMTU})
+	}
+	read(0, 2)
+	read(4, 2) // what is between them is lost
+	r.Receive(&roce.Packet{Opcode: roce.Op(roce.RC, roce.SendOnly), PSN: first.Add(6), Payload: make([]byte, 4)})
+	if r.want != first.Add(2) || pool.Lent() == 0 {
+		t.Fatalf("it expects %d", distance(first, r.want))
+	}
+	read(0, 6)
+	if r.want != first.Add(7) || len(b.got) != 1 || pool.Lent() != 0 {
+		t.Errorf("it expects %d, not 7; %d messages, %d bytes are kept", distance(first, r.want), len(b.got), pool.Lent())
 	}
 }
 
