@@ -64,7 +64,10 @@ func (r *region) store(addr uint64, src []byte) bool {
 
 // foreignAtomics makes atomics on foreign memory atomic with each other. It is one lock for all, since two regions, of two
 // processes even, may be the same memory.
-var foreignAtomics sync.Mutex
+var foreignAtomics struct {
+	sync.Mutex
+	word [8]byte // a local array would be on the heap: foreign memory is behind an interface
+}
 
 // atomic executes an atomic on the 8 bytes at addr, which contains has checked, and returns the old value.
 func (r *region) atomic(addr uint64, op ib.Opcode, compareAdd, swap uint64) (old uint64, st ib.WCStatus) {
@@ -80,11 +83,11 @@ func (r *region) atomic(addr uint64, op ib.Opcode, compareAdd, swap uint64) (old
 	}
 	foreignAtomics.Lock()
 	defer foreignAtomics.Unlock()
-	var b [8]byte
-	if !r.load(b[:], addr) {
+	b := foreignAtomics.word[:]
+	if !r.load(b, addr) {
 		return 0, ib.WCRemoteOpErr
 	}
-	old = binary.NativeEndian.Uint64(b[:])
+	old = binary.NativeEndian.Uint64(b)
 	next := swap
 	switch {
 	case op == ib.OpAtomicFetchAdd:
@@ -92,8 +95,8 @@ func (r *region) atomic(addr uint64, op ib.Opcode, compareAdd, swap uint64) (old
 	case old != compareAdd:
 		return old, ib.WCSuccess
 	}
-	binary.NativeEndian.PutUint64(b[:], next)
-	if !r.store(addr, b[:]) {
+	binary.NativeEndian.PutUint64(b, next)
+	if !r.store(addr, b) {
 		return 0, ib.WCRemoteOpErr
 	}
 	return old, ib.WCSuccess
@@ -136,9 +139,8 @@ func (q *QP) execForeign(v *peerView, r *region, wr *ib.SendWR, b []byte, n uint
 		old, st := r.atomic(wr.RemoteAddr, wr.Opcode, wr.CompareAdd, wr.Swap)
 		switch st {
 		case ib.WCSuccess:
-			var w [8]byte
-			putHost64(w[:], old)
-			if !q.scatter(wr, w[:], 0) {
+			putHost64(q.result[:], old)
+			if !q.scatter(wr, q.result[:], 0) {
 				st = ib.WCLocalProtErr
 			}
 		case ib.WCRemoteInvalidReqErr:

@@ -2,7 +2,6 @@ package softnic
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
@@ -353,20 +352,8 @@ func TestForeignShared(t *testing.T) {
 func TestForeignDatagrams(t *testing.T) {
 	paths(t, func(t *testing.T, na, nb *NIC) {
 		a, b := newForeignEnd(t, na, endConfig{typ: ib.UD}), newForeignEnd(t, nb, endConfig{typ: ib.UD})
-		for _, e := range []*foreignEnd{a, b} {
-			for _, s := range []struct {
-				a    ib.QPAttr
-				mask ib.QPAttrMask
-			}{
-				{ib.QPAttr{State: ib.Init, Port: 1, QKey: 5}, ib.AttrState | ib.AttrPort | ib.AttrPKeyIndex | ib.AttrQKey},
-				{ib.QPAttr{State: ib.RTR}, ib.AttrState},
-				{ib.QPAttr{State: ib.RTS}, ib.AttrState | ib.AttrSQPSN},
-			} {
-				if err := e.q.Modify(context.Background(), &s.a, s.mask); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}
+		a.ready()
+		b.ready()
 		ah, err := a.pd.CreateAH(ib.AHAttr{DGID: b.n.gid, Port: 1})
 		if err != nil {
 			t.Fatal(err)
@@ -374,7 +361,7 @@ func TestForeignDatagrams(t *testing.T) {
 		defer ah.Close()
 		a.tell("fill 0 1000 5")
 		b.recv(1, []ib.SGE{b.sge(0, ib.GRHLen), b.sge(5000, 1000)})
-		a.send(ib.SendWR{ID: 2, Opcode: ib.OpSend, AH: ah.Num(), RemoteQPN: b.q.QPN(), RemoteQKey: 5,
+		a.send(ib.SendWR{ID: 2, Opcode: ib.OpSend, AH: ah.Num(), RemoteQPN: b.q.QPN(), RemoteQKey: testQKey,
 			SGEs: []ib.SGE{a.sge(0, 10), a.sge(10, 990)}, Flags: ib.SendSignaled})
 		b.want(1, ib.WCSuccess, 1000+ib.GRHLen)
 		a.want(2, ib.WCSuccess, -1)

@@ -223,7 +223,7 @@ func (q *QP) deliverUD(v *peerView, a *AH, wr *ib.SendWR, b []byte, n uint32) st
 				p := &parts[i]
 				var whole []byte
 				if p.r.own != nil {
-					whole = make([]byte, p.n)
+					whole = q.piece(n + p.n)[n:] // b may be the start of it
 				} else {
 					whole = p.r.bytes(p.addr, p.n)
 				}

@@ -1,9 +1,13 @@
 package softnic
 
 import (
+	"bytes"
+	"net/netip"
 	"testing"
 	"time"
 
+	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/internal/softnic/simnet"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -17,20 +21,8 @@ func TestDatagramsOutliveTheirSender(t *testing.T) {
 		}
 		c.viaDoor = a.viaDoor
 		from := makeEnd(t, c, endConfig{typ: ib.UD})
-		for _, e := range []*end{to, from} {
-			for _, m := range []struct {
-				attr ib.QPAttr
-				mask ib.QPAttrMask
-			}{
-				{ib.QPAttr{State: ib.Init, Port: 1, QKey: 5}, ib.AttrState | ib.AttrPort | ib.AttrPKeyIndex | ib.AttrQKey},
-				{ib.QPAttr{State: ib.RTR}, ib.AttrState},
-				{ib.QPAttr{State: ib.RTS}, ib.AttrState | ib.AttrSQPSN},
-			} {
-				if err := e.q.Modify(t.Context(), &m.attr, m.mask); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}
+		to.ready()
+		from.ready()
 		const n = 3
 		for i := range n {
 			to.recv(uint64(i), to.sge(i*100, 100))
@@ -40,7 +32,7 @@ func TestDatagramsOutliveTheirSender(t *testing.T) {
 			t.Fatal(err)
 		}
 		for i := range n {
-			from.send(ib.SendWR{ID: uint64(i), Opcode: ib.OpSend, Flags: ib.SendSignaled, AH: ah.Num(), RemoteQPN: to.q.QPN(), RemoteQKey: 5, SGEs: from.sge(0, 8+i)})
+			from.send(ib.SendWR{ID: uint64(i), Opcode: ib.OpSend, Flags: ib.SendSignaled, AH: ah.Num(), RemoteQPN: to.q.QPN(), RemoteQKey: testQKey, SGEs: from.sge(0, 8+i)})
 			if wc := from.poll(); wc.Status != ib.WCSuccess {
 				t.Fatalf("%+v", wc)
 			}
@@ -76,4 +68,104 @@ func (n *NIC) hasLink(g ib.GID) bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.links[g] != nil
+}
+
+// shelf is memory that is reached as another process' is.
+type shelf []byte
+
+func (s shelf) ReadAt(p []byte, va uint64) error  { copy(p, s[va:]); return nil }
+func (s shelf) WriteAt(p []byte, va uint64) error { copy(s[va:], p); return nil }
+
+// Datagrams and atomics allocate nothing, whosever the memory is that they come from and go to.
+func TestForeignAllocatesNothing(t *testing.T) {
+	n := openNIC(t, false)
+	n.shared = false // else receives would be staged
+	foreign := func(e *end, mem shelf) (ib.LKey, ib.RKey) {
+		mr, err := e.pd.(*PD).RegisterForeign(mem, 0, uint64(len(mem)), 0, ib.AccessLocalWrite|ib.AccessRemote)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { mr.Close() })
+		return mr.LKey(), mr.RKey()
+	}
+	const warm = 300 // receive queues make their places when they are used first
+	var wc [4]ib.WC
+	nothing := func(what string, e, to *end, recv []ib.RecvWR, send []ib.SendWR) {
+		t.Helper()
+		f := func() {
+			to.q.PostRecv(recv)
+			e.q.PostSend(send)
+			for i := len(send) + len(recv); i > 0; {
+				k := e.cq.Poll(wc[:])
+				if k += to.cq.Poll(wc[k:]); k > 0 && wc[0].Status != ib.WCSuccess {
+					t.Fatalf("%s: %+v", what, wc[0])
+				}
+				i -= k
+			}
+		}
+		for range warm {
+			f()
+		}
+		if n := testing.AllocsPerRun(100, f); n != 0 {
+			t.Errorf("%s: %v allocations", what, n)
+		}
+	}
+
+	from, to := newEnd(t, n, endConfig{typ: ib.UD}), newEnd(t, n, endConfig{typ: ib.UD})
+	from.ready()
+	to.ready()
+	ah, err := from.pd.CreateAH(ib.AHAttr{DGID: n.GID(), Port: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ah.Close()
+	src, dst := shelf(bytes.Repeat([]byte("datagram"), 125)), make(shelf, 2048)
+	fk, _ := foreign(from, src)
+	tk, _ := foreign(to, dst)
+	for _, own := range []bool{false, true} {
+		sges := []ib.SGE{{Addr: 0, Length: 1000, LKey: fk}}
+		if own {
+			sges = from.sge(0, 1000)
+			copy(from.buf, src)
+		}
+		clear(dst)
+		nothing("datagram", from, to, []ib.RecvWR{{SGEs: []ib.SGE{{Addr: 0, Length: 500, LKey: tk}, {Addr: 500, Length: 1000, LKey: tk}}}},
+			[]ib.SendWR{{Opcode: ib.OpSend, Flags: ib.SendSignaled, AH: ah.Num(), RemoteQPN: to.q.QPN(), RemoteQKey: testQKey, SGEs: sges}})
+		if !bytes.Equal(dst[ib.GRHLen:][:len(src)], src) || dst[0] != 6<<4 {
+			t.Errorf("from memory of its own %t, something else has arrived: %q", own, dst)
+		}
+	}
+
+	a, b := newEnd(t, n, endConfig{typ: ib.RC}), newEnd(t, n, endConfig{typ: ib.RC})
+	a.connect(b)
+	b.connect(a)
+	ak, _ := foreign(a, make(shelf, 64))
+	_, bk := foreign(b, make(shelf, 64))
+	nothing("atomic", a, b, nil, []ib.SendWR{{Opcode: ib.OpAtomicFetchAdd, Flags: ib.SendSignaled, CompareAdd: 1, RemoteAddr: 8, RKey: bk, SGEs: []ib.SGE{{Addr: 0, Length: 8, LKey: ak}}}})
+
+	// From a network.
+	sim, err := OpenSim(simnet.New(1, simnet.Faults{}), netip.MustParseAddr("10.0.0.1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sim.Close()
+	at := makeEnd(t, sim, endConfig{typ: ib.UD})
+	defer at.close()
+	at.ready()
+	u := sim.sim.port.uds[at.q.QPN()]
+	pkt := &roce.Packet{Opcode: roce.Op(roce.UD, roce.SendOnly), QKey: uint32(testQKey), Payload: make([]byte, 100)}
+	recv := []ib.RecvWR{{SGEs: at.sge(0, 200)}}
+	f := func() {
+		at.q.PostRecv(recv)
+		u.receive(netip.AddrPortFrom(netip.MustParseAddr("10.0.0.2"), roce.Port), pkt)
+		if at.cq.Poll(wc[:]) != 1 || wc[0].Status != ib.WCSuccess {
+			t.Fatalf("%+v", wc[0])
+		}
+	}
+	for range warm {
+		f()
+	}
+	if n := testing.AllocsPerRun(100, f); n != 0 {
+		t.Errorf("a datagram from a network: %v allocations", n)
+	}
 }

@@ -18,6 +18,7 @@ type wireUD struct {
 	port *netPort
 	q    *QP
 	v    *peerView
+	grh  [ib.GRHLen]byte // of the datagram that is taken: a local array would be on the heap, since foreign memory is behind an interface
 }
 
 // attachNet opens the QP to the ports that are open. Called with cfg held, in RTR.
@@ -154,9 +155,9 @@ func (u *wireUD) receive(src netip.AddrPort, pkt *roce.Packet) {
 			break
 		}
 	}
-	var h [ib.GRHLen]byte
-	netGRH(&h, src.Addr(), u.port.sock.Local().Addr(), int(n))
-	st := u.q.nic.putSlot(&v.slot, 0, h[:])
+	u.grh = [ib.GRHLen]byte{}
+	netGRH(&u.grh, src.Addr(), u.port.sock.Local().Addr(), int(n))
+	st := u.q.nic.putSlot(&v.slot, 0, u.grh[:])
 	if st == ib.WCSuccess {
 		st = u.q.nic.putSlot(&v.slot, ib.GRHLen, pkt.Payload)
 	}
