@@ -440,7 +440,16 @@ func TestTshark(t *testing.T) {
 	}
 }
 
-// Whatever a peer sends, nothing but its own connection suffers: no panic, bounded work, memory only where it was allowed.
+// What the first byte of FuzzPackets' input asks for.
+const (
+	fuzzSelective = 1 << iota
+	fuzzCongestion
+	fuzzStream // with fuzzSelective
+	fuzzOptions
+)
+
+// Whatever a peer sends, nothing but its own connection suffers: no panic, bounded work, memory only where it was allowed. The input is
+// options, and packets with their lengths in front.
 func FuzzPackets(f *testing.F) {
 	add := func(ps ...roce.Packet) {
 		var b []byte
@@ -449,7 +458,9 @@ func FuzzPackets(f *testing.F) {
 			copy(p[ps[i].PutHeader(p, len(ps[i].Payload)):], ps[i].Payload)
 			b = append(append(b, byte(len(p)), byte(len(p)>>8)), p...)
 		}
-		f.Add(b)
+		for options := range byte(fuzzOptions) {
+			f.Add(append([]byte{options}, b...))
+		}
 	}
 	const psn = 1000
 	op := func(o uint8) roce.Opcode { return roce.Op(roce.RC, o) }
@@ -467,8 +478,24 @@ func FuzzPackets(f *testing.F) {
 	}
 	add(roce.Packet{Opcode: op(roce.ReadResponseFirst), PSN: psn + 2, Payload: full}, roce.Packet{Opcode: op(roce.ReadResponseMiddle), PSN: psn + 3, Payload: full},
 		roce.Packet{Opcode: op(roce.ReadResponseLast), PSN: psn + 4, Payload: full[:1]}, roce.Packet{Opcode: op(roce.AtomicAcknowledge), PSN: psn + 5})
+	// What comes early, gaps, and what says so; marks.
+	add(roce.Packet{Opcode: op(roce.WriteLast), PSN: psn + 2, Payload: full[:8], AckReq: true, FECN: true}, roce.Packet{Opcode: op(roce.ReadRequest), PSN: psn + 5, RKey: roKey, Len: 3 * simMTU},
+		roce.Packet{Opcode: op(roce.WriteMiddle), PSN: psn + 1, Payload: full}, roce.Packet{Opcode: op(roce.WriteFirst), PSN: psn, Payload: full, RKey: memKey, Len: 2*simMTU + 8},
+		roce.Packet{Opcode: op(roce.ReadRequest), PSN: psn + 3, RKey: roKey, Len: 5 * simMTU, AckReq: true})
+	add(roce.Packet{Opcode: op(roce.Acknowledge), PSN: psn - 1, Syndrome: roce.Ack, MSN: notesOf(5, 9), BECN: true}, roce.Packet{Opcode: op(roce.Acknowledge), PSN: psn, Syndrome: roce.NakPSN, MSN: 2<<12 | 2},
+		roce.Packet{Opcode: op(roce.ReadResponseLast), PSN: psn + 4, Payload: full[:1], FECN: true}, roce.Packet{Opcode: op(roce.Acknowledge), PSN: psn + 6, Syndrome: roce.Ack, MSN: notesOf(0, 3)},
+		roce.Packet{Opcode: roce.CNP})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		n := newNetwork(t, 1, func(c *Config) { c.SQPSN, c.RQPSN = psn, psn })
+		if len(b) == 0 {
+			return
+		}
+		options := b[0]
+		b = b[1:]
+		pool := NewEarlyPool(1 << 20)
+		n := newNetwork(t, 1, func(c *Config) {
+			c.SQPSN, c.RQPSN, c.Early = psn, psn, pool
+			c.Selective, c.Congestion, c.Stream = options&fuzzSelective != 0, options&fuzzCongestion != 0, options&(fuzzSelective|fuzzStream) == fuzzSelective|fuzzStream
+		})
 		n.loss = 1
 		x := n.nodes[0]
 		x.recvs = 3
@@ -486,7 +513,7 @@ func FuzzPackets(f *testing.F) {
 			if p.Decode(b[2:2+k]) == nil {
 				n.now += time.Microsecond
 				switch p.Opcode.Service() {
-				case roce.RC:
+				case roce.RC, roce.CNP.Service():
 					x.takes(&p)
 				case roce.UC:
 					uc.Receive(&p)
@@ -494,16 +521,37 @@ func FuzzPackets(f *testing.F) {
 			}
 			b = b[2+k:]
 		}
-		if d := x.req.Deadline(); d != 0 {
-			n.now = max(n.now, d)
-			x.req.Expire(n.now)
-			x.pump()
+		for range 3 {
+			if d := x.req.Deadline(); d != 0 {
+				n.now = max(n.now, d)
+				x.req.Expire(n.now)
+				x.pump()
+			}
 		}
+		n.settle() // acknowledgements that take a moment
 		if !bytes.Equal(was, x.readOnly) {
 			t.Error("memory that is only readable was written")
 		}
-		if d := distance(x.req.una, x.req.nxt); d < 0 || d > defaultWindow+16 || len(x.req.asks) > x.req.cfg.MaxRdAtomic {
+		most := int32(defaultWindow + 16)
+		if x.req.cfg.Selective {
+			most = 2 * selectiveWindow
+		}
+		if d := distance(x.req.una, x.req.nxt); d < 0 || d > most || len(x.req.asks) > x.req.cfg.MaxRdAtomic {
 			t.Errorf("%v", x)
+		}
+		if c := &x.req.cc; c.window < minWindow || c.window > c.most || c.share < 0 || c.share > one {
+			t.Errorf("%+v", *c)
+		}
+		if a := &x.resp.ahead; (a.n == 0) != (a.slots == nil) || a.held != pool.Lent() {
+			t.Errorf("%d early packets, in %d slots; %d bytes held, %d lent", a.n, len(a.slots), a.held, pool.Lent())
+		}
+		for i := range x.resp.ahead.slots {
+			if e := &x.resp.ahead.slots[i]; e.there && distance(x.resp.want, e.pkt.PSN) <= 0 {
+				t.Errorf("the early packet %d is kept, when %d is expected", e.pkt.PSN, x.resp.want)
+			}
+		}
+		if x.resp.Discard(); pool.Lent() != 0 {
+			t.Errorf("%d bytes are lent after all is forgotten", pool.Lent())
 		}
 	})
 }
