@@ -30,8 +30,9 @@ func newStats() *cobra.Command {
 		Short: "Show the counters of software NICs, and why packets were sent again or dropped",
 		Long: `stats asks the software NICs of your processes in this network namespace for their
 counters: of each queue pair what was sent and received, how many packets were
-sent again for which reason, and what its responder has met; of each UDP port
-the packets that were dropped, by reason. docs/capture.md explains them.`,
+sent again for which reason, and what its responder has met; of each UDP port,
+and of all TCP connections of queue pairs together, the packets that were
+dropped, by reason. docs/capture.md explains them.`,
 		Example: "  ringside stats\n  ringside stats --watch 1s --pid 1234\n  ringside stats -o json | jq '.nics[].qps[].wire.again'",
 		Args:    args(cobra.NoArgs, "none"),
 	}
@@ -118,7 +119,11 @@ func (r *statsReport) write(w io.Writer, asJSON bool) error {
 func writeNIC(b *strings.Builder, n *observe.NIC) {
 	fmt.Fprintf(b, "%s/%d  %s, GID %s\n", n.Device, n.PID, n.Program, n.GID)
 	for _, p := range n.Ports {
-		fmt.Fprintf(b, "    UDP %s: %d packets sent, %d received, %d not sent%s; dropped: %s\n", p.Address, p.Sent, p.Received, p.NotSent, inBrackets(p.Refusal), reasons(p.Dropped))
+		name := "UDP " + p.Address
+		if p.Path == "tcp" {
+			name = "TCP"
+		}
+		fmt.Fprintf(b, "    %s: %d packets sent, %d received, %d not sent%s; dropped: %s\n", name, p.Sent, p.Received, p.NotSent, inBrackets(p.Refusal), reasons(p.Dropped))
 		writeWire(b, fmt.Sprintf("%d connections, and those that have ended", p.Conns), &p.Total)
 	}
 	tw := tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)

@@ -1,7 +1,9 @@
 package softnic
 
 import (
+	"github.com/ringside-rdma/ringside/internal/roce"
 	"github.com/ringside-rdma/ringside/internal/softnic/observe"
+	"github.com/ringside-rdma/ringside/internal/softnic/udp"
 	"github.com/ringside-rdma/ringside/internal/softnic/wire"
 )
 
@@ -17,12 +19,73 @@ type dropCounters struct {
 	Probes  uint64 // more than are answered
 }
 
+// add adds o.
+func (d *dropCounters) add(o *dropCounters) {
+	d.NoQP += o.NoQP
+	d.Source += o.Source
+	d.PKey += o.PKey
+	d.Service += o.Service
+	d.QKey += o.QKey
+	d.Room += o.Room
+	d.State += o.State
+	d.Probes += o.Probes
+}
+
+// portCounters are sums over ports.
+type portCounters struct {
+	sock  udp.Counters
+	drops dropCounters
+	conns connCounters // those that have ended, too
+	alive int          // of these, that have not
+}
+
+// add adds what p has counted. It stops the packets of the port for a moment.
+func (c *portCounters) add(p *netPort) {
+	p.mu.Lock()
+	defer p.unlock()
+	c.sock.Add(p.sock.Stats())
+	c.drops.add(&p.drops)
+	c.conns.addSums(&p.left)
+	for _, w := range p.qps {
+		c.conns.add(w)
+	}
+	c.alive += len(p.qps)
+}
+
+// port is the sums as observers are told of them.
+func (c *portCounters) port(path, address string) observe.Port {
+	k := &c.sock
+	o := observe.Port{Path: path, Address: address, Sent: k.Sent, Received: k.Received, NotSent: k.NotSent, Full: k.Full, Dropped: map[string]uint64{},
+		Conns: c.alive, Total: c.conns.wire()}
+	if k.SendErr != nil {
+		o.Refusal = k.SendErr.Error()
+	}
+	drops := c.drops.byVerdict()
+	for d := roce.DropShort; d < roce.Drops; d++ {
+		drops[observe.Dropped(d)] += k.Dropped[d]
+	}
+	for v, n := range drops {
+		if n > 0 {
+			o.Dropped[observe.Verdict(v).Key()] = n
+		}
+	}
+	return o
+}
+
 // connCounters are sums over connections.
 type connCounters struct {
 	req  wire.RequesterCounters
 	resp wire.ResponderCounters
 	ureq uint64 // packets that UC QPs have sent
 	uc   wire.UCResponderCounters
+}
+
+// addSums adds o.
+func (c *connCounters) addSums(o *connCounters) {
+	c.req.Add(&o.req)
+	c.resp.Add(&o.resp)
+	c.ureq += o.ureq
+	c.uc.Add(&o.uc)
 }
 
 // add adds what w has counted. Called with port.mu held, but not the QP's sq.

@@ -15,6 +15,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/internal/softnic/observe"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -361,6 +362,44 @@ func (e *end) next(sleep bool) ib.WC {
 			return ib.WC{}
 		}
 	}
+}
+
+// What streams have sent and met is in the NIC's counters, of all of them together, and stays there when they have ended.
+func TestStreamCounters(t *testing.T) {
+	na, nb := openNIC(t, false), openNIC(t, false)
+	if c := na.Counters(); len(c.Ports) != 0 {
+		t.Errorf("without a stream: %+v", c.Ports)
+	}
+	const streams, messages = 3, 5
+	var ends []*end
+	var want observe.Port
+	for range streams {
+		a, b := makeEnd(t, na, endConfig{typ: ib.RC, size: 4096}), makeEnd(t, nb, endConfig{typ: ib.RC, size: 4096})
+		streamed(t, a, b)
+		talk(t, a, b, messages, 1)
+		ends = append(ends, a, b)
+	}
+	for _, q := range na.Counters().QPs {
+		want.Total.Sent += q.Wire.Sent
+	}
+	if n := want.Total.Sent; n < streams*messages {
+		t.Fatalf("the queue pairs have sent %d packets", n)
+	}
+	check := func(alive int) {
+		t.Helper()
+		c := na.Counters().Ports
+		if len(c) != 1 || c[0].Path != pathTCP || c[0].Conns != alive || c[0].Total.Sent != want.Total.Sent || c[0].Sent < want.Total.Sent || c[0].Received < streams {
+			t.Errorf("with %d streams: %+v, want %d packets of requests", alive, c, want.Total.Sent)
+		}
+	}
+	check(streams)
+	for i, e := range ends {
+		e.close()
+		if i == 1 {
+			check(streams - 1)
+		}
+	}
+	check(0)
 }
 
 // More streams than pollers look at work, too, and those that are left when some have ended.

@@ -12,6 +12,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/internal/softnic/observe"
 	"github.com/ringside-rdma/ringside/internal/softnic/stream"
 	"github.com/ringside-rdma/ringside/internal/softnic/udp"
 	"github.com/ringside-rdma/ringside/internal/softnic/wire"
@@ -74,6 +75,8 @@ type streamPorts struct {
 	mu   sync.Mutex
 	link *link                      // that all of them write through; nil: there was none yet
 	all  atomic.Pointer[[]*netPort] // replaced under mu
+	used bool                       // there was one, ever; guarded by mu
+	left portCounters               // of those that are gone; guarded by mu
 }
 
 // maxPolled is how many streams pollers look at. Of more, the system says which have something: to ask each would take longer than that.
@@ -103,13 +106,28 @@ func (s *streamPorts) add(n *NIC, sock *stream.Socket) *netPort {
 	}
 	all = append(all, p)
 	s.all.Store(&all)
+	s.used = true
 	return p
 }
 
-// drop forgets a port.
+// counters are those of all streams together, those that are gone included; false: there was none.
+func (s *streamPorts) counters() (p observe.Port, some bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := s.left
+	if all := s.all.Load(); all != nil {
+		for _, p := range *all {
+			c.add(p)
+		}
+	}
+	return c.port(pathTCP, ""), s.used
+}
+
+// drop forgets a port, but for what it has counted.
 func (s *streamPorts) drop(p *netPort) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.left.add(p)
 	all := slices.DeleteFunc(slices.Clone(*s.all.Load()), func(o *netPort) bool { return o == p })
 	if len(all) == 0 {
 		s.all.Store(nil)

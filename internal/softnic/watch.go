@@ -6,7 +6,6 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"github.com/ringside-rdma/ringside/internal/roce"
 	"github.com/ringside-rdma/ringside/internal/softnic/observe"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -27,6 +26,9 @@ func (n *NIC) Counters() *observe.NIC {
 			c.Ports = append(c.Ports, p.counters())
 		}
 	}
+	if p, some := n.streams.counters(); some {
+		c.Ports = append(c.Ports, p)
+	}
 	n.eachQP(func(q *QP) { c.QPs = append(c.QPs, q.counters()) })
 	slices.SortFunc(c.QPs, func(a, b observe.QP) int { return int(a.QPN) - int(b.QPN) })
 	return c
@@ -34,28 +36,9 @@ func (n *NIC) Counters() *observe.NIC {
 
 // counters stops the packets of the port for a moment.
 func (p *netPort) counters() observe.Port {
-	p.mu.Lock()
-	defer p.unlock()
-	k := p.sock.Stats()
-	sum := p.left
-	for _, w := range p.qps {
-		sum.add(w)
-	}
-	c := observe.Port{Address: p.sock.Local().String(), Sent: k.Sent, Received: k.Received, NotSent: k.NotSent, Full: k.Full, Dropped: map[string]uint64{},
-		Conns: len(p.qps), Total: sum.wire()}
-	if k.SendErr != nil {
-		c.Refusal = k.SendErr.Error()
-	}
-	drops := p.drops.byVerdict()
-	for d := roce.DropShort; d < roce.Drops; d++ {
-		drops[observe.Dropped(d)] += k.Dropped[d]
-	}
-	for v, n := range drops {
-		if n > 0 {
-			c.Dropped[observe.Verdict(v).Key()] = n
-		}
-	}
-	return c
+	var c portCounters
+	c.add(p)
+	return c.port(p.path(), p.sock.Local().String())
 }
 
 func (q *QP) counters() observe.QP {

@@ -94,11 +94,14 @@ func (q *QP) connectWire(p *netPort, peer netPeer, attr *ib.QPAttr, mask ib.QPAt
 }
 
 // path is the QP's, as QP.Path has it.
-func (w *wireQP) path() string {
+func (w *wireQP) path() string { return w.port.path() }
+
+// path is that of the QPs that are connected by the port.
+func (p *netPort) path() string {
 	switch {
-	case w.q.nic.sim != nil:
+	case p.nic.sim != nil:
 		return pathSim
-	case w.port.stream != nil:
+	case p.stream != nil:
 		return pathTCP
 	}
 	return pathUDP

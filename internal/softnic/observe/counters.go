@@ -12,13 +12,14 @@ type NIC struct {
 	GID     string `json:"gid"`
 	PID     int    `json:"pid"` // filled in by the observer, from what the kernel says; 0: it does not say
 	Program string `json:"program"`
-	Ports   []Port `json:"ports"` // addresses of the host that the NIC uses
+	Ports   []Port `json:"ports"` // addresses of the host that the NIC uses, and TCP if it does
 	QPs     []QP   `json:"qps"`   // by QPN
 }
 
-// A Port is one UDP socket.
+// A Port is one UDP socket, or all the queue pairs together that are connected by a TCP connection of their own.
 type Port struct {
-	Address  string            `json:"address"`
+	Path     string            `json:"path"`        // "udp", "tcp"; empty: "udp"
+	Address  string            `json:"address"`     // empty with "tcp"
 	Sent     uint64            `json:"sent"`        // packets
 	Received uint64            `json:"received"`    // packets, those that were dropped included
 	NotSent  uint64            `json:"not_sent"`    // packets that the system refused
@@ -45,7 +46,7 @@ type QP struct {
 
 	// RNR counts the attempts in vain of requests for which the peer had no receive posted.
 	RNR uint64 `json:"rnr"`
-	// Wire is there on the path "udp".
+	// Wire is there on the paths "udp" and "tcp".
 	Wire *Wire `json:"wire,omitempty"`
 }
 
@@ -110,7 +111,7 @@ func DecodeNIC(b []byte) (*NIC, error) {
 	}
 	for i := range n.Ports {
 		p := &n.Ports[i]
-		texts = append(texts, &p.Address, &p.Refusal)
+		texts = append(texts, &p.Path, &p.Address, &p.Refusal)
 		clean(&p.Dropped)
 		clean(&p.Total.Again)
 		clean(&p.Total.RefusedBy)

@@ -58,6 +58,21 @@ type Counters struct {
 	Dropped  [roce.Drops]uint64 // received packets that are none, by why
 }
 
+// Add adds o.
+func (c *Counters) Add(o *Counters) {
+	c.Sent += o.Sent
+	c.Received += o.Received
+	c.Late += o.Late
+	c.NotSent += o.NotSent
+	c.Full += o.Full
+	if o.SendErr != nil {
+		c.SendErr = o.SendErr
+	}
+	for why, n := range o.Dropped {
+		c.Dropped[why] += n
+	}
+}
+
 // A flow is where packets come from, and what checks them.
 type flow struct {
 	src  netip.AddrPort
