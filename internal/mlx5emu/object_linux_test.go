@@ -1,6 +1,7 @@
 package mlx5emu
 
 import (
+	"fmt"
 	"syscall"
 	"testing"
 
@@ -569,6 +570,37 @@ func TestStaticUARs(t *testing.T) {
 		qps = append(qps, n)
 	}
 	_ = qps
+}
+
+// A client that has the file of its UAR pages can do with it what the owner of a file can. It must not take the memory away from under
+// the device.
+func TestPagesAreSealed(t *testing.T) {
+	c := connect(t, newDevice(t, Config{Manual: true}))
+	c.dev.mu.Lock()
+	file := c.dev.order[0].Pages()
+	c.dev.mu.Unlock()
+	fd, err := unix.Open(fmt.Sprintf("/proc/self/fd/%d", file.Fd()), unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	for what, err := range map[string]error{
+		"shorter":   unix.Ftruncate(fd, 0),
+		"longer":    unix.Ftruncate(fd, (filePages+1)*pageSize),
+		"collapsed": unix.Fallocate(fd, unix.FALLOC_FL_COLLAPSE_RANGE, 0, pageSize),
+	} {
+		if err == nil {
+			t.Errorf("the file can be made %s", what)
+		}
+	}
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_WRITE); err != unix.EPERM {
+		t.Errorf("another seal: %v", err)
+	}
+	// A hole reads as zero: no doorbell.
+	if err := unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, filePages*pageSize); err != nil {
+		t.Error(err)
+	}
+	c.dev.Step()
 }
 
 // A device that is closed while everything is in use.

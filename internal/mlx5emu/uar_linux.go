@@ -37,19 +37,33 @@ type pages struct {
 }
 
 func newPages(name string) (*pages, error) {
-	fd, err := unix.MemfdCreate("uverbs-"+name, unix.MFD_CLOEXEC)
+	fd, err := unix.MemfdCreate("uverbs-"+name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	if err != nil {
 		return nil, fmt.Errorf("mlx5emu: memory for UAR pages: %w", err)
 	}
 	p := &pages{file: os.NewFile(uintptr(fd), "uverbs-"+name)}
-	if err := unix.Ftruncate(fd, filePages*pageSize); err == nil {
-		p.mem, err = unix.Mmap(fd, 0, filePages*pageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-		if err == nil {
-			return p, nil
-		}
+	if err = p.setUp(fd); err != nil {
+		p.file.Close()
+		return nil, fmt.Errorf("mlx5emu: UAR pages: %w", err)
 	}
-	p.file.Close()
-	return nil, fmt.Errorf("mlx5emu: map UAR pages: %w", err)
+	return p, nil
+}
+
+// setUp gives the file its length, for good, and maps it. The seals are against the client, which may write to the file: were it to
+// become shorter, this process would die of SIGBUS at its next look at a register.
+func (p *pages) setUp(fd int) error {
+	if err := unix.Ftruncate(fd, filePages*pageSize); err != nil {
+		return fmt.Errorf("their length: %w", err)
+	}
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL); err != nil {
+		return fmt.Errorf("seals: %w", err)
+	}
+	mem, err := unix.Mmap(fd, 0, filePages*pageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return fmt.Errorf("mapping: %w", err)
+	}
+	p.mem = mem
+	return nil
 }
 
 func (p *pages) close() error {
