@@ -1,6 +1,7 @@
 package mlx5emu
 
 import (
+	"container/list"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -33,17 +34,19 @@ type ahKey struct {
 
 // addressHandles are the software NIC's, by destination; guarded by the device's mu.
 type addressHandles struct {
-	m map[ahKey]*softAH
-	n uint64 // counts uses
+	m    map[ahKey]*softAH
+	idle list.List // of *softAH that no handle of the client's keeps, the one that was not used for longest in front
 }
 
 type softAH struct {
+	key  ahKey
 	soft driver.AH
-	refs int    // the client's handles
-	used uint64 // when it was used last
+	refs int           // the client's handles
+	idle *list.Element // nil: it has some
 }
 
-// idleAHs bounds those that no handle of the client's keeps.
+// idleAHs bounds those that no handle of the client's keeps. There are some because a client may destroy its handle while a WQE that
+// names the destination has not been read.
 const idleAHs = 256
 
 func (k *ahKey) attr(d *Device) ib.AHAttr {
@@ -71,12 +74,13 @@ func writeCreateAH(w *writeCmd) (response, syscall.Errno) {
 	}
 	c.dev.mu.Lock()
 	defer c.dev.mu.Unlock()
-	if e := c.ahs.m[k]; e != nil {
+	e := c.ahs.m[k]
+	if e != nil {
 		soft.Close()
-		e.refs++
 	} else {
-		c.ahs.keep(k, soft).refs++
+		e = c.ahs.keep(k, soft)
 	}
+	c.ahs.hold(e)
 	h := c.add(&ah{c: c, pd: p, key: k})
 	r := abi.Mlx5CreateAHResp{ResponseLength: uint32(min(w.uhwRoom, 16)), DMAC: macOf(k.gid)}
 	return response{bytesOf(&abi.CreateAHResp{AHHandle: h}), bytesOf(&r)}, 0
@@ -90,62 +94,77 @@ func (a *ah) close() error {
 	a.c.dev.mu.Lock()
 	defer a.c.dev.mu.Unlock()
 	if e := a.c.ahs.m[a.key]; e != nil {
-		e.refs--
+		a.c.ahs.release(e)
 	}
 	return nil
 }
 
+// keep adds one, which is idle.
 func (h *addressHandles) keep(k ahKey, soft driver.AH) *softAH {
 	if h.m == nil {
 		h.m = map[ahKey]*softAH{}
 	}
-	if len(h.m) >= idleAHs {
-		h.evict()
-	}
-	h.n++
-	e := &softAH{soft: soft, used: h.n}
+	e := &softAH{key: k, soft: soft}
 	h.m[k] = e
+	h.rest(e)
 	return e
 }
 
-// evict gives up the one that was not used for longest, if no handle keeps it.
-func (h *addressHandles) evict() {
-	var oldest ahKey
-	var e *softAH
-	for k, v := range h.m {
-		if v.refs == 0 && (e == nil || v.used < e.used) {
-			oldest, e = k, v
-		}
+// hold has a handle of the client's keep e.
+func (h *addressHandles) hold(e *softAH) {
+	if e.refs++; e.idle != nil {
+		h.idle.Remove(e.idle)
+		e.idle = nil
 	}
-	if e != nil {
-		e.soft.Close()
-		delete(h.m, oldest)
+}
+
+// release is the end of a handle of the client's.
+func (h *addressHandles) release(e *softAH) {
+	if e.refs--; e.refs == 0 {
+		h.rest(e)
 	}
+}
+
+// rest makes e idle, and gives up the one that was not used for longest if there are too many.
+func (h *addressHandles) rest(e *softAH) {
+	e.idle = h.idle.PushBack(e)
+	if h.idle.Len() > idleAHs {
+		h.forget(h.idle.Front().Value.(*softAH))
+	}
+}
+
+func (h *addressHandles) forget(e *softAH) {
+	if e.idle != nil {
+		h.idle.Remove(e.idle)
+	}
+	delete(h.m, e.key)
+	e.soft.Close()
 }
 
 // drop gives up those of a protection domain.
 func (h *addressHandles) drop(p *pd) {
 	for k, e := range h.m {
 		if k.pd == p {
-			e.soft.Close()
-			delete(h.m, k)
+			h.forget(e)
 		}
 	}
 }
 
-// address returns the software NIC's handle for a datagram's address vector; false: there is no way there.
+// address returns the software NIC's handle for a datagram's address vector; false: there is no way there. It never waits: a
+// destination in another process is there if the client has made a handle for it, or another connection to that process.
 func (n *qp) address(a *avSeg) (ib.AHNum, bool) {
 	h := &n.c.ahs
 	k := ahKey{pd: n.pd, gid: a.gid, sgid: a.sgidIndex, tc: a.tclass, hop: a.hopLimit, flow: a.flowLabel}
 	e := h.m[k]
-	if e == nil {
-		soft, err := n.pd.soft.CreateAH(k.attr(n.c.dev))
+	switch {
+	case e == nil:
+		soft, err := n.pd.soft.CreateAHNow(k.attr(n.c.dev))
 		if err != nil {
 			return 0, false
 		}
 		e = h.keep(k, soft)
+	case e.idle != nil:
+		h.idle.MoveToBack(e.idle)
 	}
-	h.n++
-	e.used = h.n
 	return e.soft.Num(), true
 }

@@ -3,6 +3,7 @@ package mlx5emu
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"net/netip"
 	"testing"
 
@@ -151,5 +152,90 @@ func talk(t *testing.T, d *Device, nic *softnic.NIC, toPeer, toDevice ib.AHAttr)
 	cq.expect(cqeRequester, 24)
 	if string(m[1024:1048]) != "from the emulated device" {
 		t.Errorf("the device read %q", m[1024:1048])
+	}
+}
+
+func init() {
+	testutil.RegisterChild("mlx5emu.peer", func([]string) {
+		nic, err := softnic.Open()
+		if err != nil {
+			fmt.Println("error", err)
+			return
+		}
+		defer nic.Close()
+		fmt.Println("gid", nic.GID())
+		for range testutil.ChildInput() {
+		}
+	})
+}
+
+// A datagram does not have the device wait for another process: where no address handle has led yet, there is no way.
+func TestDatagramsDoNotDial(t *testing.T) {
+	peer := testutil.StartChild(t, "mlx5emu.peer")
+	var gid ib.GID
+	if err := gid.UnmarshalText([]byte(peer.Expect("gid "))); err != nil {
+		t.Fatal(err)
+	}
+	c := connect(t, newDevice(t, Config{Manual: true}))
+	m := mapAt(t, 0, pageSize)
+	key := uint32(c.reg(m, everything).LKey)
+	cq := c.newCQ(64, -1)
+	send := func(q *queuePair) completion {
+		t.Helper()
+		av := make([]byte, avSize)
+		be.PutUint32(av[8:], 1<<31|77)
+		av[27] = 64
+		copy(av[32:], gid[:])
+		q.send(opSend, ceUpdate, 0, av, segData(addrOf(m), 8, key))
+		return cq.wait()
+	}
+	q := c.newQP(cq, cq, qpOptions{typ: ib.UD, srq: -1, uidx: 1})
+	q.connectTo(0)
+	if e := send(q); e.op != cqeRequesterErr || e.syndrome != syndromes[ib.WCLocalQPOpErr] {
+		t.Errorf("without a handle: CQE with opcode %d and syndrome %#x", e.op, e.syndrome)
+	}
+	if _, err := c.f.CreateAH(c.pd, &ib.AHAttr{DGID: gid, HopLimit: 64, Port: 1}, ib.LinkEthernet, make([]byte, 16)); err != nil {
+		t.Fatal(err)
+	}
+	q = c.newQP(cq, cq, qpOptions{typ: ib.UD, srq: -1, uidx: 2})
+	q.connectTo(0)
+	if e := send(q); e.op != cqeRequester {
+		t.Errorf("with a handle: CQE with opcode %d and syndrome %#x", e.op, e.syndrome)
+	}
+}
+
+// Handles that the client has destroyed do not pile up.
+func TestIdleHandles(t *testing.T) {
+	c := connect(t, newDevice(t, Config{Manual: true}))
+	var handles []uint32
+	for i := range 2 * idleAHs {
+		h, err := c.f.CreateAH(c.pd, &ib.AHAttr{DGID: c.dev.nic.GID(), FlowLabel: uint32(i), HopLimit: 64, Port: 1}, ib.LinkEthernet, make([]byte, 16))
+		if err != nil {
+			t.Fatal(err)
+		}
+		handles = append(handles, h)
+	}
+	kept := func() (all, idle int) {
+		c.dev.mu.Lock()
+		defer c.dev.mu.Unlock()
+		h := &c.dev.order[0].ahs
+		return len(h.m), h.idle.Len()
+	}
+	if all, idle := kept(); all != 2*idleAHs || idle != 0 {
+		t.Errorf("%d handles are kept for %d of the client's, %d of them idle", all, len(handles), idle)
+	}
+	for _, h := range handles {
+		if err := c.f.DestroyAH(h); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if all, idle := kept(); all != idleAHs || idle != idleAHs {
+		t.Errorf("%d handles are kept for nobody, %d of them idle", all, idle)
+	}
+	if err := c.f.DeallocPD(c.pd); err != nil {
+		t.Error(err)
+	}
+	if all, idle := kept(); all != 0 || idle != 0 {
+		t.Errorf("%d handles are left of a protection domain that has gone", all+idle)
 	}
 }

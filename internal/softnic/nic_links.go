@@ -110,6 +110,22 @@ func (n *NIC) linkTo(ctx context.Context, g ib.GID) (*link, error) {
 	}
 }
 
+// linkNow is linkTo without the wait for another process: what is not linked yet is unreachable.
+func (n *NIC) linkNow(g ib.GID) (*link, error) {
+	n.mu.Lock()
+	l, closed := n.links[g], n.closed
+	n.mu.Unlock()
+	switch peer := lookupNIC(g); {
+	case closed:
+		return nil, driver.ErrClosed
+	case l != nil:
+		return l, nil
+	case peer != nil && n.sim == nil && (!n.viaDoor || peer == n):
+		return n.linkLocal(peer)
+	}
+	return nil, fmt.Errorf("%w: there is no link to GID %v yet", driver.ErrUnreachable, g)
+}
+
 // linkLocal joins two NICs of this process.
 func (n *NIC) linkLocal(peer *NIC) (*link, error) {
 	first, second := n, peer

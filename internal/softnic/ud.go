@@ -27,7 +27,15 @@ type AH struct {
 const maxAHs = 1 << 16
 
 // CreateAH implements driver.PD. It sets up the path to the destination's NIC, and so fails if that cannot be reached.
-func (pd *PD) CreateAH(attr ib.AHAttr) (driver.AH, error) {
+func (pd *PD) CreateAH(attr ib.AHAttr) (driver.AH, error) { return pd.newAH(&attr, pd.nic.linkTo) }
+
+// CreateAHNow is CreateAH for whoever must not wait: it fails if there is no link to the destination's NIC yet, and that is one of
+// another process.
+func (pd *PD) CreateAHNow(attr ib.AHAttr) (driver.AH, error) {
+	return pd.newAH(&attr, func(_ context.Context, g ib.GID) (*link, error) { return pd.nic.linkNow(g) })
+}
+
+func (pd *PD) newAH(attr *ib.AHAttr, linkTo func(context.Context, ib.GID) (*link, error)) (driver.AH, error) {
 	if attr.Port > 1 {
 		return nil, fmt.Errorf("address handle: the software NIC has port 1 only, not %d", attr.Port)
 	}
@@ -35,7 +43,7 @@ func (pd *PD) CreateAH(attr ib.AHAttr) (driver.AH, error) {
 		return nil, fmt.Errorf("address handle: the software NIC has no GID at index %d", attr.SGIDIndex)
 	}
 	a := &AH{nic: pd.nic, pd: pd}
-	if err := a.resolve(&attr); err != nil {
+	if err := a.resolve(attr, linkTo); err != nil {
 		return nil, err
 	}
 	if err := pd.addChild(); err != nil {
@@ -49,13 +57,13 @@ func (pd *PD) CreateAH(attr ib.AHAttr) (driver.AH, error) {
 }
 
 // resolve finds the way to the destination.
-func (a *AH) resolve(attr *ib.AHAttr) error {
+func (a *AH) resolve(attr *ib.AHAttr, linkTo func(context.Context, ib.GID) (*link, error)) error {
 	if attr.SGIDIndex != 0 {
 		return a.resolveNet(attr)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), linkTimeout)
 	defer cancel()
-	l, err := a.nic.linkTo(ctx, attr.DGID)
+	l, err := linkTo(ctx, attr.DGID)
 	a.link = l
 	return err
 }
