@@ -55,6 +55,15 @@ func ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, syscall.Errno) {
 	return int(r), e
 }
 
+// again is ioctl that begins anew after a signal: for requests that have done nothing before they say EINTR.
+func again(fd int, request uintptr, arg unsafe.Pointer) (int, syscall.Errno) {
+	for {
+		if r, e := ioctl(fd, request, arg); e != unix.EINTR {
+			return r, e
+		}
+	}
+}
+
 func recvNotif(fd int, n *notif) syscall.Errno {
 	// Safe: a struct of the size that the request number says, alive during the call.
 	_, e := ioctl(fd, unix.SECCOMP_IOCTL_NOTIF_RECV, unsafe.Pointer(n))
@@ -63,18 +72,30 @@ func recvNotif(fd int, n *notif) syscall.Errno {
 
 func sendResponse(fd int, r *response) syscall.Errno {
 	// Safe: a struct of the size that the request number says, alive during the call.
-	_, e := ioctl(fd, unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(r))
+	_, e := again(fd, unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(r))
 	return e
 }
 
+// addFD waits until the caller has taken the descriptor, and no signal may interrupt that: with SECCOMP_ADDFD_FLAG_SEND the kernel
+// then takes the descriptor back, but lets the caller go, whose call returns 0, which is somebody's descriptor.
 func addFD(fd int, a *addfd) (int, syscall.Errno) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var all, old unix.Sigset_t
+	for i := range all.Val {
+		all.Val[i] = ^all.Val[i]
+	}
+	if err := unix.PthreadSigmask(unix.SIG_SETMASK, &all, &old); err != nil {
+		return -1, errnoOf(err)
+	}
+	defer unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil)
 	// Safe: a struct of the size that the request number says, alive during the call.
-	return ioctl(fd, unix.SECCOMP_IOCTL_NOTIF_ADDFD, unsafe.Pointer(a))
+	return again(fd, unix.SECCOMP_IOCTL_NOTIF_ADDFD, unsafe.Pointer(a))
 }
 
 func idValid(fd int, id uint64) bool {
 	// Safe: eight bytes, as the request number says, alive during the call.
-	_, e := ioctl(fd, unix.SECCOMP_IOCTL_NOTIF_ID_VALID, unsafe.Pointer(&id))
+	_, e := again(fd, unix.SECCOMP_IOCTL_NOTIF_ID_VALID, unsafe.Pointer(&id))
 	return e == 0
 }
 

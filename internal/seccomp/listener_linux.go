@@ -109,7 +109,7 @@ func (c *Call) answer(r response) error {
 	switch e := sendResponse(c.l.fd, &r); e {
 	case 0:
 		return nil
-	case unix.ENOENT:
+	case unix.ENOENT, unix.EINPROGRESS: // EINPROGRESS: it is on its way back already
 		return ErrWithdrawn
 	default:
 		return fmt.Errorf("answering a call: %w", e)
@@ -131,16 +131,13 @@ func (c *Call) add(fd int, cloexec bool, flags uint32) (int, error) {
 	if cloexec {
 		a.targetFlag = unix.O_CLOEXEC
 	}
-	for {
-		switch n, e := addFD(c.l.fd, &a); e {
-		case 0:
-			return n, nil
-		case unix.EINTR:
-		case unix.ENOENT:
-			return -1, ErrWithdrawn
-		default:
-			return -1, fmt.Errorf("a descriptor for process %d: %w", c.TID, e)
-		}
+	switch n, e := addFD(c.l.fd, &a); e {
+	case 0:
+		return n, nil
+	case unix.ENOENT, unix.EINPROGRESS:
+		return -1, ErrWithdrawn
+	default:
+		return -1, fmt.Errorf("a descriptor for process %d: %w", c.TID, e)
 	}
 }
 

@@ -48,6 +48,15 @@ var programs = map[string]func(args []string) error{
 		return nil
 	},
 	"open": func([]string) error { return open() },
+	"opens": func(args []string) error {
+		n, _ := strconv.Atoi(args[0])
+		for i := range n {
+			if err := open(); err != nil {
+				return fmt.Errorf("open %d: %w", i, err)
+			}
+		}
+		return nil
+	},
 	// open in many threads, in processes of its own, which get signals as Go's preemption sends them.
 	"family": func([]string) error {
 		var wg sync.WaitGroup

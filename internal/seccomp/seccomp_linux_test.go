@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -121,8 +122,8 @@ func TestCalls(t *testing.T) {
 
 // A call that was taken is not begun anew by a signal: what it has made would be made twice.
 func TestOnceUnderSignals(t *testing.T) {
-	if old, _ := oldKernel(); old {
-		t.Skip("before Linux 5.19, signals restart calls")
+	if oldKernel(t) {
+		testutil.Skip(t, "before Linux 5.19, signals restart calls")
 	}
 	p := start(t, openRules, "storm")
 	s := newServer(t)
@@ -135,16 +136,49 @@ func TestOnceUnderSignals(t *testing.T) {
 	}
 }
 
+// Signals to this process do not disturb the calls that it answers.
+func TestAnswersUnderSignals(t *testing.T) {
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			tasks, _ := os.ReadDir("/proc/self/task")
+			for _, task := range tasks {
+				if tid, err := strconv.Atoi(task.Name()); err == nil {
+					unix.Tgkill(os.Getpid(), tid, unix.SIGURG) // which Go's runtime makes nothing of
+				}
+			}
+		}
+	})
+	defer wg.Wait()
+	defer close(stop)
+	p := start(t, openRules, "opens", "200")
+	s := newServer(t)
+	s.serve(p.Listener)
+	if st, err := p.Wait(); err != nil || st.ExitStatus() != 0 {
+		t.Errorf("ended with %v, %v (its output is above)", st, err)
+	}
+	if n := s.calls.Load(); n != 200 {
+		t.Errorf("%d calls arrived of 200", n)
+	}
+}
+
 // oldKernel reports a kernel without SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV.
-func oldKernel() (bool, error) {
+func oldKernel(t *testing.T) bool {
+	t.Helper()
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
-		return false, err
+		t.Fatal(err)
 	}
 	v := strings.SplitN(unix.ByteSliceToString(u.Release[:]), ".", 3)
 	major, _ := strconv.Atoi(v[0])
 	minor, _ := strconv.Atoi(v[1])
-	return major < 5 || major == 5 && minor < 19, nil
+	return major < 5 || major == 5 && minor < 19
 }
 
 func TestEnds(t *testing.T) {
