@@ -40,6 +40,33 @@ func TestEmulate(t *testing.T) {
 	}
 }
 
+// The program has the descriptors that it would have by itself, under their numbers, and no others.
+func TestEmulateFiles(t *testing.T) {
+	const list = `exec 3<"$0" 7>&1 9</dev/null; exec "$@" sh -c 'cat <&3; for fd in /proc/$$/fd/*; do echo ${fd##*/}; done'`
+	file := filepath.Join(t.TempDir(), "three")
+	if err := os.WriteFile(file, []byte("the third\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	run := func(with ...string) string {
+		t.Helper()
+		cmd := exec.Command("sh", append([]string{"-c", list, file}, with...)...)
+		var stderr bytes.Buffer
+		cmd.Stderr = &stderr
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("%v: %s", err, stderr.String())
+		}
+		return string(out)
+	}
+	want := run()
+	if !strings.HasPrefix(want, "the third\n0\n") || !strings.Contains(want, "\n7\n9\n") {
+		t.Fatalf("by itself it prints %q", want)
+	}
+	if got := run(command(t, "emulate").Path, "emulate", "--"); got != want {
+		t.Errorf("it prints %q, by itself %q", got, want)
+	}
+}
+
 func TestEmulateMistakes(t *testing.T) {
 	dir := t.TempDir()
 	text := filepath.Join(dir, "text")

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -12,21 +13,24 @@ import (
 // launcherName is argv[0] of the launcher.
 const launcherName = "ringside-seccomp-launcher"
 
-// launcherSocket is the descriptor of the socket between launcher and supervisor. Messages, in their order:
-// the filter; its listener, or the errno of a step that failed; one byte, when the supervisor is ready; after an execve that
-// failed, its errno.
-const launcherSocket = 3
+// The launcher's arguments are the number of a descriptor, the program's path, and its argv. The descriptor is the socket between launcher
+// and supervisor. Messages, in their order: the filter; its listener, or the errno of a step that failed; one byte, when the
+// supervisor is ready; after an execve that failed, its errno.
 
 // Main becomes the program to be supervised, if this process was started as a launcher; else it returns. Call it first in main,
 // and in TestMain.
 func Main() {
-	if len(os.Args) < 3 || os.Args[0] != launcherName {
+	if len(os.Args) < 4 || os.Args[0] != launcherName {
+		return
+	}
+	sock, e := strconv.Atoi(os.Args[1])
+	if e != nil {
 		return
 	}
 	runtime.LockOSThread() // the filter is this thread's, which execve keeps
-	unix.CloseOnExec(launcherSocket)
-	step, err := launch(os.Args[1], os.Args[2:])
-	unix.Sendto(launcherSocket, []byte{byte(step), byte(err)}, unix.MSG_NOSIGNAL, nil) // the supervisor reports it
+	unix.CloseOnExec(sock)
+	step, err := launch(sock, os.Args[2], os.Args[3:])
+	unix.Sendto(sock, []byte{byte(step), byte(err)}, unix.MSG_NOSIGNAL, nil) // the supervisor reports it
 	os.Exit(127)
 }
 
@@ -43,9 +47,9 @@ const (
 )
 
 // launch returns only if a step fails.
-func launch(path string, argv []string) (launchStep, syscall.Errno) {
+func launch(sock int, path string, argv []string) (launchStep, syscall.Errno) {
 	buf := make([]byte, 64<<10)
-	n, err := unix.Read(launcherSocket, buf)
+	n, err := unix.Read(sock, buf)
 	if err != nil {
 		return stepRead, errnoOf(err)
 	}
@@ -64,11 +68,11 @@ func launch(path string, argv []string) (launchStep, syscall.Errno) {
 		return stepFilter, errno
 	}
 	// From here on, this thread waits for the supervisor at every call that a rule names: none before it has the listener.
-	if err := unix.Sendmsg(launcherSocket, []byte{byte(stepListener), 0}, unix.UnixRights(fd), nil, unix.MSG_NOSIGNAL); err != nil {
+	if err := unix.Sendmsg(sock, []byte{byte(stepListener), 0}, unix.UnixRights(fd), nil, unix.MSG_NOSIGNAL); err != nil {
 		return stepSend, errnoOf(err)
 	}
 	unix.Close(fd)
-	if n, err := unix.Read(launcherSocket, buf[:1]); n != 1 {
+	if n, err := unix.Read(sock, buf[:1]); n != 1 {
 		return stepRead, errnoOf(err)
 	}
 	return stepExec, errnoOf(syscall.Exec(path, argv, env))

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -22,8 +23,8 @@ type Process struct {
 	err  error
 }
 
-// Start starts a program: path, with argv, whose first element is its name, and the environment and files of this process' own. The
-// Listener is the caller's to serve, from now on: the program waits for it at the first call that a rule names. If this process ends, the program
+// Start starts a program: path, with argv, whose first element is its name, and the environment and files of this process' own: its
+// standard files, and those that this process was given without close-on-exec. The Listener is the caller's to serve, from now on: the program waits for it at the first call that a rule names. If this process ends, the program
 // is killed.
 func Start(path string, argv []string, rules []Rule) (*Process, error) {
 	if arch == 0 {
@@ -42,16 +43,21 @@ func Start(path string, argv []string, rules []Rule) (*Process, error) {
 		return nil, fmt.Errorf("sockets: %w", err)
 	}
 	defer unix.Close(pair[0])
-	theirs := os.NewFile(uintptr(pair[1]), "launcher")
 	s := &Process{done: make(chan struct{})}
 	started := make(chan error, 1)
 	go func() {
 		// The program is to die with this process, and the kernel takes the thread for it that has started it.
 		runtime.LockOSThread()
-		attr := &os.ProcAttr{Files: []*os.File{os.Stdin, os.Stdout, os.Stderr, theirs},
-			Sys: &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}}
-		p, err := os.StartProcess(self, append([]string{launcherName, path}, argv...), attr)
+		attr := &syscall.ProcAttr{Env: os.Environ(), Files: inherited(pair[1]), Sys: &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL}}
+		pid, _, err := syscall.StartProcess(self, append([]string{launcherName, strconv.Itoa(pair[1]), path}, argv...), attr)
 		if err != nil {
+			started <- err
+			return
+		}
+		p, err := os.FindProcess(pid) // our child, of which there is something until it is waited for
+		if err != nil {
+			unix.Kill(pid, unix.SIGKILL)
+			unix.Wait4(pid, nil, 0, nil)
 			started <- err
 			return
 		}
@@ -61,7 +67,7 @@ func Start(path string, argv []string, rules []Rule) (*Process, error) {
 		close(s.done)
 	}()
 	err = <-started
-	theirs.Close()
+	unix.Close(pair[1])
 	if err != nil {
 		return nil, fmt.Errorf("starting the launcher %s: %w", self, err)
 	}
@@ -77,6 +83,19 @@ func Start(path string, argv []string, rules []Rule) (*Process, error) {
 		return nil, err
 	}
 	return s, nil
+}
+
+// inherited are the files of a child that has the socket sock under the number that it has here, which is therefore none of those that
+// this process was given, and that the program is to find as they are.
+func inherited(sock int) []uintptr {
+	files := make([]uintptr, sock+1)
+	for fd := range files {
+		files[fd] = uintptr(fd)
+		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); fd != sock && (err != nil || flags&unix.FD_CLOEXEC != 0) {
+			files[fd] = ^uintptr(0) // of our own, or nothing
+		}
+	}
+	return files
 }
 
 // handshake is the supervisor's side of the launcher's socket, up to the execve.
