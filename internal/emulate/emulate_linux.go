@@ -8,6 +8,8 @@ import (
 	"sync"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ringside-rdma/ringside/internal/mlx5emu"
 	"github.com/ringside-rdma/ringside/internal/seccomp"
 	"github.com/ringside-rdma/ringside/internal/softnic"
@@ -36,8 +38,9 @@ type Session struct {
 	devices []*mlx5emu.Device
 	tree    *tree
 	process *seccomp.Process
-	served  chan error
+	served  chan error     // how serve has ended
 	living  sync.WaitGroup // contexts
+	wait    func() (syscall.WaitStatus, error)
 
 	mu       sync.Mutex
 	contexts map[fileID]*openContext // guarded by mu
@@ -64,6 +67,7 @@ func Start(cfg Config, path string, argv []string) (*Session, error) {
 		s.end()
 		return nil, err
 	}
+	s.wait = sync.OnceValues(s.waitOnce)
 	go s.serve()
 	return s, nil
 }
@@ -131,7 +135,11 @@ func (s *Session) serve() {
 	for {
 		c, err := s.process.Listener.Receive()
 		if c == nil || err != nil {
+			if err != nil {
+				s.Signal(unix.SIGKILL) // nobody answers it any more
+			}
 			all.Wait()
+			s.process.Listener.Close() // what is left of what it has started gets ENOSYS rather than to wait for ever
 			s.served <- err
 			return
 		}
@@ -171,12 +179,12 @@ func (s *Session) Signal(sig os.Signal) error { return s.process.Signal(sig) }
 func (s *Session) PID() int { return s.process.PID }
 
 // Wait waits until the program has ended, and everything that it has started, and takes the devices away. It returns how the program
-// has ended.
-func (s *Session) Wait() (syscall.WaitStatus, error) {
+// has ended. It may be called again, with the same result.
+func (s *Session) Wait() (syscall.WaitStatus, error) { return s.wait() }
+
+func (s *Session) waitOnce() (syscall.WaitStatus, error) {
 	st, err := s.process.Wait()
 	err = errors.Join(err, <-s.served)
-	s.process.Listener.Stop()
-	s.process.Listener.Close()
 	s.living.Wait() // the files have gone with the processes
 	return st, errors.Join(err, s.end())
 }

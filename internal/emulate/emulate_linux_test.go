@@ -32,6 +32,9 @@ func start(t *testing.T, cfg Config, name string, args ...string) *Session {
 func end(t *testing.T, s *Session, status int) {
 	t.Helper()
 	st, err := s.Wait()
+	if again, e := s.Wait(); again != st || e != err {
+		t.Errorf("waited for again, it has ended with %#x, %v, before with %#x, %v", again, e, st, err)
+	}
 	if err != nil || !st.Exited() || st.ExitStatus() != status {
 		t.Errorf("the program has ended with %#x, %v; its output is above", st, err)
 	}
@@ -64,6 +67,18 @@ func TestKilled(t *testing.T) {
 	if err != nil || !st.Signaled() || st.Signal() != unix.SIGTERM {
 		t.Errorf("ended with %#x, %v", st, err)
 	}
+}
+
+// A program does not wait for ever for answers that nobody gives any more.
+func TestNobodyAnswers(t *testing.T) {
+	x := newSteps(t)
+	s := start(t, Config{Log: t.Output()}, "refused", x.dir)
+	if !bufio.NewScanner(x.out).Scan() {
+		t.Fatal("the program does not run")
+	}
+	s.process.Listener.Stop()
+	x.in.Write([]byte{1})
+	end(t, s, 0)
 }
 
 // A testSteps is the test's side of a stepper.

@@ -27,13 +27,14 @@ func TestMain(m *testing.M) {
 
 // programs are what the tests emulate devices for: this test binary, by argv[0].
 var programs = map[string]func(args []string) error{
-	"files":  files,
-	"verbs":  verbs,
-	"steps":  steps,
-	"golden": golden,
-	"fork":   fork,
-	"use":    use,
-	"exit":   func([]string) error { os.Exit(5); return nil },
+	"files":   files,
+	"verbs":   verbs,
+	"steps":   steps,
+	"golden":  golden,
+	"fork":    fork,
+	"use":     use,
+	"refused": refused,
+	"exit":    func([]string) error { os.Exit(5); return nil },
 }
 
 const node0 = "/dev/infiniband/uverbs0"
@@ -112,6 +113,28 @@ func steps(args []string) error {
 	child.Wait()
 	step("0 the heir was killed")
 	return err
+}
+
+// refused opens a device until there is nobody any more who would let it.
+func refused(args []string) error {
+	s, err := newStepper(args[0])
+	if err != nil {
+		return err
+	}
+	if err := s.done("running"); err != nil {
+		return err
+	}
+	for {
+		fd, err := openNode()
+		switch err {
+		case nil:
+			unix.Close(fd)
+		case unix.ENOSYS:
+			return nil
+		default:
+			return err
+		}
+	}
 }
 
 // fork has another process use the device that this one has opened.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -20,6 +21,8 @@ var ErrWithdrawn = errors.New("the caller has gone")
 type Listener struct {
 	fd   int
 	stop [2]int // a pipe that Stop closes one end of
+
+	stopOnce, closeOnce sync.Once
 }
 
 func newListener(fd int) (*Listener, error) {
@@ -69,13 +72,17 @@ func (l *Listener) Receive() (*Call, error) {
 	}
 }
 
-// Stop ends Receive, now and later.
-func (l *Listener) Stop() { unix.Close(l.stop[1]) }
+// Stop ends Receive, now and later. It may be called again, and while Receive waits.
+func (l *Listener) Stop() { l.stopOnce.Do(func() { unix.Close(l.stop[1]) }) }
 
-// Close gives the descriptors back, after Receive has ended. Calls that are made later fail with ENOSYS.
+// Close gives the descriptors back, after Receive has ended and all calls that it has returned were answered. Calls that nobody has
+// received, and that are made later, fail with ENOSYS. It may be called again.
 func (l *Listener) Close() {
-	unix.Close(l.fd)
-	unix.Close(l.stop[0])
+	l.Stop()
+	l.closeOnce.Do(func() {
+		unix.Close(l.fd)
+		unix.Close(l.stop[0])
+	})
 }
 
 // Valid reports whether the caller still waits, so that what was found out under its number is about it, and not about another that
