@@ -3,6 +3,7 @@ package emulate
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -47,6 +48,19 @@ func end(t *testing.T, s *Session, status int) {
 }
 
 func TestFiles(t *testing.T) { end(t, start(t, Config{Devices: 2, Log: t.Output()}, "files"), 0) }
+
+// TMPDIR may be a symbolic link, and need not be absolute.
+func TestTemporaryFolder(t *testing.T) {
+	dir := t.TempDir()
+	if err := errors.Join(os.Mkdir(dir+"/real", 0o755), os.Symlink("real", dir+"/link")); err != nil {
+		t.Fatal(err)
+	}
+	for _, tmp := range []string{dir + "/link", "link"} {
+		t.Chdir(dir)
+		t.Setenv("TMPDIR", tmp)
+		end(t, start(t, Config{Devices: 2, Log: t.Output()}, "files"), 0)
+	}
+}
 
 func TestVerbs(t *testing.T) {
 	var trace bytes.Buffer

@@ -43,6 +43,14 @@ func newTree(devices []*mlx5emu.Device) (*tree, error) {
 		return nil, fmt.Errorf("a folder for the devices' sysfs: %w (TMPDIR names another place)", err)
 	}
 	t := &tree{root: root}
+	// As the kernel says it of a folder that is open, which TMPDIR need not.
+	if t.root, err = filepath.EvalSymlinks(root); err == nil {
+		t.root, err = filepath.Abs(t.root)
+	}
+	if err != nil {
+		os.RemoveAll(root)
+		return nil, fmt.Errorf("a folder for the devices' sysfs: %w", err)
+	}
 	if err := t.fill(devices); err != nil {
 		t.remove()
 		return nil, fmt.Errorf("the devices' sysfs: %w", err)
