@@ -50,7 +50,15 @@ func emulateProgram(cmd *cobra.Command, o *emulateConfig) error {
 	}
 	// Before there is a program to send them to: none must be missed.
 	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, forwarded...)
+	if interruptIgnored {
+		signal.Ignore(unix.SIGINT) // again: main has asked for it
+	}
+	for _, sig := range forwarded {
+		// What this process was to ignore, as below nohup, the program ignores, too: it would not if this process had a handler.
+		if !signal.Ignored(sig) {
+			signal.Notify(signals, sig)
+		}
+	}
 	s, err := emulate.Start(cfg, path, o.program)
 	if err != nil {
 		var bad *seccomp.ExecError
@@ -76,6 +84,10 @@ func emulateProgram(cmd *cobra.Command, o *emulateConfig) error {
 	seccomp.EndAs(st)
 	return nil
 }
+
+// interruptIgnored: this process was started so that it ignores SIGINT, as a shell without job control starts what is in the background.
+// Of other signals than this and SIGHUP, Go's runtime does not keep it.
+var interruptIgnored = signal.Ignored(unix.SIGINT)
 
 // forwarded are the signals that the program gets, as if it had no one between.
 var forwarded = []os.Signal{unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGCONT, unix.SIGWINCH}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -115,6 +116,19 @@ func TestEmulateSignals(t *testing.T) {
 	cmd.Wait()
 	if n := cmd.ProcessState.ExitCode(); n != 9 {
 		t.Errorf("the program has ended with %d", n)
+	}
+}
+
+// What is to be ignored, as below nohup, is ignored by the program and by emulate itself.
+func TestEmulateIgnores(t *testing.T) {
+	const script = `trap "" HUP INT; exec "$0" emulate -- sh -c 'kill -HUP $PPID; kill -INT $PPID; sleep 0.1; grep SigIgn /proc/$$/status'`
+	out, err := exec.Command("sh", "-c", script, command(t).Path).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	_, mask, _ := strings.Cut(strings.TrimSpace(string(out)), "\t")
+	if n, err := strconv.ParseUint(mask, 16, 64); err != nil || n&3 != 1<<(unix.SIGHUP-1)|1<<(unix.SIGINT-1) {
+		t.Errorf("it ignores %q", out)
 	}
 }
 
