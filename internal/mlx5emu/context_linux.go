@@ -30,10 +30,10 @@ type Context struct {
 	uars        map[uint32]*uar // by page id
 	uarIDs      int             // all are below
 	async       *eventFile      // nil: the client has not asked for it
-	channels    map[int]*eventFile
-	cqs         []*cq  // in the order they were made
-	qps         []*qp  // likewise
-	srqs        []*srq // likewise
+	channels    []*eventFile    // those that CQs may use, in the order they were made
+	cqs         []*cq           // in the order they were made
+	qps         []*qp           // likewise
+	srqs        []*srq          // likewise
 	ahs         addressHandles
 }
 
@@ -54,7 +54,7 @@ func (d *Device) Open(mem Memory) (*Context, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Context{dev: d, mem: mem, pages: p, handles: map[uint32]object{}, uars: map[uint32]*uar{}, channels: map[int]*eventFile{}}
+	c := &Context{dev: d, mem: mem, pages: p, handles: map[uint32]object{}, uars: map[uint32]*uar{}}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.closed {

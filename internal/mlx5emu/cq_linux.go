@@ -96,7 +96,7 @@ func (c *Context) createCQ(q *cqRequest) (*cq, uint32, syscall.Errno) {
 		return fail(unix.EINVAL)
 	}
 	if q.channel >= 0 {
-		if n.channel = c.channels[int(q.channel)]; n.channel == nil || n.channel.deserted() {
+		if n.channel = c.channel(q.channel); n.channel == nil {
 			return fail(unix.EBADF)
 		}
 	}

@@ -11,6 +11,7 @@ import (
 // of which the client has the reading end. All methods are called with the device's mu held.
 type eventFile struct {
 	fd     int     // the writing end
+	number int     // of the reading end, when it was passed to the client
 	refs   int     // CQs that use it
 	sent   []event // records that may not have been read yet, the oldest first
 	queued []event // records for which the pipe has no room
@@ -22,22 +23,24 @@ type event struct {
 	about  any
 }
 
-// newEventFile makes an event file, and passes its reading end to the client.
-func newEventFile(files FilePasser) (e *eventFile, number int, err error) {
+// newEventFile makes an event file, and passes its reading end to the client, from where nobody can take it back: so it comes last in
+// what may fail.
+func newEventFile(files FilePasser) (*eventFile, error) {
 	var p [2]int
 	if err := unix.Pipe2(p[:], unix.O_CLOEXEC|unix.O_DIRECT); err != nil {
-		return nil, 0, fmt.Errorf("mlx5emu: event file: %w", err)
+		return nil, fmt.Errorf("mlx5emu: event file: %w", err)
 	}
 	defer unix.Close(p[0])
-	if err := unix.SetNonblock(p[1], true); err != nil {
-		unix.Close(p[1])
-		return nil, 0, fmt.Errorf("mlx5emu: event file: %w", err)
+	err := unix.SetNonblock(p[1], true)
+	number := -1
+	if err == nil {
+		number, err = files.Pass(p[0])
 	}
-	if number, err = files.Pass(p[0]); err != nil {
+	if err != nil {
 		unix.Close(p[1])
-		return nil, 0, err
+		return nil, fmt.Errorf("mlx5emu: event file: %w", err)
 	}
-	return &eventFile{fd: p[1]}, number, nil
+	return &eventFile{fd: p[1], number: number}, nil
 }
 
 // deserted reports whether the client has closed its end.

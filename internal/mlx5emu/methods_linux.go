@@ -175,6 +175,12 @@ func (c *Context) establish(req []byte) syscall.Errno {
 	return 0
 }
 
+// dismiss takes back what establish has done.
+func (c *Context) dismiss() {
+	c.established, c.bfregs, c.inUse, c.uarIDs = false, 0, nil, 0
+	clear(c.uars)
+}
+
 // queryContext tells the same again.
 func queryContext(r *call) syscall.Errno {
 	c := r.c
@@ -191,7 +197,7 @@ func asyncAlloc(r *call) syscall.Errno {
 	c := r.c
 	c.dev.mu.Lock()
 	defer c.dev.mu.Unlock()
-	e, number, err := newEventFile(r.files)
+	e, err := newEventFile(r.files)
 	if err != nil {
 		return unix.EMFILE
 	}
@@ -199,6 +205,6 @@ func asyncAlloc(r *call) syscall.Errno {
 		c.async.close()
 	}
 	c.async = e
-	r.newNumber(abi.UVERBS_ATTR_ASYNC_EVENT_ALLOC_FD_HANDLE, uint64(number))
+	r.newNumber(abi.UVERBS_ATTR_ASYNC_EVENT_ALLOC_FD_HANDLE, uint64(e.number))
 	return 0
 }

@@ -603,6 +603,77 @@ func TestPagesAreSealed(t *testing.T) {
 	c.dev.Step()
 }
 
+// A fixedFile passes files within the process, all to the same number.
+type fixedFile int
+
+func (n fixedFile) Pass(fd int) (int, error) { return int(n), unix.Dup3(fd, int(n), unix.O_CLOEXEC) }
+
+// No descriptor of an event file is left behind: not of a command that fails, nor of a channel whose number is another's by now.
+func TestEventFilesEnd(t *testing.T) {
+	d := newDevice(t, Config{Manual: true})
+	k, err := d.OpenKernel()
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := testutil.OpenFDs()
+	get := func(response uint64, flags uint32) syscall.Errno {
+		req := abi.Mlx5AllocUcontextReqV2{LibCaps: abi.MLX5_LIB_CAP_DYN_UAR, Flags: flags}
+		b := make([]byte, 16, 64)
+		le.PutUint64(b[8:], response)
+		b = append(b, bytesOf(&req)...)
+		le.PutUint32(b, abi.IB_USER_VERBS_CMD_GET_CONTEXT)
+		le.PutUint16(b[4:], uint16(len(b)/4))
+		le.PutUint16(b[6:], (8+72)/4)
+		_, errno := k.Write(b)
+		return errno
+	}
+	room := mapAt(t, 0, pageSize)
+	if errno := get(addrOf(room), 1<<7); errno != unix.EINVAL {
+		t.Errorf("a context with flags that nobody knows: %v", errno)
+	}
+	if errno := get(8, 0); errno != unix.EFAULT {
+		t.Errorf("a context with an answer to nowhere: %v", errno)
+	}
+	if n := testutil.OpenFDs(); n != open {
+		t.Errorf("commands that failed have left %d descriptors", n-open)
+	}
+	if errno := get(addrOf(room), 0); errno != 0 {
+		t.Errorf("a context after all: %v", errno)
+	}
+	unix.Close(int(le.Uint32(room)))
+	k.Close()
+
+	c := connect(t, d)
+	const number = 200
+	channel := func() {
+		t.Helper()
+		if _, errno := writeCreateChannel(&writeCmd{c: d.order[0], files: fixedFile(number), answerable: func() syscall.Errno { return 0 }}); errno != 0 {
+			t.Fatal(errno)
+		}
+	}
+	channel()
+	a := c.newCQ(16, number)
+	unix.Close(number)
+	channel()
+	b := c.newCQ(16, number)
+	d.mu.Lock()
+	if l := d.order[0].cqs; l[0].channel == l[1].channel {
+		t.Error("two channels are one")
+	}
+	d.mu.Unlock()
+	unix.Close(number)
+	for _, q := range []*cqueue{a, b} {
+		if err := c.f.DestroyCQ(q.h); err != nil {
+			t.Error(err)
+		}
+	}
+	d.mu.Lock()
+	if n := len(d.order[0].channels); n > 0 {
+		t.Errorf("%d channels are left of which nobody knows", n)
+	}
+	d.mu.Unlock()
+}
+
 // A device that is closed while everything is in use.
 func TestCloseWithAll(t *testing.T) {
 	before := testutil.TakeSnapshot()

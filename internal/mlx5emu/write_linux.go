@@ -1,6 +1,7 @@
 package mlx5emu
 
 import (
+	"slices"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -18,6 +19,10 @@ type writeCmd struct {
 	uhw     []byte
 	room    int // for the core's part of the response
 	uhwRoom int // for the driver's
+
+	// answerable reports with EFAULT that there is no memory for the core's part of the response, for commands that must not fail
+	// later.
+	answerable func() syscall.Errno
 }
 
 // A response is what a command answers: the core's part and the driver's.
@@ -92,6 +97,7 @@ func invokeWrite(r *call) syscall.Errno {
 	}
 	w := &writeCmd{c: r.c, files: r.files, core: r.in(abi.UVERBS_ATTR_CORE_IN), uhw: r.in(abi.UVERBS_ATTR_UHW_IN),
 		uhwRoom: r.outSize(abi.UVERBS_ATTR_UHW_OUT)}
+	w.answerable = func() syscall.Errno { return r.out(abi.UVERBS_ATTR_CORE_OUT, nil) }
 	resp, errno := w.do(uint32(cmd), r.outSize(abi.UVERBS_ATTR_CORE_OUT))
 	if errno != 0 {
 		return errno
@@ -145,6 +151,12 @@ func (c *Context) Write(cmd []byte, files FilePasser) (int, syscall.Errno) {
 			to, room, w.uhwRoom = native.Uint64(cmd[8:]), m.out, 4*outWords-m.out
 		}
 	}
+	w.answerable = func() syscall.Errno {
+		if c.mem.WriteAt(make([]byte, room), to) != nil {
+			return unix.EFAULT
+		}
+		return 0
+	}
 	resp, errno := w.do(id, room)
 	if errno != 0 {
 		return 0, errno
@@ -174,16 +186,17 @@ func writeGetContext(w *writeCmd) (response, syscall.Errno) {
 	if c.established {
 		return response{}, unix.EINVAL
 	}
-	e, number, err := newEventFile(w.files)
-	if err != nil {
-		return response{}, unix.EMFILE
-	}
-	if errno := c.establish(w.uhw); errno != 0 {
-		e.close()
+	if errno := firstOf(w.answerable(), c.establish(w.uhw)); errno != 0 {
+		c.dismiss()
 		return response{}, errno
 	}
+	e, err := newEventFile(w.files)
+	if err != nil {
+		c.dismiss()
+		return response{}, unix.EMFILE
+	}
 	c.async = e
-	return response{bytesOf(&abi.GetContextResp{AsyncFD: uint32(number), NumCompVectors: compVectors}), c.ucontext(w.uhwRoom)}, 0
+	return response{bytesOf(&abi.GetContextResp{AsyncFD: uint32(e.number), NumCompVectors: compVectors}), c.ucontext(w.uhwRoom)}, 0
 }
 
 func writeQueryDevice(w *writeCmd) (response, syscall.Errno) {
@@ -217,20 +230,35 @@ func writeCreateChannel(w *writeCmd) (response, syscall.Errno) {
 	c.dev.mu.Lock()
 	defer c.dev.mu.Unlock()
 	c.sweepChannels()
-	e, number, err := newEventFile(w.files)
+	if errno := w.answerable(); errno != 0 {
+		return response{}, errno
+	}
+	e, err := newEventFile(w.files)
 	if err != nil {
 		return response{}, unix.EMFILE
 	}
-	c.channels[number] = e
-	return response{core: bytesOf(&abi.CreateCompChannelResp{FD: uint32(number)})}, 0
+	c.channels = append(c.channels, e)
+	return response{core: bytesOf(&abi.CreateCompChannelResp{FD: uint32(e.number)})}, 0
+}
+
+// channel is the one that the client knows by that number, or nil. One whose number the client has closed, and used for another since,
+// may still have a CQ. Called with dev.mu held.
+func (c *Context) channel(number int64) *eventFile {
+	for _, e := range slices.Backward(c.channels) {
+		if int64(e.number) == number && !e.deserted() {
+			return e
+		}
+	}
+	return nil
 }
 
 // sweepChannels gives up the channels that the client has closed, and that no CQ uses. Called with dev.mu held.
 func (c *Context) sweepChannels() {
-	for number, e := range c.channels {
-		if e.refs == 0 && e.deserted() {
+	c.channels = slices.DeleteFunc(c.channels, func(e *eventFile) bool {
+		gone := e.refs == 0 && e.deserted()
+		if gone {
 			e.close()
-			delete(c.channels, number)
 		}
-	}
+		return gone
+	})
 }
