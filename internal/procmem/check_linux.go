@@ -2,6 +2,7 @@ package procmem
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -11,13 +12,19 @@ import (
 )
 
 // Check reports, with EFAULT, whether the program may at present read [va, va+n), and write it, if write is set: what the kernel
-// looks at when memory is registered.
+// looks at when memory is registered. It is ErrGone if the memory is not the process' any more.
 func (m *Memory) Check(va, n uint64, write bool) error {
 	f, err := os.Open(fmt.Sprintf("/proc/%d/maps", m.pid))
 	if err != nil {
 		return ErrGone
 	}
 	defer f.Close()
+	// The list is that of whoever has the number now, and of the program that it runs now. If our memory is there after that, it is the
+	// memory that the list is of.
+	var b [1]byte
+	if err := m.ReadAt(b[:], va); errors.Is(err, ErrGone) {
+		return err
+	}
 	return checkMaps(f, va, n, write)
 }
 
@@ -27,7 +34,8 @@ func checkMaps(maps io.Reader, va, n uint64, write bool) error {
 		return fmt.Errorf("%d bytes at %#x reach beyond the last address: %w", n, va, unix.EFAULT)
 	}
 	end := va + n
-	for s := bufio.NewScanner(maps); va < end && s.Scan(); {
+	s := bufio.NewScanner(maps)
+	for va < end && s.Scan() {
 		var from, to uint64
 		var rights string
 		if k, _ := fmt.Sscanf(s.Text(), "%x-%x %s", &from, &to, &rights); k != 3 {
@@ -43,6 +51,9 @@ func checkMaps(maps io.Reader, va, n uint64, write bool) error {
 			return fmt.Errorf("memory at %#x has the rights %s: %w", max(from, va), rights, unix.EFAULT)
 		}
 		va = to
+	}
+	if err := s.Err(); err != nil {
+		return fmt.Errorf("a list of mappings: %w", err)
 	}
 	if va < end {
 		return fmt.Errorf("there is no memory at %#x: %w", va, unix.EFAULT)
