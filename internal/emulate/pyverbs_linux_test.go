@@ -30,11 +30,11 @@ var pyverbsModules = []string{"test_addr", "test_atomic", "test_cq", "test_cq_ev
 
 // rdma-core's own tests end as testdata/pyverbs.txt says, each with a reason if it does not pass.
 func TestPyverbs(t *testing.T) {
-	if _, err := os.Stat("/usr/lib/python3/dist-packages/pyverbs"); err != nil {
-		t.Skip("python3-pyverbs is not installed")
-	}
 	if !*pyverbs {
 		t.Skip("it takes minutes: -pyverbs runs it")
+	}
+	if _, err := os.Stat("/usr/lib/python3/dist-packages/pyverbs"); err != nil {
+		testutil.Skip(t, "python3-pyverbs is not installed")
 	}
 	top := t.TempDir()
 	unpackTests(t, top)

@@ -2,4 +2,8 @@ package procmem
 
 import "unsafe"
 
-func address(b []byte) uint64 { return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b)))) }
+// address is where memory lies.
+func address(b []byte) uint64 {
+	// Safe: only a number.
+	return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b))))
+}
