@@ -23,7 +23,7 @@ func launcherMain() { seccomp.Main() }
 
 // emulateProgram runs the program and ends this process as it has ended. It returns if the program could not be run.
 func emulateProgram(cmd *cobra.Command, o *emulateConfig) error {
-	cfg := emulate.Config{Devices: o.devices, Numbered: o.numbered}
+	cfg := emulate.Config{Devices: o.devices, Numbered: o.numbered, Reap: true}
 	var err error
 	if cfg.Loss, err = share(o.loss); err != nil {
 		return usage(cmd, fmt.Errorf("--loss: %w", err))

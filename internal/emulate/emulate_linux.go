@@ -7,6 +7,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -26,6 +27,10 @@ type Config struct {
 	Trace io.Writer
 	// Loss is the probability, 0 to 1, that a packet which comes in over UDP is lost.
 	Loss float64
+	// Reap has Wait take away dead children that this process has not started, for a process that has no others of its own. As the
+	// first of a container it gets what the program has left behind, and before Linux 6.11 what nobody has waited for counts as
+	// somebody who can still make calls: Wait would not return.
+	Reap bool
 	// Log gets complaints about what the program does, a line each; nil: nobody does.
 	Log io.Writer
 }
@@ -184,9 +189,33 @@ func (s *Session) Wait() (syscall.WaitStatus, error) { return s.wait() }
 
 func (s *Session) waitOnce() (syscall.WaitStatus, error) {
 	st, err := s.process.Wait()
-	err = errors.Join(err, <-s.served)
+	err = errors.Join(err, s.drained())
 	s.living.Wait() // the files have gone with the processes
 	return st, errors.Join(err, s.end())
+}
+
+// drained waits until nobody is left who could make a call.
+func (s *Session) drained() error {
+	if !s.cfg.Reap {
+		return <-s.served
+	}
+	for {
+		reap()
+		select {
+		case err := <-s.served:
+			return err
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// reap takes away the children of this process that are dead.
+func reap() {
+	for {
+		if pid, err := unix.Wait4(-1, nil, unix.WNOHANG, nil); err != unix.EINTR && pid <= 0 {
+			return
+		}
+	}
 }
 
 func (s *Session) end() error {

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -73,6 +74,14 @@ func TestVerbs(t *testing.T) {
 }
 
 func TestStatus(t *testing.T) { end(t, start(t, Config{}, "exit"), 5) }
+
+func TestOrphans(t *testing.T) {
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Args[0] = "program:orphans"
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+}
 
 func TestKilled(t *testing.T) {
 	s := start(t, Config{}, "steps", newSteps(t).dir)

@@ -1,11 +1,13 @@
 package emulate
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -34,6 +36,7 @@ var programs = map[string]func(args []string) error{
 	"fork":    fork,
 	"use":     use,
 	"refused": refused,
+	"orphans": orphans,
 	"exit":    func([]string) error { os.Exit(5); return nil },
 }
 
@@ -135,6 +138,28 @@ func refused(args []string) error {
 			return err
 		}
 	}
+}
+
+// orphans becomes the parent of what its child has left behind.
+func orphans([]string) error {
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		return err
+	}
+	s, err := Start(Config{Reap: true}, "/bin/sh", []string{"sh", "-c", "sleep 0 & sleep 0.1 & exit 7"})
+	if err != nil {
+		return err
+	}
+	if st, err := s.Wait(); err != nil || st.ExitStatus() != 7 {
+		return fmt.Errorf("the program has ended with %#x, %w", st, err)
+	}
+	for range 1000 {
+		reap() // the last one may not have been dead yet
+		if err := unix.Waitid(unix.P_ALL, 0, nil, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil); err == unix.ECHILD {
+			return nil
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return errors.New("there is a child that nobody has reaped")
 }
 
 // fork has another process use the device that this one has opened.
