@@ -61,6 +61,9 @@ func writeCreateAH(w *writeCmd) (response, syscall.Errno) {
 	if q.Attr.PortNum != 1 || q.Attr.IsGlobal == 0 || g.SGIDIndex >= gidSlots {
 		return response{}, unix.EINVAL
 	}
+	if errno := c.room(objectAH); errno != 0 {
+		return response{}, errno
+	}
 	p, errno := c.getPD(q.PDHandle)
 	if errno != 0 {
 		return response{}, errno

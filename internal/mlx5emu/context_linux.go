@@ -1,6 +1,7 @@
 package mlx5emu
 
 import (
+	"errors"
 	"os"
 	"slices"
 	"sync"
@@ -26,6 +27,8 @@ type Context struct {
 	bfregs      uint32
 	inUse       []int // QPs on each of the static bfregs
 	handles     map[uint32]object
+	counts      [objectKinds]int // of handles
+	recvMemory  uint64           // bytes of receive queues
 	nextHandle  uint32
 	uars        map[uint32]*uar // by page id
 	uarIDs      int             // all are below
@@ -48,6 +51,9 @@ type counted struct{ n int }
 
 func (c *counted) users() *int { return &c.n }
 
+// ErrTooMany is the error of a device that has as many contexts as it can have.
+var ErrTooMany = errors.New("mlx5emu: too many contexts")
+
 // Open makes a context whose client's memory is mem. The context does not own it.
 func (d *Device) Open(mem Memory) (*Context, error) {
 	p, err := newPages(d.cfg.Name)
@@ -60,6 +66,10 @@ func (d *Device) Open(mem Memory) (*Context, error) {
 	if d.closed {
 		p.close()
 		return nil, ErrClosed
+	}
+	if len(d.order) >= maxContexts {
+		p.close()
+		return nil, ErrTooMany
 	}
 	d.order = append(d.order, c)
 	return c, nil
@@ -103,6 +113,7 @@ func (c *Context) ready() bool {
 func (c *Context) add(o object) uint32 {
 	c.nextHandle++
 	c.handles[c.nextHandle] = o
+	c.counts[kindOf(o)]++
 	return c.nextHandle
 }
 

@@ -76,6 +76,9 @@ func (c *Context) createCQ(q *cqRequest) (*cq, uint32, syscall.Errno) {
 	if !c.present(n.buf, uint64(n.entries)*uint64(n.cqeSize)) || !c.present(n.db, 8) {
 		return nil, 0, unix.EFAULT
 	}
+	if errno := c.room(objectCQ); errno != 0 {
+		return nil, 0, errno
+	}
 	page := uint32(0)
 	if u.Flags&abi.MLX5_IB_CREATE_CQ_FLAGS_UAR_PAGE_INDEX != 0 {
 		page = uint32(u.UARPageIndex)

@@ -56,9 +56,6 @@ func (e *eventFile) send(record []byte, about any) {
 	e.flush()
 }
 
-// maxUnread bounds the queue of a client that does not read: the oldest go, as nobody will miss them.
-const maxUnread = 1 << 16
-
 func (e *eventFile) flush() {
 	for len(e.queued) > 0 {
 		if _, err := unix.Write(e.fd, e.queued[0].record); err != nil {
@@ -71,7 +68,7 @@ func (e *eventFile) flush() {
 		e.queued = e.queued[1:]
 	}
 	if len(e.queued) > maxUnread {
-		e.queued = slices.Clone(e.queued[len(e.queued)-maxUnread:])
+		e.queued = e.queued[len(e.queued)-maxUnread:]
 	}
 	if len(e.sent) > maxUnread {
 		e.sent = slices.Clone(e.sent[len(e.sent)-e.unread():])

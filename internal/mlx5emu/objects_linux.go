@@ -58,11 +58,13 @@ func destroy[T object](c *Context, handle uint64) (eventCounts, syscall.Errno) {
 		return eventCounts{}, unix.EBUSY
 	}
 	delete(c.handles, uint32(handle))
+	c.counts[kindOf(o)]--
 	c.withdraw(o)
 	c.dev.mu.Unlock()
 	if errors.Is(release(o), driver.ErrBusy) { // a window is bound to the region
 		c.dev.mu.Lock()
 		c.handles[uint32(handle)] = o
+		c.counts[kindOf(o)]++
 		c.restore(o)
 		c.dev.mu.Unlock()
 		return eventCounts{}, unix.EBUSY
@@ -148,9 +150,11 @@ func (c *Context) dropped(o object) (n eventCounts) {
 			o.srq.n--
 		}
 		c.putDoorbells(o)
+		c.recvMemory -= o.recvMemory()
 		n.first = c.eventsRead(o, o.events)
 	case *srq:
 		o.pd.n--
+		c.recvMemory -= o.recvMemory()
 		n.first = c.eventsRead(o, o.events)
 	}
 	return n
@@ -172,6 +176,7 @@ func (c *Context) destroyAll() {
 		all = append(all, o)
 	}
 	clear(c.handles)
+	c.counts = [objectKinds]int{}
 	for _, o := range all {
 		c.withdraw(o)
 	}
@@ -198,6 +203,9 @@ func (c *Context) destroyAll() {
 
 func writeAllocPD(w *writeCmd) (response, syscall.Errno) {
 	c := w.c
+	if errno := c.room(objectPD); errno != 0 {
+		return response{}, errno
+	}
 	soft, err := c.dev.nic.AllocPD()
 	if err != nil {
 		return response{}, unix.ENOMEM
@@ -258,6 +266,9 @@ func writeRegMR(w *writeCmd) (response, syscall.Errno) {
 		q.Start+q.Length < q.Start || q.HCAVA+q.Length < q.HCAVA {
 		return response{}, unix.EINVAL
 	}
+	if errno := c.room(objectMR); errno != 0 {
+		return response{}, errno
+	}
 	p, errno := c.getPD(q.PDHandle)
 	if errno != 0 {
 		return response{}, errno
@@ -300,6 +311,9 @@ func writeAllocMW(w *writeCmd) (response, syscall.Errno) {
 	}
 	if q.MWType != type2 {
 		return response{}, unix.EOPNOTSUPP // type 1 windows are bound by their own command of the library's, which the software NIC lacks
+	}
+	if errno := c.room(objectMW); errno != 0 {
+		return response{}, errno
 	}
 	p, errno := c.getPD(q.PDHandle)
 	if errno != 0 {

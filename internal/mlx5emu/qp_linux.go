@@ -109,8 +109,14 @@ func (c *Context) createQP(q *qpRequest) (*qp, uint32, syscall.Errno) {
 	if !c.present(n.buf, n.sqOffset+uint64(n.sqCount)*bbSize) || !c.present(n.db, 8) {
 		return nil, 0, unix.EFAULT
 	}
+	if errno := c.room(objectQP); errno != 0 {
+		return nil, 0, errno
+	}
 	c.dev.mu.Lock()
 	defer c.dev.mu.Unlock()
+	if c.recvMemory+n.recvMemory() > maxRecvMemory {
+		return nil, 0, unix.ENOMEM
+	}
 	var ok [4]bool
 	n.pd, ok[0] = get[*pd](c, uint64(q.pd))
 	n.scq, ok[1] = get[*cq](c, uint64(q.scq))
@@ -129,6 +135,7 @@ func (c *Context) createQP(q *qpRequest) (*qp, uint32, syscall.Errno) {
 		c.putDoorbells(n)
 		return nil, 0, errno
 	}
+	c.recvMemory += n.recvMemory()
 	n.pd.n++
 	n.scq.n++
 	n.rcq.n++
@@ -139,6 +146,9 @@ func (c *Context) createQP(q *qpRequest) (*qp, uint32, syscall.Errno) {
 	c.dev.qps[n.qpn] = n
 	return n, c.add(n), 0
 }
+
+// recvMemory is what counts of its receive queue, in bytes.
+func (n *qp) recvMemory() uint64 { return n.sqOffset }
 
 // makeSoft makes the software NIC's part.
 func (n *qp) makeSoft() syscall.Errno {

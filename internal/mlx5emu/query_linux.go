@@ -125,19 +125,19 @@ func queryGIDEntry(r *call) syscall.Errno {
 	return unix.ENODATA
 }
 
-// deviceResp is QUERY_DEVICE's answer: what the software NIC can do, as a ConnectX would say it.
+// deviceResp is QUERY_DEVICE's answer: what the software NIC can do for one client, as a ConnectX would say it.
 func (d *Device) deviceResp() abi.QueryDeviceResp {
 	const hcaAtomics = 1 // enum ib_atomic_cap: atomic among the device's own
 	a := &d.attr
 	return abi.QueryDeviceResp{
 		FWVer: 22<<32 | 31<<16 | 1014, NodeGUID: abi.ToBE64(uint64(d.guid)), SysImageGUID: abi.ToBE64(uint64(d.guid)),
 		MaxMRSize: a.MaxMRSize, PageSizeCap: 0xfffff000, VendorID: vendorID, VendorPartID: partID,
-		MaxQP: uint32(a.MaxQP), MaxQPWR: maxSendWQEBB, MaxSGE: maxSGE, MaxSGERd: maxSGE, MaxCQ: uint32(a.MaxCQ), MaxCQE: maxCQE,
+		MaxQP: uint32(maxObjects[objectQP]), MaxQPWR: maxSendWQEBB, MaxSGE: maxSGE, MaxSGERd: maxSGE, MaxCQ: uint32(maxObjects[objectCQ]), MaxCQE: maxCQE,
 		DeviceCapFlags: abi.IB_UVERBS_DEVICE_CHANGE_PHY_PORT | abi.IB_UVERBS_DEVICE_PORT_ACTIVE_EVENT | abi.IB_UVERBS_DEVICE_SYS_IMAGE_GUID |
 			abi.IB_UVERBS_DEVICE_RC_RNR_NAK_GEN | abi.IB_UVERBS_DEVICE_MEM_WINDOW_TYPE_2B,
-		MaxMR: uint32(a.MaxMR), MaxPD: uint32(a.MaxPD), MaxQPRdAtom: maxRdAtomic, MaxQPInitRdAtom: maxRdAtomic,
-		MaxResRdAtom: uint32(a.MaxQP) * maxRdAtomic, AtomicCap: hcaAtomics, MaxMW: uint32(a.MaxMW), MaxAH: uint32(a.MaxAH),
-		MaxSRQ: uint32(a.MaxSRQ), MaxSRQWR: maxSRQWR, MaxSRQSGE: maxSGE, MaxPKeys: 1, LocalCaAckDelay: 16, PhysPortCnt: 1,
+		MaxMR: uint32(maxObjects[objectMR]), MaxPD: uint32(maxObjects[objectPD]), MaxQPRdAtom: maxRdAtomic, MaxQPInitRdAtom: maxRdAtomic,
+		MaxResRdAtom: uint32(maxObjects[objectQP]) * maxRdAtomic, AtomicCap: hcaAtomics, MaxMW: uint32(maxObjects[objectMW]), MaxAH: uint32(maxObjects[objectAH]),
+		MaxSRQ: uint32(maxObjects[objectSRQ]), MaxSRQWR: maxSRQWR, MaxSRQSGE: maxSGE, MaxPKeys: 1, LocalCaAckDelay: 16, PhysPortCnt: 1,
 	}
 }
 

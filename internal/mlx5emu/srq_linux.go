@@ -63,13 +63,21 @@ func (c *Context) createSRQ(q *srqRequest) (*srq, uint32, syscall.Errno) {
 	if !c.present(n.buf, uint64(n.slots)*uint64(n.stride)) || !c.present(n.db, 8) {
 		return nil, 0, unix.EFAULT
 	}
+	if errno := c.room(objectSRQ); errno != 0 {
+		return nil, 0, errno
+	}
 	p, errno := c.getPD(q.pd)
 	if errno != 0 {
 		return nil, 0, errno
 	}
+	if !c.takeRecvMemory(n.recvMemory()) {
+		c.putPD(p)
+		return nil, 0, unix.ENOMEM
+	}
 	soft, err := p.soft.CreateSRQ(driver.SRQConfig{MaxWR: int(n.slots), MaxSGE: min(int(n.stride-nextSegSize)/segSize, softMaxSGE)})
 	if err != nil {
 		c.putPD(p)
+		c.putRecvMemory(n.recvMemory())
 		return nil, 0, unix.ENOMEM
 	}
 	n.pd, n.soft = p, soft
@@ -83,6 +91,9 @@ func (c *Context) createSRQ(q *srqRequest) (*srq, uint32, syscall.Errno) {
 	c.srqs = append(c.srqs, n)
 	return n, c.add(n), 0
 }
+
+// recvMemory is what counts of it, in bytes.
+func (n *srq) recvMemory() uint64 { return uint64(n.slots) * uint64(n.stride) }
 
 func srqCreate(r *call) syscall.Errno {
 	n, h, errno := r.c.createSRQ(&srqRequest{user: r.num(abi.UVERBS_ATTR_CREATE_SRQ_USER_HANDLE),

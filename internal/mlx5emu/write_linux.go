@@ -230,6 +230,9 @@ func writeCreateChannel(w *writeCmd) (response, syscall.Errno) {
 	c.dev.mu.Lock()
 	defer c.dev.mu.Unlock()
 	c.sweepChannels()
+	if len(c.channels) >= maxChannels {
+		return response{}, unix.EMFILE
+	}
 	if errno := w.answerable(); errno != 0 {
 		return response{}, errno
 	}
