@@ -36,7 +36,7 @@ type cq struct {
 	away  bool          // guarded by mu: a command changes the ring, and there is nothing to poll meanwhile
 	count uint32        // guarded by mu: of the ring, also while away
 
-	changeMu sync.Mutex // held by what changes the ring
+	changeMu sync.Mutex // held by what changes the ring, and by what must find all completions in it; taken before all spin locks
 }
 
 // CreateCQ implements driver.Context.
@@ -408,14 +408,14 @@ func (q *cq) received(p *qp, e cqe, tail uint32) (id uint64, err error) {
 }
 
 // clean takes out the completions of a queue pair that are not polled yet: after it was reset they would be of requests that are no
-// more, and after it was closed of a queue pair that is no more. Called with the queue pair's sendMu and recvMu held.
+// more, and after it was closed of a queue pair that is no more. Called with changeMu, and the queue pair's sendMu and recvMu, held.
 func (q *cq) clean(p *qp) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.last == p {
 		q.last = nil
 	}
-	if q.r.mem != nil {
+	if q.r.mem != nil { // else it is closed
 		q.drop(p)
 	}
 	if p.scq == q {

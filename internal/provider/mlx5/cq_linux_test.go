@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/ringside-rdma/ringside/internal/abi"
 	"github.com/ringside-rdma/ringside/internal/driver"
@@ -510,4 +511,67 @@ func FuzzCompletion(f *testing.F) {
 			t.Errorf("%d completions and no error of %x", n, c)
 		}
 	})
+}
+
+// A queue pair is reset, or closed, while its completion queue moves to another ring: its completions do not move along.
+func TestResizeBesideTheClosed(t *testing.T) {
+	for name, end := range map[string]func(b *bench, q *qp) error{
+		"reset": func(b *bench, q *qp) error {
+			return q.Modify(b.t.Context(), &ib.QPAttr{State: ib.Reset}, ib.AttrState)
+		},
+		"closed": func(_ *bench, q *qp) error { return q.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			versions(t, func(t *testing.T, b *bench) {
+				b.with(ib.RC)
+				elsewhere := b.newCQ(7, nil)
+				for _, swap := range []bool{false, true} {
+					other := b.newQP(ib.RC, func(cfg *driver.QPConfig) {
+						if cfg.RecvCQ = elsewhere; swap {
+							cfg.SendCQ, cfg.RecvCQ = cfg.RecvCQ, cfg.SendCQ
+						}
+					})
+					ko := b.k.qps[other.Handle]
+					for i := range 4 {
+						b.post(ib.SendWR{ID: uint64(i), Opcode: ib.OpSend, Flags: ib.SendSignaled})
+						b.kq.complete()
+						if swap {
+							other.PostRecv([]ib.RecvWR{{ID: 99}})
+							b.kc.add(ko.cqeOf(cqeRecv, uint16(i)))
+						} else {
+							other.PostSend([]ib.SendWR{{ID: 99, Opcode: ib.OpSend, Flags: ib.SendSignaled}})
+							ko.complete()
+						}
+					}
+					ended := make(chan error, 1)
+					b.k.resized = func(old, _ *fakeCQ) {
+						b.k.mu.Unlock() // the kernel takes other commands meanwhile
+						go func() { ended <- end(b, other) }()
+						select {
+						case err := <-ended:
+							ended <- err
+						case <-time.After(20 * time.Millisecond):
+						}
+						b.k.mu.Lock()
+						old.add([64]byte{63: 5 << 4})
+					}
+					if err := b.cq.Resize(2 * b.cq.Entries()); err != nil {
+						t.Fatal(err)
+					}
+					if err := <-ended; err != nil {
+						t.Fatal(err)
+					}
+					for i, wc := range b.poll(4) {
+						if wc.ID != uint64(i) || wc.QPN != b.qp.QPN() {
+							t.Errorf("completion %d is %+v", i, wc)
+						}
+					}
+					if name == "reset" {
+						b.close(other)
+					}
+				}
+				b.close(elsewhere)
+			})
+		})
+	}
 }

@@ -253,16 +253,36 @@ func (q *qp) Close() error {
 	if err := q.Destroy(); err != nil {
 		return err
 	}
+	release := q.holdRings()
 	q.sendMu.Lock()
 	q.recvMu.Lock()
 	q.closed, q.recvClosed = true, true
 	q.forget()
 	q.recvMu.Unlock()
 	q.sendMu.Unlock()
+	release()
 	return q.free()
 }
 
-// forget takes what the queue pair has had so far out of its completion queues. Called with sendMu and recvMu held.
+// holdRings keeps the rings of the queue pair's completion queues where they are, until the function that it returns is called.
+func (q *qp) holdRings() (release func()) {
+	a, b := q.scq, q.rcq
+	if a == b {
+		a.changeMu.Lock()
+		return a.changeMu.Unlock
+	}
+	if a.cookie > b.cookie { // everybody in the same order
+		a, b = b, a
+	}
+	a.changeMu.Lock()
+	b.changeMu.Lock()
+	return func() {
+		b.changeMu.Unlock()
+		a.changeMu.Unlock()
+	}
+}
+
+// forget takes what the queue pair has had so far out of its completion queues. Called with their rings held, and sendMu and recvMu.
 func (q *qp) forget() {
 	q.scq.clean(q)
 	if q.rcq != q.scq {
@@ -292,6 +312,7 @@ func (q *qp) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) er
 
 // reset makes the queues as they were in the beginning: the device has forgotten them.
 func (q *qp) reset() {
+	defer q.holdRings()()
 	q.sendMu.Lock()
 	q.recvMu.Lock()
 	q.forget()
