@@ -145,6 +145,9 @@ func (s *srq) PostRecv(wrs []ib.RecvWR) (n int, err error) {
 func (s *srq) received(slot uint16) (id uint64, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.closed {
+		return 0, driver.ErrClosed // a queue pair is being closed that has had it
+	}
 	if int(slot) >= len(s.waiting) || !s.waiting[slot] {
 		return 0, fmt.Errorf("it is of slot %d of shared receive queue %#x, where no receive is posted", slot, s.number)
 	}

@@ -172,3 +172,32 @@ func TestSRQLimits(t *testing.T) {
 		t.Errorf("%v, %v", a.Caps, err)
 	}
 }
+
+// A shared queue can be closed as soon as the kernel has destroyed its last queue pair, whose completions are still there.
+func TestSharedQueueClosedFirst(t *testing.T) {
+	versions(t, func(t *testing.T, b *bench) {
+		o, err := b.pd.CreateSRQ(driver.SRQConfig{MaxWR: 7, MaxSGE: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, k := o.(*srq), b.k.srqs[o.(*srq).handle]
+		if n, err := s.PostRecv(make([]ib.RecvWR, 7)); n != 7 {
+			t.Fatal(err)
+		}
+		q := b.newQP(ib.RC, withSRQ(s))
+		for range 3 {
+			slot, _ := k.take()
+			b.kc.add(b.k.qps[q.Handle].cqeOf(cqeRecv, slot))
+		}
+		b.k.tweak = func(cmd uint32, _, _ []byte) {
+			if cmd == 27 {
+				b.k.mu.Unlock()
+				b.close(s)
+				b.k.mu.Lock()
+			}
+		}
+		b.close(q)
+		b.k.tweak = nil
+		b.poll(0)
+	})
+}
