@@ -22,8 +22,11 @@ type mlx5Context struct {
 	uars    uars
 	records records
 
-	qps table[qp]            // by user index, or by number: see deviceInfo.byIndex
-	ahs table[addressVector] // by ib.AHNum
+	qps table[qp] // by user index, or by number: see deviceInfo.byIndex
+	// numbers is held, if completions go by number, while a queue pair is made, and from before one is destroyed until its completions
+	// are gone: the kernel may give its number to the next.
+	numbers sync.Mutex
+	ahs     table[addressVector] // by ib.AHNum
 
 	mu      sync.RWMutex
 	windows map[uint32]*mw      // guarded by mu; by the number that their keys have in common

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -437,4 +438,64 @@ func TestTable(t *testing.T) {
 	if _, err := x.add(v); err == nil {
 		t.Error("more than there are numbers")
 	}
+}
+
+// The kernel gives the number of a queue pair that it has destroyed to the next at once, while completions of it are queued.
+func TestNumberAgain(t *testing.T) {
+	versions(t, func(t *testing.T, b *bench) {
+		b.with(ib.RC)
+		old := b.newQP(ib.RC)
+		number := b.k.qps[old.Handle].number
+		old.PostSend([]ib.SendWR{{ID: 99, Opcode: ib.OpSend, Flags: ib.SendSignaled}})
+		b.k.qps[old.Handle].complete()
+		type made struct {
+			q   driver.QP
+			err error
+		}
+		next, ended := make(chan made, 1), false
+		b.k.tweak = func(cmd uint32, out, _ []byte) {
+			switch cmd {
+			case 24:
+				le.PutUint32(out[4:], number)
+				for _, q := range b.k.qps {
+					if q.srq == nil && q != b.kq && len(q.states) == 0 {
+						q.number = number
+					}
+				}
+			case 27:
+				if ended {
+					return
+				}
+				ended = true
+				if n, err := old.PostSend([]ib.SendWR{{Opcode: ib.OpSend}}); n != 0 || err != driver.ErrClosed {
+					t.Errorf("a doorbell for the number: %d, %v", n, err)
+				}
+				b.k.mu.Unlock()
+				go func() {
+					q, err := b.pd.CreateQP(b.config(ib.RC))
+					next <- made{q, err}
+				}()
+				select {
+				case m := <-next:
+					next <- m
+				case <-time.After(20 * time.Millisecond):
+				}
+				b.k.mu.Lock()
+			}
+		}
+		b.close(old)
+		m := <-next
+		b.k.tweak = nil
+		if m.err != nil {
+			t.Fatal(m.err)
+		}
+		q := m.q.(*qp)
+		b.to(q, ib.RTS)
+		q.PostSend([]ib.SendWR{{ID: 1, Opcode: ib.OpSend, Flags: ib.SendSignaled}})
+		b.k.qps[q.Handle].complete()
+		if wc := b.poll(1)[0]; wc.ID != 1 || wc.QPN != q.QPN() || uint32(wc.QPN) != number {
+			t.Errorf("%+v", wc)
+		}
+		b.close(q)
+	})
 }

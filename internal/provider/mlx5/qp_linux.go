@@ -179,6 +179,10 @@ func (q *qp) open(p *pd, cfg *driver.QPConfig, z size) (err error) {
 		srqHandle = int(q.srq.handle)
 	}
 	q.cookie = c.Track(q)
+	if !c.info.byIndex {
+		c.numbers.Lock()
+		defer c.numbers.Unlock()
+	}
 	var resp abi.Mlx5CreateQPResp
 	if err = q.Init(&p.PD, cfg, q.cookie, q.scq.handle, q.rcq.handle, srqHandle, uverbs.Bytes(&cmd), uverbs.Bytes(&resp)); err != nil {
 		return err
@@ -250,18 +254,33 @@ func (q *qp) free() error {
 
 // Close implements driver.QP.
 func (q *qp) Close() error {
+	c := q.c
+	if !c.info.byIndex {
+		c.numbers.Lock()
+		defer c.numbers.Unlock()
+	}
+	q.shut(true) // nobody rings for a number that may be another's
 	if err := q.Destroy(); err != nil {
+		q.shut(false)
 		return err
 	}
 	release := q.holdRings()
 	q.sendMu.Lock()
 	q.recvMu.Lock()
-	q.closed, q.recvClosed = true, true
 	q.forget()
 	q.recvMu.Unlock()
 	q.sendMu.Unlock()
 	release()
 	return q.free()
+}
+
+// shut ends posting, or lets it go on.
+func (q *qp) shut(closed bool) {
+	q.sendMu.Lock()
+	q.recvMu.Lock()
+	q.closed, q.recvClosed = closed, closed
+	q.recvMu.Unlock()
+	q.sendMu.Unlock()
 }
 
 // holdRings keeps the rings of the queue pair's completion queues where they are, until the function that it returns is called.
