@@ -109,7 +109,13 @@ func (q *qp) Close() error {
 	q.recvMu.Lock()
 	defer q.recvMu.Unlock()
 	q.freeWindows()
-	return q.destroy()
+	if err := q.destroy(); err != nil { // its completions go on counting
+		q.c.mu.Lock()
+		q.c.qps[q.QPN()] = q
+		q.c.mu.Unlock()
+		return err
+	}
+	return nil
 }
 
 // Path implements driver.PathReporter.

@@ -869,6 +869,9 @@ func TestClosed(t *testing.T) {
 	if err := b.qp.Close(); !errors.Is(err, driver.ErrBusy) {
 		t.Error(err)
 	}
+	if b.c.qp(b.qp.QPN()) != b.qp {
+		t.Error("its completions do not count any more")
+	}
 	b.post(ib.SendWR{Opcode: ib.OpSend})
 	clear(b.k.errs)
 }
