@@ -32,6 +32,7 @@ type mlx5Context struct {
 	windows map[uint32]*mw      // guarded by mu; by the number that their keys have in common
 	regions map[ib.LKey]*region // guarded by mu
 	links   []ib.LinkLayer      // of the ports, by number less 1
+	left    [][]byte            // guarded by mu: memory of queues that the kernel did not take back; the device may use it
 }
 
 // newContext takes over a context that the kernel has made. It closes it if it fails.
@@ -61,7 +62,18 @@ func (c *mlx5Context) open(resp *abi.Mlx5AllocUcontextResp) (err error) {
 
 // Close implements driver.Context.
 func (c *mlx5Context) Close() error {
-	return errors.Join(c.uars.close(), c.Context.Close(), c.records.close())
+	err := errors.Join(c.uars.close(), c.Context.Close(), c.records.close())
+	for _, mem := range c.left {
+		err = errors.Join(err, unmapPages(mem))
+	}
+	return err
+}
+
+// leave keeps the memory of a queue that could not be destroyed mapped, for as long as the kernel's context exists.
+func (c *mlx5Context) leave(mem []byte) {
+	c.mu.Lock()
+	c.left = append(c.left, mem)
+	c.mu.Unlock()
 }
 
 // QueryDevice implements driver.Context.

@@ -499,3 +499,51 @@ func TestNumberAgain(t *testing.T) {
 		b.close(q)
 	})
 }
+
+// What the kernel describes wrongly, and then does not destroy, keeps what the device may use of it: nobody else is given that.
+func TestBadObjectsThatStay(t *testing.T) {
+	for name, c := range map[string]struct {
+		create, destroy uint32
+		tweak           func(out, uhw []byte)
+		make            func(*bench) error
+	}{
+		"completion queue": {18, 20, func(out, _ []byte) { le.PutUint32(out[4:], 62) }, (*bench).makeCQ},
+		"queue pair":       {24, 27, func(out, _ []byte) { le.PutUint32(out[4:], 1<<24) }, (*bench).makeQP},
+		"shared queue":     {32, 35, func(out, _ []byte) { le.PutUint32(out[4:], 6) }, (*bench).makeSRQ},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := bare(t)
+			records, queuePairs := 0, 0
+			b.k.tweak = func(cmd uint32, out, uhw []byte) {
+				if cmd == c.create {
+					c.tweak(out, uhw)
+					records = len(b.c.records.free) // nobody else takes one
+				}
+			}
+			b.k.errs[c.destroy] = unix.EBUSY
+			err := c.make(b)
+			mustBe(t, "it", err, ErrDevice)
+			mustBe(t, "that it stays", err, driver.ErrBusy)
+			b.k.tweak = nil
+			clear(b.k.errs)
+			if c.create == 24 {
+				queuePairs = 1
+			}
+			if len(b.c.records.free) != records || len(b.c.left) != 1 || b.c.qps.full != queuePairs {
+				t.Errorf("%d records are free, %d were; %d memories stay; %d numbers of queue pairs are in use", len(b.c.records.free), records,
+					len(b.c.left), b.c.qps.full)
+			}
+			b.c.left[0][0]++ // it is mapped
+			if q := b.newQP(ib.RC); queuePairs > 0 && q.reg == b.c.uars.dedicated[0] {
+				t.Error("its doorbell register is another's, too")
+			} else {
+				b.close(q)
+			}
+			for h := range b.k.live { // what the kernel has been told to forget, at the end of the context
+				if o := b.k.live[h]; o != "pd" && o != "uar" && h != b.cq.handle {
+					delete(b.k.live, h)
+				}
+			}
+		})
+	}
+}

@@ -98,10 +98,15 @@ func (q *cq) create(n uint32, channel int) (err error) {
 	case q.number > number24:
 		err = fmt.Errorf("%w: the completion queue has number %#x, of more than 24 bits", ErrDevice, q.number)
 	}
-	if err != nil {
-		return errors.Join(err, uverbs.Destroyed(q.c.DestroyCQ(handle)))
+	if err == nil {
+		return nil
 	}
-	return nil
+	if still := uverbs.Destroyed(q.c.DestroyCQ(handle)); still != nil {
+		q.c.leave(q.r.mem)
+		q.r, q.rec = ringOfCQEs{}, nil
+		err = errors.Join(err, still)
+	}
+	return err
 }
 
 // free gives back what the queue has. The kernel has none any more, or never had.

@@ -189,7 +189,12 @@ func (q *qp) open(p *pd, cfg *driver.QPConfig, z size) (err error) {
 	}
 	q.number = uint32(q.QPN())
 	if err = q.finish(&resp); err != nil {
-		return errors.Join(err, q.Destroy())
+		if still := q.Destroy(); still != nil {
+			c.leave(q.mem)
+			q.mem, q.rec, q.reg, q.index = nil, nil, nil, noUserIndex // they stay what they are
+			err = errors.Join(err, still)
+		}
+		return err
 	}
 	q.lay(z)
 	q.QPInfo.Cap = ib.QPCap{MaxSendWR: int(z.requests), MaxRecvWR: int(z.slots), MaxSendSGE: cfg.Cap.MaxSendSGE, MaxRecvSGE: q.maxRecvSGE, MaxInline: z.inline}

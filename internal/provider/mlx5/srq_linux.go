@@ -85,10 +85,15 @@ func (s *srq) open(p *pd, slots, stride uint32) (err error) {
 	case s.number > number24 || s.number == 0:
 		err = fmt.Errorf("%w: the shared receive queue has number %#x", ErrDevice, s.number)
 	}
-	if err != nil {
-		return errors.Join(err, uverbs.Destroyed(s.c.DestroySRQ(s.handle)))
+	if err == nil {
+		return nil
 	}
-	return nil
+	if still := uverbs.Destroyed(s.c.DestroySRQ(s.handle)); still != nil {
+		s.c.leave(s.mem)
+		s.mem, s.rec = nil, nil
+		err = errors.Join(err, still)
+	}
+	return err
 }
 
 // link puts a slot behind another.
