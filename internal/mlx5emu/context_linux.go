@@ -147,7 +147,7 @@ const (
 func (c *Context) ucontext(room int) []byte {
 	r := abi.Mlx5AllocUcontextResp{
 		QPTabSize: qpTableSize, BFRegSize: bfRegSize, TotBFRegs: c.bfregs, CacheLineSize: cacheLine,
-		MaxSQDescSz: maxSQDesc, MaxRQDescSz: maxRQDesc, MaxSendWQEBB: maxSendWQEBB, MaxRecvWR: maxRecvWR, MaxSRQRecvWR: maxSRQWR,
+		MaxSQDescSz: maxSQDesc, MaxRQDescSz: maxRQDesc, MaxSendWQEBB: maxSendWQEBB, MaxRecvWR: maxRecvWR, MaxSRQRecvWR: maxSRQWR + 1,
 		NumPorts: 1, CQEVersion: c.cqeVersion, CmdsSuppUHW: abi.MLX5_USER_CMDS_SUPP_UHW_QUERY_DEVICE | abi.MLX5_USER_CMDS_SUPP_UHW_CREATE_AH,
 		EthMinInline: abi.MLX5_USER_INLINE_MODE_NONE, LogUARSize: 12, NumUARsPerPage: 1,
 	}

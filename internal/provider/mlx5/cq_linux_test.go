@@ -362,6 +362,19 @@ func TestResize(t *testing.T) {
 	delete(b.k.errs, 19)
 	post(1)
 	b.poll(1)
+	b.k.tweak = func(cmd uint32, out, _ []byte) {
+		if cmd == 19 {
+			le.PutUint32(out, 62)
+		}
+	}
+	if err := b.cq.Resize(30); !errors.Is(err, ErrDevice) || b.cq.Poll(make([]ib.WC, 1)) != -1 {
+		t.Errorf("the kernel speaks of another size: %v", err)
+	}
+	b.k.tweak = nil
+	last := b.cq
+	b.cq = b.newCQ(63, nil)
+	defer b.close(b.cq)
+	defer func() { b.cq = last }()
 	b.k.resized = func(*fakeCQ, *fakeCQ) {} // without a word
 	if err := b.cq.Resize(30); !errors.Is(err, ErrDevice) {
 		t.Errorf("the device does not say where it goes on: %v", err)

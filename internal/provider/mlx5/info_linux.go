@@ -59,23 +59,26 @@ func learn(r *abi.Mlx5AllocUcontextResp) (*deviceInfo, error) {
 		return bad("log_uar_size", r.LogUARSize, "12, or that of a page")
 	}
 	perUAR := usablePerUAR * i.uarsPerPage
+	power := func(n uint32) bool { return bits.OnesCount32(n) == 1 } // queues have so many elements, and these are counted with masks
 	switch {
 	case i.maxSend < bindBytes || r.MaxSQDescSz%unitBytes != 0:
 		return bad("max_sq_desc_sz", r.MaxSQDescSz, fmt.Sprintf("at least %d, in units of %d", bindBytes, unitBytes))
 	case i.maxRecv < dataBytes || r.MaxRQDescSz%unitBytes != 0:
 		return bad("max_rq_desc_sz", r.MaxRQDescSz, fmt.Sprintf("at least %d, in units of %d", dataBytes, unitBytes))
-	case i.maxBlocks < bindBytes/blockBytes:
-		return bad("max_send_wqebb", r.MaxSendWQEBB, "at least 3")
-	case i.maxSlots == 0:
-		return bad("max_recv_wr", r.MaxRecvWR, "at least 1")
+	case i.maxBlocks < bindBytes/blockBytes || !power(r.MaxSendWQEBB):
+		return bad("max_send_wqebb", r.MaxSendWQEBB, "a power of two from 4 on")
+	case !power(r.MaxRecvWR):
+		return bad("max_recv_wr", r.MaxRecvWR, "a power of two")
+	case r.MaxSRQRecvWR != 0 && !power(r.MaxSRQRecvWR):
+		return bad("max_srq_recv_wr", r.MaxSRQRecvWR, "0, or a power of two")
 	case r.NumPorts == 0 || r.NumPorts > 255:
 		return bad("num_ports", r.NumPorts, "1 to 255")
 	case r.CQEVersion > 1:
 		return bad("cqe_version", r.CQEVersion, "0 or 1: no more was asked for")
-	case r.BFRegSize != 0 && (bits.OnesCount32(r.BFRegSize) != 1 || i.halfReg < blockBytes || sendRegister+regsPerUAR*int64(r.BFRegSize) > uarBytes):
+	case r.BFRegSize != 0 && (!power(r.BFRegSize) || i.halfReg < blockBytes || sendRegister+regsPerUAR*int64(r.BFRegSize) > uarBytes):
 		return bad("bf_reg_size", r.BFRegSize, "0, or 128, 256 or 512")
-	case i.uarsPerPage < 1 || i.uarsPerPage > pageBytes/uarBytes:
-		return bad("num_uars_per_page", r.NumUARsPerPage, fmt.Sprintf("1 to %d", pageBytes/uarBytes))
+	case i.uarsPerPage < 1 || i.uarsPerPage > pageBytes/uarBytes || i.uarsPerPage&(i.uarsPerPage-1) != 0:
+		return bad("num_uars_per_page", r.NumUARsPerPage, fmt.Sprintf("a power of two up to %d", pageBytes/uarBytes))
 	case r.TotBFRegs > 512 || i.fixedRegs%perUAR != 0:
 		return bad("tot_bfregs", r.TotBFRegs, fmt.Sprintf("up to 512, in units of %d", perUAR))
 	}

@@ -97,7 +97,7 @@ const uarPageBytes = 4096
 // goodResponse is what a ConnectX-6 might say.
 func goodResponse() abi.Mlx5AllocUcontextResp {
 	return abi.Mlx5AllocUcontextResp{QPTabSize: 1 << 17, BFRegSize: 512, CacheLineSize: 64, MaxSQDescSz: 1024, MaxRQDescSz: 512,
-		MaxSendWQEBB: 32768, MaxRecvWR: 32768, MaxSRQRecvWR: 32767, NumPorts: 1, ResponseLength: 72, CQEVersion: 1, CmdsSuppUHW: 3,
+		MaxSendWQEBB: 32768, MaxRecvWR: 32768, MaxSRQRecvWR: 32768, NumPorts: 1, ResponseLength: 72, CQEVersion: 1, CmdsSuppUHW: 3,
 		EthMinInline: 1, LogUARSize: 12, NumUARsPerPage: 1}
 }
 

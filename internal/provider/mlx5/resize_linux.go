@@ -37,12 +37,15 @@ func (q *cq) Resize(entries int) error {
 	}
 	old := q.take()
 	cmd := abi.Mlx5ResizeCQ{BufAddr: uverbs.AddrOf(fresh.mem), CQESize: cqeBytes}
-	if _, err := q.c.ResizeCQ(q.handle, int(n-1), uverbs.Bytes(&cmd), nil); err != nil {
+	granted, err := q.c.ResizeCQ(q.handle, int(n-1), uverbs.Bytes(&cmd), nil)
+	if err != nil {
 		q.put(old)
 		unmapPages(fresh.mem)
 		return err
 	}
-	err = q.move(&old, &fresh)
+	if err = q.move(&old, &fresh); err == nil && granted != int(n-1) {
+		err = fmt.Errorf("a ring of %d completions was given, and the kernel speaks of %d", n, granted+1)
+	}
 	q.put(fresh)
 	if err != nil {
 		err = fmt.Errorf("%w: completion queue %#x: %w", ErrDevice, q.number, err)

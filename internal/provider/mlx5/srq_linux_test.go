@@ -159,8 +159,8 @@ func TestSRQLimits(t *testing.T) {
 	if err := s.SetLimit(3); err != nil || s.Limit() != 5 { // which the kernel says
 		t.Errorf("%d, %v", s.Limit(), err)
 	}
-	for _, cfg := range []driver.SRQConfig{{MaxWR: 0, MaxSGE: 1}, {MaxWR: 32767, MaxSGE: 1}, {MaxWR: 1, MaxSGE: 32}, {MaxWR: 1, MaxSGE: -1}} {
-		if _, err := b.pd.CreateSRQ(cfg); err == nil || !strings.Contains(err.Error(), "up to 32766, of up to 31") {
+	for _, cfg := range []driver.SRQConfig{{MaxWR: 0, MaxSGE: 1}, {MaxWR: 32768, MaxSGE: 1}, {MaxWR: 1, MaxSGE: 32}, {MaxWR: 1, MaxSGE: -1}} {
+		if _, err := b.pd.CreateSRQ(cfg); err == nil || !strings.Contains(err.Error(), "up to 32767, of up to 31") {
 			t.Errorf("%+v: %v", cfg, err)
 		}
 	}
