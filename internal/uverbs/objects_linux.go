@@ -175,9 +175,9 @@ type ah struct {
 	num    ib.AHNum
 }
 
-// NewAH makes an address handle. num returns what work requests name it by, once the driver's data is there.
+// NewAH makes an address handle, after CheckAH. num returns what work requests name it by, once the driver's data is there.
 func (p *PD) NewAH(attr *ib.AHAttr, uhwOut []byte, num func() (ib.AHNum, error)) (driver.AH, error) {
-	if err := p.C.Removed(); err != nil {
+	if err := p.C.CheckAH(attr); err != nil {
 		return nil, err
 	}
 	h, err := p.C.CreateAH(p.Handle, attr, p.C.Link, uhwOut)
@@ -302,10 +302,28 @@ func (q *QP) check(a *ib.QPAttr, mask ib.QPAttrMask) error {
 	if mask&ib.AttrPKeyIndex != 0 && int(a.PKeyIndex) >= p.PKeyTable {
 		return q.C.errorf("modify_qp", fmt.Errorf("P_Key index %d: port %d has %d P_Keys", a.PKeyIndex, port, p.PKeyTable))
 	}
-	if mask&ib.AttrAV != 0 && (a.AH.SGIDIndex < 0 || a.AH.SGIDIndex >= min(p.GIDTable, 256)) {
-		return q.C.errorf("modify_qp", fmt.Errorf("GID index %d: port %d has %d slots", a.AH.SGIDIndex, port, p.GIDTable))
+	if mask&ib.AttrAV != 0 {
+		return q.C.checkGIDIndex("modify_qp", &a.AH, &p)
 	}
 	return nil
+}
+
+// checkGIDIndex finds indices that a port does not have, or that commands and work requests have no bits for.
+func (c *Context) checkGIDIndex(op string, h *ib.AHAttr, p *ib.PortAttr) error {
+	const most = 256
+	if h.SGIDIndex < 0 || h.SGIDIndex >= min(p.GIDTable, most) {
+		return c.errorf(op, fmt.Errorf("GID index %d: port %d has %d slots, of which %d at most can be named", h.SGIDIndex, h.Port, p.GIDTable, most))
+	}
+	return nil
+}
+
+// CheckAH finds out whether an address handle's port is there, and has its GID index.
+func (c *Context) CheckAH(attr *ib.AHAttr) error {
+	p, err := c.QueryPort(attr.Port)
+	if err != nil || global(attr, p.LinkLayer) == 0 { // without a global header the index is not looked at
+		return err
+	}
+	return c.checkGIDIndex("create_ah", attr, &p)
 }
 
 // Ask asks for the attributes as they are now. Of a device that has gone there are none, also if the kernel still answers.

@@ -37,7 +37,9 @@ func (p *pd) CreateAH(attr ib.AHAttr) (driver.AH, error) {
 	case ib.LinkEthernet:
 		err = a.onEthernet(p, &attr, &v)
 	case ib.LinkInfiniBand:
-		v.onInfiniBand(&attr)
+		if err = p.c.CheckAH(&attr); err == nil {
+			v.onInfiniBand(&attr)
+		}
 	default:
 		err = fmt.Errorf("%s: create_ah: there is no port %d, or it is neither Ethernet nor InfiniBand", p.c.Device(), attr.Port)
 	}
@@ -108,7 +110,7 @@ func (v *addressVector) onInfiniBand(attr *ib.AHAttr) {
 func (v *addressVector) global(attr *ib.AHAttr, present uint32) {
 	v.bytes[26] = attr.TrafficClass
 	v.bytes[27] = attr.HopLimit
-	binary.BigEndian.PutUint32(v.bytes[28:], present|uint32(attr.SGIDIndex&0xff)<<20|attr.FlowLabel&0xfffff)
+	binary.BigEndian.PutUint32(v.bytes[28:], present|uint32(attr.SGIDIndex)<<20|attr.FlowLabel&0xfffff)
 	copy(v.bytes[32:], attr.DGID[:])
 }
 

@@ -551,3 +551,36 @@ func TestBadObjectsThatStay(t *testing.T) {
 		})
 	}
 }
+
+// A GID index has 8 bits in commands and work requests, and a port may have fewer slots: others are refused, not cut short.
+func TestGIDIndexes(t *testing.T) {
+	for _, link := range []byte{1, 2} {
+		for _, c := range []struct {
+			slots uint32
+			index int
+			ok    bool
+		}{{256, 0, true}, {256, 1, true}, {256, -1, false}, {256, 256, false}, {1000, 256, false}, {1000, 257, false}, {1, 1, false}, {1, 0, true}} {
+			b := bare(t, func(k *fakeKernel) { k.link, k.gids = link, c.slots })
+			to := ib.AHAttr{Port: 1, SGIDIndex: c.index, DGID: ib.GID{0xfd, 15: 2}}
+			h, err := b.pd.CreateAH(to)
+			if (err == nil) != c.ok || err != nil && !strings.Contains(err.Error(), " index ") {
+				t.Errorf("link %d, index %d of %d: %v", link, c.index, c.slots, err)
+			}
+			if err == nil {
+				b.close(h)
+			}
+			b.with(ib.RC)
+			err = b.qp.Modify(t.Context(), &ib.QPAttr{AH: to}, ib.AttrAV)
+			if (err == nil) != c.ok || err != nil && !strings.Contains(err.Error(), " index ") {
+				t.Errorf("link %d, queue pair, index %d of %d: %v", link, c.index, c.slots, err)
+			}
+		}
+	}
+	// Within a subnet of InfiniBand no GID is used.
+	b := bare(t, func(k *fakeKernel) { k.link, k.gids = 1, 1 })
+	h, err := b.pd.CreateAH(ib.AHAttr{Port: 1, SGIDIndex: 5, DLID: 9})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.close(h)
+}

@@ -71,7 +71,8 @@ type fakeKernel struct {
 	t        testing.TB
 	resp     abi.Mlx5AllocUcontextResp
 	request  abi.Mlx5AllocUcontextReqV2
-	link     byte // of all ports
+	link     byte   // of all ports
+	gids     uint32 // slots of a port's table
 	handles  uint32
 	live     map[uint32]string // handle -> kind
 	cookies  map[uint32]uint64 // handle -> user_handle
@@ -118,7 +119,7 @@ func newFake(t testing.TB, change ...func(*fakeKernel)) (*fakeKernel, *mlx5Conte
 
 func openFake(t testing.TB, change ...func(*fakeKernel)) (*fakeKernel, *mlx5Context, error) {
 	t.Helper()
-	k := &fakeKernel{t: t, resp: goodResponse(), link: 2, live: map[uint32]string{}, cookies: map[uint32]uint64{}, cqs: map[uint32]*fakeCQ{},
+	k := &fakeKernel{t: t, resp: goodResponse(), link: 2, gids: 256, live: map[uint32]string{}, cookies: map[uint32]uint64{}, cqs: map[uint32]*fakeCQ{},
 		qps: map[uint32]*fakeQP{}, srqs: map[uint32]*fakeSRQ{}, pages: map[uint32][]byte{}, errs: map[uint32]syscall.Errno{},
 		mac: [6]byte{2, 0, 0, 0, 0, 9}, channel: -1}
 	for _, f := range change {
@@ -225,7 +226,7 @@ func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
 	case 0x00020000: // QUERY_PORT
 		r := attrs[1].data
 		le.PutUint32(r[4:], 1<<30)
-		le.PutUint32(r[16:], 256)
+		le.PutUint32(r[16:], k.gids)
 		le.PutUint16(r[20:], 128)
 		le.PutUint16(r[22:], 7)
 		r[26], r[27], r[28], r[37] = 4, 5, 5, k.link
@@ -235,14 +236,17 @@ func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
 		le.PutUint64(attrs[1].data, 1)
 		copy(attrs[0x1001].data, uverbs.Bytes(&k.resp))
 	case 0x00050000: // QUERY_GID_TABLE
-		for i, typ := range []uint32{1, 2} { // RoCE v1 at index 0, v2 at 1
+		for i, typ := range []uint32{1, 2, 2} { // RoCE v1 at index 0, v2 at 1, and behind what can be named
 			g := attrs[2].data[32*i:]
+			if i == 2 {
+				i = 256
+			}
 			g[0], g[15] = 0xfd, 1
 			le.PutUint32(g[16:], uint32(i))
 			le.PutUint32(g[20:], 1)
 			le.PutUint32(g[24:], typ)
 		}
-		le.PutUint64(attrs[3].data, 2)
+		le.PutUint64(attrs[3].data, 3)
 	case 0x00000010: // ASYNC_EVENT
 		le.PutUint64(attrs[0].v, uint64(k.async[0]))
 	case 0x10001008: // a UAR
