@@ -2,7 +2,7 @@
 
 #include "textflag.h"
 
-// func doorbell(record *uint32, v uint32, reg *uint64, word uint64)
+// func doorbell(record *recordWord, v uint32, reg *register, word uint64)
 TEXT ·doorbell(SB), NOSPLIT, $0-32
 	MOVQ record+0(FP), AX
 	MOVL v+8(FP), CX
@@ -14,7 +14,7 @@ TEXT ·doorbell(SB), NOSPLIT, $0-32
 	SFENCE // out of the write-combining buffer
 	RET
 
-// func blueFlame(record *uint32, v uint32, reg *uint64, wqe, start, end *byte, blocks int)
+// func blueFlame(record *recordWord, v uint32, reg *register, wqe, start, end *byte, blocks int)
 TEXT ·blueFlame(SB), NOSPLIT, $0-56
 	MOVQ record+0(FP), AX
 	MOVL v+8(FP), CX
@@ -52,14 +52,14 @@ block: // in words, as the element was written: wider loads would wait for the s
 	SFENCE
 	RET
 
-// func publish(record *uint32, v uint32)
+// func publish(record *recordWord, v uint32)
 TEXT ·publish(SB), NOSPLIT, $0-12
 	MOVQ record+0(FP), AX
 	MOVL v+8(FP), CX
 	MOVL CX, (AX)
 	RET
 
-// func consumed(record *uint32, v uint32)
+// func consumed(record *recordWord, v uint32)
 TEXT ·consumed(SB), NOSPLIT, $0-12
 	MOVQ record+0(FP), AX
 	MOVL v+8(FP), CX

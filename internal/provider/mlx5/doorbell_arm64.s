@@ -2,7 +2,7 @@
 
 #include "textflag.h"
 
-// func doorbell(record *uint32, v uint32, reg *uint64, word uint64)
+// func doorbell(record *recordWord, v uint32, reg *register, word uint64)
 TEXT ·doorbell(SB), NOSPLIT, $0-32
 	MOVD  record+0(FP), R0
 	MOVWU v+8(FP), R1
@@ -15,7 +15,7 @@ TEXT ·doorbell(SB), NOSPLIT, $0-32
 	DSB   $14 // out of the write-combining buffer
 	RET
 
-// func blueFlame(record *uint32, v uint32, reg *uint64, wqe, start, end *byte, blocks int)
+// func blueFlame(record *recordWord, v uint32, reg *register, wqe, start, end *byte, blocks int)
 TEXT ·blueFlame(SB), NOSPLIT, $0-56
 	MOVD  record+0(FP), R0
 	MOVWU v+8(FP), R1
@@ -38,7 +38,7 @@ block:
 	DSB    $14
 	RET
 
-// func publish(record *uint32, v uint32)
+// func publish(record *recordWord, v uint32)
 TEXT ·publish(SB), NOSPLIT, $0-12
 	MOVD  record+0(FP), R0
 	MOVWU v+8(FP), R1
@@ -46,7 +46,7 @@ TEXT ·publish(SB), NOSPLIT, $0-12
 	MOVW  R1, (R0)
 	RET
 
-// func consumed(record *uint32, v uint32)
+// func consumed(record *recordWord, v uint32)
 TEXT ·consumed(SB), NOSPLIT, $0-12
 	MOVD  record+0(FP), R0
 	MOVWU v+8(FP), R1

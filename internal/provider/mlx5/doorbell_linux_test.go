@@ -3,6 +3,10 @@
 package mlx5
 
 import (
+	"go/ast"
+	"go/parser"
+	"go/printer"
+	"go/token"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -104,6 +108,99 @@ func TestDoorbellInstructions(t *testing.T) {
 	}
 }
 
+// Registers and records are reached by their types only, which nobody can store to: pointers to them are made in one place, of memory,
+// and no other pointer is made of them; nobody stores a whole one.
+func TestDoorbellSource(t *testing.T) {
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pointers := map[string]int{}
+	for _, name := range files {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, bad := range doorbellLeaks(t, name, text) {
+			if bad.pointer && name == "memory_unsafe_linux.go" {
+				pointers[bad.what]++
+				continue
+			}
+			t.Errorf("%s: %s", bad.at, bad.what)
+		}
+	}
+	if pointers["(*register)"] != 1 || pointers["(*[2]recordWord)"] != 1 || len(pointers) != 2 {
+		t.Errorf("memory becomes registers and records by %v", pointers)
+	}
+	const leaky = `package mlx5
+func f(r *register, rec *record, q *sendQueue, x []register) {
+	*r = register{}
+	*rec.word[0] = *rec.word[1]
+	g((*register)(nil))
+	*(*uint64)(unsafe.Pointer(r)) = 1
+	put[uint32](unsafe.Pointer(q.record), 0, 1)
+	p := unsafe.Pointer(rec.word[0])
+	x[0] = x[1]
+}`
+	if n := len(doorbellLeaks(t, "leaky.go", []byte(leaky))); n != 7 {
+		t.Errorf("%d of 7 places are seen", n)
+	}
+}
+
+// A leak is a place in the source that may write to a register or a record.
+type leak struct {
+	at, what string
+	pointer  bool // it makes a pointer to one
+}
+
+// doorbellLeaks finds places in a file that go around the types of registers and records.
+func doorbellLeaks(t *testing.T, name string, text []byte) (list []leak) {
+	fset := token.NewFileSet()
+	f, err := parser.ParseFile(fset, name, text, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	show := func(n ast.Node) string {
+		var b strings.Builder
+		printer.Fprint(&b, fset, n)
+		return b.String()
+	}
+	found := func(n ast.Node, what string, pointer bool) {
+		list = append(list, leak{fset.Position(n.Pos()).String(), what, pointer})
+	}
+	device := regexp.MustCompile(`\b(register|recordWord)\b`)
+	names := regexp.MustCompile(`(\.word\[\w+\]|\.halves\[.*\]|\.record|\.arm|^reg|^rec|^r)$`) // what holds pointers to them
+	ast.Inspect(f, func(n ast.Node) bool {
+		switch n := n.(type) {
+		case *ast.CompositeLit:
+			if id, ok := n.Type.(*ast.Ident); ok && device.MatchString(id.Name) {
+				found(n, show(n), false)
+			}
+		case *ast.CallExpr:
+			if p, ok := n.Fun.(*ast.ParenExpr); ok && device.MatchString(show(p)) {
+				found(n, show(p), true)
+			} else if show(n.Fun) == "unsafe.Pointer" && names.MatchString(show(n.Args[0])) {
+				found(n, show(n), false)
+			}
+		case *ast.AssignStmt:
+			for _, l := range n.Lhs {
+				if s, ok := l.(*ast.StarExpr); ok && names.MatchString(show(s.X)) && !device.MatchString(show(n.Rhs[0])) {
+					found(l, show(n), false)
+				}
+			}
+		case *ast.ArrayType:
+			if id, ok := n.Elt.(*ast.Ident); ok && device.MatchString(id.Name) && n.Len == nil {
+				found(n, show(n), false) // a slice of them, whose elements can be stored to
+			}
+		}
+		return true
+	})
+	return list
+}
+
 // What the functions store, on the machine that runs the tests: an element that goes round the end of its queue as well.
 func TestDoorbellStores(t *testing.T) {
 	mem, err := mapPages(4096)
@@ -114,8 +211,8 @@ func TestDoorbellStores(t *testing.T) {
 	for i := range mem[:512] {
 		mem[i] = byte(i * 7)
 	}
-	rec := &record{word: [2]*uint32{words(mem, 1024), words(mem, 1028)}}
-	reg := word64(mem, 2048)
+	rec := &record{word: [2]*recordWord{words(mem, 1024), words(mem, 1028)}}
+	reg := registerAt(mem, 2048)
 	doorbell(rec.word[1], 0x01020304, reg, 0x1122334455667788)
 	if le.Uint32(mem[1028:]) != 0x01020304 || le.Uint64(mem[2048:]) != 0x1122334455667788 || le.Uint32(mem[1024:]) != 0 || le.Uint64(mem[2056:]) != 0 {
 		t.Errorf("doorbell: %x %x", mem[1024:1032], mem[2048:2064])

@@ -51,7 +51,7 @@ type records struct {
 
 // A record is a pair of doorbell records, which the device may read at any time until its queue is destroyed.
 type record struct {
-	word [2]*uint32 // written by doorbell, publish and consumed only
+	word [2]*recordWord
 	addr uint64
 }
 
@@ -78,8 +78,8 @@ func (r *records) take() (*record, error) {
 		addr := uverbs.AddrOf(mem)
 		for off := 0; off < len(mem); off += recordBytes {
 			// Safe: both words are within the page, and aligned.
-			w := (*[2]uint32)(at(mem, off, 8))
-			r.free = append(r.free, &record{word: [2]*uint32{&w[0], &w[1]}, addr: addr + uint64(off)})
+			w := (*[2]recordWord)(at(mem, off, 8))
+			r.free = append(r.free, &record{word: [2]*recordWord{&w[0], &w[1]}, addr: addr + uint64(off)})
 		}
 	}
 	last := len(r.free) - 1
@@ -116,10 +116,10 @@ func (r *records) close() (err error) {
 	return err
 }
 
-// word64 is a register of 8 bytes at off in a mapping.
-func word64(mem []byte, off int) *uint64 {
+// registerAt is a register at off in a mapping.
+func registerAt(mem []byte, off int) *register {
 	// Safe: at has checked that it is within the mapping; off is a multiple of 8. It is only written, by doorbell and blueFlame.
-	return (*uint64)(at(mem, off, 8))
+	return (*register)(at(mem, off, 8))
 }
 
 // bytesOf is p for blueFlame.

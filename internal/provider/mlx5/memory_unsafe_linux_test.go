@@ -10,7 +10,7 @@ func memoryAt(addr uint64, n int) []byte {
 	return unsafe.Slice((*byte)(p), n)             // Safe: likewise
 }
 
-// words is the number of 32 bits at off.
-func words(mem []byte, off int) *uint32 {
-	return (*uint32)(unsafe.Pointer(&mem[off])) // Safe: aligned, and within mem
+// words is the number of 32 bits at off, as one of a record.
+func words(mem []byte, off int) *recordWord {
+	return (*recordWord)(unsafe.Pointer(&mem[off])) // Safe: aligned, and within mem
 }

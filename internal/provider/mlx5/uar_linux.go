@@ -41,7 +41,7 @@ type uar struct {
 
 // A sendReg is a doorbell register for send queues.
 type sendReg struct {
-	halves [2]*uint64
+	halves [2]*register
 	most   int    // blocks that can be written to one half at once; 0: none
 	page   uint32 // of its UAR
 	shared bool   // several queue pairs have it
@@ -86,8 +86,8 @@ func (r *sendReg) ringLast(q *sendQueue, p wqe) {
 type uars struct {
 	c     *uverbs.Context
 	info  *deviceInfo
-	arm   *uint64 // of completion queues
-	armAt uint32  // the page of that
+	arm   *register // of completion queues
+	armAt uint32    // the page of that
 
 	mu        sync.Mutex
 	pages     []*uar     // guarded by mu
@@ -105,12 +105,12 @@ func (u *uars) open() error {
 	if err != nil {
 		return fmt.Errorf("%w (completion queues are armed there)", err)
 	}
-	u.arm, u.armAt = word64(p.mem, armRegister), p.page
+	u.arm, u.armAt = registerAt(p.mem, armRegister), p.page
 	if u.armAt > 0xffff {
 		return fmt.Errorf("the kernel gave UAR %#x for arming completion queues, and commands have 16 bits for it", u.armAt)
 	}
 	if u.info.halfReg == 0 { // there is no BlueFlame: one register does for all, as it takes single words
-		u.shared = append(u.shared, &sendReg{halves: [2]*uint64{word64(p.mem, sendRegister), word64(p.mem, sendRegister)}, page: p.page, shared: true})
+		u.shared = append(u.shared, &sendReg{halves: [2]*register{registerAt(p.mem, sendRegister), registerAt(p.mem, sendRegister)}, page: p.page, shared: true})
 	}
 	return nil
 }
@@ -178,13 +178,13 @@ func (u *uars) openFixed() error {
 			}
 		}
 	}
-	u.arm = word64(u.pages[0].mem, armRegister)
+	u.arm = registerAt(u.pages[0].mem, armRegister)
 	return nil
 }
 
 func (u *uars) newReg(mem []byte, at int, page uint32) *sendReg {
 	half := u.info.halfReg
-	return &sendReg{halves: [2]*uint64{word64(mem, at), word64(mem, at+half)}, most: half / blockBytes, page: page}
+	return &sendReg{halves: [2]*register{registerAt(mem, at), registerAt(mem, at+half)}, most: half / blockBytes, page: page}
 }
 
 // take returns a register for a queue pair, or nil where the kernel chooses one.

@@ -37,7 +37,7 @@ type sendQueue struct {
 	cur    uint32 // blocks written, ever
 	head   uint32 // requests written, ever
 	limit  uint32 // outstanding requests, at most
-	record *uint32
+	record *recordWord
 
 	sent []sent // by block; read by pollers for requests that posted tells of
 }
@@ -205,7 +205,7 @@ type recvQueue struct {
 	mask   uint32
 	limit  uint32 // slots; 0 of a queue pair with a shared queue
 	shift  uint8
-	record *uint32
+	record *recordWord
 	head   uint32   // receives posted, ever
 	ids    []uint64 // by slot; read by pollers for receives that posted tells of
 }
