@@ -140,6 +140,14 @@ func keepFromChildren(mem []byte) {
 
 // RegisterDMABuf implements driver.DMABufRegistrar.
 func (p *PD) RegisterDMABuf(cfg driver.DMABufConfig) (driver.MR, error) {
+	m, err := p.registerDMABuf(cfg)
+	if err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+func (p *PD) registerDMABuf(cfg driver.DMABufConfig) (*MR, error) {
 	if err := p.C.Removed(); err != nil {
 		return nil, err
 	}

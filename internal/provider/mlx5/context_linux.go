@@ -28,16 +28,16 @@ type mlx5Context struct {
 	numbers sync.Mutex
 	ahs     table[addressVector] // by ib.AHNum
 
-	mu      sync.RWMutex
-	windows map[uint32]*mw      // guarded by mu; by the number that their keys have in common
-	regions map[ib.LKey]*region // guarded by mu
-	links   []ib.LinkLayer      // of the ports, by number less 1
-	left    [][]byte            // guarded by mu: memory of queues that the kernel did not take back; the device may use it
+	windows *uverbs.Windows
+	links   []ib.LinkLayer // of the ports, by number less 1
+
+	mu   sync.Mutex
+	left [][]byte // guarded by mu: memory of queues that the kernel did not take back; the device may use it
 }
 
 // newContext takes over a context that the kernel has made. It closes it if it fails.
 func newContext(u *uverbs.Context, resp *abi.Mlx5AllocUcontextResp) (*mlx5Context, error) {
-	c := &mlx5Context{Context: u, windows: map[uint32]*mw{}, regions: map[ib.LKey]*region{}}
+	c := &mlx5Context{Context: u, windows: uverbs.NewWindows()}
 	err := c.open(resp)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", u.Device(), err), c.Close())
@@ -101,7 +101,7 @@ func (c *mlx5Context) link(port uint8) ib.LinkLayer {
 }
 
 type pd struct {
-	uverbs.PD
+	uverbs.WindowPD
 	c *mlx5Context
 }
 
@@ -112,5 +112,5 @@ func (c *mlx5Context) AllocPD() (driver.PD, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &pd{p, c}, nil
+	return &pd{uverbs.WindowPD{PD: p, W: c.windows}, c}, nil
 }

@@ -249,6 +249,11 @@ func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
 		le.PutUint64(attrs[3].data, 3)
 	case 0x00000010: // ASYNC_EVENT
 		le.PutUint64(attrs[0].v, uint64(k.async[0]))
+	case abi.UVERBS_METHOD_REG_DMABUF_MR<<16 | abi.UVERBS_OBJECT_MR:
+		h := k.handle("mr")
+		le.PutUint64(attrs[abi.UVERBS_ATTR_REG_DMABUF_MR_HANDLE].v, uint64(h))
+		le.PutUint32(attrs[abi.UVERBS_ATTR_REG_DMABUF_MR_RESP_LKEY].data, h<<8|0x42)
+		le.PutUint32(attrs[abi.UVERBS_ATTR_REG_DMABUF_MR_RESP_RKEY].data, h<<8|0x42)
 	case 0x10001008: // a UAR
 		if e := k.errs[0x1008]; e != 0 {
 			return e

@@ -10,7 +10,10 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/uverbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -78,7 +81,7 @@ func TestBindElements(t *testing.T) {
 	}
 	first := w.RKey()
 	key := first&^0xff | 0x77
-	base := m.(*region).base
+	base := m.(*uverbs.Region).Base
 	bind := ib.BindMW{Window: w.Handle(), RKey: key, MRLKey: m.LKey(), Addr: base + 100, Length: 50, Access: ib.AccessRemoteRead | ib.AccessRemoteAtomic}
 	b.post(ib.SendWR{Opcode: ib.OpBindMW, Bind: &bind}, ib.SendWR{Opcode: ib.OpSend}, ib.SendWR{Opcode: ib.OpSend},
 		ib.SendWR{Opcode: ib.OpLocalInv, InvalidateRKey: key}, ib.SendWR{Opcode: ib.OpSend, Flags: ib.SendFence})
@@ -97,9 +100,9 @@ func TestBindElements(t *testing.T) {
 		f    func(*ib.BindMW)
 		want error
 	}{
-		"another window":      {func(x *ib.BindMW) { x.Window++ }, errNoWindow},
-		"another region":      {func(x *ib.BindMW) { x.MRLKey++ }, errDomains},
-		"another key":         {func(x *ib.BindMW) { x.RKey += 256 }, errWindowKey},
+		"another window":      {func(x *ib.BindMW) { x.Window++ }, uverbs.ErrNoWindow},
+		"another region":      {func(x *ib.BindMW) { x.MRLKey++ }, uverbs.ErrWindowDomains},
+		"another key":         {func(x *ib.BindMW) { x.RKey += 256 }, uverbs.ErrWindowKey},
 		"nothing":             {func(x *ib.BindMW) { x.Length = 0 }, errWindowSize},
 		"beyond the region":   {func(x *ib.BindMW) { x.Length = 8192 - 99 }, errWindowSize},
 		"before the region":   {func(x *ib.BindMW) { x.Addr = base - 1 }, errWindowSize},
@@ -380,4 +383,78 @@ func TestAllocs(t *testing.T) {
 	}); n != 0 {
 		t.Errorf("%v allocations", n)
 	}
+}
+
+// A window is bound to a region of another device's memory as to any.
+func TestBindDMABuf(t *testing.T) {
+	b := newBench(t, ib.RC)
+	m, err := b.pd.RegisterDMABuf(driver.DMABufConfig{FD: 1, Offset: 4096, Length: 8192, IOVA: 0x10000, Access: ib.AccessLocalWrite | ib.AccessRemoteRead | ib.AccessMWBind})
+	if err != nil {
+		t.Fatal(err)
+	}
+	o, err := b.pd.AllocMW()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bind := ib.BindMW{Window: o.Handle(), RKey: o.RKey() + 1, MRLKey: m.LKey(), Addr: 0x10000 + 8000, Length: 192, Access: ib.AccessRemoteRead}
+	b.post(ib.SendWR{Opcode: ib.OpBindMW, Bind: &bind})
+	for _, addr := range []uint64{0xffff, 0x10000 + 8001, 0x10000 + 8192, 8000} {
+		bind.Addr = addr
+		_, err := b.qp.PostSend([]ib.SendWR{{Opcode: ib.OpBindMW, Bind: &bind}})
+		mustBe(t, "bytes outside of the region", err, errWindowSize)
+	}
+	bind.Addr = 0x10000
+	b.close(m)
+	_, err = b.qp.PostSend([]ib.SendWR{{Opcode: ib.OpBindMW, Bind: &bind}})
+	mustBe(t, "a closed region", err, uverbs.ErrWindowDomains)
+	b.close(o)
+}
+
+// A window that cannot be had leaves nothing behind, and what is said is why.
+func TestNoWindow(t *testing.T) {
+	b := bare(t)
+	b.k.errs[14] = unix.ENOMEM
+	_, err := b.pd.AllocMW()
+	mustBe(t, "no memory", err, unix.ENOMEM)
+	delete(b.k.errs, 14)
+	o, err := b.pd.AllocMW()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.k.tweak = func(cmd uint32, out, _ []byte) {
+		if cmd == 14 {
+			le.PutUint32(out[4:], uint32(o.RKey()))
+		}
+	}
+	if _, err = b.pd.AllocMW(); err == nil || !strings.Contains(err.Error(), "another memory window's") {
+		t.Errorf("a number that is in use: %v", err)
+	}
+	b.k.errs[16] = unix.EBUSY
+	_, err = b.pd.AllocMW()
+	mustBe(t, "and it stays", err, driver.ErrBusy)
+	mustBe(t, "the window, likewise", o.Close(), driver.ErrBusy)
+	delete(b.k.errs, 16)
+	for h, kind := range b.k.live {
+		if kind == "mw" && h != o.Handle() {
+			delete(b.k.live, h)
+		}
+	}
+	b.k.tweak = nil
+	b.close(o)
+
+	b = bare(t, func(k *fakeKernel) { k.errs[0x80000001] = unix.EIO })
+	_, err = b.pd.AllocMW()
+	mustBe(t, "a device that has gone", err, driver.ErrDeviceRemoved)
+	if errors.Is(err, errors.ErrUnsupported) {
+		t.Errorf("it is said to have no windows: %v", err)
+	}
+	b = bare(t, func(k *fakeKernel) {
+		k.tweak = func(cmd uint32, out, _ []byte) {
+			if cmd == 0x80000001 {
+				le.PutUint32(out[60:], 0)
+			}
+		}
+	})
+	_, err = b.pd.AllocMW()
+	mustBe(t, "a device without", err, errors.ErrUnsupported)
 }

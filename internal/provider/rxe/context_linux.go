@@ -16,16 +16,15 @@ const maxInline = 512
 type rxeContext struct {
 	*uverbs.Context
 
-	mu      sync.RWMutex
-	qps     map[ib.QPN]*qp      // guarded by mu
-	windows map[uint32]*mw      // guarded by mu; by the number that their keys have in common
-	regions map[ib.LKey]*region // guarded by mu
-
+	windows   *uverbs.Windows
 	placement bool // the driver has FLUSH and ATOMIC_WRITE
+
+	mu  sync.RWMutex
+	qps map[ib.QPN]*qp // guarded by mu
 }
 
 func newContext(c *uverbs.Context) *rxeContext {
-	r := &rxeContext{Context: c, qps: map[ib.QPN]*qp{}, windows: map[uint32]*mw{}, regions: map[ib.LKey]*region{}}
+	r := &rxeContext{Context: c, qps: map[ib.QPN]*qp{}, windows: uverbs.NewWindows()}
 	if a, err := c.QueryDevice(); err == nil { // else it will say so again
 		r.placement = a.Caps.Has(ib.CapFlush | ib.CapAtomicWrite)
 	}
@@ -47,7 +46,7 @@ func (c *rxeContext) AllocPD() (driver.PD, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &pd{p, c}, nil
+	return &pd{uverbs.WindowPD{PD: p, W: c.windows}, c}, nil
 }
 
 // qp returns the queue pair of that number, or nil if it is closed.
@@ -79,7 +78,7 @@ func (c *rxeContext) unmapQueue(q *queue) {
 }
 
 type pd struct {
-	uverbs.PD
+	uverbs.WindowPD
 	c *rxeContext
 }
 

@@ -236,7 +236,7 @@ func (q *cq) note(wcs []ib.WC) {
 				p.failed()
 			}
 		case wc.Flags&ib.WCWithInv != 0:
-			q.c.invalidated(wc.InvalidatedRKey)
+			q.c.windows.Invalidated(wc.InvalidatedRKey)
 		}
 	}
 }

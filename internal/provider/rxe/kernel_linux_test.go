@@ -275,6 +275,7 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhw []byte) syscall.Errno {
 	case 0x80000001: // QUERY_DEVICE
 		le.PutUint32(out[52:], 1000)
 		le.PutUint32(out[56:], 1<<20)
+		le.PutUint32(out[60:], 1<<24) // windows of type 2B
 		le.PutUint32(out[64:], 32)
 		le.PutUint32(out[76:], 32767)
 		le.PutUint32(out[108:], 1)

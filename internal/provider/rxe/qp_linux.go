@@ -108,7 +108,7 @@ func (q *qp) Close() error {
 	defer q.sendMu.Unlock()
 	q.recvMu.Lock()
 	defer q.recvMu.Unlock()
-	q.freeWindows()
+	q.c.windows.Free(&q.QP)
 	if err := q.destroy(); err != nil { // its completions go on counting
 		q.c.mu.Lock()
 		q.c.qps[q.QPN()] = q
@@ -277,7 +277,7 @@ func (q *qp) put(wr *ib.SendWR, at uint32) error {
 		}
 		e.window = key
 	case wr.Opcode == ib.OpLocalInv:
-		if err := q.invalidate(wr.InvalidateRKey); err != nil {
+		if err := q.c.windows.Unbind(wr.InvalidateRKey); err != nil {
 			return err
 		}
 	}

@@ -723,10 +723,10 @@ func TestWindows(t *testing.T) {
 		return err
 	}
 	for what, c := range map[string]struct{ got, want error }{
-		"region without the right": {bind(w, plain, next), errDomains},
-		"region of another domain": {bind(w, foreign, next), errDomains},
-		"window of another domain": {bind(foreignWin, m, foreignWin.RKey()), errDomains},
-		"key of another window":    {bind(w, m, next+0x100), errWindowKey},
+		"region without the right": {bind(w, plain, next), uverbs.ErrWindowDomains},
+		"region of another domain": {bind(w, foreign, next), uverbs.ErrWindowDomains},
+		"window of another domain": {bind(foreignWin, m, foreignWin.RKey()), uverbs.ErrWindowDomains},
+		"key of another window":    {bind(w, m, next+0x100), uverbs.ErrWindowKey},
 	} {
 		if !errors.Is(c.got, c.want) || !errors.Is(c.got, driver.ErrInvalidWR) {
 			t.Errorf("%s: %v", what, c.got)
@@ -736,7 +736,7 @@ func TestWindows(t *testing.T) {
 		t.Fatal(err, w.RKey())
 	}
 	sameBytes(t, "bind", b.kq.sq.newest()[:208], element(208, []field{{0, 8, 1}, {12, 4, 8}, {24, 8, 0x123}, {32, 8, 0x45}, {40, 4, uint64(m.LKey())}, {44, 4, uint64(first)}, {48, 4, uint64(next)}, {52, 4, 4}}))
-	if err := bind(w, m, next+1); !errors.Is(err, errIsBound) {
+	if err := bind(w, m, next+1); !errors.Is(err, uverbs.ErrIsBound) {
 		t.Error(err)
 	}
 	invalidate := func(key ib.RKey) error {
@@ -746,7 +746,7 @@ func TestWindows(t *testing.T) {
 	if err := invalidate(next); err != nil {
 		t.Error(err)
 	}
-	if err := invalidate(next); !errors.Is(err, errNotBound) {
+	if err := invalidate(next); !errors.Is(err, uverbs.ErrNotBound) {
 		t.Error(err)
 	}
 	if err := invalidate(0x99999900); err != nil { // no window's: the kernel judges
@@ -762,7 +762,7 @@ func TestWindows(t *testing.T) {
 	if n := b.cq.Poll(make([]ib.WC, 1)); n != 1 {
 		t.Fatal(n)
 	}
-	if err := invalidate(next + 1); !errors.Is(err, errNotBound) {
+	if err := invalidate(next + 1); !errors.Is(err, uverbs.ErrNotBound) {
 		t.Error(err)
 	}
 	if err := bind(w, m, next+2); err != nil {
@@ -775,7 +775,7 @@ func TestWindows(t *testing.T) {
 	}
 	delete(b.k.errs, 13)
 	b.close(w, foreignWin, m, plain, foreign, other)
-	if err := bind(w, m, next+3); !errors.Is(err, errNoWindow) {
+	if err := bind(w, m, next+3); !errors.Is(err, uverbs.ErrNoWindow) {
 		t.Error(err)
 	}
 }
@@ -803,7 +803,7 @@ func TestWindowEndsWithQP(t *testing.T) {
 		t.Errorf("%d windows were freed, and the last command was %d", n, b.k.commands[len(b.k.commands)-1])
 	}
 	wr := ib.SendWR{Opcode: ib.OpBindMW, Bind: &ib.BindMW{Window: windows[0].Handle(), RKey: windows[0].RKey(), MRLKey: m.LKey(), Length: 8}}
-	if _, err := b.qp.PostSend([]ib.SendWR{wr}); !errors.Is(err, errFreed) {
+	if _, err := b.qp.PostSend([]ib.SendWR{wr}); !errors.Is(err, uverbs.ErrWindowEnded) {
 		t.Error(err)
 	}
 	b.close(windows[0], windows[1], m)
