@@ -212,6 +212,8 @@ type QP struct {
 	modify sync.Mutex    // one change at a time, and none beside Destroy
 	ended  bool          // guarded by modify
 	state  atomic.Uint32 // as last heard; errors change it without a word
+
+	windows WindowRequests
 }
 
 // Init makes the queue pair; cq and srq are handles, srq -1 for none. uhwIn and uhwOut are what the provider's driver takes and gives.

@@ -109,9 +109,65 @@ type MW struct {
 	freeMu sync.Mutex // held while the kernel is asked to free it; taken before mu
 
 	mu    sync.Mutex // never held during commands
-	key   ib.RKey    // guarded by mu: as it will be when what was posted is done
-	bound *QP        // guarded by mu; likewise. Only of Bind's with exclusive
+	now   binding    // guarded by mu: as it will be when what was posted is done
 	freed bool       // guarded by mu: in the kernel
+}
+
+// A binding is what requests change of a window.
+type binding struct {
+	key   ib.RKey
+	bound *QP // by whom; only of Bind's with exclusive
+}
+
+// WindowRequests are the requests about windows that a queue pair has posted lately. One that fails has changed nothing, nor have those
+// behind it, which are flushed: what was noted of them when they were posted is taken back.
+type WindowRequests struct {
+	mu   sync.Mutex      // taken before windows' locks
+	list []windowRequest // guarded by mu, in the order of posting
+}
+
+// A windowRequest is one of them. Its number counts all of the queue pair's send requests.
+type windowRequest struct {
+	w             *MW
+	number        uint32
+	before, after binding
+}
+
+// addLocked notes a request. Those that lie further back than the send queue has room for have succeeded. Called with w.mu held, too.
+func (r *WindowRequests) addLocked(w *MW, number uint32, before binding, depth int) {
+	old := 0
+	for old < len(r.list) && int(number-r.list[old].number) > depth {
+		old++
+	}
+	r.list = append(r.list[old:], windowRequest{w, number, before, w.now})
+}
+
+// WindowsFailed says that a send request has failed. did reports whether the one of that number was done before that; those behind the
+// first that was not are flushed.
+func (q *QP) WindowsFailed(did func(number uint32) bool) {
+	r := &q.windows
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	done := 0
+	for done < len(r.list) && did(r.list[done].number) {
+		done++
+	}
+	for i := len(r.list) - 1; i >= done; i-- {
+		e := &r.list[i]
+		e.w.mu.Lock()
+		if e.w.now == e.after { // else somebody has gone on from there
+			e.w.now = e.before
+		}
+		e.w.mu.Unlock()
+	}
+	r.list = nil
+}
+
+// ForgetWindows says that nothing that was posted can fail any more: the queue pair was reset, and nobody knows how far it had come.
+func (q *QP) ForgetWindows() {
+	q.windows.mu.Lock()
+	q.windows.list = nil
+	q.windows.mu.Unlock()
 }
 
 // windowNumber is what all keys of a window have in common, and Handle tells.
@@ -133,7 +189,7 @@ func (p *WindowPD) AllocMW() (driver.MW, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &MW{p: p, handle: handle, key: key}
+	w := &MW{p: p, handle: handle, now: binding{key: key}}
 	if !p.W.addWindow(w) {
 		err := p.C.errorf("alloc_mw", fmt.Errorf("the kernel gave the key %#x, whose upper 24 bits are another memory window's", uint32(key)))
 		return nil, errors.Join(err, Destroyed(p.C.DeallocMW(handle)))
@@ -160,7 +216,7 @@ func (w *MW) Handle() uint32 { return windowNumber(w.RKey()) }
 func (w *MW) RKey() ib.RKey {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.key
+	return w.now.key
 }
 
 // Close implements driver.MW.
@@ -189,7 +245,7 @@ func (w *MW) free() error {
 	err := Destroyed(w.p.C.DeallocMW(w.handle))
 	if err == nil {
 		w.mu.Lock()
-		w.freed, w.bound = true, nil
+		w.freed, w.now.bound = true, nil
 		w.mu.Unlock()
 	}
 	return err
@@ -221,22 +277,26 @@ func (t *Windows) Lookup(q *QP, b *ib.BindMW) (*MW, *Region, error) {
 	return w, r, nil
 }
 
-// Bind notes that a request that is being posted to the queue pair gives the window a key. It returns the key before that. If it is
-// exclusive, a window that is bound, as far as is known here, is refused.
-func (w *MW) Bind(q *QP, key ib.RKey, exclusive bool) (current ib.RKey, err error) {
+// Bind notes that the send request of that number, which is being posted to the queue pair, gives the window a key. It returns the key
+// before that. If it is exclusive, a window that is bound, as far as is known here, is refused.
+func (w *MW) Bind(q *QP, key ib.RKey, exclusive bool, number uint32) (current ib.RKey, err error) {
+	q.windows.mu.Lock()
+	defer q.windows.mu.Unlock()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	switch {
 	case w.freed:
 		return 0, ErrWindowEnded
-	case w.bound != nil:
+	case w.now.bound != nil:
 		return 0, ErrIsBound
 	}
-	current, w.key = w.key, key
+	before := w.now
+	w.now.key = key
 	if exclusive {
-		w.bound = q
+		w.now.bound = q
 	}
-	return current, nil
+	q.windows.addLocked(w, number, before, q.QPInfo.Cap.MaxSendWR)
+	return before.key, nil
 }
 
 // find returns the window that a key is of, or nil.
@@ -246,20 +306,24 @@ func (t *Windows) find(key ib.RKey) *MW {
 	return t.windows[windowNumber(key)]
 }
 
-// Unbind notes that a request that is being posted invalidates a local key, which must be bound. Keys that are no window's are the
-// kernel's to judge.
-func (t *Windows) Unbind(key ib.RKey) error {
+// Unbind notes that the send request of that number, which is being posted to the queue pair, invalidates a local key, which must be
+// bound. Keys that are no window's are the kernel's to judge.
+func (t *Windows) Unbind(q *QP, key ib.RKey, number uint32) error {
 	w := t.find(key)
 	if w == nil {
 		return nil
 	}
+	q.windows.mu.Lock()
+	defer q.windows.mu.Unlock()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if key == w.key {
-		if w.bound == nil {
+	if key == w.now.key {
+		before := w.now
+		if before.bound == nil {
 			return ErrNotBound
 		}
-		w.bound = nil
+		w.now.bound = nil
+		q.windows.addLocked(w, number, before, q.QPInfo.Cap.MaxSendWR)
 	}
 	return nil
 }
@@ -271,8 +335,8 @@ func (t *Windows) Invalidated(key ib.RKey) {
 		return
 	}
 	w.mu.Lock()
-	if key == w.key {
-		w.bound = nil
+	if key == w.now.key {
+		w.now.bound = nil
 	}
 	w.mu.Unlock()
 }
@@ -283,7 +347,7 @@ func (t *Windows) Free(q *QP) {
 	t.mu.RLock()
 	for _, w := range t.windows {
 		w.mu.Lock()
-		if w.bound == q {
+		if w.now.bound == q {
 			list = append(list, w)
 		}
 		w.mu.Unlock()

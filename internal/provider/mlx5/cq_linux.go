@@ -361,6 +361,7 @@ func (q *cq) failed(p *qp, e cqe, tail uint32, wc *ib.WC) error {
 		return err
 	}
 	wc.ID, wc.Opcode = s.id, p.ops[s.op&15].wc
+	p.WindowsFailed(func(number uint32) bool { return int32(number-s.head) < 0 })
 	return nil
 }
 

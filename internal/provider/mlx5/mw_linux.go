@@ -29,5 +29,5 @@ func (q *qp) bind(b *ib.BindMW) (current ib.RKey, err error) {
 	case b.Access&(ib.AccessRemoteWrite|ib.AccessRemoteAtomic) != 0 && r.Access&ib.AccessLocalWrite == 0:
 		return 0, errLocalWrite
 	}
-	return w.Bind(&q.QP, b.RKey, false)
+	return w.Bind(&q.QP, b.RKey, false, q.sq.head)
 }

@@ -340,6 +340,7 @@ func (q *qp) reset() {
 	q.sendMu.Lock()
 	q.recvMu.Lock()
 	q.forget()
+	q.ForgetWindows()
 	q.sq.cur, q.sq.head, q.rq.head, q.fence = 0, 0, 0, 0
 	ring.StoreRel32(&q.posted, 0)
 	ring.StoreRel32(&q.recvPosted, 0)

@@ -458,3 +458,52 @@ func TestNoWindow(t *testing.T) {
 	_, err = b.pd.AllocMW()
 	mustBe(t, "a device without", err, errors.ErrUnsupported)
 }
+
+// Binds that fail, or are flushed, leave the window the key that the last one gave it that did not.
+func TestFailedBind(t *testing.T) {
+	versions(t, func(t *testing.T, b *bench) {
+		b.with(ib.RC)
+		m, err := b.pd.RegisterMR(driver.MRConfig{Mem: make([]byte, 4096), Access: ib.AccessLocalWrite | ib.AccessRemote | ib.AccessMWBind, FD: -1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var windows [2]driver.MW
+		for i := range windows {
+			if windows[i], err = b.pd.AllocMW(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		first := [2]ib.RKey{windows[0].RKey(), windows[1].RKey()}
+		bind := func(i int, add ib.RKey) ib.SendWR {
+			return ib.SendWR{Opcode: ib.OpBindMW, Bind: &ib.BindMW{Window: windows[i].Handle(), RKey: first[i] + add, MRLKey: m.LKey(),
+				Addr: m.(*uverbs.Region).Base, Length: 1, Access: ib.AccessRemoteRead}}
+		}
+		keys := func(what string, add0, add1 ib.RKey) {
+			t.Helper()
+			if got, want := [2]ib.RKey{windows[0].RKey(), windows[1].RKey()}, [2]ib.RKey{first[0] + add0, first[1] + add1}; got != want {
+				t.Errorf("%s: %#x, want %#x", what, got, want)
+			}
+		}
+		for round := range ib.RKey(3) { // the numbers of requests go round
+			b.post(bind(0, 1), bind(1, 1), ib.SendWR{Opcode: ib.OpSend, Flags: ib.SendSignaled})
+			b.kq.complete()
+			b.poll(1)
+			b.post(bind(0, 2), bind(0, 3+round), bind(1, 2), bind(0, 9))
+			keys("posted", 9, 2)
+			b.kq.takeSend()
+			for range 3 {
+				_, c := b.kq.takeSend()
+				c[55], c[63] = 6, cqeRequestErr<<4
+				b.kc.add(c)
+			}
+			wcs := b.poll(3)
+			if wcs[0].Status != ib.WCMWBindErr || wcs[0].Opcode != ib.WCBindMW {
+				t.Errorf("%+v", wcs[0])
+			}
+			keys("the second has failed", 2, 1)
+			b.to(b.qp, ib.Reset)
+			b.to(b.qp, ib.RTS)
+		}
+		b.close(windows[0], windows[1], m)
+	})
+}

@@ -17,12 +17,26 @@ import (
 //   - It holds peers to the bounds of the region, not of the window. Nothing can be done about that here.
 
 // bind checks a bind request, and notes what it will do. It returns the window's key before that.
-func (q *qp) bind(b *ib.BindMW) (current ib.RKey, err error) {
+func (q *qp) bind(b *ib.BindMW, number uint32) (current ib.RKey, err error) {
 	w, _, err := q.c.windows.Lookup(&q.QP, b)
 	if err != nil {
 		return 0, err
 	}
-	return w.Bind(&q.QP, b.RKey, true)
+	return w.Bind(&q.QP, b.RKey, true, number)
+}
+
+// windowsFailed takes back what was noted of windows by requests that have failed, or were flushed. A failed completion does not say
+// which request it is of. But the place of a request has what the kernel has made of it, until it is written again.
+func (q *qp) windowsFailed() {
+	q.sendMu.Lock()
+	defer q.sendMu.Unlock()
+	if q.sq.mem == nil {
+		return
+	}
+	q.WindowsFailed(func(number uint32) bool {
+		back := q.posts - number
+		return back > q.sq.mask || q.sq.did(q.sq.at-back)
+	})
 }
 
 var errNoRegion = fmt.Errorf("%w: the 8 bytes of the atomic write are in no region of the QP's protection domain", driver.ErrInvalidWR)

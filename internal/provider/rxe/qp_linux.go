@@ -31,6 +31,7 @@ type qp struct {
 
 	sendMu   sync.Mutex
 	sq       queue            // guarded by sendMu; no memory once closed
+	posts    uint32           // guarded by sendMu: requests posted, ever
 	sendBell *uverbs.Prepared // guarded by sendMu
 
 	recvMu sync.Mutex
@@ -160,6 +161,7 @@ func (q *qp) forget() {
 	// Completions of before that are not polled yet will count as some of what follows, of which there may then be as many more.
 	q.signalled = atomic.LoadUint32(&q.polled)
 	q.broken.Store(false)
+	q.ForgetWindows()
 	q.sendMu.Unlock()
 	q.recvMu.Lock()
 	if q.rq.mem != nil {
@@ -181,6 +183,7 @@ func (q *qp) Query() (ib.QPAttr, error) {
 // failed notes that a request of the queue pair has failed.
 func (q *qp) failed() {
 	q.broken.Store(true)
+	q.windowsFailed()
 	switch {
 	case q.State() == ib.Err:
 	case q.Type() == ib.RC: // there is no doubt, and the kernel may take a moment to say so
@@ -227,7 +230,7 @@ func (q *qp) postSendLocked(wrs []ib.SendWR) (n int, err error) {
 			err = driver.ErrQueueFull
 			break
 		}
-		if err = q.put(wr, q.sq.at+uint32(n)); err != nil {
+		if err = q.put(wr, uint32(n)); err != nil {
 			break
 		}
 		n++
@@ -238,6 +241,7 @@ func (q *qp) postSendLocked(wrs []ib.SendWR) (n int, err error) {
 	q.signalled = polled + uint32(unpolled)
 	if n > 0 {
 		q.sq.publish(uint32(n))
+		q.posts += uint32(n)
 		if bellErr := q.sendBell.Run(); bellErr != nil {
 			return n, bellErr
 		}
@@ -251,7 +255,9 @@ const (
 	sendInline = 8
 )
 
-func (q *qp) put(wr *ib.SendWR, at uint32) error {
+// put writes a request behind n others that are not published yet.
+func (q *qp) put(wr *ib.SendWR, n uint32) error {
+	at := q.sq.at + n
 	if wr.Opcode >= ib.OpFlush {
 		return q.putPlacement(wr, at)
 	}
@@ -271,13 +277,13 @@ func (q *qp) put(wr *ib.SendWR, at uint32) error {
 	case ud && wr.RemoteQKey&ownQKey != 0:
 		e.qkey = ib.QKey(q.qkey.Load())
 	case wr.Opcode == ib.OpBindMW:
-		key, err := q.bind(wr.Bind)
+		key, err := q.bind(wr.Bind, q.posts+n)
 		if err != nil {
 			return err
 		}
 		e.window = key
 	case wr.Opcode == ib.OpLocalInv:
-		if err := q.c.windows.Unbind(wr.InvalidateRKey); err != nil {
+		if err := q.c.windows.Unbind(&q.QP, wr.InvalidateRKey, q.posts+n); err != nil {
 			return err
 		}
 	}

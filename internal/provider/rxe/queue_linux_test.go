@@ -1021,3 +1021,63 @@ func TestUnpolledCompletionsTakeRoom(t *testing.T) {
 		}
 	}
 }
+
+// Binds and invalidations that fail, or are flushed, change nothing of the window.
+func TestFailedBind(t *testing.T) {
+	b := newBench(t, ib.RC)
+	m, err := b.pd.RegisterMR(driver.MRConfig{Mem: mustMmap(t), Access: ib.AccessMWBind, FD: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := b.pd.AllocMW()
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := w.RKey()
+	bind := func(add ib.RKey) ib.SendWR {
+		return ib.SendWR{ID: 7, Opcode: ib.OpBindMW, Bind: &ib.BindMW{Window: w.Handle(), RKey: first + add, MRLKey: m.LKey(), Length: 8}}
+	}
+	invalidate := func(add ib.RKey) ib.SendWR {
+		return ib.SendWR{ID: 7, Opcode: ib.OpLocalInv, InvalidateRKey: first + add}
+	}
+	did := func(n int) { // what the kernel writes to their places
+		for range n {
+			le.PutUint32(b.kq.sq.take()[148:], 3)
+		}
+	}
+	failed := func(n int, what string, key ib.RKey) {
+		t.Helper()
+		for range n {
+			e := b.kq.sq.take()
+			le.PutUint32(e[148:], 4)
+			b.kcq().complete(7, 6, 0, 0, b.kq.num)
+		}
+		if got := b.cq.Poll(make([]ib.WC, 9)); got != n {
+			t.Fatalf("%d completions", got)
+		}
+		if w.RKey() != key {
+			t.Errorf("%s: the window has key %#x, want %#x", what, w.RKey(), key)
+		}
+	}
+	again := func() {
+		b.to(b.qp, ib.Reset)
+		b.to(b.qp, ib.RTS)
+	}
+	for range 20 { // the places go round
+		b.post(bind(1), invalidate(1), bind(2), invalidate(2), bind(3))
+		did(2)
+		failed(3, "the second bind has failed", first+1)
+		again()
+		b.post(bind(4), invalidate(4)) // it is not bound
+		did(1)
+		failed(1, "the invalidation has failed", first+4)
+		if n, err := b.qp.PostSend([]ib.SendWR{bind(5)}); n != 0 || !errors.Is(err, uverbs.ErrIsBound) {
+			t.Errorf("it is bound still: %d, %v", n, err)
+		}
+		failed(0, "nothing", first+4)
+		again()
+		b.post(invalidate(4))
+		did(1)
+	}
+	b.close(w, m)
+}

@@ -81,6 +81,13 @@ func (q *queue) publish(n uint32) {
 	ring.StoreRel32(q.ours, q.at)
 }
 
+// did reports whether the kernel has done the local operation in slot i of a send queue.
+func (q *queue) did(i uint32) bool {
+	const done = 3 // enum wqe_state, which is in no header for user space
+	w := view[abi.RxeSendWQE](q.slot(i), 0)
+	return atomic.LoadUint32(&w.State) == done && atomic.LoadUint32(&w.Status) == 0
+}
+
 // forget drops what the kernel has not taken; it must not be looking.
 func (q *queue) forget() {
 	q.at = atomic.LoadUint32(q.theirs) & q.mask
