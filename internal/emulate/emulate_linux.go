@@ -13,7 +13,6 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/mlx5emu"
 	"github.com/ringside-rdma/ringside/internal/seccomp"
-	"github.com/ringside-rdma/ringside/internal/softnic"
 )
 
 // A Config says what the program finds.
@@ -89,20 +88,13 @@ func (s *Session) start(path string, argv []string) (err error) {
 }
 
 func (s *Session) makeDevices() error {
+	faults := ""
 	if s.cfg.Loss > 0 {
-		// The software NIC reads it when it opens. The program, which may have software NICs of its own, does not.
-		old, was := os.LookupEnv(softnic.EnvFaults)
-		os.Setenv(softnic.EnvFaults, fmt.Sprintf("loss=%g%%", 100*s.cfg.Loss))
-		defer func() {
-			os.Unsetenv(softnic.EnvFaults)
-			if was {
-				os.Setenv(softnic.EnvFaults, old)
-			}
-		}()
+		faults = fmt.Sprintf("loss=%g%%", 100*s.cfg.Loss)
 	}
 	var lines sync.Mutex
 	for i := range s.cfg.Devices {
-		cfg := mlx5emu.Config{Name: fmt.Sprintf("mlx5_%d", i), Numbered: s.cfg.Numbered}
+		cfg := mlx5emu.Config{Name: fmt.Sprintf("mlx5_%d", i), Numbered: s.cfg.Numbered, Faults: faults}
 		switch {
 		case s.cfg.Trace != nil && s.cfg.Devices > 1:
 			cfg.Trace = &labelled{mu: &lines, w: s.cfg.Trace, label: cfg.Name + " "}

@@ -115,6 +115,28 @@ func TestPingpong(t *testing.T) {
 	}
 }
 
+// Packets are lost as Loss says: few of them are sent again, and if it is nearly all, a connection gives up. Both programs have the same
+// device, since of several on a host only one is found at an address.
+func TestLoss(t *testing.T) {
+	need(t, "ibv_rc_pingpong")
+	both := func(loss float64, gone, then string) string {
+		t.Helper()
+		command := "ibv_rc_pingpong -e -g 1 -n 30 -s 8000 -p " + freePort(t)
+		return run(t, Config{Loss: loss}, command+` >/dev/null & server=$!
+			for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+				kill -0 $server || exit `+gone+`
+				sleep 0.2
+				`+command+` 127.0.0.1 && break
+			done; `+then)
+	}
+	if out := both(0.03, "3", "wait $server"); !strings.Contains(out, "30 iters in") {
+		t.Errorf("with little loss it prints\n%s", out)
+	}
+	if out := both(0.99, "0", "kill $server; exit 0"); !strings.Contains(out, "transport retry counter exceeded") {
+		t.Errorf("with nearly everything lost it prints\n%s", out)
+	}
+}
+
 // perftest's latency tests poll; with -e, the bandwidth tests sleep.
 func TestPerftest(t *testing.T) {
 	for _, test := range []string{

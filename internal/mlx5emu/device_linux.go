@@ -26,6 +26,8 @@ type Config struct {
 	// HostOnly leaves the host's addresses out of the GID table: peers are then met through memory only. Without it, of several devices
 	// on a host only the first can be reached at an address, since only one can have UDP port 4791 there.
 	HostOnly bool
+	// Faults are what happens to packets that come in over UDP, as softnic.EnvFaults says it; empty: what the environment says.
+	Faults string
 	// Manual leaves the data path to whoever calls Step. By default a goroutine does.
 	Manual bool
 	// Trace, if it is not nil, gets a line of text for each doorbell, WQE and CQE. Its Write is called with locks held.
@@ -67,6 +69,11 @@ func NewDevice(cfg Config) (*Device, error) {
 	nic, keys, err := openNIC(cfg.Numbered)
 	if err != nil {
 		return nil, fmt.Errorf("mlx5emu: the software NIC behind %s: %w", cfg.Name, err)
+	}
+	if cfg.Faults != "" {
+		if err := nic.SetFaults(cfg.Faults); err != nil {
+			return nil, errors.Join(err, nic.Close())
+		}
 	}
 	attr, err := nic.QueryDevice()
 	if err != nil {

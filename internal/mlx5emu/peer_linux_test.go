@@ -51,6 +51,37 @@ func TestUDP(t *testing.T) {
 	}
 }
 
+// A device loses packets when it is to, and what is lost is sent again.
+func TestFaults(t *testing.T) {
+	if _, err := NewDevice(Config{Faults: "loss"}); err == nil {
+		t.Error("a device with faults that are none")
+	}
+	c := connect(t, newDevice(t, Config{Faults: "loss=10%"}))
+	gid := gidOf(t, c.dev, netip.MustParseAddr("127.0.0.1"))
+	m := mapAt(t, 0, 4*pageSize)
+	key := uint32(c.reg(m, everything).LKey)
+	cq := c.newCQ(64, -1)
+	a, b := c.newQP(cq, cq, qpOptions{srq: -1, uidx: 3}), c.newQP(cq, cq, qpOptions{srq: -1, uidx: 4})
+	for _, x := range [][2]*queuePair{{a, b}, {b, a}} {
+		for _, s := range []ib.QPState{ib.Init, ib.RTR, ib.RTS} {
+			r := x[0].attrs(x[1].qpn)
+			r.State, r.AH, r.AckTimeout = s, ib.AHAttr{DGID: gid.GID, SGIDIndex: gid.Index, HopLimit: 64, Port: 1}, 12
+			x[0].modify(r, changes[ib.RC][[2]ib.QPState{s - 1, s}].need|ib.AttrState)
+		}
+	}
+	for range 50 { // of four packets each, and their answers
+		a.send(opWrite, ceUpdate, 0, segRemote(addrOf(m)+8192, key), segData(addrOf(m), 4096, key))
+		cq.expect(cqeRequester, 4096)
+	}
+	seen := false
+	for _, q := range c.dev.nic.Counters().QPs {
+		seen = seen || q.QPN == a.qpn && q.Wire.Resent > 0 && q.Wire.Timeouts+q.Wire.SeqNAKs > 0
+	}
+	if !seen {
+		t.Errorf("nothing was sent again: %+v", c.dev.nic.Counters().QPs)
+	}
+}
+
 func openPeer(t *testing.T) *softnic.NIC {
 	t.Helper()
 	nic, err := softnic.Open()

@@ -79,8 +79,22 @@ func faultsOf(text string) (*faults, error) {
 	return f, nil
 }
 
-// faultsFromEnv is what the environment asks for.
-func faultsFromEnv() (*faults, error) { return faultsOf(os.Getenv(EnvFaults)) }
+// SetFaults is EnvFaults for this NIC alone, whatever the environment says. To be called before the NIC is used.
+func (n *NIC) SetFaults(text string) error {
+	if _, err := faultsOf(text); err != nil {
+		return err
+	}
+	n.faults = &text
+	return nil
+}
+
+// portFaults are what a port of the NIC begins with.
+func (n *NIC) portFaults() (*faults, error) {
+	if n.faults != nil {
+		return faultsOf(*n.faults)
+	}
+	return faultsOf(os.Getenv(EnvFaults))
+}
 
 // pass hands on what becomes of a packet: nothing, itself, or itself and others.
 func (f *faults) pass(src netip.AddrPort, pkt *roce.Packet, to func(netip.AddrPort, *roce.Packet)) {

@@ -92,7 +92,7 @@ func startPort(n *NIC, sock *udp.Socket, mtu int) (p *netPort, err error) {
 	p = newNetPort(n, mtu, netLink(n))
 	p.sock = &udpSocket{sock, time.Now()}
 	p.recv, sock.Expect, sock.OnDrop = p.deliver, p.expect, p.tapNone
-	if p.faults, err = faultsFromEnv(); err != nil {
+	if p.faults, err = n.portFaults(); err != nil {
 		sock.Close()
 		return nil, err
 	}

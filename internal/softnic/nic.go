@@ -25,6 +25,7 @@ type NIC struct {
 	shared  bool                 // peers in other processes can reach it
 	sharedE error
 	busyFor time.Duration // busyLimit; shorter in tests
+	faults  *string       // of its ports, as EnvFaults; nil: as the environment says
 	viaDoor bool          // tests: reach NICs of this process through shared memory too
 	liveReg *mem.Region
 	door    *door // where other processes knock; nil without shared memory
