@@ -27,8 +27,8 @@ interface itself, unchanged. It takes neither root nor a kernel module.
 
 The devices, mlx5_0 and so on, are emulated by this process; behind each is a
 software NIC, which speaks to those of other processes, and by RoCE v2 over UDP
-to other hosts. GID 0 of a device is for peers that are run by the same emulate;
-the others are the addresses of this host.
+to other hosts. GID 0 of a device is for peers on this host that are this user's,
+run by this emulate or not; the others are the addresses of this host.
 
 What runs here is not proven to run on hardware: docs/emulate.md says what
 differs. Times mean nothing.
