@@ -3,43 +3,34 @@
 package mlx5
 
 import (
-	"fmt"
-
 	"github.com/ringside-rdma/ringside/internal/abi"
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/uverbs"
 )
 
-type provider struct{}
-
 // Provider finds ConnectX NICs.
-func Provider() driver.Provider { return provider{} }
-
-func (provider) Name() string { return "mlx5" }
-
-func (provider) Devices() ([]driver.Device, error) {
-	all, err := uverbs.DevicesOf(abi.RDMA_DRIVER_MLX5)
-	var list []driver.Device
-	for _, d := range all {
-		list = append(list, device{d})
-	}
-	return list, err
+func Provider() driver.Provider {
+	return &uverbs.Provider{Kind: "mlx5", DriverID: abi.RDMA_DRIVER_MLX5, Tier: driver.TierHardware,
+		MinABI: abi.MLX5_IB_UVERBS_ABI_VERSION, MaxABI: abi.MLX5_IB_UVERBS_ABI_VERSION, New: open}
 }
 
-type device struct{ uverbs.Device }
-
-func (d device) Info() driver.DeviceInfo {
-	return uverbs.Info(&d.Device, "mlx5", driver.TierHardware)
+func open(d *uverbs.Device) (driver.Context, error) {
+	return begin(func(in, out []byte) (*uverbs.Context, error) { return uverbs.OpenContext(d, in, out) })
 }
 
-func (d device) Open() (driver.Context, error) {
-	if d.ABI != abi.MLX5_IB_UVERBS_ABI_VERSION {
-		return nil, fmt.Errorf("%s: the kernel's mlx5 driver has version %d of its interface, and this program knows %d", d.Name, d.ABI,
-			abi.MLX5_IB_UVERBS_ABI_VERSION)
-	}
+// OpenKernel makes the context of a device whose kernel the caller brings: an emulated one. It owns k, also if it fails. name is the
+// device's.
+func OpenKernel(k uverbs.Kernel, name string) (driver.Context, error) {
+	return begin(func(in, out []byte) (*uverbs.Context, error) {
+		return uverbs.NewContext(uverbs.NewFile(k, name, abi.RDMA_DRIVER_MLX5), in, out)
+	})
+}
+
+// begin makes a context, which the kernel does by what make calls.
+func begin(make func(in, out []byte) (*uverbs.Context, error)) (driver.Context, error) {
 	req := contextRequest()
 	var resp abi.Mlx5AllocUcontextResp
-	c, err := uverbs.OpenContext(&d.Device, uverbs.Bytes(&req), uverbs.Bytes(&resp))
+	c, err := make(uverbs.Bytes(&req), uverbs.Bytes(&resp))
 	if err != nil {
 		return nil, err
 	}

@@ -2,13 +2,10 @@
 
 package rxe
 
-import "github.com/ringside-rdma/ringside/internal/driver"
-
-type provider struct{}
+import (
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/uverbs"
+)
 
 // Provider finds nothing: software RoCE is part of Linux.
-func Provider() driver.Provider { return provider{} }
-
-func (provider) Name() string { return "rxe" }
-
-func (provider) Devices() ([]driver.Device, error) { return nil, nil }
+func Provider() driver.Provider { return uverbs.Absent("rxe") }

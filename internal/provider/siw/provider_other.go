@@ -2,13 +2,10 @@
 
 package siw
 
-import "github.com/ringside-rdma/ringside/internal/driver"
-
-type provider struct{}
+import (
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/uverbs"
+)
 
 // Provider finds nothing: software iWARP is part of Linux.
-func Provider() driver.Provider { return provider{} }
-
-func (provider) Name() string { return "siw" }
-
-func (provider) Devices() ([]driver.Device, error) { return nil, nil }
+func Provider() driver.Provider { return uverbs.Absent("siw") }
