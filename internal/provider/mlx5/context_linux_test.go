@@ -543,9 +543,9 @@ func TestBadObjectsThatStay(t *testing.T) {
 			} else {
 				b.close(q)
 			}
-			for h := range b.k.live { // what the kernel has been told to forget, at the end of the context
-				if o := b.k.live[h]; o != "pd" && o != "uar" && h != b.cq.handle {
-					delete(b.k.live, h)
+			for h := range b.k.Live { // what the kernel has been told to forget, at the end of the context
+				if o := b.k.Live[h]; o != "pd" && o != "uar" && h != b.cq.handle {
+					delete(b.k.Live, h)
 				}
 			}
 		})

@@ -422,7 +422,7 @@ func TestArm(t *testing.T) {
 		b.kq.complete()
 		b.poll(1)
 		var e [8]byte
-		le.PutUint64(e[:], b.k.cookies[b.cq.handle])
+		le.PutUint64(e[:], b.k.Cookies[b.cq.handle])
 		write(t, b.k.channel, e[:])
 		got, err := ch.Wait(t.Context())
 		if err != nil || got != driver.CQ(b.cq) {
@@ -434,7 +434,7 @@ func TestArm(t *testing.T) {
 // The kernel says that a queue has overrun.
 func TestOverrun(t *testing.T) {
 	b := newBench(t, ib.RC)
-	b.k.event(b.cq.handle, ib.EventCQErr)
+	b.k.Event(b.cq.handle, ib.EventCQErr)
 	testutil.Eventually(t, "an overrun queue", func() bool { return errors.Is(b.cq.Err(), errOverrun) })
 	if n := b.cq.Poll(make([]ib.WC, 1)); n != -1 {
 		t.Error(n)
@@ -448,7 +448,7 @@ func TestOverrun(t *testing.T) {
 // The device fails: everything says so, and can be closed.
 func TestFatal(t *testing.T) {
 	b := newBench(t, ib.RC)
-	b.k.event(0, ib.EventDeviceFatal)
+	b.k.Event(0, ib.EventDeviceFatal)
 	testutil.Eventually(t, "a device that has failed", func() bool { return b.cq.Poll(make([]ib.WC, 1)) == -1 })
 	mustBe(t, "the queue", b.cq.Err(), driver.ErrDeviceRemoved)
 	if e, err := b.c.AsyncEvent(t.Context()); err != nil || e.Type != ib.EventDeviceFatal {
@@ -456,7 +456,7 @@ func TestFatal(t *testing.T) {
 	}
 	_, err := b.c.AsyncEvent(t.Context())
 	mustBe(t, "another event", err, driver.ErrDeviceRemoved)
-	b.k.dead = true // from now on the kernel says that, too
+	b.k.Dead = true // from now on the kernel says that, too
 }
 
 // Completions of all contents are decoded without a panic, and what is accepted is of a request that was posted.

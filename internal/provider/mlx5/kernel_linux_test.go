@@ -16,6 +16,7 @@ import (
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/internal/uverbs"
+	"github.com/ringside-rdma/ringside/internal/uverbs/uverbstest"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -67,30 +68,25 @@ type fakeSRQ struct {
 
 // A fakeKernel answers commands. What is exported to tests are its fields.
 type fakeKernel struct {
+	uverbstest.Objects
 	mu       sync.Mutex
 	t        testing.TB
 	resp     abi.Mlx5AllocUcontextResp
 	request  abi.Mlx5AllocUcontextReqV2
 	link     byte   // of all ports
 	gids     uint32 // slots of a port's table
-	handles  uint32
-	live     map[uint32]string // handle -> kind
-	cookies  map[uint32]uint64 // handle -> user_handle
 	cqs      map[uint32]*fakeCQ
 	qps      map[uint32]*fakeQP
 	srqs     map[uint32]*fakeSRQ
 	pages    map[uint32][]byte // UAR pages, by their number
 	nc       uint32            // the page that was asked for to arm CQs
-	mapped   int
 	commands []uint32
 	errs     map[uint32]syscall.Errno // command -> what it ends with
 	mac      [6]byte
-	async    [2]int
 	channel  int // the writing end of the last completion channel
 	resized  func(old, fresh *fakeCQ)
 	tweak    func(cmd uint32, out, uhw []byte) // changes an answer
 	pageID   uint32                            // of the first UAR
-	dead     bool                              // everything that is destroyed has gone already
 }
 
 const uarPageBytes = 4096
@@ -119,25 +115,19 @@ func newFake(t testing.TB, change ...func(*fakeKernel)) (*fakeKernel, *mlx5Conte
 
 func openFake(t testing.TB, change ...func(*fakeKernel)) (*fakeKernel, *mlx5Context, error) {
 	t.Helper()
-	k := &fakeKernel{t: t, resp: goodResponse(), link: 2, gids: 256, live: map[uint32]string{}, cookies: map[uint32]uint64{}, cqs: map[uint32]*fakeCQ{},
+	k := &fakeKernel{t: t, resp: goodResponse(), link: 2, gids: 256, cqs: map[uint32]*fakeCQ{},
 		qps: map[uint32]*fakeQP{}, srqs: map[uint32]*fakeSRQ{}, pages: map[uint32][]byte{}, errs: map[uint32]syscall.Errno{},
 		mac: [6]byte{2, 0, 0, 0, 0, 9}, channel: -1}
 	for _, f := range change {
 		f(k)
 	}
-	if err := unix.Pipe2(k.async[:], unix.O_CLOEXEC); err != nil {
-		t.Fatal(err)
-	}
+	k.Init(t)
 	t.Cleanup(func() {
-		unix.Close(k.async[1])
 		if k.channel >= 0 {
 			unix.Close(k.channel)
 		}
 		for _, p := range k.pages {
 			unix.Munmap(p)
-		}
-		if len(k.live) > 0 || k.mapped > 0 {
-			t.Errorf("left over: %v, and %d mappings", k.live, k.mapped)
 		}
 	})
 	req := contextRequest()
@@ -168,7 +158,7 @@ func (k *fakeKernel) Mmap(offset int64, n int) ([]byte, error) {
 		k.t.Errorf("%d bytes are mapped at %#x", n, offset)
 		return nil, unix.EINVAL
 	}
-	k.mapped++
+	k.Mapped++
 	return k.page(uint32(offset / uarPageBytes)), nil
 }
 
@@ -176,7 +166,7 @@ func (k *fakeKernel) Mmap(offset int64, n int) ([]byte, error) {
 func (k *fakeKernel) Munmap([]byte) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.mapped--
+	k.Mapped--
 	return nil
 }
 
@@ -248,9 +238,9 @@ func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
 		}
 		le.PutUint64(attrs[3].data, 3)
 	case 0x00000010: // ASYNC_EVENT
-		le.PutUint64(attrs[0].v, uint64(k.async[0]))
+		le.PutUint64(attrs[0].v, uint64(k.Async[0]))
 	case abi.UVERBS_METHOD_REG_DMABUF_MR<<16 | abi.UVERBS_OBJECT_MR:
-		h := k.handle("mr")
+		h := k.Handle("mr")
 		le.PutUint64(attrs[abi.UVERBS_ATTR_REG_DMABUF_MR_HANDLE].v, uint64(h))
 		le.PutUint32(attrs[abi.UVERBS_ATTR_REG_DMABUF_MR_RESP_LKEY].data, h<<8|0x42)
 		le.PutUint32(attrs[abi.UVERBS_ATTR_REG_DMABUF_MR_RESP_RKEY].data, h<<8|0x42)
@@ -258,7 +248,7 @@ func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
 		if e := k.errs[0x1008]; e != 0 {
 			return e
 		}
-		h := k.handle("uar")
+		h := k.Handle("uar")
 		id := k.pageID + uint32(len(k.pages))
 		k.page(id)
 		if le.Uint64(attrs[0x1001].v) == abi.MLX5_IB_UAPI_UAR_ALLOC_TYPE_NC {
@@ -272,28 +262,10 @@ func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
 			k.tweak(0x1008, attrs[0x1002].data, attrs[0x1003].data)
 		}
 	case 0x10011008:
-		return k.destroy(uint32(le.Uint64(attrs[0x1000].v)), "uar")
+		return k.Destroy(uint32(le.Uint64(attrs[0x1000].v)), "uar")
 	default:
 		k.t.Errorf("unexpected method %d of object %d", le.Uint16(cmd[4:]), le.Uint16(cmd[2:]))
 		return unix.EPROTONOSUPPORT
-	}
-	return 0
-}
-
-func (k *fakeKernel) handle(kind string) uint32 {
-	k.handles++
-	k.live[k.handles] = kind
-	return k.handles
-}
-
-func (k *fakeKernel) destroy(h uint32, kind string) syscall.Errno {
-	if k.live[h] != kind {
-		k.t.Errorf("%s %d is destroyed, which is %q", kind, h, k.live[h])
-		return unix.EINVAL
-	}
-	delete(k.live, h)
-	if k.dead {
-		return unix.EIO
 	}
 	return 0
 }
@@ -311,29 +283,29 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhwOut []byte) syscall.Er
 		le.PutUint32(out[156:], 1000)
 		out[171] = 1
 	case 3:
-		le.PutUint32(out, k.handle("pd"))
+		le.PutUint32(out, k.Handle("pd"))
 		le.PutUint32(uhwOut, 0x77)
 	case 4:
-		return k.destroy(le.Uint32(in), "pd")
+		return k.Destroy(le.Uint32(in), "pd")
 	case 5: // CREATE_AH
-		le.PutUint32(out, k.handle("ah"))
+		le.PutUint32(out, k.Handle("ah"))
 		le.PutUint32(uhwOut, 16)
 		copy(uhwOut[4:], k.mac[:])
 	case 8:
-		return k.destroy(le.Uint32(in), "ah")
+		return k.Destroy(le.Uint32(in), "ah")
 	case 9: // REG_MR
-		h := k.handle("mr")
+		h := k.Handle("mr")
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], h<<8|0x42)
 		le.PutUint32(out[8:], h<<8|0x42)
 	case 13:
-		return k.destroy(le.Uint32(in), "mr")
+		return k.Destroy(le.Uint32(in), "mr")
 	case 14: // ALLOC_MW
-		h := k.handle("mw")
+		h := k.Handle("mw")
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], h<<8|0x20)
 	case 16:
-		return k.destroy(le.Uint32(in), "mw")
+		return k.Destroy(le.Uint32(in), "mw")
 	case 17: // CREATE_COMP_CHANNEL
 		var p [2]int
 		if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
@@ -343,13 +315,13 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhwOut []byte) syscall.Er
 		le.PutUint32(out, uint32(p[0]))
 	case 18: // CREATE_CQ
 		n := le.Uint32(in[16:]) + 1
-		h := k.handle("cq")
+		h := k.Handle("cq")
 		k.cqs[h] = &fakeCQ{ring: memoryAt(le.Uint64(uhwIn[0:]), int(n)*64), record: memoryAt(le.Uint64(uhwIn[8:]), 8), n: n, number: 0x400 + h,
 			flags: le.Uint16(uhwIn[22:]), uarPage: le.Uint16(uhwIn[24:])}
 		if le.Uint32(uhwIn[16:]) != 64 || uhwIn[20] != 0 {
 			k.t.Errorf("create_cq %x", uhwIn)
 		}
-		k.cookies[h] = le.Uint64(in[8:])
+		k.Cookies[h] = le.Uint64(in[8:])
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], n-1)
 		le.PutUint32(uhwOut[0:], 0x400+h)
@@ -366,9 +338,9 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhwOut []byte) syscall.Er
 		q.next = old.next
 		le.PutUint32(out, n-1)
 	case 20:
-		return k.destroy(le.Uint32(in[8:]), "cq")
+		return k.Destroy(le.Uint32(in[8:]), "cq")
 	case 24: // CREATE_QP
-		h := k.handle("qp")
+		h := k.Handle("qp")
 		buf, sq, rq := le.Uint64(uhwIn[0:]), int(le.Uint32(uhwIn[16:]))*64, int(le.Uint32(uhwIn[20:]))<<le.Uint32(uhwIn[24:])
 		mem := memoryAt(buf, sq+rq)
 		q := &fakeQP{rq: mem[:rq:rq], sq: mem[rq:], record: memoryAt(le.Uint64(uhwIn[8:]), 8), number: 0x100 + uint32(len(k.qps)),
@@ -376,7 +348,7 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhwOut []byte) syscall.Er
 		if in[54] != 0 {
 			q.srq = k.srqs[le.Uint32(in[28:])]
 		}
-		k.qps[h], k.cookies[h] = q, le.Uint64(in[8:])
+		k.qps[h], k.Cookies[h] = q, le.Uint64(in[8:])
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], q.number)
 	case 25: // QUERY_QP
@@ -392,9 +364,9 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhwOut []byte) syscall.Er
 			}
 		}
 	case 27:
-		return k.destroy(le.Uint32(in[8:]), "qp")
+		return k.Destroy(le.Uint32(in[8:]), "qp")
 	case 32: // CREATE_SRQ
-		h := k.handle("srq")
+		h := k.Handle("srq")
 		stride := 32
 		for stride < 16+16*int(le.Uint32(in[24:])) {
 			stride *= 2
@@ -404,7 +376,7 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhwOut []byte) syscall.Er
 			slots *= 2
 		}
 		k.srqs[h] = &fakeSRQ{mem: memoryAt(le.Uint64(uhwIn[0:]), slots*stride), record: memoryAt(le.Uint64(uhwIn[8:]), 4), stride: stride, number: 0x900 + h}
-		k.cookies[h] = le.Uint64(in[8:])
+		k.Cookies[h] = le.Uint64(in[8:])
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], uint32(slots-1))
 		copy(out[8:12], in[24:28])
@@ -413,22 +385,12 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhwOut []byte) syscall.Er
 	case 34:
 		le.PutUint32(out[8:], 5)
 	case 35:
-		return k.destroy(le.Uint32(in[8:]), "srq")
+		return k.Destroy(le.Uint32(in[8:]), "srq")
 	default:
 		k.t.Errorf("unexpected command %d", cmd)
 		return unix.ENOSYS
 	}
 	return 0
-}
-
-// event raises an asynchronous event of an object.
-func (k *fakeKernel) event(h uint32, typ ib.EventType) {
-	var b [16]byte
-	le.PutUint64(b[0:], k.cookies[h])
-	b[8] = byte(typ)
-	if _, err := unix.Write(k.async[1], b[:]); err != nil {
-		k.t.Error(err)
-	}
 }
 
 // A bench is a queue pair with its queues, and what it was made on.

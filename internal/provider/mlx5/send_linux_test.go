@@ -434,9 +434,9 @@ func TestNoWindow(t *testing.T) {
 	mustBe(t, "and it stays", err, driver.ErrBusy)
 	mustBe(t, "the window, likewise", o.Close(), driver.ErrBusy)
 	delete(b.k.errs, 16)
-	for h, kind := range b.k.live {
+	for h, kind := range b.k.Live {
 		if kind == "mw" && h != o.Handle() {
-			delete(b.k.live, h)
+			delete(b.k.Live, h)
 		}
 	}
 	b.k.tweak = nil

@@ -12,6 +12,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/uverbs"
+	"github.com/ringside-rdma/ringside/internal/uverbs/uverbstest"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -89,35 +90,28 @@ type fakeQP struct {
 }
 
 type fakeKernel struct {
+	uverbstest.Objects
 	mu       sync.Mutex
 	t        testing.TB
-	next     uint32 // the last handle
 	nextMap  uint64
 	maps     map[uint64]*kring
 	cqs      map[uint32]*kring
 	qps      map[uint32]*fakeQP
 	srqs     map[uint32]*kring
-	live     map[uint32]string // handle -> kind
-	cookies  map[uint32]uint64 // handle -> user_handle
-	commands []uint32          // of the write interface, in order, without doorbells
+	commands []uint32 // of the write interface, in order, without doorbells
 	bells    int
 	errs     map[uint32]syscall.Errno // command -> what it ends with
 	deform   func(r *kring)           // called with each new queue
 	capsEx   uint64
-	async    [2]int // pipe; the reading end is the provider's
 	bell     func() // instead of all commands, for a benchmark
-	mapped   int
 }
 
 // newFake opens a device whose kernel is the test. Everything must be closed by the end of it.
 func newFake(t testing.TB) (*fakeKernel, *rxeContext) {
 	t.Helper()
 	littleEndian(t)
-	k := &fakeKernel{t: t, maps: map[uint64]*kring{}, cqs: map[uint32]*kring{}, qps: map[uint32]*fakeQP{}, srqs: map[uint32]*kring{},
-		live: map[uint32]string{}, cookies: map[uint32]uint64{}, errs: map[uint32]syscall.Errno{}, capsEx: 7 << 38}
-	if err := unix.Pipe2(k.async[:], unix.O_CLOEXEC); err != nil {
-		t.Fatal(err)
-	}
+	k := &fakeKernel{t: t, maps: map[uint64]*kring{}, cqs: map[uint32]*kring{}, qps: map[uint32]*fakeQP{}, srqs: map[uint32]*kring{}, errs: map[uint32]syscall.Errno{}, capsEx: 7 << 38}
+	k.Init(t)
 	c, err := uverbs.NewContext(uverbs.NewFile(k, "rxe9", 14), nil, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -126,10 +120,6 @@ func newFake(t testing.TB) (*fakeKernel, *rxeContext) {
 		k.bell = nil
 		if err := c.Close(); err != nil {
 			t.Error(err)
-		}
-		unix.Close(k.async[1])
-		if len(k.live) > 0 || k.mapped > 0 {
-			t.Errorf("left over: %v, and %d mappings", k.live, k.mapped)
 		}
 	})
 	return k, newContext(c)
@@ -167,7 +157,7 @@ func (k *fakeKernel) Mmap(offset int64, n int) ([]byte, error) {
 		return nil, unix.EINVAL
 	}
 	delete(k.maps, uint64(offset)) // each can be mapped once
-	k.mapped++
+	k.Mapped++
 	return r.mem[:n], nil
 }
 
@@ -175,7 +165,7 @@ func (k *fakeKernel) Mmap(offset int64, n int) ([]byte, error) {
 func (k *fakeKernel) Munmap(mem []byte) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.mapped--
+	k.Mapped--
 	return unix.Mprotect(mem, unix.PROT_NONE)
 }
 
@@ -236,26 +226,11 @@ func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
 		le.PutUint32(attrs[0].data, 1)
 		le.PutUint64(attrs[1].data, 1)
 	case object == asyncEvent && method == 0:
-		le.PutUint64(attrs[0].v, uint64(k.async[0]))
+		le.PutUint64(attrs[0].v, uint64(k.Async[0]))
 	default:
 		k.t.Errorf("unexpected method %d of object %d", method, object)
 		return unix.EPROTONOSUPPORT
 	}
-	return 0
-}
-
-func (k *fakeKernel) handle(kind string) uint32 {
-	k.next++
-	k.live[k.next] = kind
-	return k.next
-}
-
-func (k *fakeKernel) destroy(h uint32, kind string) syscall.Errno {
-	if k.live[h] != kind {
-		k.t.Errorf("%s %d is destroyed, which is %q", kind, h, k.live[h])
-		return unix.EINVAL
-	}
-	delete(k.live, h)
 	return 0
 }
 
@@ -283,31 +258,31 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhw []byte) syscall.Errno {
 		out[171] = 1
 		le.PutUint64(out[224:], k.capsEx)
 	case 3:
-		le.PutUint32(out, k.handle("pd"))
+		le.PutUint32(out, k.Handle("pd"))
 	case 4:
-		return k.destroy(le.Uint32(in), "pd")
+		return k.Destroy(le.Uint32(in), "pd")
 	case 5: // CREATE_AH
-		le.PutUint32(out, k.handle("ah"))
+		le.PutUint32(out, k.Handle("ah"))
 		le.PutUint32(uhw, 77)
 	case 8:
-		return k.destroy(le.Uint32(in), "ah")
+		return k.Destroy(le.Uint32(in), "ah")
 	case 9: // REG_MR
-		h := k.handle("mr")
+		h := k.Handle("mr")
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], h<<8|1)
 		le.PutUint32(out[8:], h<<8|1)
 	case 13:
-		return k.destroy(le.Uint32(in), "mr")
+		return k.Destroy(le.Uint32(in), "mr")
 	case 14: // ALLOC_MW
-		h := k.handle("mw")
+		h := k.Handle("mw")
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], h<<8|0x20)
 	case 16:
-		return k.destroy(le.Uint32(in), "mw")
+		return k.Destroy(le.Uint32(in), "mw")
 	case 18: // CREATE_CQ
 		r, off := k.newRing(int(le.Uint32(in[16:])), 48)
-		h := k.handle("cq")
-		k.cqs[h], k.cookies[h] = r, le.Uint64(in[8:])
+		h := k.Handle("cq")
+		k.cqs[h], k.Cookies[h] = r, le.Uint64(in[8:])
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], r.mask)
 		mminfo(uhw, off, r)
@@ -323,10 +298,10 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhw []byte) syscall.Errno {
 		le.PutUint32(out, r.mask)
 		mminfo(uhw, off, r)
 	case 20:
-		return k.destroy(le.Uint32(in[8:]), "cq")
+		return k.Destroy(le.Uint32(in[8:]), "cq")
 	case 23: // REQ_NOTIFY_CQ
 	case 24: // CREATE_QP
-		h := k.handle("qp")
+		h := k.Handle("qp")
 		q := &fakeQP{num: 0x10 + h}
 		size := max(16*int(le.Uint32(in[40:])), int(le.Uint32(in[48:])))
 		var sqAt, rqAt uint64
@@ -336,7 +311,7 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhw []byte) syscall.Errno {
 			q.rq, rqAt = k.newRing(int(le.Uint32(in[36:])), 40+16*int(le.Uint32(in[44:])))
 			mminfo(uhw[0:], rqAt, q.rq)
 		}
-		k.qps[h], k.cookies[h] = q, le.Uint64(in[8:])
+		k.qps[h], k.Cookies[h] = q, le.Uint64(in[8:])
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], q.num)
 		copy(out[8:], in[32:52])
@@ -360,11 +335,11 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhw []byte) syscall.Errno {
 			}
 		}
 	case 27:
-		return k.destroy(le.Uint32(in[8:]), "qp")
+		return k.Destroy(le.Uint32(in[8:]), "qp")
 	case 32: // CREATE_SRQ
 		r, off := k.newRing(int(le.Uint32(in[20:])), 40+16*int(le.Uint32(in[24:])))
-		h := k.handle("srq")
-		k.srqs[h], k.cookies[h] = r, le.Uint64(in[8:])
+		h := k.Handle("srq")
+		k.srqs[h], k.Cookies[h] = r, le.Uint64(in[8:])
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], r.mask)
 		copy(out[8:12], in[24:28])
@@ -373,22 +348,12 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhw []byte) syscall.Errno {
 	case 34:
 		le.PutUint32(out[8:], 5)
 	case 35:
-		return k.destroy(le.Uint32(in[8:]), "srq")
+		return k.Destroy(le.Uint32(in[8:]), "srq")
 	default:
 		k.t.Errorf("unexpected command %d", cmd)
 		return unix.ENOSYS
 	}
 	return 0
-}
-
-// event raises an asynchronous event of an object.
-func (k *fakeKernel) event(h uint32, typ ib.EventType) {
-	var b [16]byte
-	le.PutUint64(b[0:], k.cookies[h])
-	b[8] = byte(typ)
-	if _, err := unix.Write(k.async[1], b[:]); err != nil {
-		k.t.Error(err)
-	}
 }
 
 func (k *fakeKernel) count(cmd uint32) int {

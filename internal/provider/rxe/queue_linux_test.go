@@ -359,7 +359,7 @@ func TestHostileGeometry(t *testing.T) {
 		"large":       func(r *kring) { r.setGeometry(12, int(r.mask)*64) },
 		"no elements": func(r *kring) { r.setGeometry(3, int(r.mask)) },
 	} {
-		before := b.k.mapped
+		before := b.k.Mapped
 		b.k.deform = deform
 		if _, err := b.c.CreateCQ(driver.CQConfig{Entries: 10}); err == nil {
 			t.Errorf("%s: a CQ", what)
@@ -371,8 +371,8 @@ func TestHostileGeometry(t *testing.T) {
 			t.Errorf("%s: an SRQ", what)
 		}
 		b.k.deform = nil
-		if b.k.mapped != before {
-			t.Errorf("%s: %d mappings are left", what, b.k.mapped-before)
+		if b.k.Mapped != before {
+			t.Errorf("%s: %d mappings are left", what, b.k.Mapped-before)
 		}
 	}
 	// Only the receive queue is wrong.
@@ -382,9 +382,9 @@ func TestHostileGeometry(t *testing.T) {
 			r.setGeometry(6, 5)
 		}
 	}
-	before := b.k.mapped
-	if _, err := b.pd.CreateQP(driver.QPConfig{Type: ib.RC, SendCQ: b.cq, RecvCQ: b.cq, Cap: b.qp.Cap()}); err == nil || b.k.mapped != before {
-		t.Error(err, b.k.mapped, before)
+	before := b.k.Mapped
+	if _, err := b.pd.CreateQP(driver.QPConfig{Type: ib.RC, SendCQ: b.cq, RecvCQ: b.cq, Cap: b.qp.Cap()}); err == nil || b.k.Mapped != before {
+		t.Error(err, b.k.Mapped, before)
 	}
 	b.k.deform = nil
 }
@@ -395,7 +395,7 @@ func TestOverrun(t *testing.T) {
 	other := b.newCQ(3)
 	defer b.close(other)
 	b.kcq().complete(1, 0, 0, 0, b.kq.num)
-	b.k.event(b.cq.handle, ib.EventCQErr)
+	b.k.Event(b.cq.handle, ib.EventCQErr)
 	e, err := b.c.AsyncEvent(t.Context())
 	if err != nil || e.Type != ib.EventCQErr || e.CQ != driver.CQ(b.cq) {
 		t.Error(e, err)
@@ -407,10 +407,10 @@ func TestOverrun(t *testing.T) {
 		t.Error(n, other.Err())
 	}
 	// Of an object that is closed there is no event.
-	cookies := b.k.cookies[other.handle]
-	b.k.cookies[99] = cookies + 1000
-	b.k.event(99, ib.EventQPFatal)
-	b.k.event(b.qp.Handle, ib.EventQPFatal)
+	cookies := b.k.Cookies[other.handle]
+	b.k.Cookies[99] = cookies + 1000
+	b.k.Event(99, ib.EventQPFatal)
+	b.k.Event(b.qp.Handle, ib.EventQPFatal)
 	if e, err := b.c.AsyncEvent(t.Context()); err != nil || e.QP != driver.QP(b.qp) {
 		t.Error(e, err)
 	}
@@ -434,8 +434,8 @@ func TestResize(t *testing.T) {
 	if err := b.cq.Resize(500); err != nil {
 		t.Fatal(err)
 	}
-	if n := b.cq.Entries(); n != 511 || b.k.mapped != 3 {
-		t.Error(n, b.k.mapped)
+	if n := b.cq.Entries(); n != 511 || b.k.Mapped != 3 {
+		t.Error(n, b.k.Mapped)
 	}
 	b.kcq().complete(40, 0, 0, 0, b.kq.num)
 	wcs := make([]ib.WC, 100)
@@ -836,7 +836,7 @@ func TestRemoved(t *testing.T) {
 	for _, cmd := range []uint32{27, 20, 4} {
 		b.k.errs[cmd] = unix.EIO
 	}
-	clear(b.k.live)
+	clear(b.k.Live)
 }
 
 func TestClosed(t *testing.T) {

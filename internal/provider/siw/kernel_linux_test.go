@@ -13,6 +13,7 @@ import (
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/internal/uverbs"
+	"github.com/ringside-rdma/ringside/internal/uverbs/uverbstest"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -75,23 +76,19 @@ type fakeQP struct {
 }
 
 type fakeKernel struct {
+	uverbstest.Objects
 	t       testing.TB
 	mu      sync.Mutex
-	next    uint32
 	nextMap uint64
 	qpns    map[uint32]bool // in use
 	maps    map[uint64]*kqueue
 	cqs     map[uint32]*kqueue
 	qps     map[uint32]*fakeQP
 	srqs    map[uint32]*kqueue
-	live    map[uint32]string
-	cookies map[uint32]uint64
 	bells   int
 	bellErr syscall.Errno
 	deform  func(cmd uint32, uhw []byte) // changes what is answered to a creation
 	onErr   func(*fakeQP)                // when a queue pair is moved to Err: the kernel flushes
-	async   [2]int
-	mapped  int
 	limit   uint32
 	channel int // where completion events are written
 }
@@ -103,10 +100,8 @@ func newFake(t testing.TB) (*fakeKernel, *siwContext) {
 		t.Skip("the bytes that are written out are little-endian")
 	}
 	k := &fakeKernel{t: t, nextMap: 0x8f000, qpns: map[uint32]bool{}, maps: map[uint64]*kqueue{}, cqs: map[uint32]*kqueue{}, qps: map[uint32]*fakeQP{},
-		srqs: map[uint32]*kqueue{}, live: map[uint32]string{}, cookies: map[uint32]uint64{}}
-	if err := unix.Pipe2(k.async[:], unix.O_CLOEXEC); err != nil {
-		t.Fatal(err)
-	}
+		srqs: map[uint32]*kqueue{}}
+	k.Init(t)
 	c, err := uverbs.NewContext(uverbs.NewFile(k, "siw9", 18), nil, make([]byte, 8))
 	if err != nil {
 		t.Fatal(err)
@@ -114,10 +109,6 @@ func newFake(t testing.TB) (*fakeKernel, *siwContext) {
 	t.Cleanup(func() {
 		if err := c.Close(); err != nil {
 			t.Error(err)
-		}
-		unix.Close(k.async[1])
-		if len(k.live) > 0 || k.mapped > 0 {
-			t.Errorf("left over: %v, and %d mappings", k.live, k.mapped)
 		}
 	})
 	return k, newContext(c)
@@ -144,7 +135,7 @@ func (k *fakeKernel) Mmap(offset int64, n int) ([]byte, error) {
 		return nil, unix.EINVAL
 	}
 	delete(k.maps, uint64(offset))
-	k.mapped++
+	k.Mapped++
 	return q.mem[:n], nil
 }
 
@@ -152,7 +143,7 @@ func (k *fakeKernel) Mmap(offset int64, n int) ([]byte, error) {
 func (k *fakeKernel) Munmap(mem []byte) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.mapped--
+	k.Mapped--
 	return unix.Mprotect(mem, unix.PROT_NONE)
 }
 
@@ -206,26 +197,11 @@ func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
 		le.PutUint32(data[0], 1)
 		le.PutUint64(data[1], 1)
 	case object == 16 && method == 0: // ASYNC_EVENT
-		le.PutUint64(value[0], uint64(k.async[0]))
+		le.PutUint64(value[0], uint64(k.Async[0]))
 	default:
 		k.t.Errorf("unexpected method %d of object %d", method, object)
 		return unix.EPROTONOSUPPORT
 	}
-	return 0
-}
-
-func (k *fakeKernel) handle(kind string) uint32 {
-	k.next++
-	k.live[k.next] = kind
-	return k.next
-}
-
-func (k *fakeKernel) destroy(h uint32, kind string) syscall.Errno {
-	if k.live[h] != kind {
-		k.t.Errorf("%s %d is destroyed, which is %q", kind, h, k.live[h])
-		return unix.EINVAL
-	}
-	delete(k.live, h)
 	return 0
 }
 
@@ -246,14 +222,14 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhw []byte) syscall.Errno
 		le.PutUint32(out[156:], 1000) // max_srq
 		out[171] = 1
 	case 3:
-		le.PutUint32(out, k.handle("pd"))
+		le.PutUint32(out, k.Handle("pd"))
 	case 4:
-		return k.destroy(le.Uint32(in), "pd")
+		return k.Destroy(le.Uint32(in), "pd")
 	case 9: // REG_MR
 		if len(uhwIn) != 8 || len(uhw) != 8 {
 			return unix.EINVAL
 		}
-		h := k.handle("mr")
+		h := k.Handle("mr")
 		stag := h<<8 | uint32(uhwIn[0])
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], stag)
@@ -261,7 +237,7 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhw []byte) syscall.Errno
 		le.PutUint32(uhw, stag)
 		deform()
 	case 13:
-		return k.destroy(le.Uint32(in), "mr")
+		return k.Destroy(le.Uint32(in), "mr")
 	case 17: // CREATE_COMP_CHANNEL: a pipe, of which the provider gets the reading end
 		var fds [2]int
 		if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
@@ -272,17 +248,17 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhw []byte) syscall.Errno
 		le.PutUint32(out, uint32(fds[0]))
 	case 18: // CREATE_CQ
 		q, at := k.newQueue(int(le.Uint32(in[16:])), 32, 8)
-		h := k.handle("cq")
-		k.cqs[h], k.cookies[h] = q, le.Uint64(in[8:])
+		h := k.Handle("cq")
+		k.cqs[h], k.Cookies[h] = q, le.Uint64(in[8:])
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], le.Uint32(in[16:]))
 		le.PutUint32(uhw[4:], uint32(q.n))
 		le.PutUint64(uhw[8:], at)
 		deform()
 	case 20:
-		return k.destroy(le.Uint32(in[8:]), "cq")
+		return k.Destroy(le.Uint32(in[8:]), "cq")
 	case 24: // CREATE_QP
-		h := k.handle("qp")
+		h := k.Handle("qp")
 		q := &fakeQP{num: 1, ord: 16}
 		for k.qpns[q.num] {
 			q.num++ // the lowest that is free
@@ -298,7 +274,7 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhw []byte) syscall.Errno
 			le.PutUint32(uhw[8:], uint32(q.rq.n))
 			le.PutUint64(uhw[24:], at)
 		}
-		k.qps[h], k.cookies[h] = q, le.Uint64(in[8:])
+		k.qps[h], k.Cookies[h] = q, le.Uint64(in[8:])
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], q.num)
 		le.PutUint32(out[8:], le.Uint32(in[32:]))
@@ -325,11 +301,11 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhw []byte) syscall.Errno
 	case 27:
 		h := le.Uint32(in[8:])
 		delete(k.qpns, k.qps[h].num)
-		return k.destroy(h, "qp")
+		return k.Destroy(h, "qp")
 	case 32: // CREATE_SRQ
 		q, at := k.newQueue(int(le.Uint32(in[20:])), 112, 0)
-		h := k.handle("srq")
-		k.srqs[h], k.cookies[h] = q, le.Uint64(in[8:])
+		h := k.Handle("srq")
+		k.srqs[h], k.Cookies[h] = q, le.Uint64(in[8:])
 		le.PutUint32(out[0:], h)
 		copy(out[4:], in[20:28])
 		le.PutUint32(uhw[0:], uint32(q.n))
@@ -338,22 +314,12 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhw []byte) syscall.Errno
 	case 33: // MODIFY_SRQ
 		k.limit = le.Uint32(in[12:])
 	case 35:
-		return k.destroy(le.Uint32(in[8:]), "srq")
+		return k.Destroy(le.Uint32(in[8:]), "srq")
 	default:
 		k.t.Errorf("unexpected command %d", cmd)
 		return unix.ENOSYS
 	}
 	return 0
-}
-
-// event raises an asynchronous event of an object.
-func (k *fakeKernel) event(h uint32, typ ib.EventType) {
-	var b [16]byte
-	le.PutUint64(b[0:], k.cookies[h])
-	b[8] = byte(typ)
-	if _, err := unix.Write(k.async[1], b[:]); err != nil {
-		k.t.Error(err)
-	}
 }
 
 // A bench is a queue pair with its queues on both sides.

@@ -462,12 +462,12 @@ func TestDoorbellFails(t *testing.T) {
 func TestEvents(t *testing.T) {
 	b := connected(t, benchOpts{})
 	b.q.PostRecv([]ib.RecvWR{{ID: 9}})
-	b.k.event(b.q.Handle, ib.EventQPAccessErr)
+	b.k.Event(b.q.Handle, ib.EventQPAccessErr)
 	testutil.Eventually(t, "the event", func() bool { return b.q.State() == ib.Err })
 	if wcs := b.poll(b.rcq); len(wcs) != 1 || wcs[0].ID != 9 {
 		t.Error(wcs)
 	}
-	b.k.event(b.scq.handle, ib.EventCQErr)
+	b.k.Event(b.scq.handle, ib.EventCQErr)
 	testutil.Eventually(t, "the event", func() bool { return b.scq.Err() != nil })
 	if n := b.scq.Poll(make([]ib.WC, 1)); n >= 0 {
 		t.Error(n)
@@ -547,7 +547,7 @@ func TestSRQ(t *testing.T) {
 	if err := b.srq.SetLimit(3); err != nil || b.srq.Limit() != 3 || b.k.limit != 3 {
 		t.Error(err, b.srq.Limit(), b.k.limit)
 	}
-	b.k.event(b.srq.handle, ib.EventSRQLimit)
+	b.k.Event(b.srq.handle, ib.EventSRQLimit)
 	testutil.Eventually(t, "the event", func() bool { return b.srq.Limit() == 0 })
 	// Receives of a queue pair in error stay.
 	b.srq.PostRecv([]ib.RecvWR{{ID: 1}})
