@@ -486,17 +486,22 @@ func (c *Conn) agreeOn(mine, theirs *hello) {
 	c.agree(int(theirs.MaxMessage), int(theirs.Slot), int(theirs.Window), int(theirs.Rendezvous))
 }
 
+// udpAckTimeout is qp.ConnectParams.AckTimeout between software NICs: with its retries, a peer may say nothing for two seconds, as it may
+// over TCP. The peer is a process, which a busy host may keep from running for longer than an adapter ever takes to answer. What is lost is
+// found out long before, by how long answers take.
+const udpAckTimeout = 268 * time.Millisecond
+
 // connect takes the queue pair to the peer's.
 func (c *Conn) connect(ctx context.Context, mine, theirs *hello) error {
 	remote := qp.Endpoint{GID: theirs.GID, LID: theirs.LID, QPN: theirs.QPN, PSN: theirs.PSN}
-	sgid, mtu := c.sgid, min(mine.MTU, theirs.MTU)
+	sgid, mtu, patience := c.sgid, min(mine.MTU, theirs.MTU), time.Duration(0)
 	if c.viaUDP {
 		remote.GID, remote.UDPPort = theirs.UDP.GID, theirs.UDP.Port
-		sgid, mtu = c.udpSGID, c.udpMTU
+		sgid, mtu, patience = c.udpSGID, c.udpMTU, udpAckTimeout
 	}
 	err := c.q.Connect(ctx, qp.ConnectParams{
 		Remote:   remote,
-		LocalPSN: mine.PSN, SGIDIndex: sgid, MTU: mtu,
+		LocalPSN: mine.PSN, SGIDIndex: sgid, MTU: mtu, AckTimeout: patience,
 		MaxRdAtomic:     clampReads(min(mine.ReadsOut, theirs.ReadsIn)),
 		MaxDestRdAtomic: clampReads(min(mine.ReadsIn, theirs.ReadsOut)),
 	})

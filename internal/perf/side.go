@@ -188,6 +188,9 @@ const (
 	yieldEvery = 5 * time.Millisecond
 	// stopGrace is how long a stopped client waits for what it has in flight.
 	stopGrace = 2 * time.Second
+	// udpAckTimeout is between software NICs over UDP, where the peer is a process that a busy host may keep from running: with the
+	// retries it may say nothing for two seconds, as over TCP.
+	udpAckTimeout = 268 * time.Millisecond
 	// pollBatch is how many completions a poll takes at most.
 	pollBatch = 64
 )
@@ -314,11 +317,15 @@ func (s *side) connect(ctx context.Context, peer *endpoint, streams []*net.TCPCo
 			}
 			streams[i] = nil
 		}
+		patience := time.Duration(0) // the default
+		if peer.udpPort != 0 {
+			patience = udpAckTimeout
+		}
 		err := s.lanes[i].q.Connect(ctx, qp.ConnectParams{
 			Remote:    qp.Endpoint{GID: peer.gid, LID: peer.lid, QPN: peer.qps[i].qpn, PSN: peer.qps[i].psn, UDPPort: peer.udpPort},
 			LocalPSN:  s.psns[i],
 			SGIDIndex: s.port.index,
-			MTU:       min(s.port.attr.ActiveMTU, peer.mtu),
+			MTU:       min(s.port.attr.ActiveMTU, peer.mtu), AckTimeout: patience,
 		})
 		if err != nil {
 			return fmt.Errorf("connecting queue pair %d of %d to %v: %w", i+1, len(s.lanes), peer.gid, err)
