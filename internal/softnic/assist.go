@@ -82,6 +82,8 @@ func (q *QP) sendAssist(v *peerView, wr *ib.SendWR, n uint32) (ib.WCStatus, stal
 		}
 	case ib.OpAtomicCmpSwap, ib.OpAtomicFetchAdd:
 		m.y, m.z = wr.CompareAdd, wr.Swap
+	case ib.OpAtomicWrite:
+		m.z = host64(q.result[:])
 	}
 	l := v.link
 	l.mu.Lock()
@@ -138,6 +140,9 @@ func (l *link) doAssist(m, answer *ctl) ib.WCStatus {
 		need = ib.AccessRemoteRead
 	case ib.OpAtomicCmpSwap, ib.OpAtomicFetchAdd:
 		need = ib.AccessRemoteAtomic
+		ok = ok && m.b == 8 && m.x&7 == 0
+	case ib.OpAtomicWrite:
+		need = ib.AccessRemoteWrite
 		ok = ok && m.b == 8 && m.x&7 == 0
 	default:
 		ok = false

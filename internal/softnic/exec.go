@@ -50,6 +50,10 @@ func (q *QP) execute(wr *ib.SendWR) (st ib.WCStatus, n uint32, s stallKind) {
 		st, n, s = q.execWrite(v, wr)
 	case ib.OpRDMARead:
 		st, n, s = q.execRead(v, wr)
+	case ib.OpFlush:
+		st, s = q.execFlush(v, wr)
+	case ib.OpAtomicWrite:
+		st, n, s = q.execAtomicWrite(v, wr)
 	default:
 		st, n, s = q.execAtomic(v, wr)
 	}
@@ -339,14 +343,82 @@ func (q *QP) execAtomic(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallK
 	return ib.WCSuccess, 8, stallNone
 }
 
-// doAtomic executes an atomic and returns the old value. It is atomic with the CPU's own atomics on both sides.
+// execAtomicWrite executes an ATOMIC_WRITE: of a WRITE, nobody knows in which pieces its bytes come.
+func (q *QP) execAtomicWrite(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKind) {
+	if _, _, st := q.local(wr, 0); st != ib.WCSuccess {
+		return st, 0, stallNone
+	}
+	if q.attr.MaxRdAtomic == 0 {
+		return ib.WCLocalQPOpErr, 0, stallNone
+	}
+	if !q.gather(q.result[:], wr, 0) {
+		return ib.WCLocalProtErr, 0, stallNone
+	}
+	if wr.RemoteAddr&7 != 0 {
+		return q.invalidFault(v), 0, stallNone
+	}
+	r, st, s := q.remote(v, wr.RKey, wr.RemoteAddr, 8, ib.AccessRemoteWrite)
+	if st != ib.WCSuccess || s != stallNone {
+		return st, 0, s
+	}
+	switch {
+	case r.own != nil:
+		_, st = r.own.atomic(wr.RemoteAddr, wr.Opcode, 0, host64(q.result[:]))
+		if st == ib.WCRemoteInvalidReqErr {
+			st = q.invalidFault(v)
+		} else if st != ib.WCSuccess {
+			st = q.operationFault(v)
+		}
+		return st, 8, stallNone
+	case r.assisted:
+		st, s := q.execAssist(v, wr, 8)
+		return st, 8, s
+	}
+	w := word64At(r.mem, wr.RemoteAddr-r.memAt)
+	if w == nil {
+		return q.invalidFault(v), 0, stallNone
+	}
+	doAtomic(w, wr.Opcode, 0, host64(q.result[:]))
+	return ib.WCSuccess, 8, stallNone
+}
+
+// execFlush executes a FLUSH: whoever may, and asks for what can be had, has it, since operations before it were done where all see them.
+func (q *QP) execFlush(v *peerView, wr *ib.SendWR) (ib.WCStatus, stallKind) {
+	if q.attr.MaxRdAtomic == 0 {
+		return ib.WCLocalQPOpErr, stallNone
+	}
+	addr, n := flushRange(wr.RemoteAddr, wr.Flush)
+	_, st, s := q.remote(v, wr.RKey, addr, n, flushRights(wr.Flush.Placement))
+	return st, s
+}
+
+// flushRange is what a FLUSH is about; of a whole region, nothing more is known.
+func flushRange(addr uint64, f ib.Flush) (uint64, uint32) {
+	if f.Level == ib.FlushRegion {
+		return 0, 0
+	}
+	return addr, f.Length
+}
+
+// flushRights are the rights that a FLUSH takes.
+func flushRights(p ib.FlushPlacement) (need ib.Access) {
+	if p&ib.FlushGlobal != 0 {
+		need |= ib.AccessFlushGlobal
+	}
+	if p&ib.FlushPersistent != 0 {
+		need |= ib.AccessFlushPersistent
+	}
+	return need
+}
+
+// doAtomic executes an atomic, or an ATOMIC_WRITE of swap, and returns the old value. It is atomic with the CPU's own atomics on both sides.
 func doAtomic(w *uint64, op ib.Opcode, compareAdd, swap uint64) uint64 {
 	if op == ib.OpAtomicFetchAdd {
 		return add64(w, compareAdd)
 	}
 	for {
 		old := load64(w)
-		if old != compareAdd || cas64(w, old, swap) {
+		if op == ib.OpAtomicCmpSwap && old != compareAdd || cas64(w, old, swap) {
 			return old
 		}
 	}

@@ -69,7 +69,7 @@ var foreignAtomics struct {
 	word [8]byte // a local array would be on the heap: foreign memory is behind an interface
 }
 
-// atomic executes an atomic on the 8 bytes at addr, which contains has checked, and returns the old value.
+// atomic executes an atomic, or an ATOMIC_WRITE of swap, on the 8 bytes at addr, which contains has checked, and returns the old value.
 func (r *region) atomic(addr uint64, op ib.Opcode, compareAdd, swap uint64) (old uint64, st ib.WCStatus) {
 	if r.foreign == nil {
 		w := word64At(r.mem, addr-r.memAt)
@@ -92,7 +92,7 @@ func (r *region) atomic(addr uint64, op ib.Opcode, compareAdd, swap uint64) (old
 	switch {
 	case op == ib.OpAtomicFetchAdd:
 		next = old + compareAdd
-	case old != compareAdd:
+	case op == ib.OpAtomicCmpSwap && old != compareAdd:
 		return old, ib.WCSuccess
 	}
 	binary.NativeEndian.PutUint64(b, next)

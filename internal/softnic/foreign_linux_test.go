@@ -252,6 +252,12 @@ func TestForeignAtomics(t *testing.T) {
 				t.Errorf("%v left %s, want %s", c.op, s, word(c.now))
 			}
 		}
+		a.tell("put 32 %s", word(9))
+		a.send(ib.SendWR{ID: 3, Opcode: ib.OpAtomicWrite, SGEs: []ib.SGE{a.sge(32, 8)}, RemoteAddr: foreignIOVA + 24, RKey: b.mr.RKey(), Flags: ib.SendSignaled})
+		a.want(3, ib.WCSuccess, -1)
+		if s := b.tell("get 24 8"); s != "got "+word(9) {
+			t.Errorf("an ATOMIC_WRITE left %s", s)
+		}
 		a.send(ib.SendWR{ID: 2, Opcode: ib.OpAtomicFetchAdd, SGEs: []ib.SGE{a.sge(8, 8)}, RemoteAddr: foreignIOVA + 20, RKey: b.mr.RKey(), Flags: ib.SendSignaled})
 		a.want(2, ib.WCRemoteInvalidReqErr, 0)
 	})

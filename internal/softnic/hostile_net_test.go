@@ -316,8 +316,8 @@ var wrongPackets = func() (rows []wrongPacket) {
 	refused("WRITE longer than a message can be", with(roce.WriteFirst, 256, func(p *roce.Packet) { p.Len = 1<<31 + 1 }))
 	refused("READ longer than a message can be", with(roce.ReadRequest, 0, func(p *roce.Packet) { p.Len = 1<<31 + 1 }))
 	refused("atomic at an odd address", with(roce.FetchAdd, 0, func(p *roce.Packet) { p.Addr += 4 }))
-	refused("FLUSH, which is not offered", with(roce.Flush, 0, nil))
-	refused("ATOMIC WRITE, which is not offered", with(roce.AtomicWrite, 8, nil))
+	refused("FLUSH without a placement", with(roce.Flush, 0, nil))
+	refused("ATOMIC WRITE of another length", with(roce.AtomicWrite, 8, func(p *roce.Packet) { p.Len = 16 }))
 	for what, change := range map[string]func(*roce.Packet){
 		"rkey":               func(p *roce.Packet) { p.RKey ^= 0x100 },
 		"rkey that is 0":     func(p *roce.Packet) { p.RKey = 0 },

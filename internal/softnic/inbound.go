@@ -100,7 +100,7 @@ func (in *inbound) setState(s uint32) { atomic.StoreUint32(in.state, s) }
 // rightsLocked is what the QP's peer may do. Called with sq held.
 func (q *QP) rightsLocked() ib.Access {
 	if q.attr.MaxDestRdAtomic == 0 {
-		return q.attr.Access &^ (ib.AccessRemoteRead | ib.AccessRemoteAtomic) // the responder has no resources for them
+		return q.attr.Access &^ (ib.AccessRemoteRead | ib.AccessRemoteAtomic | ib.AccessFlushGlobal) // the responder has no resources for them
 	}
 	return q.attr.Access
 }

@@ -191,8 +191,8 @@ func (pd *PD) RegisterMRAt(cfg driver.MRConfig, at uint64) (driver.MR, error) {
 	if err := cfg.Access.Check(); err != nil {
 		return nil, err
 	}
-	if a := cfg.Access & (ib.AccessFlushGlobal | ib.AccessFlushPersistent); a != 0 {
-		return nil, fmt.Errorf("%v: the software NIC has no FLUSH: %w", a, errors.ErrUnsupported)
+	if a := cfg.Access & ib.AccessFlushPersistent; a != 0 {
+		return nil, fmt.Errorf("%v: the software NIC knows of no memory that outlives a loss of power: %w", a, errors.ErrUnsupported)
 	}
 	r := &region{nic: pd.nic, pd: pd, mem: cfg.Mem, memAt: at, base: at, length: uint64(len(cfg.Mem)),
 		access: cfg.Access, fd: cfg.FD, fdOff: cfg.FDOffset}

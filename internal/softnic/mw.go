@@ -208,3 +208,6 @@ func (n *NIC) mwByRKey(k ib.RKey) *MW {
 
 // putHost64 stores v in the order that the CPU has, as the device writes an atomic's old value.
 func putHost64(b []byte, v uint64) { binary.NativeEndian.PutUint64(b, v) }
+
+// host64 is what putHost64 has stored.
+func host64(b []byte) uint64 { return binary.NativeEndian.Uint64(b) }

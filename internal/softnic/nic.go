@@ -177,7 +177,7 @@ func (n *NIC) QueryDevice() (ib.DeviceAttr, error) {
 		MaxCQ: 1 << 16, MaxCQE: maxCQE, MaxMR: maxMRs - 1, MaxPD: 1 << 16, MaxQPRdAtomic: maxPaths, MaxQPInitRdAtom: maxPaths,
 		MaxMW: maxMRs - 1, MaxAH: maxAHs, MaxSRQ: 1 << 14, MaxSRQWR: maxSRQDepth, MaxSRQSGE: maxSGE, MaxPKeys: 1, MaxInline: maxInline,
 		Caps: ib.CapMW2 | ib.CapSRQ | ib.CapAtomic | ib.CapAtomicGlobal | ib.CapResizeCQ | ib.CapUD | ib.CapUC |
-			ib.CapImm | ib.CapMWBounds}, nil
+			ib.CapImm | ib.CapMWBounds | ib.CapFlush | ib.CapAtomicWrite}, nil
 }
 
 // QueryPort implements driver.Context.

@@ -107,7 +107,8 @@ func (o *observed) end() (opcodes []string) {
 		o.t.Fatalf("tshark sees %d packets of %d", len(packets), len(o.seen))
 	}
 	for i, p := range packets {
-		if p[1] != crcs[i] {
+		op := roce.Opcode(o.seen[i].Data[0]).Op()
+		if younger := op == roce.Flush || op == roce.AtomicWrite; p[1] != crcs[i] && !younger { // tshark 4.0 does not know those
 			o.t.Errorf("packet %d: tshark sees the ICRC %s, want %s", i, p[1], crcs[i])
 		}
 		n, err := strconv.ParseUint(p[0], 0, 8)
@@ -265,6 +266,70 @@ func TestCaptureOperations(t *testing.T) {
 			}
 			if d := b.q.(*QP).counters(); d.Receives != (observe.Traffic{Messages: 4, Bytes: 522 + 20 + 21}) {
 				t.Errorf("%+v", d)
+			}
+		})
+	}
+}
+
+// An ATOMIC_WRITE and a FLUSH do what they say on each path, also to memory that only its own process reaches, and look the same in a
+// capture.
+func TestCapturePlacement(t *testing.T) {
+	for _, path := range []observe.Path{observe.Inproc, observe.Shm, observe.UDP} {
+		t.Run(path.String(), func(t *testing.T) {
+			na, nb := openNIC(t, path == observe.Shm), openNIC(t, path == observe.Shm)
+			if na.sharedE != nil {
+				testutil.Skip(t, na.sharedE.Error())
+			}
+			a, b := newEnd(t, na, endConfig{typ: ib.RC}), newEnd(t, nb, endConfig{typ: ib.RC})
+			o := observeNICs(t, na)
+			if path == observe.UDP {
+				joinUDP(t, a, b, 0)
+			} else {
+				a.join(b, nb.gid, 0, 0, 0xfffffe, 5, 14)
+				b.join(a, na.gid, 0, 0, 5, 0xfffffe, 14)
+			}
+			const rights = ib.AccessLocalWrite | ib.AccessRemote | ib.AccessFlushGlobal
+			mem := heapBytes(64)
+			mr, err := b.pd.RegisterMR(driver.MRConfig{Mem: mem, Access: rights, FD: -1})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer mr.Close()
+			if err := b.q.Modify(t.Context(), &ib.QPAttr{State: ib.RTS, Access: rights}, ib.AttrState|ib.AttrAccess); err != nil {
+				t.Fatal(err)
+			}
+			copy(a.buf[8:], "eight by")
+			a.send(ib.SendWR{ID: 1, Opcode: ib.OpAtomicWrite, SGEs: a.sge(8, 8), RemoteAddr: addrOf(mem) + 16, RKey: mr.RKey()})
+			a.send(ib.SendWR{ID: 2, Opcode: ib.OpFlush, Flags: ib.SendSignaled, RemoteAddr: addrOf(mem) + 16, RKey: mr.RKey(), Flush: ib.Flush{Placement: ib.FlushGlobal, Length: 8}})
+			if wc := a.poll(); wc.ID != 2 || wc.Status != ib.WCSuccess || wc.Opcode != ib.WCFlush {
+				t.Fatalf("%+v", wc)
+			}
+			if string(mem[16:24]) != "eight by" {
+				t.Errorf("the memory has %q", mem)
+			}
+			want := []string{">RC_ATOMIC_WRITE", "<RC_RDMA_READ_RESPONSE_ONLY", ">RC_FLUSH", "<RC_RDMA_READ_RESPONSE_ONLY"}
+			opcodes := o.end()
+			if path == observe.UDP { // the second need not wait for the first one's answer
+				slices.Sort(opcodes)
+				slices.Sort(want)
+			}
+			if !slices.Equal(opcodes, want) {
+				t.Fatalf("captured %q, want %q", opcodes, want)
+			}
+			for i := range o.seen {
+				var p roce.Packet
+				r := &o.seen[i]
+				if err := p.Decode(r.Data[:r.Length-roce.ICRCLen]); err != nil {
+					t.Fatal(err)
+				}
+				switch flush := p.Opcode.Op() == roce.Flush; {
+				case p.Opcode.IsResponse():
+					if len(p.Payload) != 0 || p.Syndrome != roce.Ack {
+						t.Errorf("%+v", p)
+					}
+				case p.Addr != addrOf(mem)+16 || p.RKey != uint32(mr.RKey()) || p.Len != 8 || !p.AckReq || flush && p.FETH != 1 || !flush && string(p.Payload) != "eight by":
+					t.Errorf("%+v", p)
+				}
 			}
 		})
 	}

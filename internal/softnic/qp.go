@@ -368,7 +368,7 @@ func (q *QP) checkAttr(a *ib.QPAttr, mask ib.QPAttrMask) error {
 		return bad("AH.SGIDIndex", a.AH.SGIDIndex)
 	case mask&ib.AttrAV != 0 && a.AH.DGID.IsZero():
 		return bad("AH.DGID", a.AH.DGID)
-	case mask&ib.AttrAccess != 0 && a.Access&^(ib.AccessRemote|ib.AccessLocalWrite|ib.AccessMWBind) != 0:
+	case mask&ib.AttrAccess != 0 && a.Access&^(ib.AccessRemote|ib.AccessFlushGlobal|ib.AccessLocalWrite|ib.AccessMWBind) != 0:
 		return bad("Access", a.Access)
 	}
 	return nil

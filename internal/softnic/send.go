@@ -31,6 +31,9 @@ func (q *QP) plain(wr *ib.SendWR) bool {
 
 // checkWR finds what can be wrong with a request by itself.
 func (q *QP) checkWR(wr *ib.SendWR) error {
+	if wr.Opcode >= ib.OpFlush {
+		return driver.CheckPlacementWR(q.typ, &q.cap, wr)
+	}
 	if err := driver.CheckSendWR(q.typ, &q.cap, wr); err != nil {
 		return err
 	}

@@ -114,6 +114,14 @@ func (x *rendering) request(st ib.WCStatus, n uint32) {
 		count = 1
 		x.pkt = roce.Packet{Opcode: roce.Op(roce.RC, roce.FetchAdd), Addr: wr.RemoteAddr, RKey: uint32(wr.RKey), Swap: wr.CompareAdd, AckReq: true}
 		x.put(&x.rec, first, 0, 0)
+	case ib.OpFlush:
+		x.pkt = roce.Packet{Opcode: roce.Op(roce.RC, roce.Flush), FETH: uint32(wr.Flush.Placement) | uint32(wr.Flush.Level)<<4, Addr: wr.RemoteAddr, RKey: uint32(wr.RKey),
+			Len: wr.Flush.Length, AckReq: true}
+		x.put(&x.rec, first, 0, 0)
+	case ib.OpAtomicWrite:
+		count = 1
+		x.pkt = roce.Packet{Opcode: roce.Op(roce.RC, roce.AtomicWrite), Addr: wr.RemoteAddr, RKey: uint32(wr.RKey), Len: 8, AckReq: true}
+		x.put(&x.rec, first, 0, 8)
 	default:
 		for i := range count {
 			x.packet(n, i, count)
@@ -131,6 +139,8 @@ func (x *rendering) request(st ib.WCStatus, n uint32) {
 	switch wr.Opcode {
 	case ib.OpRDMARead:
 		x.response(first, n, count)
+	case ib.OpFlush, ib.OpAtomicWrite:
+		x.response(first, 0, 1)
 	case ib.OpAtomicCmpSwap, ib.OpAtomicFetchAdd:
 		var old [8]byte
 		q.gather(old[:], wr, 0)

@@ -89,7 +89,7 @@ func (t *target) Complete(m wire.Message, st ib.WCStatus) {
 func (t *target) region(rkey uint32, addr uint64, n uint32, need ib.Access) *region {
 	r := t.q.nic.regions.lookupRKey(ib.RKey(rkey))
 	if r == nil || r.pd != t.q.pd || r.access&need != need || ib.Access(atomic.LoadUint32(t.v.access))&need != need ||
-		r.qpn != 0 && r.qpn != t.q.qpn || !r.contains(addr, n) {
+		r.qpn != 0 && r.qpn != t.q.qpn || n > 0 && !r.contains(addr, n) {
 		return nil
 	}
 	return r
@@ -132,11 +132,24 @@ func (t *target) Read(rkey uint32, addr uint64, dst []byte) ib.WCStatus {
 
 // Atomic implements wire.Target.
 func (t *target) Atomic(rkey uint32, addr uint64, op ib.Opcode, compareAdd, swap uint64) (uint64, ib.WCStatus) {
-	r := t.region(rkey, addr, 8, ib.AccessRemoteAtomic)
+	need := ib.AccessRemoteAtomic
+	if op == ib.OpAtomicWrite {
+		need = ib.AccessRemoteWrite
+	}
+	r := t.region(rkey, addr, 8, need)
 	if r == nil {
 		return 0, ib.WCRemoteAccessErr
 	}
 	return r.atomic(addr, op, compareAdd, swap)
+}
+
+// Flush implements wire.Target. What was written before is where it was written to, and everybody sees it.
+func (t *target) Flush(rkey uint32, addr uint64, f ib.Flush) ib.WCStatus {
+	addr, n := flushRange(addr, f)
+	if t.region(rkey, addr, n, flushRights(f.Placement)) == nil {
+		return ib.WCRemoteAccessErr
+	}
+	return ib.WCSuccess
 }
 
 // Invalidate implements wire.Target. The window goes when the message's completion is polled, as on the other paths.

@@ -204,16 +204,18 @@ func (w *wireQP) request(r *wire.Request, wr *ib.SendWR) (st ib.WCStatus, here b
 	switch wr.Opcode {
 	case ib.OpLocalInv, ib.OpBindMW:
 		return ib.WCSuccess, true
-	case ib.OpRDMARead, ib.OpAtomicCmpSwap, ib.OpAtomicFetchAdd:
+	case ib.OpRDMARead, ib.OpAtomicCmpSwap, ib.OpAtomicFetchAdd, ib.OpFlush, ib.OpAtomicWrite:
 		if w.q.attr.MaxRdAtomic == 0 {
 			return ib.WCLocalQPOpErr, false
 		}
-		need = ib.AccessLocalWrite
+		if wr.Opcode < ib.OpFlush {
+			need = ib.AccessLocalWrite
+		}
 	}
 	_, n, st := w.q.local(wr, need)
 	*r = wire.Request{Op: wr.Opcode, Solicited: wr.Flags&ib.SendSolicited != 0, Fence: wr.Flags&ib.SendFence != 0,
 		Quiet: wr.Flags&ib.SendSignaled == 0 && !w.q.sigAll, Len: n,
-		Addr: wr.RemoteAddr, RKey: uint32(wr.RKey), Imm: wr.Imm, InvKey: uint32(wr.InvalidateRKey), CompareAdd: wr.CompareAdd, Swap: wr.Swap}
+		Addr: wr.RemoteAddr, RKey: uint32(wr.RKey), Imm: wr.Imm, InvKey: uint32(wr.InvalidateRKey), CompareAdd: wr.CompareAdd, Swap: wr.Swap, Flush: wr.Flush}
 	return st, false
 }
 

@@ -198,5 +198,10 @@ func (e endpointTarget) Atomic(rkey uint32, addr uint64, op ib.Opcode, compareAd
 	return old, ib.WCSuccess
 }
 
+func (e endpointTarget) Flush(rkey uint32, addr uint64, f ib.Flush) ib.WCStatus {
+	_, st := e.at(rkey, addr, int(f.Length))
+	return st
+}
+
 func (e endpointTarget) Invalidate(uint32) ib.WCStatus { return ib.WCSuccess }
 func (e endpointTarget) Fail(st ib.WCStatus)           { e.fatal = st }

@@ -21,8 +21,10 @@ type Target interface {
 	Write(rkey uint32, addr uint64, data []byte) ib.WCStatus
 	// Read fills dst from addr, if it may still.
 	Read(rkey uint32, addr uint64, dst []byte) ib.WCStatus
-	// Atomic executes an atomic on the 8 bytes at addr.
+	// Atomic executes an atomic on the 8 bytes at addr, or an ATOMIC WRITE of swap.
 	Atomic(rkey uint32, addr uint64, op ib.Opcode, compareAdd, swap uint64) (old uint64, st ib.WCStatus)
+	// Flush has what was written before where f wants it.
+	Flush(rkey uint32, addr uint64, f ib.Flush) ib.WCStatus
 	// Invalidate ends a window's key.
 	Invalidate(rkey uint32) ib.WCStatus
 

@@ -21,11 +21,23 @@ type Request struct {
 	InvKey     uint32
 	CompareAdd uint64
 	Swap       uint64
+	Flush      ib.Flush
 }
 
 // response reports whether the request is answered by more than an acknowledgement.
 func (r *Request) response() bool {
-	return r.Op == ib.OpRDMARead || r.Op == ib.OpAtomicCmpSwap || r.Op == ib.OpAtomicFetchAdd
+	return r.Op == ib.OpRDMARead || r.atomic() || r.Op == ib.OpFlush || r.Op == ib.OpAtomicWrite
+}
+
+// atomic reports whether the answer is what was found. That of a FLUSH and an ATOMIC WRITE is as of a READ of nothing.
+func (r *Request) atomic() bool { return r.Op == ib.OpAtomicCmpSwap || r.Op == ib.OpAtomicFetchAdd }
+
+// answer is how many bytes the response to the packet psn of e has.
+func (r *Requester) answer(e *entry, psn ib.PSN) uint32 {
+	if e.Op != ib.OpRDMARead {
+		return 0
+	}
+	return min(e.Len-uint32(distance(e.first, psn))*uint32(r.cfg.MTU), uint32(r.cfg.MTU))
 }
 
 // A SendQueue is the local side of requests, which are counted from 0 as they are posted.
@@ -156,7 +168,7 @@ func (r *Requester) Post(req *Request) {
 	}
 	e := r.at(n)
 	*e = entry{Request: *req, first: r.free, packets: packets(req.Len, r.cfg.MTU)}
-	if e.Op == ib.OpAtomicCmpSwap || e.Op == ib.OpAtomicFetchAdd {
+	if e.atomic() {
 		e.packets = 1
 	}
 	r.free = e.end()
@@ -232,17 +244,14 @@ func (r *Requester) Pump(now time.Duration, out Output) (full bool) {
 		if e.response() {
 			n = r.askedFor(e, r.nxt)
 			known := r.known(r.nxt)
-			if sent = r.ask(e, r.nxt, n, out); sent && !known {
+			if sent, full = r.ask(r.cur, r.nxt, n, out); sent && !known {
 				r.asks = append(r.asks, r.nxt.Add(int32(n)))
 			}
 		} else {
 			sent, full = r.send(r.cur, r.nxt, out)
-			if !sent && !full {
-				return false // it cannot be sent at all
-			}
 		}
 		if !sent {
-			return true
+			return full // or it cannot be sent at all
 		}
 		r.count()
 		r.nxt = r.nxt.Add(int32(n))
@@ -403,8 +412,9 @@ func PacketOp(op ib.Opcode, first, last bool) uint8 {
 	return base + middle
 }
 
-// ask sends the request of a READ, for n packets from psn on, or of an atomic.
-func (r *Requester) ask(e *entry, psn ib.PSN, n uint32, out Output) (sent bool) {
+// ask sends request k, a READ, for n packets from psn on, or one that has an answer besides.
+func (r *Requester) ask(k uint32, psn ib.PSN, n uint32, out Output) (sent, full bool) {
+	e, size := r.at(k), 0
 	p := &r.pkt
 	*p = roce.Packet{PKey: roce.DefaultPKey, DestQP: r.cfg.DestQP, PSN: psn, AckReq: true, Addr: e.Addr, RKey: e.RKey}
 	switch e.Op {
@@ -416,16 +426,28 @@ func (r *Requester) ask(e *entry, psn ib.PSN, n uint32, out Output) (sent bool) 
 	case ib.OpAtomicCmpSwap:
 		p.Opcode = roce.Op(roce.RC, roce.CompareSwap)
 		p.Swap, p.Cmp = e.Swap, e.CompareAdd
+	case ib.OpFlush:
+		p.Opcode = roce.Op(roce.RC, roce.Flush)
+		p.FETH, p.Len = uint32(e.Flush.Placement)|uint32(e.Flush.Level)<<4, e.Flush.Length
+	case ib.OpAtomicWrite:
+		p.Opcode = roce.Op(roce.RC, roce.AtomicWrite)
+		p.Len, size = e.Len, int(e.Len)
 	default:
 		p.Opcode = roce.Op(roce.RC, roce.FetchAdd)
 		p.Swap = e.CompareAdd
 	}
-	if _, ok := out.Packet(p, 0); !ok {
-		return false
+	payload, ok := out.Packet(p, size)
+	if !ok {
+		return false, true
+	}
+	if size > 0 && !r.q.Gather(k, 0, payload) {
+		out.Abort()
+		r.spoil(k, ib.WCLocalProtErr)
+		return false, false
 	}
 	out.Commit()
 	r.unasked = 0
-	return true
+	return true, false
 }
 
 // reached is the PSN of what is missing next of a response.
@@ -581,7 +603,7 @@ func (r *Requester) acknowledge(p *roce.Packet, now time.Duration) {
 func (r *Requester) response(p *roce.Packet, now time.Duration) {
 	n := r.find(p.PSN)
 	e := r.at(n)
-	if !e.response() || e.done || (e.Op == ib.OpRDMARead) == (p.Opcode.Op() == roce.AtomicAcknowledge) {
+	if !e.response() || e.done || e.atomic() != (p.Opcode.Op() == roce.AtomicAcknowledge) {
 		r.Counters.Dropped++
 		return
 	}
@@ -607,7 +629,11 @@ func (r *Requester) response(p *roce.Packet, now time.Duration) {
 	}
 	if e.Op != ib.OpRDMARead {
 		binary.NativeEndian.PutUint64(r.old[:], p.Original)
-		if !r.q.Scatter(n, 0, r.old[:]) {
+		switch {
+		case uint32(len(p.Payload)) != r.answer(e, p.PSN):
+			r.fail(ib.WCBadRespErr)
+			return
+		case e.atomic() && !r.q.Scatter(n, 0, r.old[:]):
 			r.fail(ib.WCLocalProtErr)
 			return
 		}

@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"encoding/binary"
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/roce"
@@ -63,11 +64,11 @@ func (c *ResponderCounters) Add(o *ResponderCounters) {
 	c.Notices += o.Notices
 }
 
-// A result is kept of a READ or an atomic, in case that its response is lost.
+// A result is kept of a READ, or of what else has an answer, in case that its response is lost.
 type result struct {
 	first   ib.PSN
 	packets uint32
-	read    bool
+	op      uint8 // of the packet
 	addr    uint64
 	rkey    uint32
 	len     uint32
@@ -180,8 +181,11 @@ func (r *Responder) execute(p *roce.Packet, placed bool) {
 	case op == roce.ReadRequest && !r.msg.begun():
 		r.read(p)
 		return
-	case (op == roce.CompareSwap || op == roce.FetchAdd) && !r.msg.begun():
+	case (op == roce.CompareSwap || op == roce.FetchAdd || op == roce.AtomicWrite) && !r.msg.begun():
 		r.atomic(p)
+		return
+	case op == roce.Flush && !r.msg.begun():
+		r.flush(p)
 		return
 	}
 	switch st, there := r.msg.add(p, placed); {
@@ -225,16 +229,21 @@ func (r *Responder) read(p *roce.Packet) {
 		r.refuse(p, st)
 		return
 	}
-	r.keep(result{first: p.PSN, packets: packets(p.Len, r.cfg.MTU), read: true, addr: p.Addr, rkey: p.RKey, len: p.Len})
+	r.keep(result{first: p.PSN, packets: packets(p.Len, r.cfg.MTU), op: roce.ReadRequest, addr: p.Addr, rkey: p.RKey, len: p.Len})
 }
 
-// atomic executes an atomic.
+// atomic executes an atomic, or an ATOMIC WRITE.
 func (r *Responder) atomic(p *roce.Packet) {
-	op, compareAdd, swap := ib.OpAtomicFetchAdd, p.Swap, uint64(0)
-	if p.Opcode.Op() == roce.CompareSwap {
+	op, compareAdd, swap, good := ib.OpAtomicFetchAdd, p.Swap, uint64(0), true
+	switch p.Opcode.Op() {
+	case roce.CompareSwap:
 		op, compareAdd, swap = ib.OpAtomicCmpSwap, p.Cmp, p.Swap
+	case roce.AtomicWrite:
+		if good = p.Len == 8 && len(p.Payload) == 8; good {
+			op, swap = ib.OpAtomicWrite, binary.NativeEndian.Uint64(p.Payload) // bytes, as they are
+		}
 	}
-	if r.cfg.MaxDestRdAtomic == 0 || p.Addr&7 != 0 || r.full() {
+	if !good || r.cfg.MaxDestRdAtomic == 0 || p.Addr&7 != 0 || r.full() {
 		st := ib.WCRemoteInvalidReqErr
 		r.refuse(p, st)
 		return
@@ -244,7 +253,21 @@ func (r *Responder) atomic(p *roce.Packet) {
 		r.refuse(p, st)
 		return
 	}
-	r.keep(result{first: p.PSN, packets: 1, old: old})
+	r.keep(result{first: p.PSN, packets: 1, op: p.Opcode.Op(), old: old})
+}
+
+// flush executes a FLUSH (IBA A19.4).
+func (r *Responder) flush(p *roce.Packet) {
+	f := ib.Flush{Placement: ib.FlushPlacement(p.FETH & 0xf), Level: ib.FlushLevel(p.FETH >> 4 & 3), Length: p.Len}
+	st := ib.WCRemoteInvalidReqErr
+	if f.Placement != 0 && f.Placement <= ib.FlushGlobal|ib.FlushPersistent && f.Level <= ib.FlushRegion && r.cfg.MaxDestRdAtomic != 0 && !r.full() {
+		st = r.t.Flush(p.RKey, p.Addr, f)
+	}
+	if st != ib.WCSuccess {
+		r.refuse(p, st)
+		return
+	}
+	r.keep(result{first: p.PSN, packets: 1, op: roce.Flush})
 }
 
 // keep notes a result, and has it sent. A peer that has more of them on their way than it was allowed to is refused.
@@ -270,7 +293,7 @@ func (r *Responder) answer(x *result, skip, n uint32, repeat bool) {
 		r.Counters.Dropped++ // it will be asked for again
 		return
 	}
-	*r.push() = response{psn: x.first.Add(int32(skip / uint32(r.cfg.MTU))), msn: x.msn, syndrome: roce.Ack, result: true, atomic: !x.read, old: x.old,
+	*r.push() = response{psn: x.first.Add(int32(skip / uint32(r.cfg.MTU))), msn: x.msn, syndrome: roce.Ack, result: true, atomic: x.op == roce.CompareSwap || x.op == roce.FetchAdd, old: x.old,
 		addr: x.addr + uint64(skip), rkey: x.rkey, left: n, repeat: repeat}
 }
 
@@ -329,7 +352,7 @@ func nakOf(st ib.WCStatus) roce.Syndrome {
 // duplicate takes a packet that was executed before: what was said to it must have been lost (IBA 9.7.5.1.4).
 func (r *Responder) duplicate(p *roce.Packet) {
 	switch p.Opcode.Op() {
-	case roce.ReadRequest, roce.CompareSwap, roce.FetchAdd:
+	case roce.ReadRequest, roce.CompareSwap, roce.FetchAdd, roce.Flush, roce.AtomicWrite:
 		r.repeat(p)
 		return
 	}
@@ -340,17 +363,18 @@ func (r *Responder) duplicate(p *roce.Packet) {
 	r.say(r.want.Add(-1), roce.Ack)
 }
 
-// repeat answers a READ or an atomic once more, if it is one of the last.
+// repeat answers once more what has an answer, if it is one of the last.
 func (r *Responder) repeat(p *roce.Packet) {
 	n := min(r.nresult, uint32(len(r.results)))
 	for i := range n {
 		x := &r.results[(r.nresult-1-i)%uint32(len(r.results))]
 		at := distance(x.first, p.PSN)
-		if at < 0 || at >= int32(x.packets) || x.read != (p.Opcode.Op() == roce.ReadRequest) {
+		if at < 0 || at >= int32(x.packets) || x.op != p.Opcode.Op() {
 			continue
 		}
 		skip := uint32(at) * uint32(r.cfg.MTU)
-		if x.read && (p.RKey != x.rkey || p.Addr != x.addr+uint64(skip) || p.Len != x.len-skip && !r.cfg.Selective) {
+		read := x.op == roce.ReadRequest
+		if read && (p.RKey != x.rkey || p.Addr != x.addr+uint64(skip) || p.Len != x.len-skip && !r.cfg.Selective) {
 			break // not what was asked for then
 		}
 		if !r.cfg.Selective {
@@ -360,7 +384,7 @@ func (r *Responder) repeat(p *roce.Packet) {
 		if r.outTail-r.outHead < uint32(len(r.out))/2 { // there must be room for new ones
 			r.answer(x, skip, min(p.Len, x.len-skip), true)
 		}
-		if x.read && p.Len > x.len-skip {
+		if read && p.Len > x.len-skip {
 			r.further(p, x.len-skip)
 		}
 		return
@@ -395,7 +419,7 @@ func (r *Responder) answerOnce(x *result, skip uint32) {
 		if d := distance(x.first, q.psn); d < 0 || d >= int32(x.packets) {
 			continue
 		}
-		if x.read {
+		if x.op == roce.ReadRequest {
 			q.psn = x.first.Add(int32(skip / uint32(r.cfg.MTU)))
 			q.addr, q.left, q.begun = x.addr+uint64(skip), x.len-skip, false
 		}

@@ -276,8 +276,10 @@ func (r *Requester) resend(now time.Duration, out Output) (full bool) {
 			for most := min(g.n, r.askedFor(e, g.first)); k < most && !r.sel.has(g.first.Add(int32(k))); {
 				k++
 			}
-			if !r.ask(e, g.first, k, out) {
+			if sent, full = r.ask(n, g.first, k, out); full {
 				return true
+			} else if !sent {
+				return false
 			}
 		}
 		if sent {
@@ -305,16 +307,16 @@ func (r *Requester) anyOrder(n uint32, p *roce.Packet, now time.Duration) {
 		return
 	}
 	off, payload := uint32(0), r.old[:]
-	if e.Op == ib.OpRDMARead {
+	if e.atomic() {
+		binary.NativeEndian.PutUint64(r.old[:], p.Original)
+	} else {
 		off, payload = uint32(distance(e.first, p.PSN))*uint32(r.cfg.MTU), p.Payload
-		if uint32(len(payload)) != min(e.Len-off, uint32(r.cfg.MTU)) {
+		if uint32(len(payload)) != r.answer(e, p.PSN) {
 			r.fail(ib.WCBadRespErr)
 			return
 		}
-	} else {
-		binary.NativeEndian.PutUint64(r.old[:], p.Original)
 	}
-	if !r.q.Scatter(n, off, payload) {
+	if (e.atomic() || e.Op == ib.OpRDMARead) && !r.q.Scatter(n, off, payload) {
 		r.fail(ib.WCLocalProtErr)
 		return
 	}

@@ -121,6 +121,7 @@ type node struct {
 	badAt    int // request whose memory may not be read; -1: none
 	sent     []sentPacket
 	withdraw bool // roKey is gone
+	flushed  []ib.Flush
 }
 
 // sentPacket is of a request.
@@ -345,7 +346,11 @@ func (x target) Read(rkey uint32, addr uint64, dst []byte) ib.WCStatus {
 }
 
 func (x target) Atomic(rkey uint32, addr uint64, op ib.Opcode, compareAdd, swap uint64) (uint64, ib.WCStatus) {
-	b, st := x.region(rkey, addr, 8, ib.AccessRemoteAtomic)
+	need := ib.AccessRemoteAtomic
+	if op == ib.OpAtomicWrite {
+		need = ib.AccessRemoteWrite
+	}
+	b, st := x.region(rkey, addr, 8, need)
 	if st != ib.WCSuccess {
 		return 0, st
 	}
@@ -357,11 +362,26 @@ func (x target) Atomic(rkey uint32, addr uint64, op ib.Opcode, compareAdd, swap 
 func atomicOn(b []byte, op ib.Opcode, compareAdd, swap uint64) {
 	old := binary.NativeEndian.Uint64(b)
 	switch {
+	case op == ib.OpAtomicWrite:
+		binary.NativeEndian.PutUint64(b, swap)
 	case op == ib.OpAtomicFetchAdd:
 		binary.NativeEndian.PutUint64(b, old+compareAdd)
 	case old == compareAdd:
 		binary.NativeEndian.PutUint64(b, swap)
 	}
+}
+
+func (x target) Flush(rkey uint32, addr uint64, f ib.Flush) ib.WCStatus {
+	if f.Placement != ib.FlushGlobal {
+		return ib.WCRemoteAccessErr
+	}
+	n := f.Length
+	if f.Level == ib.FlushRegion {
+		addr, n = 0, 0
+	}
+	x.flushed = append(x.flushed, f)
+	_, st := x.region(rkey, addr, int(n), ib.AccessRemoteWrite)
+	return st
 }
 
 func (x target) Invalidate(rkey uint32) ib.WCStatus { return ib.WCSuccess }
