@@ -23,7 +23,7 @@ stage = @printf '\n=== %s\n' "$(1)"
 # Commands and examples, by folder name.
 PROGRAMS = $(notdir $(patsubst %/,%,$(dir $(wildcard cmd/*/main.go examples/*/main.go))))
 
-.PHONY: all test check build demo lint unit udp race fuzz cross vm in-vm-rxe in-vm-siw vm-soft conform-rxe conform-siw vm-conformance matrix pgo bench bench-vm bench-net bench-once bench-quick demo-check clean
+.PHONY: all test check build demo lint unit udp race fuzz cross vm in-vm-rxe in-vm-siw vm-soft conform-rxe conform-siw vm-conformance matrix pgo bench bench-vm bench-net bench-mlx5 bench-once bench-quick demo-check clean
 
 all: build
 
@@ -209,6 +209,15 @@ bench-vm:
 	$(GO) -C bench $(PROFILED) -o ../bin/ringside-bench .
 	./bin/ringside-bench perftest -ringside bin/ringside -soft-roce bin/soft-roce -results bench/RESULTS.md $(BENCHARGS)
 
+# The driver for ConnectX side by side with stock libmlx5, on an emulated device. That it works: BENCHARGS=-quick
+bench-mlx5:
+	$(call stage,bench-mlx5: the driver for ConnectX and libmlx5 on an emulated device)
+	.ci/setup go gcc infiniband/verbs.h
+	mkdir -p bin
+	$(GO) -C bench $(PROFILED) -o ../bin/ringside-bench .
+	$(GO) test -c -o bin/mlx5.test ./internal/provider/mlx5
+	./bin/ringside-bench mlx5 -driver bin/mlx5.test -results bench/RESULTS.md $(BENCHARGS)
+
 # Side by side with UCX and grpc-go over TCP, between network namespaces; takes root. That it works: BENCHARGS=-quick
 bench-net:
 	$(call stage,bench-net: the software NIC over UDP)
@@ -236,7 +245,9 @@ bench-quick:
 	mkdir -p bin
 	$(GO) $(PROFILED) -o bin/ ./cmd/ringside
 	$(GO) -C bench $(PROFILED) -o ../bin/ringside-bench .
+	$(GO) test -c -o bin/mlx5.test ./internal/provider/mlx5
 	./bin/ringside-bench -quick -ringside bin/ringside -results bin/RESULTS-quick.md $(BENCHARGS)
+	./bin/ringside-bench mlx5 -quick -driver bin/mlx5.test $(BENCHARGS)
 
 clean:
 	rm -rf bin

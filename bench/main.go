@@ -14,6 +14,10 @@
 // With net, it runs ringside over UDP side by side with UCX and grpc-go over TCP between two network namespaces, which takes root:
 //
 //	ringside-bench net -ringside bin/ringside -results bench/RESULTS.md
+//
+// With mlx5, it compares the driver for ConnectX with stock libmlx5, on an emulated device:
+//
+//	ringside-bench mlx5 -driver bin/mlx5.test -results bench/RESULTS.md
 package main
 
 import (
@@ -24,6 +28,8 @@ import (
 	"regexp"
 	"syscall"
 	"time"
+
+	"github.com/ringside-rdma/ringside/internal/seccomp"
 )
 
 // config is what the flags say.
@@ -44,6 +50,7 @@ func (c *config) scale(full, quick int) int {
 }
 
 func main() {
+	seccomp.Main()
 	if len(os.Args) > 2 && os.Args[1] == "-role" {
 		runRole(os.Args[2], os.Args[3:])
 		return
@@ -53,6 +60,9 @@ func main() {
 	}
 	if len(os.Args) > 1 && os.Args[1] == "net" {
 		exit(netMain(os.Args[2:]))
+	}
+	if len(os.Args) > 1 && os.Args[1] == "mlx5" {
+		exit(mlx5Main(os.Args[2:]))
 	}
 	if len(os.Args) == 3 && os.Args[1] == vmCommand {
 		exit(measureInVM(os.Args[2]))
@@ -103,7 +113,10 @@ func bench(c *config, write bool) error {
 	results := measure(c, measurements(c))
 	conditions.set("duration", time.Since(begin).Round(time.Second).String())
 	was, _ := os.ReadFile(c.results) // if it cannot be read, writing it will say so
-	text := rxePart.in(netPart.in(report(c, conditions, results), netPart.of(string(was))), rxePart.of(string(was)))
+	text := report(c, conditions, results)
+	for _, p := range []part{netPart, rxePart, mlx5Part} {
+		text = p.in(text, p.of(string(was)))
+	}
 	if !write {
 		fmt.Print("\n", text)
 	} else if err := os.WriteFile(c.results, []byte(text), 0o644); err != nil {

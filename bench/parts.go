@@ -7,8 +7,9 @@ import "strings"
 type part struct{ begin, end string }
 
 var (
-	rxePart = part{"<!-- written by make bench-vm, to the end of this part -->", "<!-- end of what make bench-vm has written -->"}
-	netPart = part{"<!-- written by make bench-net, to the end of this part -->", "<!-- end of what make bench-net has written -->"}
+	rxePart  = part{"<!-- written by make bench-vm, to the end of this part -->", "<!-- end of what make bench-vm has written -->"}
+	mlx5Part = part{"<!-- written by make bench-mlx5, to the end of this part -->", "<!-- end of what make bench-mlx5 has written -->"}
+	netPart  = part{"<!-- written by make bench-net, to the end of this part -->", "<!-- end of what make bench-net has written -->"}
 )
 
 // of returns the part in a results file, with its lines; "" if there is none.

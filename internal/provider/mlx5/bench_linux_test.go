@@ -6,8 +6,6 @@ import (
 	"runtime"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -42,14 +40,9 @@ func benchQP(b *testing.B) (x *bench, wrs []ib.SendWR, wcs []ib.WC, done func(n 
 // right before the loop, and the result after it.
 func cpu(b *testing.B) (stop func()) {
 	runtime.LockOSThread()
-	now := func() int64 {
-		var ts unix.Timespec
-		unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &ts)
-		return ts.Nano()
-	}
-	start := now()
+	start := threadTime()
 	return func() {
-		b.ReportMetric(float64(now()-start)/float64(b.N), "cpu-ns/op")
+		b.ReportMetric(float64(threadTime()-start)/float64(b.N), "cpu-ns/op")
 		runtime.UnlockOSThread()
 	}
 }

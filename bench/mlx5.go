@@ -1,0 +1,192 @@
+package main
+
+import (
+	_ "embed"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/ringside-rdma/ringside/internal/emulate"
+)
+
+// The comparison with stock libmlx5: what posting and polling cost, on an emulated device that nobody serves. Either program writes the
+// completions itself, right before it polls, as if they had come at once. All checks and locks are on.
+
+// libmlx5Program is the other side's.
+//
+//go:embed testdata/libmlx5.c
+var libmlx5Program string
+
+type mlx5Case struct {
+	op          string // write, inline, send, recv or empty
+	size, batch int
+	what        string
+	target      bool
+}
+
+var mlx5Cases = []mlx5Case{
+	{"write", 64, 1, "64 B WRITE, signalled: post and poll", true},
+	{"send", 64, 1, "64 B SEND, signalled: post and poll", false},
+	{"inline", 8, 1, "8 B WRITE, inline, signalled: post and poll", false},
+	{"inline", 28, 1, "28 B WRITE, inline, signalled: post and poll", false},
+	{"inline", 64, 1, "64 B WRITE, inline, signalled: post and poll", false},
+	{"inline", 256, 1, "256 B WRITE, inline, signalled: post and poll", false},
+	{"write", 64, 16, "64 B WRITE in batches of 16, the last signalled, a request", true},
+	{"inline", 28, 16, "28 B WRITE, inline, in batches of 16, the last signalled, a request", false},
+	{"recv", 64, 1, "receive: post and poll", false},
+	{"recv", 64, 16, "receives in batches of 16: post and poll, each", false},
+	{"empty", 1, 1, "poll of an empty CQ", true},
+}
+
+func (c mlx5Case) name() string   { return fmt.Sprintf("%s %d x%d", c.op, c.size, c.batch) }
+func (c mlx5Case) ours() string   { return "ringside " + c.name() }
+func (c mlx5Case) theirs() string { return "libmlx5 " + c.name() }
+
+// mlx5Limit is the number to reach, ringside / libmlx5.
+var mlx5Limit = target{limit: 1}
+
+// mlx5Main is `ringside-bench mlx5`.
+func mlx5Main(args []string) error {
+	var c config
+	fs := flag.NewFlagSet("mlx5", flag.ExitOnError)
+	fs.IntVar(&c.rounds, "rounds", 11, "how often each measurement is made")
+	fs.BoolVar(&c.quick, "quick", false, "one round with small counts: shows that everything runs; prints, and leaves the results file alone")
+	fs.StringVar(&c.results, "results", "bench/RESULTS.md", "where the results go")
+	driver := fs.String("driver", "bin/mlx5.test", "the tests of internal/provider/mlx5, as a program: go test -c")
+	only := fs.String("only", "", "measure only what matches this regular expression; prints, and leaves the results file alone")
+	fs.Parse(args)
+	if c.quick {
+		c.rounds = 1
+	}
+	var err error
+	if c.only, err = regexp.Compile(*only); err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "ringside-bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	m := mlx5Runner{driver: *driver, libmlx5: filepath.Join(dir, "libmlx5"), dir: dir}
+	source := m.libmlx5 + ".c"
+	if err := os.WriteFile(source, []byte(libmlx5Program), 0o600); err != nil {
+		return err
+	}
+	if out, err := exec.Command("gcc", "-O2", "-o", m.libmlx5, source, "-libverbs", "-lmlx5").CombinedOutput(); err != nil {
+		return fmt.Errorf("gcc: %w: %s (Debian packages gcc, libc6-dev and libibverbs-dev are needed)", err, out)
+	}
+	begin := time.Now()
+	host := hostConditions(&c)
+	host.set("libmlx5", packageVersion("ibverbs-providers"))
+	r := measure(&c, m.measurements(&c))
+	host.set("duration", time.Since(begin).Round(time.Second).String())
+	section := mlx5Report(&c, host, r)
+	if *only != "" || c.quick {
+		fmt.Print("\n", section)
+	} else {
+		was, _ := os.ReadFile(c.results)
+		if err := os.WriteFile(c.results, []byte(mlx5Part.in(string(was), section)), 0o644); err != nil {
+			return err
+		}
+		fmt.Printf("\n%s\nwritten to %s\n", section, c.results)
+	}
+	if n := r.failures(); n > 0 {
+		return fmt.Errorf("%d measurements failed", n)
+	}
+	return nil
+}
+
+func packageVersion(name string) string {
+	out, err := exec.Command("dpkg-query", "-W", "-f", "${Version}", name).Output()
+	if err != nil {
+		return "unknown"
+	}
+	return name + " " + string(out)
+}
+
+type mlx5Runner struct{ driver, libmlx5, dir string }
+
+// measurements are all of them, in the order of a round: what is compared stands side by side.
+func (m *mlx5Runner) measurements(c *config) (all []measurement) {
+	for _, k := range mlx5Cases {
+		count := c.scale(4_000_000, 16_000)
+		args := []string{k.op, strconv.Itoa(k.size), strconv.Itoa(k.batch), strconv.Itoa(count)}
+		all = append(all,
+			measurement{k.ours(), func(*config) (values, error) {
+				return m.run("measured ", m.driver, "-test.run", "^$", "-test.bench", "^BenchmarkMeasure$", "-test.benchtime", "1x", "-measure", strings.Join(args, " "))
+			}},
+			measurement{k.theirs(), func(*config) (values, error) { return m.run("", m.libmlx5, args...) }})
+	}
+	return all
+}
+
+// run runs a program with an emulated device, and returns the number that it prints behind mark.
+func (m *mlx5Runner) run(mark, program string, args ...string) (values, error) {
+	out := filepath.Join(m.dir, "out")
+	program, err := filepath.Abs(program)
+	if err != nil {
+		return nil, err
+	}
+	// A shell, since the program gets this one's standard files.
+	argv := append([]string{"sh", "-c", `exec "$0" "$@" > ` + out + " 2>&1 < /dev/null", program}, args...)
+	s, err := emulate.Start(emulate.Config{Manual: true}, "/bin/sh", argv)
+	if err != nil {
+		return nil, err
+	}
+	st, err := s.Wait()
+	b, readErr := os.ReadFile(out)
+	if err := errors.Join(err, readErr); err != nil {
+		return nil, err
+	}
+	if st != 0 {
+		return nil, fmt.Errorf("%s has ended with %#x: %s", program, st, b)
+	}
+	for line := range strings.Lines(string(b)) {
+		if text, ok := strings.CutPrefix(strings.TrimSpace(line), mark); ok {
+			if ns, err := strconv.ParseFloat(text, 64); err == nil {
+				return values{"cpu": ns}, nil
+			}
+		}
+	}
+	return nil, fmt.Errorf("%s has printed %q", program, b)
+}
+
+// mlx5Notes is written by hand: what falls short, and why.
+//
+//go:embed notes-mlx5.md
+var mlx5Notes string
+
+// mlx5Report returns the section on libmlx5, with its markers.
+func mlx5Report(c *config, host *conditions, r *results) string {
+	var b strings.Builder
+	p := func(format string, a ...any) { fmt.Fprintf(&b, format+"\n", a...) }
+	p("%s\n", mlx5Part.begin)
+	p("## The data path for ConnectX, against libmlx5\n")
+	p("What a request costs the processor (the thread's time, in ns) from posting to its completion, with this repository's driver and with")
+	p("stock libmlx5, in processes of their own, in turn. The device is emulated and asleep: each program writes the completions itself,")
+	p("right before it polls, as if the device were infinitely fast, and the device's registers are ordinary memory. So this is the cost of")
+	p("the driver's own code, with all checks and locks on; a card's registers cost more, with either. Ratios are ringside / libmlx5.\n")
+	b.WriteString(circumstances(c.rounds, c.quick, host, "load average after each round", r.loads))
+	p("| ns | ringside | libmlx5 | ratio | target |\n|---|---|---|---|---|")
+	for _, k := range mlx5Cases {
+		ours, theirs := ref{name: k.ours(), metric: "cpu"}, ref{name: k.theirs(), metric: "cpu"}
+		ratio, spread := r.ratio(ours, theirs)
+		bound := ""
+		if k.target {
+			bound = mlx5Limit.bound() + ", " + mlx5Limit.verdict(ratio)
+		}
+		p("| %s | %s | %s | %s (%s) | %s |", k.what, r.series(k.ours(), "cpu", 1), r.series(k.theirs(), "cpu", 1), number(ratio), spread.between(), bound)
+	}
+	if len(r.errs) > 0 {
+		p("\n### Not measured\n\n%s", strings.TrimSpace(notMeasured(r)))
+	}
+	p("\n%s\n\n%s", strings.TrimSpace(mlx5Notes), mlx5Part.end)
+	return b.String()
+}
