@@ -1,0 +1,202 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/ringside-rdma/ringside/internal/emulate"
+	"github.com/ringside-rdma/ringside/internal/seccomp"
+	"github.com/ringside-rdma/ringside/internal/testutil"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// Programs of perftest on emulated ConnectX devices, which know nothing of it: with a software NIC of another process, and with the
+// kernel's rxe.
+
+// emulatedEnv makes this test binary what `ringside emulate` is.
+const emulatedEnv = "RINGSIDE_TEST_EMULATE"
+
+func init() {
+	seccomp.Main()
+	if os.Getenv(emulatedEnv) == "" {
+		return
+	}
+	os.Unsetenv(emulatedEnv)
+	s, err := emulate.Start(emulate.Config{Log: os.Stderr}, os.Args[1], os.Args[1:])
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	st, err := s.Wait()
+	if err != nil || st != 0 {
+		fmt.Printf("ended with %#x, %v\n", st, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+// startEmulated is start on an emulated device, in a network namespace if it has a name.
+func startEmulated(ctx context.Context, ended func(), namespace, name string, args ...string) (*program, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	argv := append([]string{emulatedEnv + "=1", self, name}, args...)
+	if namespace != "" {
+		argv = append([]string{"ip", "netns", "exec", namespace, "env"}, argv...)
+		return start(ctx, ended, argv[0], argv[1:]...)
+	}
+	return start(ctx, ended, "env", argv...)
+}
+
+// The data of perftest's programs arrives at a software NIC and comes from there, as it does between such and rxe
+// (TestSoftPerftestWithC).
+func TestEmulatedPerftestOnSoftwareNIC(t *testing.T) {
+	for _, name := range []string{"write_bw", "write_lat", "send_bw", "read_lat", "atomic_bw"} {
+		for _, goServes := range []bool{true, false} {
+			t.Run(name+"/"+role(goServes), func(t *testing.T) {
+				path, err := exec.LookPath("ib_" + name)
+				if err != nil {
+					testutil.Skip(t, "perftest is not installed")
+				}
+				o := *perftestDefaults(name)
+				o.typ, o.iters, o.txDepth, o.device, o.gid, o.check = ib.RC, 200, 16, "soft0", 0, true
+				if o.verb != "atomic" {
+					o.size = 3000
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), 2*testutil.Patience)
+				defer cancel()
+				args := append([]string{"-d", "mlx5_0", "-x", "0"}, perftestArgs(o)...)
+				if goServes {
+					o.listener, o.port = local(t)
+					args = append(args, "-p", strconv.Itoa(o.port), "127.0.0.1")
+				} else {
+					o.server, o.port = "127.0.0.1", freePort(t)
+					args = append(args, "-p", strconv.Itoa(o.port))
+				}
+				p, err := startEmulated(ctx, cancel, "", path, args...)
+				if err != nil {
+					t.Fatal(err)
+				}
+				o.beforeClose = func() {
+					select {
+					case <-p.done:
+					case <-ctx.Done():
+					}
+				}
+				r, err := o.run(ctx)
+				if err != nil {
+					cancel() // the peer waits for what does not come
+				}
+				<-p.done
+				if err != nil || p.err != nil {
+					t.Fatalf("%v\nib_%s %s:\n%s", errors.Join(err, p.err), name, strings.Join(args, " "), p)
+				}
+				t.Log(r)
+			})
+		}
+	}
+}
+
+// Two of perftest's programs: one on an emulated device in a network namespace, one on the kernel's rxe.
+func TestEmulatedPerftestWithRXE(t *testing.T) {
+	net := testutil.NewRXENet(t)
+	slot, err := slotOf(net.Device, net.RXE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"ib_write_bw", "ib_send_bw", "ib_read_bw"} {
+		path := found(t, name)
+		for _, emulatedServes := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s/emulated-serves-%t", name, emulatedServes), func(t *testing.T) {
+				tolerant(t, false, func(limit time.Duration) error {
+					ctx, cancel := context.WithTimeout(t.Context(), limit)
+					defer cancel()
+					port := freePort(t)
+					args := []string{"-F", "-n", "300", "-s", "8192", "-p", strconv.Itoa(port)}
+					if name == "ib_read_bw" {
+						args = append(args, "-o", "16") // of rxe's 128 a ConnectX has that many
+					}
+					emulated := append([]string{"-d", "mlx5_0", "-x", strconv.Itoa(emulatedSlot(t, net))}, args...)
+					kernel := append([]string{"-d", net.Device, "-x", strconv.Itoa(slot)}, args...)
+					ofEmulated := func() (*program, error) { return startEmulated(ctx, cancel, net.Namespace, path, emulated...) }
+					ofKernel := func() (*program, error) { return start(ctx, cancel, path, kernel...) }
+					first, second, space := ofEmulated, ofKernel, net.Namespace
+					if emulatedServes {
+						kernel = append(kernel, net.Soft.String())
+					} else {
+						emulated = append(emulated, net.RXE.String())
+						first, second, space = ofKernel, ofEmulated, ""
+					}
+					a, err := first()
+					if err != nil {
+						return err
+					}
+					awaitListener(t, space, port)
+					b, err := second()
+					if err != nil {
+						return err
+					}
+					<-a.done
+					<-b.done
+					if err := errors.Join(a.err, b.err); err != nil {
+						return fmt.Errorf("%w\nemulated: %s %s\nrxe: %s %s\nthe server:\n%sthe client:\n%s", err, name, strings.Join(emulated, " "), name, strings.Join(kernel, " "), a, b)
+					}
+					return nil
+				})
+			})
+		}
+	}
+}
+
+// awaitListener waits until somebody listens on a TCP port in a namespace, which connecting would keep a server busy with.
+func awaitListener(t *testing.T, namespace string, port int) {
+	t.Helper()
+	args := []string{"cat", "/proc/net/tcp", "/proc/net/tcp6"}
+	if namespace != "" {
+		args = append([]string{"ip", "netns", "exec", namespace}, args...)
+	}
+	const listening = "0A"
+	testutil.Eventually(t, fmt.Sprintf("somebody listens on port %d", port), func() bool {
+		out, _ := exec.Command(args[0], args[1:]...).Output()
+		for line := range strings.Lines(string(out)) {
+			if f := strings.Fields(line); len(f) > 3 && f[3] == listening && strings.HasSuffix(f[1], fmt.Sprintf(":%04X", port)) {
+				return true
+			}
+		}
+		return false
+	})
+}
+
+// emulatedSlot is the slot of the namespace's address in the GID table of an emulated device there.
+func emulatedSlot(t *testing.T, net *testutil.RXENet) int {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), testutil.Patience)
+	defer cancel()
+	p, err := startEmulated(ctx, cancel, net.Namespace, "/bin/sh", "-c", "for i in 0 1 2 3 4 5; do echo $i:$(cat /sys/class/infiniband/mlx5_0/ports/1/gids/$i); done")
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-p.done
+	b := net.Soft.As16()
+	want := ""
+	for i := 0; i < 16; i += 2 {
+		want += fmt.Sprintf(":%02x%02x", b[i], b[i+1])
+	}
+	for line := range strings.Lines(p.String()) {
+		if slot, gid, _ := strings.Cut(strings.TrimSpace(line), ":"); gid == want[1:] {
+			if n, err := strconv.Atoi(slot); err == nil {
+				return n
+			}
+		}
+	}
+	t.Fatalf("%v is not among the GIDs of the emulated device: %v\n%s", net.Soft, p.err, p)
+	return 0
+}
