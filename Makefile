@@ -23,7 +23,7 @@ stage = @printf '\n=== %s\n' "$(1)"
 # Commands and examples, by folder name.
 PROGRAMS = $(notdir $(patsubst %/,%,$(dir $(wildcard cmd/*/main.go examples/*/main.go))))
 
-.PHONY: all test check build demo lint unit udp race fuzz cross vm in-vm-rxe in-vm-siw vm-soft conform-rxe conform-siw vm-conformance matrix pgo bench bench-vm bench-net bench-mlx5 bench-once bench-quick demo-check clean
+.PHONY: all test check build demo lint unit udp emulated race fuzz cross vm in-vm-rxe in-vm-siw vm-soft conform-rxe conform-siw vm-conformance matrix pgo bench bench-vm bench-net bench-mlx5 bench-once bench-quick demo-check clean
 
 all: build
 
@@ -33,7 +33,7 @@ test:
 	.ci/setup -optional ucx_perftest
 	.ci/setup -optional tshark
 	.ci/setup -optional ibv_rc_pingpong ib_write_bw
-	for target in build lint cross unit udp race fuzz bench-once demo-check bench-quick vm; do
+	for target in build lint cross unit udp emulated race fuzz bench-once demo-check bench-quick vm; do
 		t=$$SECONDS
 		$(MAKE) $$target
 		printf -- '--- %s passed in %d s\n' $$target $$((SECONDS - t))
@@ -102,6 +102,16 @@ udp:
 	RINGSIDE_PATH=udp $(GO) test -count=1 ./transport ./rpc ./examples/...
 	RINGSIDE_PATH=tcp $(GO) test -short -count=1 ./transport ./rpc
 	RINGSIDE_PATH=udp RINGSIDE_SOFT_FAULTS=loss=0.5%,duplicate=0.5%,reorder=2% $(GO) test -short -skip Alloc -count=1 ./transport ./rpc ./examples/kv
+
+# The conformance suite on the driver for ConnectX by the emulator's other front door, as for any program. All of it, in two minutes:
+# make emulated EMULATED=.
+EMULATED ?= ^(rc|atomic|srq|mw)/
+emulated:
+	$(call stage,emulated: the conformance suite on an emulated ConnectX below a program)
+	.ci/setup go
+	mkdir -p bin
+	$(GO) build -o bin/ ./cmd/ringside
+	./bin/ringside emulate -- ./bin/ringside doctor --selftest --device mlx5_0 --run '$(EMULATED)'
 
 race:
 	$(call stage,race: all tests under the race detector)

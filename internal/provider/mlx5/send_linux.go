@@ -40,10 +40,11 @@ func (q *qp) postSendLocked(wrs []ib.SendWR) (n int, err error) {
 			break
 		}
 		wr := &wrs[n]
-		k, bad := q.write(wr)
-		if bad != nil {
-			err = bad
-			break
+		k := q.writeShort(wr)
+		if k == 0 {
+			if k, err = q.write(wr); err != nil {
+				break
+			}
 		}
 		last, length = sq.cur, k
 		s := &sq.sent[last&sq.mask]
@@ -62,6 +63,39 @@ func (q *qp) postSendLocked(wrs []ib.SendWR) (n int, err error) {
 		q.reg.ringLast(sq, sq.block(last))
 	}
 	return n, err
+}
+
+// writeShort is write for a SEND, WRITE or READ with one element, which fits one block; for all others it returns 0.
+func (q *qp) writeShort(wr *ib.SendWR) uint32 {
+	o := &q.ops[wr.Opcode&15]
+	if o.shape > remoteShape || o.shape == noShape || wr.Opcode > 15 || len(wr.SGEs) != 1 || q.maxSGE == 0 || len(wr.Inline) > 0 || wr.SGEs[0].Length-1 >= maxSGELen {
+		return 0
+	}
+	p := q.sq.block(q.sq.cur)
+	seg := forward(p, ctrlBytes)
+	units := uint32(2)
+	if o.shape == remoteShape {
+		putRemote(seg, wr.RemoteAddr, wr.RKey)
+		seg = forward(seg, raddrBytes)
+		units = 3
+	}
+	putSGE(seg, &wr.SGEs[0])
+	flags := ctrlFlags[wr.Flags&7] | q.sigFlags
+	if q.fence != 0 {
+		if wr.Flags&ib.SendFence == 0 {
+			flags |= q.fence
+		}
+		q.fence = 0
+	}
+	imm := uint32(0)
+	switch o.imm {
+	case immData:
+		imm = wr.Imm
+	case immKey:
+		imm = uint32(wr.InvalidateRKey)
+	}
+	q.sq.putControl(p, o.code, q.number, units, flags, imm)
+	return units
 }
 
 // write writes a request to the next blocks, and returns how many units it takes. Called with sendMu held; if it fails, nothing

@@ -51,8 +51,8 @@ var arrows = map[string][]string{
 	"internal/testutil":    {"internal/testutil"},
 	"internal/conformance": {"internal/testutil", "internal/softnic", "internal/softnic/simnet", "internal/driver", "qp", "mr", "verbs"},
 	"internal/cmd":         {},
-	"bench":                {"bench", "internal/perf", "internal/roce", "rpc", "transport", "qp", "mr", "verbs"},
-	"test":                 {"test", "internal/testutil", "internal/netlink", "internal/nldev", "rpc", "transport", "qp", "mr", "verbs"},
+	"bench":                {"bench", "internal/emulate", "internal/seccomp", "internal/perf", "internal/roce", "rpc", "transport", "qp", "mr", "verbs"},
+	"test":                 {"test", "internal/emulate", "internal/seccomp", "internal/testutil", "internal/netlink", "internal/nldev", "rpc", "transport", "qp", "mr", "verbs"},
 }
 
 // entryOf returns the folder whose entry of arrows covers folder.
