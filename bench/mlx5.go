@@ -135,7 +135,7 @@ func (m *mlx5Runner) run(mark, program string, args ...string) (values, error) {
 		return nil, err
 	}
 	// A shell, since the program gets this one's standard files.
-	argv := append([]string{"sh", "-c", `exec "$0" "$@" > ` + out + " 2>&1 < /dev/null", program}, args...)
+	argv := append([]string{"sh", "-c", `out=$1; shift; exec "$@" > "$out" 2>&1 < /dev/null`, "sh", out, program}, args...)
 	s, err := emulate.Start(emulate.Config{Manual: true}, "/bin/sh", argv)
 	if err != nil {
 		return nil, err

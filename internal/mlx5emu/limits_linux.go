@@ -29,7 +29,7 @@ var maxObjects = [objectKinds]int{objectPD: 1 << 12, objectMR: 1 << 14, objectMW
 
 const (
 	maxContexts   = 1 << 8    // of a device: each has descriptors, a thread and addresses of this process
-	maxChannels   = 1 << 8    // of a context: each is a descriptor
+	maxChannels   = 1 << 12   // of a context: each is a descriptor
 	maxRecvMemory = 256 << 20 // bytes of receive queues of a context: the software NIC keeps about as much for them
 	maxUnread     = 1 << 13   // events of a file that the client does not read: then the oldest go, as nobody will miss them
 )

@@ -134,10 +134,14 @@ func getContext(r *call) syscall.Errno {
 	if errno := c.establish(r.in(abi.UVERBS_ATTR_UHW_IN)); errno != 0 {
 		return errno
 	}
-	return firstOf(
+	errno := firstOf(
 		r.out32(abi.UVERBS_ATTR_GET_CONTEXT_NUM_COMP_VECTORS, compVectors),
 		r.out64(abi.UVERBS_ATTR_GET_CONTEXT_CORE_SUPPORT, abi.IB_UVERBS_CORE_SUPPORT_OPTIONAL_MR_ACCESS),
 		r.out(abi.UVERBS_ATTR_UHW_OUT, c.ucontext(room)))
+	if errno != 0 {
+		c.dismiss()
+	}
+	return errno
 }
 
 const compVectors = 1

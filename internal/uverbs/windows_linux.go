@@ -202,7 +202,7 @@ func (t *Windows) addWindow(w *MW) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	n := w.Handle()
-	if t.windows[n] != nil {
+	if o := t.windows[n]; o != nil && !o.ended() {
 		return false
 	}
 	t.windows[n] = w
@@ -223,13 +223,22 @@ func (w *MW) RKey() ib.RKey {
 func (w *MW) Close() error {
 	t := w.p.W
 	t.mu.Lock()
-	delete(t.windows, w.Handle()) // before the kernel may give the number to another
+	if n := w.Handle(); t.windows[n] == w { // else it has ended before, and the number is another's
+		delete(t.windows, n) // before the kernel may give it to another
+	}
 	t.mu.Unlock()
 	err := w.free()
 	if err != nil { // it is there still
 		t.addWindow(w)
 	}
 	return err
+}
+
+// ended reports whether the kernel has the window no more, and may give its number to another.
+func (w *MW) ended() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.freed
 }
 
 // free ends the window in the kernel.

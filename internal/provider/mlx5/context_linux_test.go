@@ -47,7 +47,6 @@ func TestBadResponses(t *testing.T) {
 		{"max_recv_wr = 100", func(r *abi.Mlx5AllocUcontextResp) { r.MaxRecvWR = 100 }},
 		{"max_srq_recv_wr = 32767", func(r *abi.Mlx5AllocUcontextResp) { r.MaxSRQRecvWR = 32767 }},
 		{"num_ports = 0", func(r *abi.Mlx5AllocUcontextResp) { r.NumPorts = 0 }},
-		{"num_ports = 256", func(r *abi.Mlx5AllocUcontextResp) { r.NumPorts = 256 }},
 		{"cqe_version = 2", func(r *abi.Mlx5AllocUcontextResp) { r.CQEVersion = 2 }},
 		{"bf_reg_size = 64", func(r *abi.Mlx5AllocUcontextResp) { r.BFRegSize = 64 }},
 		{"bf_reg_size = 384", func(r *abi.Mlx5AllocUcontextResp) { r.BFRegSize = 384 }},

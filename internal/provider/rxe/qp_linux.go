@@ -192,6 +192,7 @@ func (q *qp) failed() {
 	default:
 		q.Query()
 	}
+	q.windowsFailed() // once more: until it was in the error state, the kernel may have done what came behind
 }
 
 // flushRecvs makes the kernel flush what was posted to the receive queue of a queue pair in error: it looks there by

@@ -1040,9 +1040,12 @@ func TestFailedBind(t *testing.T) {
 	invalidate := func(add ib.RKey) ib.SendWR {
 		return ib.SendWR{ID: 7, Opcode: ib.OpLocalInv, InvalidateRKey: first + add}
 	}
+	var done [][]byte
 	did := func(n int) { // what the kernel writes to their places
 		for range n {
-			le.PutUint32(b.kq.sq.take()[148:], 3)
+			e := b.kq.sq.take()
+			le.PutUint32(e[148:], 3)
+			done = append(done, e)
 		}
 	}
 	failed := func(n int, what string, key ib.RKey) {
@@ -1052,6 +1055,10 @@ func TestFailedBind(t *testing.T) {
 			le.PutUint32(e[148:], 4)
 			b.kcq().complete(7, 6, 0, 0, b.kq.num)
 		}
+		for _, e := range done { // as older kernels do when the queue pair fails
+			le.PutUint32(e[144:], 5)
+		}
+		done = nil
 		if got := b.cq.Poll(make([]ib.WC, 9)); got != n {
 			t.Fatalf("%d completions", got)
 		}
