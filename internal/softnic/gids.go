@@ -123,12 +123,13 @@ func (t *gidTable) look(now time.Time) bool {
 	return true
 }
 
-// found takes an address that the system has. Of several net devices that have it, one that is up counts, and first of all one that is
-// connected to something.
+// found takes an address that the system has. Of several net devices that have it, one that is up counts, first of all one that is
+// connected to something, and of two such the one with the smaller MTU, as packets may go there.
 func (t *gidTable) found(s gidSlot) {
 	for i := range t.slots {
 		if old := &t.slots[i]; old.addr == s.addr {
-			if old.there && (!s.there || old.running || !s.running) { // it was found on another already
+			worse := !s.there || old.running && !s.running || old.running == s.running && s.mtu >= old.mtu
+			if old.there && worse { // it was found on another already
 				return
 			}
 			s.port = old.port

@@ -207,7 +207,7 @@ func (pd *PD) register(r *region) (driver.MR, error) {
 		pd.dropChild()
 		return nil, err
 	}
-	if r.access&ib.AccessRemote != 0 {
+	if r.access&peerRights != 0 {
 		pd.nic.eachLink(func(l *link) { l.push(r) })
 	}
 	return &MR{r: r}, nil

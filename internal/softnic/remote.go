@@ -57,6 +57,9 @@ func (r *remoteRegion) bytes(addr uint64, n uint32) []byte {
 	return r.mem[off : off+uint64(n) : off+uint64(n)]
 }
 
+// peerRights are the rights of a region, any of which makes it a peer's affair.
+const peerRights = ib.AccessRemote | ib.AccessFlushGlobal
+
 const (
 	resolveByHandle uint16 = 1 << 0
 	regionAssisted  uint16 = 1 << 1
@@ -85,7 +88,7 @@ func (l *link) pushRegions(pd *PD) {
 
 // push tells the peer of a region that it may use one-sided.
 func (l *link) push(r *region) {
-	if r.access&ib.AccessRemote == 0 {
+	if r.access&peerRights == 0 {
 		return
 	}
 	l.mu.Lock()
@@ -230,7 +233,7 @@ func (l *link) handleResolve(m *ctl) error {
 		if r = l.nic.regions.lookup(m.a); r != nil && (r.access&ib.AccessLocalWrite == 0 || !r.receives.Load()) {
 			r = nil // handles can be guessed: only receive buffers are given out by them
 		}
-	} else if r = l.nic.regions.lookupRKey(ib.RKey(m.b)); r != nil && r.access&ib.AccessRemote == 0 {
+	} else if r = l.nic.regions.lookupRKey(ib.RKey(m.b)); r != nil && r.access&peerRights == 0 {
 		r = nil
 	}
 	if r == nil || !l.grant(r, answer) {

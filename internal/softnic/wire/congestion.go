@@ -50,6 +50,7 @@ type congestion struct {
 	answered bool   // something was heard since
 
 	heard  uint32        // the peer's count of marks, its lower bits (notes)
+	echoes bool          // an acknowledgement has had BECN: the peer is of this package, and counts marks
 	pause  time.Duration // nothing is sent before; only if the window is less than one packet
 	paused bool          // something waits for that
 }
@@ -205,7 +206,8 @@ func (c *congestion) wait(now time.Duration) bool {
 // echo takes what an acknowledgement says of packets that were marked on their way to the peer. It may be news without BECN: the one
 // that had it was lost, or comes later, and then says less than is known.
 func (r *Requester) echo(p *roce.Packet) {
-	if !r.cfg.Selective {
+	r.cc.echoes = r.cc.echoes || p.BECN
+	if !r.cfg.Selective || !r.cc.echoes { // who is taken for ours, and is not, counts messages there
 		return
 	}
 	_, marked := notes(p.MSN)

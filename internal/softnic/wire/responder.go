@@ -97,7 +97,8 @@ func NewResponder(cfg Config, t Target) *Responder {
 	if cfg.Early == nil {
 		cfg.Early = NewEarlyPool(16 << 20)
 	}
-	least := 2*cfg.MaxDestRdAtomic + 4 // acknowledgements between READs, and one behind
+	// Acknowledgements between READs, and one behind; and FLUSHes, of which others (rxe) have as many on their way as packets.
+	least := max(2*cfg.MaxDestRdAtomic, defaultWindow) + 4
 	if cfg.Selective {
 		least = 4*cfg.MaxDestRdAtomic + 32 // what is missing, and what was asked for again
 	}
@@ -260,14 +261,25 @@ func (r *Responder) atomic(p *roce.Packet) {
 func (r *Responder) flush(p *roce.Packet) {
 	f := ib.Flush{Placement: ib.FlushPlacement(p.FETH & 0xf), Level: ib.FlushLevel(p.FETH >> 4 & 3), Length: p.Len}
 	st := ib.WCRemoteInvalidReqErr
-	if f.Placement != 0 && f.Placement <= ib.FlushGlobal|ib.FlushPersistent && f.Level <= ib.FlushRegion && r.cfg.MaxDestRdAtomic != 0 && !r.full() {
+	if f.Placement != 0 && f.Placement <= ib.FlushGlobal|ib.FlushPersistent && f.Level <= ib.FlushRegion && r.cfg.MaxDestRdAtomic != 0 {
+		if r.full() {
+			r.Counters.Dropped++ // it will come again
+			return
+		}
 		st = r.t.Flush(p.RKey, p.Addr, f)
 	}
 	if st != ib.WCSuccess {
 		r.refuse(p, st)
 		return
 	}
-	r.keep(result{first: p.PSN, packets: 1, op: roce.Flush})
+	r.accept(1)
+	r.msn = (r.msn + 1) & 0xffffff
+	r.answer(r.flushed(p.PSN), 0, 0, false)
+}
+
+// flushed is the result of a FLUSH that has been executed. None is kept: it says the same whenever it is asked for again.
+func (r *Responder) flushed(psn ib.PSN) *result {
+	return &result{first: psn, packets: 1, op: roce.Flush, msn: r.msn}
 }
 
 // keep notes a result, and has it sent. A peer that has more of them on their way than it was allowed to is refused.
@@ -352,7 +364,10 @@ func nakOf(st ib.WCStatus) roce.Syndrome {
 // duplicate takes a packet that was executed before: what was said to it must have been lost (IBA 9.7.5.1.4).
 func (r *Responder) duplicate(p *roce.Packet) {
 	switch p.Opcode.Op() {
-	case roce.ReadRequest, roce.CompareSwap, roce.FetchAdd, roce.Flush, roce.AtomicWrite:
+	case roce.Flush:
+		r.reply(r.flushed(p.PSN), 0, 0)
+		return
+	case roce.ReadRequest, roce.CompareSwap, roce.FetchAdd, roce.AtomicWrite:
 		r.repeat(p)
 		return
 	}
@@ -377,19 +392,23 @@ func (r *Responder) repeat(p *roce.Packet) {
 		if read && (p.RKey != x.rkey || p.Addr != x.addr+uint64(skip) || p.Len != x.len-skip && !r.cfg.Selective) {
 			break // not what was asked for then
 		}
-		if !r.cfg.Selective {
-			r.answerOnce(x, skip)
-			return
-		}
-		if r.outTail-r.outHead < uint32(len(r.out))/2 { // there must be room for new ones
-			r.answer(x, skip, min(p.Len, x.len-skip), true)
-		}
-		if read && p.Len > x.len-skip {
+		r.reply(x, skip, min(p.Len, x.len-skip))
+		if r.cfg.Selective && read && p.Len > x.len-skip {
 			r.further(p, x.len-skip)
 		}
 		return
 	}
 	r.Counters.Dropped++
+}
+
+// reply queues an answer once more, of n bytes from byte skip of a READ on, or all of them if the peer goes back for what it misses.
+func (r *Responder) reply(x *result, skip, n uint32) {
+	switch {
+	case !r.cfg.Selective:
+		r.answerOnce(x, skip)
+	case r.outTail-r.outHead < uint32(len(r.out))/2: // there must be room for new ones
+		r.answer(x, skip, n, true)
+	}
 }
 
 // further takes what a READ asks for behind the first n bytes: it is asked for again in larger parts than before.
