@@ -9,7 +9,8 @@ import (
 
 // Completions, and how queue pairs end.
 
-// collect writes CQEs for what has completed: receives first, as they were there first.
+// collect writes CQEs for what has completed: receives first, as they were there first; but what a queue pair's failure has flushed
+// comes behind the failure.
 func (d *Device) collect() (some bool) {
 	for _, c := range d.order {
 		for _, n := range c.cqs {
@@ -32,11 +33,11 @@ func (d *Device) collect() (some bool) {
 	if !some {
 		return false
 	}
-	for _, receives := range []bool{true, false} {
+	for turn := range 3 {
 		for _, c := range d.order {
 			for _, n := range c.cqs {
 				for i := range n.pending {
-					if wc := &n.pending[i]; wc.Opcode.IsRecv() == receives {
+					if wc := &n.pending[i]; turnOf(wc) == turn {
 						d.completed(wc)
 					}
 				}
@@ -49,6 +50,17 @@ func (d *Device) collect() (some bool) {
 		}
 	}
 	return true
+}
+
+// turnOf is when a completion is written, of those that were found at once.
+func turnOf(wc *ib.WC) int {
+	switch {
+	case !wc.Opcode.IsRecv():
+		return 1
+	case wc.Status == ib.WCFlushErr:
+		return 2
+	}
+	return 0
 }
 
 // completed writes the CQE of a completion, if it is wanted.
