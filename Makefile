@@ -113,12 +113,12 @@ emulated:
 	$(GO) build -o bin/ ./cmd/ringside
 	./bin/ringside emulate -- ./bin/ringside doctor --selftest --device mlx5_0 --run '$(EMULATED)'
 
-# What runs in other processes for the most part.
+# All tests, but with fewer seeds and rounds than in unit, and without those that are other processes for the most part.
 NORACE = TestGoldenRandom|TestEmulatedPerftest
 race:
 	$(call stage,race: all tests under the race detector)
 	.ci/setup go gcc
-	CGO_ENABLED=1 $(GO) test -race -count=1 -timeout 25m -skip '$(NORACE)' ./...
+	CGO_ENABLED=1 $(GO) test -race -short -count=1 -timeout 25m -skip '$(NORACE)' ./...
 
 # Seeds are part of unit; this looks beyond them for a moment. Longer: make fuzz FUZZTIME=10m
 # The default is a count of inputs (fewer where each one makes a whole NIC): a run that ends by the clock fails now and
@@ -127,7 +127,7 @@ fuzz:
 	$(call stage,fuzz: each target for a moment)
 	.ci/setup go
 	for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -r -n1 dirname | sort -u); do
-		case $$pkg in */softnic|*/mlx5emu) count=1200x ;; */mlx5) count=8000x ;; *) count=30000x ;; esac
+		case $$pkg in */softnic|*/mlx5emu) count=1200x ;; */mlx5) count=8000x ;; *) count=20000x ;; esac
 		for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do
 			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(or $(FUZZTIME),$$count) $$pkg
 		done
