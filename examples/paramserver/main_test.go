@@ -365,7 +365,8 @@ func TestRefusesStrangers(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer b.Release()
-		if err := c.WriteImm(ctx, b.SGE(0, 8), slot, 0, 1); err != nil {
+		// The server may have hung up before we hear that the write is acknowledged.
+		if err := c.WriteImm(ctx, b.SGE(0, 8), slot, 0, 1); err != nil && !strings.Contains(err.Error(), "announced") {
 			t.Error(err)
 		}
 	})
