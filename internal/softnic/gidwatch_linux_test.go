@@ -3,6 +3,7 @@ package softnic
 import (
 	"errors"
 	"os"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -44,16 +45,21 @@ func (a *fakeAnnouncer) Close() error {
 // Who cannot listen to the system's news, or cannot any more, tries again, and looks meanwhile.
 func TestFollowerGoesOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex // guards what follows
 		var a *fakeAnnouncer
 		tries, looks, works := 0, 0, false
 		var next time.Duration
 		f := newFollower(func() (announcer, error) {
+			mu.Lock()
+			defer mu.Unlock()
 			if tries++; !works {
 				return nil, errors.New("no descriptor")
 			}
 			a = &fakeAnnouncer{c: make(chan struct{}), closed: make(chan struct{})}
 			return a, nil
 		}, func(now time.Time) time.Time {
+			mu.Lock()
+			defer mu.Unlock()
 			looks++
 			if next == 0 {
 				return time.Time{}
@@ -64,21 +70,28 @@ func TestFollowerGoesOn(t *testing.T) {
 			t.Helper()
 			time.Sleep(d)
 			synctest.Wait()
+			mu.Lock()
+			defer mu.Unlock()
 			if tries != wantTries || looks != wantLooks {
 				t.Errorf("%s: it has tried %d times to listen, and looked %d times; want %d, %d", what, tries, looks, wantTries, wantLooks)
 			}
 		}
 		after(followRetry/2, "it cannot listen", 1, 0)
 		after(2*followRetry, "it cannot listen", 3, 2)
-		works = true
+		set := func(f func()) {
+			mu.Lock()
+			defer mu.Unlock()
+			f()
+		}
+		set(func() { works = true })
 		after(followRetry, "it can", 4, 3)
 		after(time.Hour, "nothing new", 4, 3)
 		a.c <- struct{}{}
 		after(settled, "something new", 4, 4)
-		next = time.Minute
+		set(func() { next = time.Minute })
 		a.c <- struct{}{}
 		after(settled+2*time.Minute, "it is to look again", 4, 7)
-		next = 0
+		set(func() { next = 0 })
 		after(time.Minute, "the last time", 4, 8)
 		close(a.c)
 		after(followRetry, "what it listened to has broken", 5, 9)
