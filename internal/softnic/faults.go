@@ -79,7 +79,8 @@ func faultsOf(text string) (*faults, error) {
 	return f, nil
 }
 
-// SetFaults is EnvFaults for this NIC alone, whatever the environment says. To be called before the NIC is used.
+// SetFaults is EnvFaults for this NIC alone, whatever the environment says; the error is about the text. To be called before the NIC is
+// used, and by one goroutine.
 func (n *NIC) SetFaults(text string) error {
 	if _, err := faultsOf(text); err != nil {
 		return err
