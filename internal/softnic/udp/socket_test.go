@@ -189,11 +189,9 @@ func TestListenRefuses(t *testing.T) {
 func TestCloseWakes(t *testing.T) {
 	for what, f := range map[string]func(*udp.Socket){"close": func(s *udp.Socket) { s.Close() }, "wake": (*udp.Socket).Wake} {
 		s := listen(t, "127.0.0.1:0")
+		s.SetDeadline(time.Now().Add(time.Hour)) // before it is woken: a goroutine may be late, and would undo that
 		ended := make(chan error)
-		go func() {
-			s.SetDeadline(time.Now().Add(time.Hour))
-			ended <- s.Wait()
-		}()
+		go func() { ended <- s.Wait() }()
 		time.Sleep(10 * time.Millisecond)
 		f(s)
 		if err := <-ended; errors.Is(err, net.ErrClosed) != (what == "close") {
