@@ -38,7 +38,7 @@ func TestInProcess(t *testing.T) { runTable(t, pathInProcess) }
 func TestProcesses(t *testing.T) { runTable(t, pathProcesses) }
 
 // TestProcessesSwapped is TestProcesses with the sides exchanged.
-func TestProcessesSwapped(t *testing.T) { runTable(t, pathProcessesBA) }
+func TestProcessesSwapped(t *testing.T) { runTable(t, pathProcessesBA.share(t, unlessBrief(5))) }
 
 // TestUDP runs the table between two software NICs that meet on a network.
 func TestUDP(t *testing.T) { runUDP(t, pathUDP) }
@@ -63,7 +63,7 @@ func TestUDPLossy(t *testing.T) {
 }
 
 // TestUDPProcesses is TestUDP with a process for each.
-func TestUDPProcesses(t *testing.T) { runUDP(t, pathUDPProcs) }
+func TestUDPProcesses(t *testing.T) { runUDP(t, pathUDPProcs.share(t, unlessBrief(5))) }
 
 // TestUDP6 runs a part of the table over IPv6; PARTS=1, all of it.
 func TestUDP6(t *testing.T) {
@@ -77,16 +77,18 @@ func TestUDP6(t *testing.T) {
 }
 
 // TestTCP runs the table between two software NICs whose queue pairs are connected by streams.
-func TestTCP(t *testing.T) {
-	parts := 1
-	if testing.Short() || raceEnabled {
-		parts = 5
-	}
-	runUDP(t, pathTCP.share(t, parts))
-}
+func TestTCP(t *testing.T) { runUDP(t, pathTCP.share(t, unlessBrief(5))) }
 
 // TestTCPProcesses is TestTCP with a process for each: a part, and what ends a process.
 func TestTCPProcesses(t *testing.T) { runUDP(t, pathTCPProcs.share(t, 5)) }
+
+// unlessBrief is how many parts a table is shared out in: the given number where runs are to be brief, else one.
+func unlessBrief(parts int) int {
+	if testing.Short() || raceEnabled {
+		return parts
+	}
+	return 1
+}
 
 // share is the path with one of so many parts of the table (PARTS says otherwise): a different one each time, which -seed decides.
 func (p path) share(t *testing.T, parts int) path {
