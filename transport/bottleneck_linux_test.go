@@ -59,7 +59,7 @@ func starSink(args []string) {
 	}
 }
 
-// starSource writes as much as it can.
+// starSource writes as much as it can once it is told to.
 func starSource(args []string) {
 	ctx := context.Background()
 	c, err := transport.Dial(ctx, args[0], &starConfig)
@@ -78,6 +78,7 @@ func starSource(args []string) {
 		return
 	}
 	fmt.Println("ready")
+	<-testutil.ChildInput()
 	for range 8 {
 		go func() {
 			for {
@@ -118,7 +119,8 @@ func starMouse(args []string) {
 	}
 }
 
-// starOf makes a Star of so many sources (hosts 0 to n-1) that write to the last host, and whatever further children there are.
+// starOf makes a Star of so many sources (hosts 0 to n-1) that write to the last host, and whatever further children there are. All have
+// connected before any writes: through a full queue, one might not.
 func starOf(t *testing.T, cc string, sources int, further ...string) (s *testutil.Star, sink int, children []*testutil.Child) {
 	t.Helper()
 	softOnly(t)
@@ -134,6 +136,9 @@ func starOf(t *testing.T, cc string, sources int, further ...string) (s *testuti
 		c := testutil.StartChildIn(t, s.Hosts[i].Namespace, env, what, addr)
 		c.Expect("ready")
 		children = append(children, c)
+	}
+	for _, c := range children[:sources] {
+		c.Send("write")
 	}
 	return s, sink, children
 }
