@@ -16,8 +16,8 @@ BENCHARGS ?=
 export CGO_ENABLED := 0
 # Programs that are measured are built along a profile (see pgo); for all else that would only be a second build. lint vets, so go test
 # need not.
-export GOFLAGS := -pgo=off -vet=off $(GOFLAGS)
-PROFILED := build -pgo=auto -trimpath
+export GOFLAGS := -trimpath -pgo=off -vet=off $(GOFLAGS)
+PROFILED := build -pgo=auto
 
 stage = @printf '\n=== %s\n' "$(1)"
 
@@ -254,7 +254,7 @@ pgo:
 	@.ci/setup go
 	dir=$$(mktemp -d)
 	mkdir -p bin
-	$(GO) -C bench build -trimpath -o ../bin/ringside-bench .
+	$(GO) -C bench build -o ../bin/ringside-bench .
 	./bin/ringside-bench -rounds 1 -profile $$dir -only '^(grpc|rpc)' > /dev/null
 	$(GO) tool pprof -proto $$dir/*.pprof > cmd/ringside/default.pgo
 	cp cmd/ringside/default.pgo bench/default.pgo
