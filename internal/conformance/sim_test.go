@@ -21,7 +21,7 @@ var simProfiles = []simProfile{
 
 // TestSim runs the table between two software NICs on networks in virtual time, which lose, repeat, reorder and change packets, or
 // are cut off: each seed is another one. SEEDS says how many, SEED which one only; without either, each of a hundred runs a fifth of
-// the table.
+// the table. PARTS is how many parts a seed runs one of: one, the whole table, with SEEDS or SEED.
 func TestSim(t *testing.T) {
 	first, seeds, parts := 0, 100, 5
 	if testing.Short() || raceEnabled {
@@ -29,6 +29,9 @@ func TestSim(t *testing.T) {
 	}
 	if n, err := strconv.Atoi(os.Getenv("SEEDS")); err == nil {
 		seeds, parts = n, 1
+	}
+	if n, err := strconv.Atoi(os.Getenv("PARTS")); err == nil && n > 0 {
+		parts = n
 	}
 	if n, err := strconv.Atoi(os.Getenv("SEED")); err == nil {
 		first, seeds, parts = n, 1, 1
