@@ -64,7 +64,7 @@ func (t *tree) fill(devices []*mlx5emu.Device) error {
 	if err := os.Chmod(t.root, 0o755); err != nil {
 		return err
 	}
-	w := writer{root: t.root}
+	w := writer{root: t.root, made: map[string]bool{}}
 	w.file(verbsClass+"abi_version", "6")
 	w.dir("/sys/class/infiniband")
 	w.dir(nodes)
@@ -117,12 +117,15 @@ func (w *writer) device(at string, d *mlx5emu.Device) {
 	for _, g := range gids {
 		there[g.Index] = g
 	}
+	none := "" // an empty entry
 	for i := range d.GIDTableSize() {
 		g := there[i] // the kernel shows empty entries as zero
-		w.file(at+"gids/"+strconv.Itoa(i), fullGID(g.GID))
+		name := at + "gids/" + strconv.Itoa(i)
 		if g.GID.IsZero() {
+			w.fileLike(name, fullGID(g.GID), &none)
 			continue
 		}
+		w.file(name, fullGID(g.GID))
 		w.file(at+"gid_attrs/types/"+strconv.Itoa(i), "RoCE v2")
 		if g.NetDev != "" {
 			w.file(at+"gid_attrs/ndevs/"+strconv.Itoa(i), g.NetDev)
@@ -146,6 +149,7 @@ func colons(guid string) string { return strings.ToLower(strings.ReplaceAll(guid
 // A writer writes files below a root, until the first error.
 type writer struct {
 	root string
+	made map[string]bool // folders
 	err  error
 }
 
@@ -154,9 +158,13 @@ func (w *writer) do(path string, f func(path string) error) {
 		return
 	}
 	path = filepath.Join(w.root, path)
-	if w.err = os.MkdirAll(filepath.Dir(path), 0o755); w.err == nil {
-		w.err = f(path)
+	if dir := filepath.Dir(path); !w.made[dir] {
+		if w.err = os.MkdirAll(dir, 0o755); w.err != nil {
+			return
+		}
+		w.made[dir] = true
 	}
+	w.err = f(path)
 }
 
 func (w *writer) dir(path string) {
@@ -164,7 +172,25 @@ func (w *writer) dir(path string) {
 }
 
 func (w *writer) file(path, text string) {
-	w.do(path, func(path string) error { return os.WriteFile(path, []byte(text+"\n"), 0o444) })
+	w.do(path, func(path string) error { return writeFile(path, text) })
+}
+
+func writeFile(path, text string) error { return os.WriteFile(path, []byte(text+"\n"), 0o444) }
+
+// fileLike is file for many with the same text, whose first it keeps in one: the others are further names of that, since to write
+// hundreds of files is most of what a start takes.
+func (w *writer) fileLike(path, text string, one *string) {
+	if *one == "" {
+		w.file(path, text)
+		*one = filepath.Join(w.root, path)
+		return
+	}
+	w.do(path, func(to string) error {
+		if os.Link(*one, to) == nil {
+			return nil
+		}
+		return writeFile(to, text) // not all file systems can
+	})
 }
 
 func (w *writer) link(path, to string) {
