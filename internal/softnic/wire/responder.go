@@ -14,6 +14,7 @@ type Responder struct {
 	t   Target
 
 	want    ib.PSN // of the packet that is expected next
+	plain   ib.PSN // of the last packet that was executed and has no other answer than an acknowledgement
 	msn     uint32 // messages that were executed, 24 bits
 	nakked  bool   // the peer was told that want is missing
 	late    bool   // Config.Selective: something was executed that no acknowledgement was asked for
@@ -106,7 +107,7 @@ func NewResponder(cfg Config, t Target) *Responder {
 	for n < least {
 		n *= 2
 	}
-	return &Responder{cfg: cfg, t: t, ahead: aheads{pool: cfg.Early}, msg: assembly{mtu: cfg.MTU, t: t}, want: cfg.RQPSN, results: make([]result, max(cfg.MaxDestRdAtomic, 1)), out: make([]response, n)}
+	return &Responder{cfg: cfg, t: t, ahead: aheads{pool: cfg.Early}, msg: assembly{mtu: cfg.MTU, t: t}, want: cfg.RQPSN, plain: cfg.RQPSN.Add(-1), results: make([]result, max(cfg.MaxDestRdAtomic, 1)), out: make([]response, n)}
 }
 
 // Failed reports whether a request was refused that ended the connection.
@@ -199,6 +200,7 @@ func (r *Responder) execute(p *roce.Packet, placed bool) {
 		r.refuse(p, st)
 		return
 	}
+	r.plain = p.PSN
 	if r.accept(1); p.Opcode.Last() {
 		r.msn = (r.msn + 1) & 0xffffff
 	}
@@ -375,7 +377,11 @@ func (r *Responder) duplicate(p *roce.Packet) {
 		r.Counters.Dropped++
 		return
 	}
-	r.say(r.want.Add(-1), roce.Ack)
+	psn := r.want.Add(-1)
+	if !r.cfg.Selective {
+		psn = r.plain // rxe takes an acknowledgement of a READ or an atomic for its answer, which may have been lost
+	}
+	r.say(psn, roce.Ack)
 }
 
 // repeat answers once more what has an answer, if it is one of the last.

@@ -381,6 +381,23 @@ func TestAtomicReplay(t *testing.T) {
 	}
 }
 
+// A WRITE that comes again is acknowledged, but not the READ and the atomic behind it, whose answers may have been lost: rxe takes that
+// for their answer, and completes them without a result.
+func TestDuplicateBeforeResult(t *testing.T) {
+	n := newNetwork(t, 1, nil)
+	r := n.nodes[1].resp
+	first := r.want
+	write := roce.Packet{Opcode: roce.Op(roce.RC, roce.WriteOnly), PSN: first, RKey: memKey, Len: 8, Payload: make([]byte, 8), AckReq: true}
+	r.Receive(&write)
+	r.Receive(&roce.Packet{Opcode: roce.Op(roce.RC, roce.FetchAdd), PSN: first.Add(1), RKey: memKey, AckReq: true})
+	r.Receive(&roce.Packet{Opcode: roce.Op(roce.RC, roce.ReadRequest), PSN: first.Add(2), RKey: roKey, Len: 8, AckReq: true})
+	r.outHead = r.outTail // all answers are lost
+	r.Receive(&write)
+	if x := r.at(r.outHead); r.outTail-r.outHead != 1 || x.result || x.psn != first || x.syndrome != roce.Ack || r.Counters.Duplicates != 1 {
+		t.Errorf("%d answers, of which the first is %+v; the WRITE has PSN %v", r.outTail-r.outHead, x, first)
+	}
+}
+
 // RNR retries start anew with each message that gets through.
 func TestRNRRetriesReset(t *testing.T) {
 	n := newNetwork(t, 1, func(c *Config) { c.RNRRetry = 6 })
