@@ -209,8 +209,9 @@ type QP struct {
 	PD  uint32
 	typ ib.QPType
 
-	modify sync.Mutex    // one change at a time, and none beside Destroy
-	ended  bool          // guarded by modify
+	modify sync.Mutex    // one change at a time, and none beside Destroy: what is locked within a change must not be held by who destroys
+	handle sync.RWMutex  // held alone when the kernel is told to destroy it, and by who names it to the kernel otherwise
+	ended  bool          // guarded by modify and handle: written with both
 	state  atomic.Uint32 // as last heard; errors change it without a word
 
 	windows WindowRequests
@@ -341,11 +342,36 @@ func (q *QP) Ask() (ib.QPAttr, error) {
 	if err := q.C.Removed(); err != nil {
 		return ib.QPAttr{}, err
 	}
-	a, err := q.C.QueryQP(q.Handle)
+	var a ib.QPAttr
+	err := q.named(func() (err error) {
+		a, err = q.C.QueryQP(q.Handle)
+		return err
+	})
 	if err == nil {
 		q.SetState(a.State)
 	}
 	return a, err
+}
+
+// Flush tells the kernel that the queue pair is in the error state, also if it knows: some drivers look for what is to be flushed only
+// then.
+func (q *QP) Flush() error {
+	return q.named(func() error {
+		return q.C.ModifyQP(q.Handle, &ib.QPAttr{State: ib.Err}, ib.AttrState, q.C.Link)
+	})
+}
+
+// named runs a command that names the queue pair, unless that is destroyed, or is being: the kernel gives its handle to another then.
+// It does not wait, for it may be called by who polls.
+func (q *QP) named(command func() error) error {
+	if !q.handle.TryRLock() {
+		return driver.ErrClosed
+	}
+	defer q.handle.RUnlock()
+	if q.ended {
+		return driver.ErrClosed
+	}
+	return command()
 }
 
 // Destroy ends the queue pair; a change that is in progress ends first.
@@ -355,6 +381,8 @@ func (q *QP) Destroy() error {
 	if q.ended {
 		return nil
 	}
+	q.handle.Lock()
+	defer q.handle.Unlock()
 	err := Destroyed(q.C.DestroyQP(q.Handle))
 	q.ended = err == nil
 	return err

@@ -183,14 +183,17 @@ func (q *cq) retire(by ib.QPN, n uint32) {
 		if p = q.c.qp(by); p == nil || p.scq != q {
 			return // it was closed before its completions were polled
 		}
-		q.senders[by%ib.QPN(len(q.senders))] = p
+		if !p.leaving {
+			q.senders[by%ib.QPN(len(q.senders))] = p
+		}
 	}
 	ring.StoreRel32(&p.polled, p.polled+n)
 }
 
-// forget makes a queue pair unknown.
-func (q *cq) forget(p *qp) {
+// leave has a queue pair that is being closed looked up each time: its number may soon be another's. If it stays, that is undone.
+func (q *cq) leave(p *qp, leaving bool) {
 	q.mu.Lock()
+	p.leaving = leaving
 	if at := &q.senders[p.QPN()%ib.QPN(len(q.senders))]; *at == p {
 		*at = nil
 	}

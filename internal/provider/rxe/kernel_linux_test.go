@@ -1,6 +1,7 @@
 package rxe
 
 import (
+	"cmp"
 	"encoding/binary"
 	"math/bits"
 	"slices"
@@ -101,7 +102,9 @@ type fakeKernel struct {
 	commands []uint32 // of the write interface, in order, without doorbells
 	bells    int
 	errs     map[uint32]syscall.Errno // command -> what it ends with
+	during   map[uint32]func()        // command -> called when it has come
 	deform   func(r *kring)           // called with each new queue
+	number   uint32                   // of the next queue pair; 0: as it comes
 	capsEx   uint64
 	bell     func() // instead of all commands, for a benchmark
 }
@@ -110,7 +113,7 @@ type fakeKernel struct {
 func newFake(t testing.TB) (*fakeKernel, *rxeContext) {
 	t.Helper()
 	littleEndian(t)
-	k := &fakeKernel{t: t, maps: map[uint64]*kring{}, cqs: map[uint32]*kring{}, qps: map[uint32]*fakeQP{}, srqs: map[uint32]*kring{}, errs: map[uint32]syscall.Errno{}, capsEx: 7 << 38}
+	k := &fakeKernel{t: t, maps: map[uint64]*kring{}, cqs: map[uint32]*kring{}, qps: map[uint32]*fakeQP{}, srqs: map[uint32]*kring{}, errs: map[uint32]syscall.Errno{}, during: map[uint32]func(){}, capsEx: 7 << 38}
 	k.Init(t)
 	c, err := uverbs.NewContext(uverbs.NewFile(k, "rxe9", 14), nil, nil)
 	if err != nil {
@@ -243,6 +246,11 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhw []byte) syscall.Errno {
 		return k.errs[cmd]
 	}
 	k.commands = append(k.commands, cmd)
+	if f := k.during[cmd]; f != nil {
+		k.mu.Unlock()
+		f()
+		k.mu.Lock()
+	}
 	if e := k.errs[cmd]; e != 0 {
 		return e
 	}
@@ -302,7 +310,7 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhw []byte) syscall.Errno {
 	case 23: // REQ_NOTIFY_CQ
 	case 24: // CREATE_QP
 		h := k.Handle("qp")
-		q := &fakeQP{num: 0x10 + h}
+		q := &fakeQP{num: cmp.Or(k.number, 0x10+h)}
 		size := max(16*int(le.Uint32(in[40:])), int(le.Uint32(in[48:])))
 		var sqAt, rqAt uint64
 		q.sq, sqAt = k.newRing(int(le.Uint32(in[32:])), 208+size)

@@ -29,6 +29,9 @@ type qp struct {
 	polled    uint32      // of those, polled; written by who holds scq.mu, with release, and loaded by posters
 	broken    atomic.Bool // a request has failed: from now on each completes
 
+	leaving bool // guarded by scq.mu: it is being closed, and may be gone the next moment
+	closing bool // guarded by sendMu and recvMu, written with both: nothing is posted any more
+
 	sendMu   sync.Mutex
 	sq       queue            // guarded by sendMu; no memory once closed
 	posts    uint32           // guarded by sendMu: requests posted, ever
@@ -89,6 +92,10 @@ func (q *qp) destroy() error {
 	if err := q.Destroy(); err != nil {
 		return err
 	}
+	q.sendMu.Lock()
+	defer q.sendMu.Unlock()
+	q.recvMu.Lock()
+	defer q.recvMu.Unlock()
 	q.c.unmapQueue(&q.sq)
 	q.c.unmapQueue(&q.rq)
 	q.sendBell.Free()
@@ -99,24 +106,33 @@ func (q *qp) destroy() error {
 
 // Close implements driver.QP.
 func (q *qp) Close() error {
-	q.c.mu.Lock()
-	if q.c.qps[q.QPN()] == q {
-		delete(q.c.qps, q.QPN()) // before the kernel may give the number to another
-	}
-	q.c.mu.Unlock()
-	q.scq.forget(q)
-	q.sendMu.Lock()
-	defer q.sendMu.Unlock()
-	q.recvMu.Lock()
-	defer q.recvMu.Unlock()
+	q.shut(true) // before the kernel may give its handle and its number to another
 	q.c.windows.Free(&q.QP)
-	if err := q.destroy(); err != nil { // its completions go on counting
-		q.c.mu.Lock()
-		q.c.qps[q.QPN()] = q
-		q.c.mu.Unlock()
+	if err := q.destroy(); err != nil {
+		q.shut(false)
+		if q.broken.Load() { // while it was closing, not all could be done about that
+			if q.failed(); q.State() == ib.Err {
+				q.flushRecvs()
+			}
+		}
 		return err
 	}
+	q.c.mu.Lock()
+	if q.c.qps[q.QPN()] == q { // else it is another's by now
+		delete(q.c.qps, q.QPN())
+	}
+	q.c.mu.Unlock()
 	return nil
+}
+
+// shut ends posting, or lets it go on. Completions count meanwhile, but nothing else of the queue pair is used.
+func (q *qp) shut(closing bool) {
+	q.sendMu.Lock()
+	q.recvMu.Lock()
+	q.closing = closing
+	q.recvMu.Unlock()
+	q.sendMu.Unlock()
+	q.scq.leave(q, closing)
 }
 
 // Path implements driver.PathReporter.
@@ -145,7 +161,7 @@ func (q *qp) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) er
 
 func (q *qp) ring() {
 	q.sendMu.Lock()
-	if q.sendBell != nil {
+	if q.sendBell != nil && !q.closing {
 		q.sendBell.Run() // if it fails, so will the next PostSend
 	}
 	q.sendMu.Unlock()
@@ -197,10 +213,10 @@ func (q *qp) failed() {
 
 // flushRecvs makes the kernel flush what was posted to the receive queue of a queue pair in error: it looks there by
 // itself only when the queue pair gets into that state. (The command POST_RECV, which makes it look as well, is not open to
-// user space.) If it fails, the device has gone.
+// user space.) If it fails, the device has gone, or the queue pair.
 func (q *qp) flushRecvs() {
 	if q.srq == nil {
-		q.c.ModifyQP(q.Handle, &ib.QPAttr{State: ib.Err}, ib.AttrState, q.c.Link)
+		q.Flush()
 	}
 }
 
@@ -213,7 +229,7 @@ func (q *qp) PostSend(wrs []ib.SendWR) (n int, err error) {
 }
 
 func (q *qp) postSendLocked(wrs []ib.SendWR) (n int, err error) {
-	if q.sq.mem == nil {
+	if q.sq.mem == nil || q.closing {
 		return 0, driver.ErrClosed
 	}
 	if err := q.c.Removed(); err != nil {
@@ -326,7 +342,7 @@ func (q *qp) PostRecv(wrs []ib.RecvWR) (int, error) {
 	}
 	q.recvMu.Lock()
 	defer q.recvMu.Unlock()
-	if q.rq.mem == nil {
+	if q.rq.mem == nil || q.closing {
 		return 0, driver.ErrClosed
 	}
 	if err := q.c.Removed(); err != nil {

@@ -1088,3 +1088,112 @@ func TestFailedBind(t *testing.T) {
 	}
 	b.close(w, m)
 }
+
+// A queue pair that the kernel does not let go is as if nobody had tried: what was polled meanwhile counts.
+func TestPolledDuringRefusedClose(t *testing.T) {
+	b := newBench(t, ib.RC)
+	depth := b.qp.Cap().MaxSendWR
+	signalled := ib.SendWR{Opcode: ib.OpSend, Flags: ib.SendSignaled}
+	fill := func() {
+		t.Helper()
+		for i := range depth {
+			if n, err := b.qp.PostSend([]ib.SendWR{signalled}); n != 1 {
+				t.Fatalf("%d of %d: %v", i, depth, err)
+			}
+		}
+	}
+	complete := func(status uint32) {
+		for b.kq.sq.posted() > 0 {
+			b.kq.sq.take()
+			b.kcq().complete(1, status, 0, 0, b.kq.num)
+		}
+	}
+	wcs := make([]ib.WC, depth+1)
+	b.k.errs[27] = unix.EBUSY
+	b.k.during[27] = func() {
+		if n := b.cq.Poll(wcs); n != depth {
+			t.Errorf("%d completions", n)
+		}
+		if n, err := b.qp.PostSend([]ib.SendWR{signalled}); n != 0 || !errors.Is(err, driver.ErrClosed) {
+			t.Error(n, err)
+		}
+		if n, err := b.qp.PostRecv(make([]ib.RecvWR, 1)); n != 0 || !errors.Is(err, driver.ErrClosed) {
+			t.Error(n, err)
+		}
+		if _, err := b.qp.Query(); !errors.Is(err, driver.ErrClosed) {
+			t.Error(err)
+		}
+	}
+	refused := func() {
+		t.Helper()
+		if err := b.qp.Close(); !errors.Is(err, driver.ErrBusy) {
+			t.Error(err)
+		}
+	}
+	for range 3 {
+		fill()
+		complete(0)
+		refused()
+	}
+	fill()
+	complete(12) // failed, and flushed
+	b.kq.modified = nil
+	refused()
+	if b.qp.State() != ib.Err || string(b.kq.modified) != "\x06" {
+		t.Errorf("it has failed, and is in %v, and was moved to %v", b.qp.State(), b.kq.modified)
+	}
+	clear(b.k.errs)
+	clear(b.k.during)
+}
+
+// A number may be another queue pair's as soon as the kernel has ended the one that had it.
+func TestNumberIsReused(t *testing.T) {
+	b := newBench(t, ib.RC)
+	old := b.newQP(ib.RC)
+	b.k.number = uint32(old.QPN())
+	b.kcq().complete(1, 0, 0, 0, b.k.number)
+	if n := b.cq.Poll(make([]ib.WC, 1)); n != 1 || old.polled != 1 {
+		t.Error(n, old.polled)
+	}
+	var fresh *qp
+	b.k.during[27] = func() {
+		delete(b.k.during, 27)
+		fresh = b.newQP(ib.RC)
+		b.kcq().complete(2, 0, 0, 0, b.k.number)
+		if n := b.cq.Poll(make([]ib.WC, 1)); n != 1 || fresh.polled != 1 {
+			t.Errorf("%d completions, and %d count", n, fresh.polled)
+		}
+	}
+	b.close(old)
+	if b.c.qp(fresh.QPN()) != fresh {
+		t.Error("it is not known any more")
+	}
+	b.close(fresh)
+}
+
+// Changes and the end of a queue pair may come at the same time.
+func TestModifyBesideClose(t *testing.T) {
+	for _, s := range []ib.QPState{ib.RTS, ib.Reset} {
+		b := newBench(t, ib.RC)
+		q := b.newQP(ib.RC)
+		closed := make(chan error, 1)
+		b.k.during[26] = func() {
+			go func() { closed <- q.Close() }()
+			for q.sendMu.TryLock() { // until Close has come as far as it can
+				done := q.closing
+				q.sendMu.Unlock()
+				if done {
+					break
+				}
+				runtime.Gosched()
+			}
+			delete(b.k.during, 26)
+		}
+		if err := q.Modify(t.Context(), &ib.QPAttr{State: s}, ib.AttrState); err != nil {
+			t.Error(err)
+		}
+		if err := <-closed; err != nil {
+			t.Error(err)
+		}
+	}
+}
