@@ -169,8 +169,8 @@ func (q *QP) Fail(ctx context.Context) error {
 	return q.Modify(ctx, &ib.QPAttr{State: ib.Err}, ib.AttrState)
 }
 
-// Reset moves the queue pair to Reset from any state. Outstanding work requests are forgotten without a completion;
-// completions that are in the CQ already are dropped by some devices and kept by others.
+// Reset moves the queue pair to Reset from any state. Outstanding work requests are forgotten without a completion, and
+// completions that were not polled yet are dropped.
 func (q *QP) Reset(ctx context.Context) error {
 	return q.Modify(ctx, &ib.QPAttr{State: ib.Reset}, ib.AttrState)
 }

@@ -256,6 +256,17 @@ func (q *QP) SetState(s ib.QPState) { q.state.Store(uint32(s)) }
 // Change modifies the queue pair and then, with no other change in between, calls then; that is also done if ctx ends
 // before the kernel has answered, which cannot be stopped.
 func (q *QP) Change(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask, then func()) error {
+	return q.ChangeAround(ctx, attr, mask, func(change func() error) error {
+		if err := change(); err != nil {
+			return err
+		}
+		then()
+		return nil
+	})
+}
+
+// ChangeAround is Change for who has something to do before, too: around calls change, which modifies the queue pair.
+func (q *QP) ChangeAround(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask, around func(change func() error) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -272,14 +283,15 @@ func (q *QP) Change(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask, th
 		if q.ended {
 			return driver.ErrClosed
 		}
-		if err := q.C.ModifyQP(q.Handle, &a, mask, q.C.Link); err != nil {
-			return err
-		}
-		if mask&ib.AttrState != 0 {
-			q.SetState(a.State)
-		}
-		then()
-		return nil
+		return around(func() error {
+			if err := q.C.ModifyQP(q.Handle, &a, mask, q.C.Link); err != nil {
+				return err
+			}
+			if mask&ib.AttrState != 0 {
+				q.SetState(a.State)
+			}
+			return nil
+		})
 	}
 	if mask&ib.AttrAV == 0 || ctx.Done() == nil {
 		return change()

@@ -163,6 +163,19 @@ func (q *QP) WindowsFailed(did func(number uint32) bool) {
 	r.list = nil
 }
 
+// WindowsDone returns the number of the oldest send request about a window that is not done, or next if all are.
+func (q *QP) WindowsDone(next uint32, did func(number uint32) bool) uint32 {
+	r := &q.windows
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for i := range r.list {
+		if n := r.list[i].number; !did(n) {
+			return n
+		}
+	}
+	return next
+}
+
 // ForgetWindows says that nothing that was posted can fail any more: the queue pair was reset, and nobody knows how far it had come.
 func (q *QP) ForgetWindows() {
 	q.windows.mu.Lock()

@@ -200,6 +200,29 @@ func (q *cq) leave(p *qp, leaving bool) {
 	q.mu.Unlock()
 }
 
+// clean takes out the completions of a queue pair that are not polled yet: it was reset, and they would be of requests that are no more.
+func (q *cq) clean(of ib.QPN) {
+	q.armMu.Lock() // the queue is not away
+	defer q.armMu.Unlock()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.q.mem == nil {
+		return
+	}
+	// What stays moves towards the kernel's end, which does not look at what it has written.
+	n := q.q.filled()
+	gone := uint32(0)
+	for i := n; i > 0; i-- {
+		e := wc(q.q.slot(q.q.at + i - 1))
+		if ib.QPN(e.QPNum)&ib.MaxQPN == of {
+			gone++
+		} else if gone > 0 {
+			*wc(q.q.slot(q.q.at + i - 1 + gone)) = *e
+		}
+	}
+	q.q.publish(gone)
+}
+
 // takeWC copies a completion, and reports whether it is one to be noted.
 func takeWC(to *ib.WC, from *abi.WC) (special bool) {
 	to.ID = from.WRID

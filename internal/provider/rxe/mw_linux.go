@@ -33,10 +33,13 @@ func (q *qp) windowsFailed() {
 	if q.sq.mem == nil {
 		return
 	}
-	q.WindowsFailed(func(number uint32) bool {
-		back := q.posts - number
-		return back > q.sq.mask || q.sq.did(q.sq.at-back)
-	})
+	q.WindowsFailed(q.didLocked)
+}
+
+// didLocked reports whether the request of that number, which was posted before and is about a window, is done.
+func (q *qp) didLocked(number uint32) bool {
+	back := q.posts - number
+	return back > q.sq.mask || q.sq.did(q.sq.at-back)
 }
 
 var errNoRegion = fmt.Errorf("%w: the 8 bytes of the atomic write are in no region of the QP's protection domain", driver.ErrInvalidWR)

@@ -18,6 +18,7 @@ type qp struct {
 	c      *rxeContext
 	cookie uint64
 	scq    *cq
+	rcq    *cq
 	srq    *srq
 	sigAll bool
 	qkey   atomic.Uint32
@@ -52,7 +53,7 @@ func (p *pd) CreateQP(cfg driver.QPConfig) (driver.QP, error) {
 	if !ok1 || !ok2 || !ok3 && cfg.SRQ != nil {
 		return nil, errors.New("the QP's CQs or SRQ belong to another device")
 	}
-	q := &qp{c: p.c, scq: scq, srq: s, sigAll: cfg.SignalAll}
+	q := &qp{c: p.c, scq: scq, rcq: rcq, srq: s, sigAll: cfg.SignalAll}
 	q.cookie = p.c.Track(q)
 	srqHandle := -1
 	if s != nil {
@@ -145,17 +146,21 @@ func (q *qp) Path() string {
 
 // Modify implements driver.QP.
 func (q *qp) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) error {
-	return q.Change(ctx, attr, mask, func() {
+	return q.ChangeAround(ctx, attr, mask, func(change func() error) error {
+		if mask&ib.AttrState != 0 && attr.State == ib.Reset {
+			command := change
+			change = func() error { return q.reset(command) }
+		}
+		if err := change(); err != nil {
+			return err
+		}
 		if mask&ib.AttrQKey != 0 {
 			q.qkey.Store(uint32(attr.QKey))
 		}
-		switch {
-		case mask&ib.AttrState == 0:
-		case attr.State == ib.Reset:
-			q.forget()
-		case attr.State == ib.RTS:
+		if mask&ib.AttrState != 0 && attr.State == ib.RTS {
 			q.ring() // in SQD requests could be posted, and the kernel does not look for them by itself
 		}
+		return nil
 	})
 }
 
@@ -167,23 +172,29 @@ func (q *qp) ring() {
 	q.sendMu.Unlock()
 }
 
-// forget empties the queues. The kernel clears their memory when it resets a queue pair, but takes no receive off its
-// queue: what was posted would come back as receives of no buffers.
-func (q *qp) forget() {
+// reset empties the queues, and takes out the completions that were not polled, after change has reset the queue pair. The kernel clears
+// the queues' memory then, but takes no receive off its queue: what was posted would come back as receives of no buffers.
+func (q *qp) reset(change func() error) error {
 	q.sendMu.Lock()
-	if q.sq.mem != nil {
-		q.sq.forget()
+	defer q.sendMu.Unlock()
+	done := q.WindowsDone(q.posts, q.didLocked) // the kernel's memory tells it only before
+	if err := change(); err != nil {
+		return err
 	}
-	// Completions of before that are not polled yet will count as some of what follows, of which there may then be as many more.
+	q.WindowsFailed(func(number uint32) bool { return int32(number-done) < 0 })
+	q.sq.forget()
+	q.scq.clean(q.QPN())
+	if q.rcq != q.scq {
+		q.rcq.clean(q.QPN())
+	}
 	q.signalled = atomic.LoadUint32(&q.polled)
 	q.broken.Store(false)
-	q.ForgetWindows()
-	q.sendMu.Unlock()
 	q.recvMu.Lock()
+	defer q.recvMu.Unlock()
 	if q.rq.mem != nil {
 		q.rq.forget()
 	}
-	q.recvMu.Unlock()
+	return nil
 }
 
 // Query implements driver.QP.

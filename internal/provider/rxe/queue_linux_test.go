@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -1087,6 +1088,86 @@ func TestFailedBind(t *testing.T) {
 		did(1)
 	}
 	b.close(w, m)
+}
+
+// What has failed before a RESET has failed, polled or not: the kernel's memory says how far it had come, until it is cleared.
+func TestFailedBindThenReset(t *testing.T) {
+	b := newBench(t, ib.RC)
+	m, err := b.pd.RegisterMR(driver.MRConfig{Mem: mustMmap(t), Access: ib.AccessMWBind, FD: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := b.pd.AllocMW()
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := w.RKey()
+	bind := func(add ib.RKey) ib.SendWR {
+		return ib.SendWR{Opcode: ib.OpBindMW, Bind: &ib.BindMW{Window: w.Handle(), RKey: first + add, MRLKey: m.LKey(), Length: 8}}
+	}
+	invalidate := func(add ib.RKey) ib.SendWR { return ib.SendWR{Opcode: ib.OpLocalInv, InvalidateRKey: first + add} }
+	again := func() {
+		b.to(b.qp, ib.Reset)
+		b.to(b.qp, ib.RTS)
+	}
+	b.post(bind(1), invalidate(1), bind(2))
+	le.PutUint32(b.kq.sq.take()[148:], 3)
+	le.PutUint32(b.kq.sq.take()[148:], 4)
+	b.kcq().complete(7, 6, 0, 0, b.kq.num)
+	b.kcq().complete(7, 5, 0, 0, b.kq.num)
+	b.k.errs[26] = unix.EINVAL
+	if err := b.qp.Modify(t.Context(), &ib.QPAttr{State: ib.Reset}, ib.AttrState); err == nil || w.RKey() != first+2 {
+		t.Errorf("a reset that the kernel refuses changes nothing: %v, key %#x", err, w.RKey())
+	}
+	delete(b.k.errs, 26)
+	again()
+	if w.RKey() != first+1 {
+		t.Errorf("the window has key %#x, want %#x", w.RKey(), first+1)
+	}
+	// rxe dies when a window is invalidated that is not bound.
+	b.post(invalidate(1), bind(3))
+	le.PutUint32(b.kq.sq.take()[148:], 3)
+	again()
+	if n, err := b.qp.PostSend([]ib.SendWR{invalidate(3)}); n != 1 || err != nil || w.RKey() != first+1 { // it is no window's
+		t.Errorf("%d, %v, key %#x", n, err, w.RKey())
+	}
+	if n, err := b.qp.PostSend([]ib.SendWR{invalidate(1)}); n != 0 || !errors.Is(err, uverbs.ErrNotBound) {
+		t.Errorf("it is bound, by a request that was not done: %d, %v", n, err)
+	}
+	b.close(w, m)
+}
+
+// RESET takes the queue pair's completions along, and nobody else's.
+func TestResetTakesCompletions(t *testing.T) {
+	b := newBench(t, ib.RC)
+	recvs := b.newCQ(15)
+	q := b.newQP(ib.RC, func(cfg *driver.QPConfig) { cfg.RecvCQ = recvs })
+	kq, krecvs := b.k.qps[q.Handle], b.k.cqs[recvs.handle]
+	for round := range 50 { // around the queues
+		var want []uint64
+		for i := range uint64(7) {
+			if (round>>(i%5))&1 == 0 {
+				b.kcq().complete(i, 0, 0, 0, b.kq.num)
+				want = append(want, i)
+			} else {
+				b.kcq().complete(i, 5, 0, 0, kq.num)
+			}
+		}
+		krecvs.complete(1, 5, 0, 0, kq.num)
+		b.to(q, ib.Reset)
+		b.to(q, ib.RTS)
+		b.kcq().complete(99, 0, 0, 0, kq.num)
+		want = append(want, 99)
+		var got []uint64
+		wcs := make([]ib.WC, 9)
+		for _, wc := range wcs[:b.cq.Poll(wcs)] {
+			got = append(got, wc.ID)
+		}
+		if n := recvs.Poll(wcs); n != 0 || !slices.Equal(got, want) || q.State() != ib.RTS {
+			t.Fatalf("%d completions of receives; of sends %v, want %v; it is in %v", n, got, want, q.State())
+		}
+	}
+	b.close(q, recvs)
 }
 
 // A queue pair that the kernel does not let go is as if nobody had tried: what was polled meanwhile counts.
