@@ -8,6 +8,8 @@ import (
 	"os"
 	"sync"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ringside-rdma/ringside/internal/abi"
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/uverbs"
@@ -20,9 +22,25 @@ type siwContext struct {
 	// qpMu is held while a queue pair is made, and from before one is destroyed until its completions are gone from the queues:
 	// the kernel gives the lowest number that is free to the next.
 	qpMu sync.Mutex
+
+	tellsState bool // the kernel's driver does, of queue pairs
 }
 
-func newContext(c *uverbs.Context) *siwContext { return &siwContext{Context: c} }
+func newContext(c *uverbs.Context) *siwContext {
+	return &siwContext{Context: c, tellsState: tellsState()}
+}
+
+// tellsState reports whether this kernel's driver tells the state of a queue pair. Before Linux 6.8 siw_query_qp leaves it out, and
+// what the kernel answers is what its memory had from before: another queue pair's state, for one.
+var tellsState = sync.OnceValue(func() bool {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return false
+	}
+	var major, minor int
+	fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor)
+	return major > 6 || major == 6 && minor >= 8
+})
 
 // QueryDevice implements driver.Context.
 func (c *siwContext) QueryDevice() (ib.DeviceAttr, error) {

@@ -12,7 +12,7 @@
 //   - What is posted to a queue pair in the error state stays in its queue. It is flushed here.
 //   - READs beyond those that may be in flight, and fences, on both sides at once make both wait for ever. They are held back here
 //     (hold).
-//   - The state cannot be asked for (before Linux 6.12), and a queue pair with a failed request may stay in another than Err.
+//   - The state cannot be asked for (before Linux 6.8), and a queue pair with a failed request may stay in another than Err.
 //     The first sign of failure moves it there.
 //   - Elements without bytes make the kernel stumble, READs without bytes are answered with others, and long messages that are
 //     not signaled are sent from memory that their sender may have changed by then (qp.put, putSGEs).

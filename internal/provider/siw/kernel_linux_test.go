@@ -90,7 +90,8 @@ type fakeKernel struct {
 	deform  func(cmd uint32, uhw []byte) // changes what is answered to a creation
 	onErr   func(*fakeQP)                // when a queue pair is moved to Err: the kernel flushes
 	limit   uint32
-	channel int // where completion events are written
+	state   byte // that QUERY_QP answers with
+	channel int  // where completion events are written
 }
 
 // newFake opens a device whose kernel is the test. Everything must be closed by the end of it.
@@ -283,9 +284,9 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhw []byte) syscall.Errno
 		le.PutUint32(out[20:], le.Uint32(in[44:]))
 		le.PutUint32(out[24:], le.Uint32(in[48:]))
 		deform()
-	case 25: // QUERY_QP: no state, and the two depths the wrong way around
+	case 25: // QUERY_QP: a state of whomever, and the two depths the wrong way around
 		q := k.qps[le.Uint32(in[8:])]
-		out[113], out[114] = 1, q.ord
+		out[108], out[113], out[114] = k.state, 1, q.ord
 	case 26: // MODIFY_QP
 		q := k.qps[le.Uint32(in[64:])]
 		mask := le.Uint32(in[68:])

@@ -222,7 +222,8 @@ func (q *qp) forget() {
 	q.recv.retired.Store(0)
 }
 
-// Query implements driver.QP. The state is this package's: kernels before 6.12 do not tell it.
+// Query implements driver.QP. The state is this package's. Of the rest, only what is copied here comes from the driver: the kernel
+// does not clear what that leaves out.
 func (q *qp) Query() (ib.QPAttr, error) {
 	if err := q.c.Removed(); err != nil {
 		return ib.QPAttr{}, err
@@ -231,14 +232,12 @@ func (q *qp) Query() (ib.QPAttr, error) {
 	if err != nil {
 		return a, err
 	}
-	if a.State > ib.RTS && q.State() == ib.RTS {
+	if q.c.tellsState && a.State > ib.RTS && q.State() == ib.RTS {
 		q.fail()
 	}
-	a.State = q.State()
-	a.CurState = a.State
-	a.Access, a.Port = ib.Access(q.access.Load()), uint8(q.port.Load())
-	a.MaxRdAtomic, a.MaxDestRdAtomic = a.MaxDestRdAtomic, a.MaxRdAtomic // the driver has them the other way around
-	return a, nil
+	s := q.State()
+	return ib.QPAttr{State: s, CurState: s, PathMTU: a.PathMTU, Access: ib.Access(q.access.Load()), Port: uint8(q.port.Load()),
+		MaxRdAtomic: a.MaxDestRdAtomic, MaxDestRdAtomic: a.MaxRdAtomic}, nil // the driver has these the other way around
 }
 
 // Moved says that the connection manager has moved the queue pair.

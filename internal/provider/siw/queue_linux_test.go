@@ -204,6 +204,21 @@ func TestStates(t *testing.T) {
 	}
 }
 
+// Before Linux 6.8, the state that the kernel answers with is whatever was in its memory.
+func TestStateThatNobodyTold(t *testing.T) {
+	b := connected(t, benchOpts{})
+	b.k.state = 6
+	for _, c := range []struct {
+		told bool
+		want ib.QPState
+	}{{false, ib.RTS}, {true, ib.Err}} {
+		b.c.tellsState = c.told
+		if a, err := b.q.Query(); err != nil || a.State != c.want || a.CurState != c.want || b.q.State() != c.want {
+			t.Errorf("told %v: %v, and it is in %v: %v", c.told, a.State, b.q.State(), err)
+		}
+	}
+}
+
 // Slots are free long before completions are polled. What is outstanding stays within the depth all the same, and so completions
 // within a completion queue that is as large.
 func TestFullMeansUnpolled(t *testing.T) {
