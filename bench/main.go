@@ -37,6 +37,7 @@ type config struct {
 	rounds   int
 	quick    bool // small counts: that it works, not how fast
 	only     *regexp.Regexp
+	some     bool   // only is not all
 	ringside string // the ringside command
 	results  string
 }
@@ -47,6 +48,25 @@ func (c *config) scale(full, quick int) int {
 		return quick
 	}
 	return full
+}
+
+// parse takes the flags that all commands have, and those of fs. rounds is how many there are if nothing is said.
+func (c *config) parse(fs *flag.FlagSet, rounds int, args []string) (err error) {
+	fs.IntVar(&c.rounds, "rounds", rounds, "how often each measurement is made")
+	fs.BoolVar(&c.quick, "quick", false, "one round with small counts: shows that everything runs, and nothing else")
+	fs.StringVar(&c.results, "results", "bench/RESULTS.md", "where the results go")
+	only := fs.String("only", "", "measure only what matches this regular expression; prints, and leaves the results file alone")
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	if c.quick {
+		c.rounds = 1
+	}
+	c.some = *only != ""
+	if c.only, err = regexp.Compile(*only); err != nil {
+		return fmt.Errorf("-only: %w", err)
+	}
+	return nil
 }
 
 func main() {
@@ -68,23 +88,13 @@ func main() {
 		exit(measureInVM(os.Args[2]))
 	}
 	var c config
-	flag.IntVar(&c.rounds, "rounds", 7, "how often each measurement is made")
-	flag.BoolVar(&c.quick, "quick", false, "one round with small counts: shows that everything runs, and nothing else")
 	flag.StringVar(&c.ringside, "ringside", "bin/ringside", "the ringside command, for ringside perf")
-	flag.StringVar(&c.results, "results", "bench/RESULTS.md", "where the results go")
 	profile := flag.String("profile", "", "have the processes of ringside and grpc-go write CPU profiles into this folder; for make pgo")
-	only := flag.String("only", "", "measure only what matches this regular expression; prints, and leaves the results file alone")
-	flag.Parse()
-	if c.quick {
-		c.rounds = 1
+	if err := c.parse(flag.CommandLine, 7, os.Args[1:]); err != nil {
+		exit(err)
 	}
 	if *profile != "" {
 		os.Setenv(profileEnv, *profile)
-	}
-	var err error
-	if c.only, err = regexp.Compile(*only); err != nil {
-		fmt.Fprintln(os.Stderr, "ringside-bench: -only:", err)
-		os.Exit(2)
 	}
 	interrupted := make(chan os.Signal, 1)
 	signal.Notify(interrupted, os.Interrupt, syscall.SIGTERM)
@@ -93,7 +103,7 @@ func main() {
 		stopAll()
 		os.Exit(130)
 	}()
-	err = bench(&c, *only == "")
+	err := bench(&c)
 	stopAll()
 	exit(err)
 }
@@ -107,7 +117,7 @@ func exit(err error) {
 	os.Exit(0)
 }
 
-func bench(c *config, write bool) error {
+func bench(c *config) error {
 	begin := time.Now()
 	conditions := hostConditions(c)
 	results := measure(c, measurements(c))
@@ -117,17 +127,14 @@ func bench(c *config, write bool) error {
 	for _, p := range []part{netPart, rxePart, mlx5Part} {
 		text = p.in(text, p.of(string(was)))
 	}
-	if !write {
+	if c.some {
 		fmt.Print("\n", text)
 	} else if err := os.WriteFile(c.results, []byte(text), 0o644); err != nil {
 		return err
 	} else {
 		fmt.Printf("\n%s\nwritten to %s\n", targetTable(results), c.results)
 	}
-	if n := results.failures(); n > 0 {
-		return fmt.Errorf("%d measurements failed", n)
-	}
-	return nil
+	return results.err()
 }
 
 // measure makes the measurements, round after round.

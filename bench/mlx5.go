@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -56,17 +55,8 @@ var mlx5Limit = target{limit: 1}
 func mlx5Main(args []string) error {
 	var c config
 	fs := flag.NewFlagSet("mlx5", flag.ExitOnError)
-	fs.IntVar(&c.rounds, "rounds", 11, "how often each measurement is made")
-	fs.BoolVar(&c.quick, "quick", false, "one round with small counts: shows that everything runs; prints, and leaves the results file alone")
-	fs.StringVar(&c.results, "results", "bench/RESULTS.md", "where the results go")
 	driver := fs.String("driver", "bin/mlx5.test", "the tests of internal/provider/mlx5, as a program: go test -c")
-	only := fs.String("only", "", "measure only what matches this regular expression; prints, and leaves the results file alone")
-	fs.Parse(args)
-	if c.quick {
-		c.rounds = 1
-	}
-	var err error
-	if c.only, err = regexp.Compile(*only); err != nil {
+	if err := c.parse(fs, 11, args); err != nil {
 		return err
 	}
 	dir, err := os.MkdirTemp("", "ringside-bench-")
@@ -87,20 +77,10 @@ func mlx5Main(args []string) error {
 	host.set("libmlx5", packageVersion("ibverbs-providers"))
 	r := measure(&c, m.measurements(&c))
 	host.set("duration", time.Since(begin).Round(time.Second).String())
-	section := mlx5Report(&c, host, r)
-	if *only != "" || c.quick {
-		fmt.Print("\n", section)
-	} else {
-		was, _ := os.ReadFile(c.results)
-		if err := os.WriteFile(c.results, []byte(mlx5Part.in(string(was), section)), 0o644); err != nil {
-			return err
-		}
-		fmt.Printf("\n%s\nwritten to %s\n", section, c.results)
+	if err := c.publish(mlx5Part, mlx5Report(&c, host, r)); err != nil {
+		return err
 	}
-	if n := r.failures(); n > 0 {
-		return fmt.Errorf("%d measurements failed", n)
-	}
-	return nil
+	return r.err()
 }
 
 func packageVersion(name string) string {
@@ -163,30 +143,22 @@ func (m *mlx5Runner) run(mark, program string, args ...string) (values, error) {
 //go:embed notes-mlx5.md
 var mlx5Notes string
 
-// mlx5Report returns the section on libmlx5, with its markers.
+// mlx5Report returns the section on libmlx5.
 func mlx5Report(c *config, host *conditions, r *results) string {
-	var b strings.Builder
-	p := func(format string, a ...any) { fmt.Fprintf(&b, format+"\n", a...) }
-	p("%s\n", mlx5Part.begin)
-	p("## The data path for ConnectX, against libmlx5\n")
-	p("What a request costs the processor (the thread's time, in ns) from posting to its completion, with this repository's driver and with")
-	p("stock libmlx5, in processes of their own, in turn. The device is emulated and asleep: each program writes the completions itself,")
-	p("right before it polls, as if the device were infinitely fast, and the device's registers are ordinary memory. So this is the cost of")
-	p("the driver's own code, with all checks and locks on; a card's registers cost more, with either. Ratios are ringside / libmlx5.\n")
-	b.WriteString(circumstances(c.rounds, c.quick, host, "load average after each round", r.loads))
-	p("| ns | ringside | libmlx5 | ratio | target |\n|---|---|---|---|---|")
-	for _, k := range mlx5Cases {
-		ours, theirs := ref{name: k.ours(), metric: "cpu"}, ref{name: k.theirs(), metric: "cpu"}
-		ratio, spread := r.ratio(ours, theirs)
-		bound := ""
-		if k.target {
-			bound = mlx5Limit.bound() + ", " + mlx5Limit.verdict(ratio)
+	return mlx5Part.section(r, mlx5Notes, func(b *page) {
+		b.line("## The data path for ConnectX, against libmlx5\n")
+		b.line("What a request costs the processor (the thread's time, in ns) from posting to its completion, with this repository's driver and with")
+		b.line("stock libmlx5, in processes of their own, in turn. The device is emulated and asleep: each program writes the completions itself,")
+		b.line("right before it polls, as if the device were infinitely fast, and the device's registers are ordinary memory. So this is the cost of")
+		b.line("the driver's own code, with all checks and locks on; a card's registers cost more, with either. Ratios are ringside / libmlx5.\n")
+		b.WriteString(circumstances(c.rounds, c.quick, host, "load average after each round", r.loads))
+		b.line("| ns | ringside | libmlx5 | ratio | target |\n|---|---|---|---|---|")
+		for _, k := range mlx5Cases {
+			var limit *target
+			if k.target {
+				limit = &mlx5Limit
+			}
+			b.line("| %s | %s |", k.what, r.beside(k.ours(), k.theirs(), "cpu", 1, limit))
 		}
-		p("| %s | %s | %s | %s (%s) | %s |", k.what, r.series(k.ours(), "cpu", 1), r.series(k.theirs(), "cpu", 1), number(ratio), spread.between(), bound)
-	}
-	if len(r.errs) > 0 {
-		p("\n### Not measured\n\n%s", strings.TrimSpace(notMeasured(r)))
-	}
-	p("\n%s\n\n%s", strings.TrimSpace(mlx5Notes), mlx5Part.end)
-	return b.String()
+	})
 }

@@ -11,7 +11,6 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -111,18 +110,9 @@ func hostSubnets() ([]netip.Prefix, error) {
 func netMain(args []string) error {
 	var c config
 	fs := flag.NewFlagSet("net", flag.ExitOnError)
-	fs.IntVar(&c.rounds, "rounds", 7, "how often each measurement is made")
-	fs.BoolVar(&c.quick, "quick", false, "one round with small counts: shows that everything runs, and nothing else")
 	fs.StringVar(&c.ringside, "ringside", "bin/ringside", "the ringside command")
-	fs.StringVar(&c.results, "results", "bench/RESULTS.md", "where the results go")
 	mtu := fs.Int("mtu", 1500, "of the network devices")
-	only := fs.String("only", "", "measure only what matches this regular expression; prints, and leaves the results file alone")
-	fs.Parse(args)
-	if c.quick {
-		c.rounds = 1
-	}
-	var err error
-	if c.only, err = regexp.Compile(*only); err != nil {
+	if err := c.parse(fs, 7, args); err != nil {
 		return err
 	}
 	remove, err := netSetUp(*mtu)
@@ -140,20 +130,10 @@ func netMain(args []string) error {
 	host.set("network", fmt.Sprintf("two namespaces, joined by veth devices with an MTU of %d", *mtu))
 	r := measure(&c, netMeasurements(&c))
 	host.set("duration", time.Since(begin).Round(time.Second).String())
-	section := netReport(&c, host, r)
-	if *only != "" || c.quick {
-		fmt.Print("\n", section)
-	} else {
-		was, _ := os.ReadFile(c.results)
-		if err := os.WriteFile(c.results, []byte(netPart.in(string(was), section)), 0o644); err != nil {
-			return err
-		}
-		fmt.Printf("\nwritten to %s\n", c.results)
+	if err := c.publish(netPart, netReport(&c, host, r)); err != nil {
+		return err
 	}
-	if n := r.failures(); n > 0 {
-		return fmt.Errorf("%d measurements failed", n)
-	}
-	return nil
+	return r.err()
 }
 
 // netSetUp makes the network, and returns what takes it away.
@@ -214,17 +194,7 @@ func netMeasurements(c *config) []measurement {
 		all = append(all, measurement{f.name(), netFlood{f.kind, c.scale(6_000_000, 300_000)}.run})
 	}
 	for _, e := range netEchoes {
-		all = append(all, measurement{e.name, func(c *config) (values, error) {
-			a := e.args
-			a.Size = 64
-			a.InFlight = max(a.InFlight, 1)
-			a.Calls = c.scale(e.calls, e.calls/20)
-			a.Warmup = a.Calls / 10
-			if a.API == "" {
-				return echoRun("grpc-server", grpcServerArgs{a.Network}, "grpc-client", a)
-			}
-			return echoRun("ringside-server", ringsideServerArgs{a.Poll}, "ringside-client", a)
-		}})
+		all = append(all, e.measurement(20))
 	}
 	return all
 }
@@ -238,11 +208,7 @@ const (
 	lossySend  = "ringside send rate 64 B, 1% lost"
 )
 
-var netEchoes = []struct {
-	name, what string
-	args       echoArgs
-	calls      int
-}{
+var netEchoes = []echoCase{
 	{"grpc tcp x1", "grpc-go, TCP", echoArgs{Network: "tcp"}, 20_000},
 	{"rpc adaptive x1", "ringside, Adaptive", echoArgs{API: "blocking", Poll: "adaptive"}, 100_000},
 	{"rpc event x1", "ringside, Event", echoArgs{API: "blocking", Poll: "event"}, 30_000},
@@ -393,42 +359,36 @@ func init() {
 //go:embed notes-net.md
 var netNotes string
 
-// netReport returns the part on the network, with its lines.
+// netReport returns the part on the network.
 func netReport(c *config, host *conditions, r *results) string {
-	var b strings.Builder
-	p := func(format string, a ...any) { fmt.Fprintf(&b, format+"\n", a...) }
-	p("%s\n", netPart.begin)
-	p("## The software NIC over UDP, against TCP\n")
-	p("`ringside perf` on soft0 over RoCEv2 and UDP, `ucx_perftest` with `UCX_TLS=tcp`, and grpc-go over TCP, between two network")
-	p("namespaces of one host: in turn, in processes of their own for each run, not pinned. As above otherwise. The last column of the")
-	p("first table is the software NIC where UDP is blocked: queue pairs over TCP (`--path tcp`). Losses are made by the receiving")
-	p("software NIC (`RINGSIDE_SOFT_FAULTS=loss=1%%`). CPU is of client and server together, in nanoseconds a byte.\n")
-	b.WriteString(circumstances(c.rounds, c.quick, host, "load average after each round", r.loads))
-	p("%s", targetTableOf(netTargets, r))
-	p("| | ringside | UCX over TCP | | ringside over TCP |\n|---|---|---|---|---|")
-	row := func(what, op, kind string, size int, metric, theirs string) {
-		ours := perfName(op, kind, size)
-		ratio, _ := r.ratio(ref{name: ours, metric: metric}, ref{name: theirs, metric: metric})
-		p("| %s | %s | %s | %s x | %s |", what, r.series(ours, metric, 1), r.series(theirs, metric, 1), number(ratio),
-			r.series(overTCP(op, kind, size), metric, 1))
-	}
-	row("64 B SEND / tag_lat, p50, us", "send", "lat", 64, "p50", ucxName("tag_lat", 64))
-	row("64 B SEND / tag_bw, messages/s", "send", "rate", 64, "rate", ucxName("tag_bw", 64))
-	row("1 MiB WRITE / ucp_put_bw, GB/s", "write", "bw", mib, "bw", ucxName("ucp_put_bw", mib))
-	row("the same, CPU, ns a byte", "write", "bw", mib, "cpu", ucxName("ucp_put_bw", mib))
-	p("| 1 MiB WRITE, 1 %% lost, GB/s | %s | | | |", r.series(lossyWrite, "bw", 1))
-	p("| 1 MiB READ, GB/s | %s | | | %s |", r.series(perfName("read", "bw", mib), "bw", 1), r.series(overTCP("read", "bw", mib), "bw", 1))
-	p("| 1 MiB READ, 1 %% lost, GB/s | %s | | | |", r.series(lossyRead, "bw", 1))
-	p("| 64 B SEND, 1 %% lost, messages/s | %s | | | |", r.series(lossySend, "rate", 1))
-	floodReport(p, r)
-	p("\n| 64 B echo calls | in flight | p50, us | p99 | p99.9 | calls/s | CPU us a call |\n|---|---|---|---|---|---|---|")
-	for _, e := range netEchoes {
-		s := func(metric string) series { return r.series(e.name, metric, 1) }
-		p("| %s | %d | %s | %s | %s | %s | %s |", e.what, max(1, e.args.InFlight), s("p50"), s("p99"), s("p999"), s("rate"), s("cpu"))
-	}
-	if len(r.errs) > 0 {
-		p("\nMissing above:\n\n%s", strings.TrimSpace(notMeasured(r)))
-	}
-	p("\n%s\n\n%s", strings.TrimSpace(netNotes), netPart.end)
-	return b.String()
+	return netPart.section(r, netNotes, func(b *page) {
+		b.line("## The software NIC over UDP, against TCP\n")
+		b.line("`ringside perf` on soft0 over RoCEv2 and UDP, `ucx_perftest` with `UCX_TLS=tcp`, and grpc-go over TCP, between two network")
+		b.line("namespaces of one host: in turn, in processes of their own for each run, not pinned. As above otherwise. The last column of the")
+		b.line("first table is the software NIC where UDP is blocked: queue pairs over TCP (`--path tcp`). Losses are made by the receiving")
+		b.line("software NIC (`RINGSIDE_SOFT_FAULTS=loss=1%%`). CPU is of client and server together, in nanoseconds a byte.\n")
+		b.WriteString(circumstances(c.rounds, c.quick, host, "load average after each round", r.loads))
+		b.line("%s", targetTableOf(netTargets, r))
+		b.line("| | ringside | UCX over TCP | | ringside over TCP |\n|---|---|---|---|---|")
+		row := func(what, op, kind string, size int, metric, theirs string) {
+			ours := perfName(op, kind, size)
+			ratio, _ := r.ratio(ref{name: ours, metric: metric}, ref{name: theirs, metric: metric})
+			b.line("| %s | %s | %s | %s x | %s |", what, r.series(ours, metric, 1), r.series(theirs, metric, 1), number(ratio),
+				r.series(overTCP(op, kind, size), metric, 1))
+		}
+		row("64 B SEND / tag_lat, p50, us", "send", "lat", 64, "p50", ucxName("tag_lat", 64))
+		row("64 B SEND / tag_bw, messages/s", "send", "rate", 64, "rate", ucxName("tag_bw", 64))
+		row("1 MiB WRITE / ucp_put_bw, GB/s", "write", "bw", mib, "bw", ucxName("ucp_put_bw", mib))
+		row("the same, CPU, ns a byte", "write", "bw", mib, "cpu", ucxName("ucp_put_bw", mib))
+		b.line("| 1 MiB WRITE, 1 %% lost, GB/s | %s | | | |", r.series(lossyWrite, "bw", 1))
+		b.line("| 1 MiB READ, GB/s | %s | | | %s |", r.series(perfName("read", "bw", mib), "bw", 1), r.series(overTCP("read", "bw", mib), "bw", 1))
+		b.line("| 1 MiB READ, 1 %% lost, GB/s | %s | | | |", r.series(lossyRead, "bw", 1))
+		b.line("| 64 B SEND, 1 %% lost, messages/s | %s | | | |", r.series(lossySend, "rate", 1))
+		floodReport(b, r)
+		b.line("\n| 64 B echo calls | in flight | p50, us | p99 | p99.9 | calls/s | CPU us a call |\n|---|---|---|---|---|---|---|")
+		for _, e := range netEchoes {
+			s := func(metric string) series { return r.series(e.name, metric, 1) }
+			b.line("| %s | %d | %s | %s | %s | %s | %s |", e.what, max(1, e.args.InFlight), s("p50"), s("p99"), s("p999"), s("rate"), s("cpu"))
+		}
+	})
 }

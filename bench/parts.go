@@ -1,6 +1,10 @@
 package main
 
-import "strings"
+import (
+	"fmt"
+	"os"
+	"strings"
+)
 
 // A part is what one of the commands writes into the results file, between two lines of its own. None touches another's, and
 // what `make bench` writes is what is left.
@@ -38,4 +42,38 @@ func (p part) in(text, section string) string {
 		}
 	}
 	return strings.Join(parts, "\n\n") + "\n"
+}
+
+// A page is text that is written line by line.
+type page struct{ strings.Builder }
+
+func (b *page) line(format string, a ...any) { fmt.Fprintf(b, format+"\n", a...) }
+
+// section is the part, with its lines: what write writes, what could not be measured, and the notes, which are written by hand.
+func (p part) section(r *results, notes string, write func(*page)) string {
+	var b page
+	b.line("%s\n", p.begin)
+	write(&b)
+	if len(r.errs) > 0 {
+		b.line("\nMissing above:\n\n%s", strings.TrimSpace(notMeasured(r)))
+	}
+	b.line("\n%s\n\n%s", strings.TrimSpace(notes), p.end)
+	return b.String()
+}
+
+// publish puts a part into the results file. What is not all of it, or not meant, is only printed.
+func (c *config) publish(p part, section string) error {
+	if c.some || c.quick {
+		fmt.Print("\n", section)
+		return nil
+	}
+	was, err := os.ReadFile(c.results)
+	if err != nil && !os.IsNotExist(err) {
+		return err
+	}
+	if err := os.WriteFile(c.results, []byte(p.in(string(was), section)), 0o644); err != nil {
+		return err
+	}
+	fmt.Printf("\n%s\nwritten to %s\n", section, c.results)
+	return nil
 }

@@ -9,7 +9,6 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"strings"
 	"syscall"
@@ -48,23 +47,17 @@ type vmRun struct {
 
 // perftestMain is `ringside-bench perftest`.
 func perftestMain(args []string) error {
+	var c config
 	plan := vmPlan{Out: "/out/perftest.json"}
 	f := flag.NewFlagSet("ringside-bench perftest", flag.ExitOnError)
-	f.IntVar(&plan.Rounds, "rounds", 17, "how often each measurement is made")
-	f.BoolVar(&plan.Quick, "quick", false, "one round with small counts: shows that everything runs; prints, and leaves the results file alone")
-	f.StringVar(&plan.Only, "only", "", "measure only what matches this regular expression; prints, and leaves the results file alone")
 	f.BoolVar(&plan.Pin, "pin", true, "in latency tests, pin both systems' clients to processor 0, and their servers to 1")
 	f.StringVar(&plan.Ringside, "ringside", "bin/ringside", "the ringside command")
 	softRoCE := f.String("soft-roce", "bin/soft-roce", "the command of test/soft-roce")
-	results := f.String("results", "bench/RESULTS.md", "the file whose section on rxe is written")
-	f.Parse(args)
-	if plan.Quick {
-		plan.Rounds = 1
+	err := c.parse(f, 17, args)
+	if err != nil {
+		return err
 	}
-	if _, err := regexp.Compile(plan.Only); err != nil {
-		return fmt.Errorf("-only: %w", err)
-	}
-	var err error
+	plan.Rounds, plan.Quick, plan.Only = c.rounds, c.quick, c.only.String()
 	if plan.Ringside, err = filepath.Abs(plan.Ringside); err != nil {
 		return err
 	}
@@ -77,28 +70,18 @@ func perftestMain(args []string) error {
 	if got == nil {
 		return runErr
 	}
-	for _, c := range got.Conditions {
-		host.set(c[0], c[1])
+	for _, k := range got.Conditions {
+		host.set(k[0], k[1])
 	}
 	host.set("duration", time.Since(begin).Round(time.Second).String())
 	r := got.results()
-	section := rxeReport(&plan, host, r)
-	if plan.Quick || plan.Only != "" {
-		fmt.Print("\n", section)
-	} else {
-		was, err := os.ReadFile(*results)
-		if err != nil && !os.IsNotExist(err) {
-			return err
-		}
-		if err := os.WriteFile(*results, []byte(rxePart.in(string(was), section)), 0o644); err != nil {
-			return err
-		}
-		fmt.Printf("\n%s\nwritten to %s\n", section, *results)
+	if err := c.publish(rxePart, rxeReport(&plan, host, r)); err != nil {
+		return err
 	}
-	if n := r.failures(); n > 0 && runErr == nil {
-		runErr = fmt.Errorf("%d runs failed", n)
+	if runErr != nil {
+		return runErr
 	}
-	return runErr
+	return r.err()
 }
 
 // runInVM starts the machine, has this program measure in it, and returns what it has found: after an error what there was

@@ -71,6 +71,14 @@ func (r *results) failures() (n int) {
 	return n
 }
 
+// err is an error if there were failures.
+func (r *results) err() error {
+	if n := r.failures(); n > 0 {
+		return fmt.Errorf("%d measurements failed", n)
+	}
+	return nil
+}
+
 // series returns the values of one metric over the rounds, scaled; rounds without it are left out.
 func (r *results) series(name, metric string, scale float64) series {
 	var s series
@@ -96,6 +104,17 @@ func (r *results) ratio(num, den ref) (median float64, perRound series) {
 		return math.NaN(), nil
 	}
 	return a.median() / b.median(), perRound
+}
+
+// beside is the cells of a row that compares a metric of two measurements: either's, their ratio, and whether that is the target, if
+// there is one.
+func (r *results) beside(ours, theirs, metric string, scale float64, t *target) string {
+	ratio, spread := r.ratio(ref{name: ours, metric: metric}, ref{name: theirs, metric: metric})
+	bound := ""
+	if t != nil {
+		bound = t.bound() + ", " + t.verdict(ratio)
+	}
+	return fmt.Sprintf("%s | %s | %s (%s) | %s", r.series(ours, metric, scale), r.series(theirs, metric, scale), number(ratio), spread.between(), bound)
 }
 
 // ref names a metric of a measurement, times a factor (0 means 1).
