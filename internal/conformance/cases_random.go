@@ -43,6 +43,7 @@ type model struct {
 	readSGEs   int  // of a READ
 	tornReads  bool // see C.tearsReads
 	fences     bool // requests may have some; see Side.fencesStall
+	lost       bool // see C.losesResults
 }
 
 // batch makes up a batch of requests, applies it to the model, and returns it with the receives it takes.
@@ -62,6 +63,7 @@ func (m *model) batch(r *rand.Rand, xm, ym *Mem) (wrs []ib.SendWR, recvs []ib.Re
 			touched[i] = true
 		}
 	}
+	acked := false // there is a request before that is only acknowledged
 	for i := range n {
 		id := uint64(m.index)<<16 | uint64(i)
 		wr := ib.SendWR{ID: id}
@@ -115,6 +117,10 @@ func (m *model) batch(r *rand.Rand, xm, ym *Mem) (wrs []ib.SendWR, recvs []ib.Re
 				kind = 4 // what needs a fence is not done
 			}
 		}
+		if m.lost && acked && kind >= 6 {
+			kind = 4
+		}
+		acked = acked || kind < 4
 		done := want{ID: id, Len: anyLen}
 		switch kind {
 		case 0, 1: // SEND, with immediate or not
@@ -206,7 +212,7 @@ func randomOps(c *C, links, rounds int, change func(*linkOpts)) {
 	for i := range models {
 		l := c.pairOn(c.A, c.B, o)
 		m := &model{x: l.a, y: l.b, index: i, xoff: i * areaSize, yoff: i * areaSize, inline: min(l.a.Cap.MaxInline, l.b.Cap.MaxInline, o.inline),
-			atomics: c.A.dev.Attr.Caps.Has(ib.CapAtomic), imms: c.hasOp(ib.OpSendWithImm), readSGEs: c.A.dev.Attr.MaxSGERead, tornReads: c.tearsReads(), fences: !c.A.fencesStall() && !c.B.fencesStall(), xmem: make([]byte, areaSize), ymem: make([]byte, areaSize)}
+			atomics: c.A.dev.Attr.Caps.Has(ib.CapAtomic), imms: c.hasOp(ib.OpSendWithImm), readSGEs: c.A.dev.Attr.MaxSGERead, tornReads: c.tearsReads(), fences: !c.A.fencesStall() && !c.B.fencesStall(), lost: c.losesResults(), xmem: make([]byte, areaSize), ymem: make([]byte, areaSize)}
 		if i%2 == 1 {
 			m.x, m.y = l.b, l.a
 		}

@@ -121,6 +121,11 @@ func init() {
 // (siw_try_1seg in siw_qp_tx.c takes the part behind the boundary for the one before it).
 func (c *C) tearsReads() bool { return c.A.dev.Provider == "siw" || c.B.dev.Provider == "siw" }
 
+// losesResults reports that an atomic must not come behind a SEND or WRITE that has not completed: should rxe have to send both again, for
+// want of a receive or because it did not hear of them in time, another rxe acknowledges both at once, and the atomic completes without
+// its result (duplicate_request in rxe_resp.c, check_ack in rxe_comp.c).
+func (c *C) losesResults() bool { return c.A.dev.Provider == "rxe" && c.B.dev.Provider == "rxe" }
+
 // gapOf returns why a case is not run on a provider's devices, or an empty string.
 func gapOf(provider, name string) string {
 	for _, g := range gaps {
