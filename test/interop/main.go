@@ -235,6 +235,7 @@ func newIntegrity() *cobra.Command {
 	f.IntVarP(&o.mtu, "mtu", "m", o.mtu, "path MTU in bytes; the client's counts")
 	f.Uint64Var(&o.seed, "seed", o.seed, "what the sequence is made from; the client's counts")
 	f.IntVar(&o.rounds, "rounds", o.rounds, "rounds of up to 8 operations from each side; the client's count")
+	f.BoolVar(&o.lostResults, "lost-results", false, "put up with atomics that complete without their result, as between two rxe")
 	return cmd
 }
 

@@ -297,7 +297,7 @@ func TestIntegrityWithC(t *testing.T) {
 const integrityRounds = 60
 
 func integrityWithC(t *testing.T, name string, d pairing, goServes bool, seed uint64, events bool) {
-	var args []string
+	args := []string{"-l"}
 	if events {
 		args = append(args, "-e")
 	}
@@ -309,7 +309,7 @@ func integrityWithC(t *testing.T, name string, d pairing, goServes bool, seed ui
 	m := meeting{pairing: d, goServes: goServes, program: name, args: args,
 		run: func(ctx context.Context, l net.Listener, addr string, port int, wait func()) (fmt.Stringer, error) {
 			o := integrityDefaults()
-			o.device, o.gidIndex, o.events = d.ours, gidSlot, events
+			o.device, o.gidIndex, o.events, o.lostResults = d.ours, gidSlot, events, true
 			o.listener, o.server, o.port, o.seed, o.rounds = l, addr, port, seed, integrityRounds
 			r, err := o.run(ctx)
 			if err == nil {
@@ -325,9 +325,9 @@ func integrityWithC(t *testing.T, name string, d pairing, goServes bool, seed ui
 // integrityBetweenC is the programs with each other, without this library: if it fails, so may all else, and for another
 // reason.
 func integrityBetweenC(t *testing.T, name string, d pairing) {
-	m := meeting{pairing: d, program: name,
+	m := meeting{pairing: d, program: name, args: []string{"-l"},
 		run: func(ctx context.Context, _ net.Listener, addr string, port int, _ func()) (fmt.Stringer, error) {
-			args := []string{"-g", strconv.Itoa(gidSlot), "-d", d.ours, "-p", strconv.Itoa(port), "-n", "20", "-e", addr}
+			args := []string{"-l", "-g", strconv.Itoa(gidSlot), "-d", d.ours, "-p", strconv.Itoa(port), "-n", "20", "-e", addr}
 			c, err := start(ctx, func() {}, name, args...)
 			if err != nil {
 				return nil, err

@@ -74,3 +74,46 @@ func TestSequence(t *testing.T) {
 		}
 	}
 }
+
+// What a run puts up with is an atomic behind a SEND or WRITE that has left the 8 bytes for its result alone, and nothing else.
+func TestLostResults(t *testing.T) {
+	d := newDirection(7, false)
+	found, alone := 0, 0
+	for range 300 {
+		old := bytes.Clone(d.local)
+		d.next()
+		local := bytes.Clone(d.local)
+		if d.findLost(local) != 0 {
+			t.Fatal("something is lost that is there")
+		}
+		acked := false
+		for i := range d.batch {
+			o := &d.batch[i]
+			if !o.gets() {
+				acked = true
+			}
+			if !o.atomic() {
+				continue
+			}
+			result := local[o.local[0].off:][:8]
+			copy(result, old[o.local[0].off:])
+			lost := 1
+			if !acked {
+				lost = 0
+				alone++
+			}
+			if n := d.findLost(local); n != lost || bytes.Equal(local, d.local) != acked {
+				t.Fatalf("operation %d, %v, behind one that is acknowledged: %v: %d results are lost", i, o, acked, n)
+			}
+			found += lost
+			result[3]++ // neither the one nor the other
+			if d.findLost(local) != 0 || bytes.Equal(local, d.local) {
+				t.Fatal("a wrong result is put up with")
+			}
+			copy(result, d.local[o.local[0].off:])
+		}
+	}
+	if found < 50 || alone < 50 {
+		t.Errorf("%d results were lost, and %d could not be", found, alone)
+	}
+}

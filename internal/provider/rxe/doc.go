@@ -4,6 +4,11 @@
 // The queues, the layout of their elements and the rules of both sides are the kernel's (rdma/rdma_user_rxe.h,
 // drivers/infiniband/sw/rxe).
 //
+// An atomic that is posted behind SENDs or WRITEs which have not completed may itself complete, with success, without its result, if
+// packets are lost or late and the peer is an rxe, too (seen in 6.1): that answers a WRITE which comes again by acknowledging what it has
+// executed, the atomic included (duplicate_request), and the sender takes this for the atomic's answer (check_ack). The atomic was
+// executed, once. Who needs the result posts atomics when nothing but READs and atomics is outstanding.
+//
 // FLUSH and ATOMIC_WRITE are in Linux 6.2 and newer. The driver forgets the address of both when it sends a request again (seen in
 // 6.12, req_retry), so that after a loss on the way the peer may refuse it. A FLUSH for persistence needs persistent memory
 // (pmem): other memory cannot be registered with ib.AccessFlushPersistent, which is EINVAL.

@@ -2,8 +2,9 @@
  * integrity: the peer of `interop integrity`, over libibverbs. The sequence of operations and its model are explained in
  * sequence.go, the conversation in integrity.go; whatever draws random numbers here does so in the order of the Go code.
  *
- *	integrity -d DEVICE -g GID_INDEX [-p PORT] [-i IB_PORT] [-m MTU] [-s SEED] [-n ROUNDS] [-e] [SERVER]
+ *	integrity -d DEVICE -g GID_INDEX [-p PORT] [-i IB_PORT] [-m MTU] [-s SEED] [-n ROUNDS] [-e] [-l] [SERVER]
  *
+ * -l puts up with atomics that complete without their result, as between two rxe (see sequence.go).
  * Exit status 0: all completions and all bytes were what they must be.
  */
 #include <arpa/inet.h>
@@ -82,10 +83,11 @@ struct span {
 
 struct operation {
 	enum ibv_wr_opcode opcode;
-	bool signaled, fenced, solicited, inlined, takes_recv;
+	bool signaled, fenced, solicited, inlined, takes_recv, behind;
 	uint32_t imm;
 	int total, remote;
 	uint64_t compare_add, swap;
+	uint8_t before[8];
 	int locals, recvs;
 	struct span local[PIECES], recv[PIECES];
 };
@@ -131,6 +133,7 @@ static void next_atomic(struct direction *d, struct operation *o, int lane)
 	o->remote = 8 * below(&d->random, WINDOW_SIZE / 8);
 	cell = d->window + o->remote;
 	memcpy(&old, cell, 8);
+	memcpy(o->before, d->local + o->local[0].off, 8);
 	memcpy(d->local + o->local[0].off, &old, 8);
 	if (o->opcode == IBV_WR_ATOMIC_FETCH_AND_ADD) {
 		uint64_t sum;
@@ -214,7 +217,7 @@ static void next_transfer(struct direction *d, struct operation *o, int lane, bo
 
 static void next_batch(struct direction *d)
 {
-	bool after_read = false, fenced = false;
+	bool after_read = false, fenced = false, answered = true;
 
 	d->n = below(&d->random, BATCH_MAX + 1);
 	memset(d->batch, 0, sizeof d->batch);
@@ -234,6 +237,8 @@ static void next_batch(struct direction *d)
 		}
 		after_read = after_read || o->opcode == IBV_WR_RDMA_READ;
 		o->solicited = bits >> 4 & 1;
+		o->behind = !answered;
+		answered = answered && gets(o->opcode);
 		if (is_atomic(o->opcode))
 			next_atomic(d, o, i);
 		else
@@ -491,6 +496,23 @@ static void compare(const char *what, int round, const uint8_t *got, const uint8
 	    want[first]);
 }
 
+/* find_lost puts the results of the batch's atomics into local memory that have been lost, and returns how many those were. */
+static int find_lost(void)
+{
+	int n = 0;
+
+	for (int i = 0; i < out.n; i++) {
+		struct operation *o = &out.batch[i];
+		uint8_t *got = local + o->local[0].off, *want = out.local + o->local[0].off;
+
+		if (!is_atomic(o->opcode) || !o->behind || !memcmp(got, want, 8) || memcmp(got, o->before, 8))
+			continue;
+		memcpy(got, want, 8);
+		n++;
+	}
+	return n;
+}
+
 static struct ibv_context *open_device(const char *name)
 {
 	struct ibv_device **list = ibv_get_device_list(NULL);
@@ -561,11 +583,11 @@ static void parse_gid(union ibv_gid *gid, const char *hex)
 int main(int argc, char **argv)
 {
 	const char *device = NULL, *port = "18516", *server = NULL;
-	int c, ib_port = 1, gid_index = 0, mtu = 1024, rounds = 200, ops = 0;
+	int c, ib_port = 1, gid_index = 0, mtu = 1024, rounds = 200, ops = 0, lost = 0;
 	uint64_t seed = 1;
-	bool events = false;
+	bool events = false, lost_results = false;
 
-	while ((c = getopt(argc, argv, "d:g:p:i:m:s:n:e")) != -1)
+	while ((c = getopt(argc, argv, "d:g:p:i:m:s:n:el")) != -1)
 		switch (c) {
 		case 'd': device = optarg; break;
 		case 'g': gid_index = atoi(optarg); break;
@@ -575,6 +597,7 @@ int main(int argc, char **argv)
 		case 's': seed = strtoull(optarg, NULL, 0); break;
 		case 'n': rounds = atoi(optarg); break;
 		case 'e': events = true; break;
+		case 'l': lost_results = true; break;
 		default: die("see the beginning of integrity.c for the options");
 		}
 	server = argv[optind];
@@ -655,10 +678,15 @@ int main(int argc, char **argv)
 		post_batch(round);
 		complete(round);
 		meet_up('D');
+		if (lost_results)
+			lost += find_lost();
 		compare("memory that this side sends from and reads into", round, local, out.local, LOCAL_SIZE);
 		compare("memory that the peer works on", round, window, in.window, WINDOW_SIZE);
 	}
-	printf("seed %#" PRIx64 ": %d rounds with %d operations: all memory as it must be\n", seed, rounds, ops);
+	printf("seed %#" PRIx64 ": %d rounds with %d operations: all memory as it must be", seed, rounds, ops);
+	if (lost > 0)
+		printf(", but for the results of %d atomics", lost);
+	printf("\n");
 	if (ibv_destroy_qp(qp) || ibv_destroy_cq(cq) || (channel && ibv_destroy_comp_channel(channel)) || ibv_dereg_mr(local_mr) ||
 	    ibv_dereg_mr(window_mr) || ibv_dealloc_pd(pd) || ibv_close_device(dev))
 		die("something could not be destroyed");
