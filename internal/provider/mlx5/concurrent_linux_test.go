@@ -33,9 +33,9 @@ func TestConcurrentUse(t *testing.T) {
 	})
 	newQP := func() (*qp, *fakeQP) {
 		q := b.newQP(ib.RC)
-		b.k.mu.Lock()
+		b.k.Mu.Lock()
 		k := b.k.qps[q.Handle]
-		b.k.mu.Unlock()
+		b.k.Mu.Unlock()
 		mu.Lock()
 		devices[k] = true
 		mu.Unlock()

@@ -84,7 +84,7 @@ func TestBadUARs(t *testing.T) {
 		"offset 0xfffffffffffff000": func(offset, _ []byte) { le.PutUint64(offset, 0xfffffffffffff000) },
 	} {
 		_, _, err := openFake(t, func(k *fakeKernel) {
-			k.tweak = func(cmd uint32, offset, length []byte) {
+			k.Tweak = func(cmd uint32, offset, length []byte) {
 				if cmd == 0x1008 {
 					tweak(offset, length)
 				}
@@ -98,7 +98,7 @@ func TestBadUARs(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "16 bits") {
 		t.Errorf("a page with a long number: %v", err)
 	}
-	_, _, err = openFake(t, func(k *fakeKernel) { k.errs[0x1008] = unix.ENOMEM })
+	_, _, err = openFake(t, func(k *fakeKernel) { k.Errs[0x1008] = unix.ENOMEM })
 	mustBe(t, "no UAR", err, unix.ENOMEM)
 }
 
@@ -136,7 +136,7 @@ func TestRegisters(t *testing.T) {
 	if list[3] = b.newQP(ib.RC); list[3].reg != free {
 		t.Error("the register of a closed queue pair is not used again")
 	}
-	b.k.errs[0x1008] = unix.ENOMEM
+	b.k.Errs[0x1008] = unix.ENOMEM
 	list = append(list, b.newQP(ib.RC))
 	for _, q := range list {
 		b.close(q)
@@ -146,11 +146,11 @@ func TestRegisters(t *testing.T) {
 // Without more pages the registers that are there are shared; without any there is an error.
 func TestNoMoreRegisters(t *testing.T) {
 	b := bare(t)
-	b.k.errs[0x1008] = unix.ENOMEM
+	b.k.Errs[0x1008] = unix.ENOMEM
 	if _, err := b.pd.CreateQP(b.config(ib.RC)); !errors.Is(err, unix.ENOMEM) {
 		t.Errorf("%v", err)
 	}
-	delete(b.k.errs, 0x1008)
+	delete(b.k.Errs, 0x1008)
 	b.with(ib.RC)
 	b.post(ib.SendWR{Opcode: ib.OpSend, Flags: ib.SendSignaled})
 	b.kq.complete()
@@ -162,7 +162,7 @@ func TestFixedRegisters(t *testing.T) {
 	choice := uint32(0)
 	b := bare(t, func(k *fakeKernel) {
 		k.resp.TotBFRegs = 16
-		k.tweak = func(cmd uint32, _, uhw []byte) {
+		k.Tweak = func(cmd uint32, _, uhw []byte) {
 			if cmd == 24 {
 				le.PutUint32(uhw, choice)
 			}
@@ -286,16 +286,16 @@ func TestBadObjects(t *testing.T) {
 		"no shared queue":                  {32, nil, b.makeSRQ, unix.ENOMEM},
 	} {
 		if c.tweak == nil {
-			b.k.errs[c.cmd] = unix.ENOMEM
+			b.k.Errs[c.cmd] = unix.ENOMEM
 		}
-		b.k.tweak = func(cmd uint32, out, uhw []byte) {
+		b.k.Tweak = func(cmd uint32, out, uhw []byte) {
 			if cmd == c.cmd && c.tweak != nil {
 				c.tweak(out, uhw)
 			}
 		}
 		mustBe(t, name, c.make(), c.want)
-		b.k.tweak = nil
-		delete(b.k.errs, c.cmd)
+		b.k.Tweak = nil
+		delete(b.k.Errs, c.cmd)
 	}
 	if b.c.qps.full != 0 {
 		t.Errorf("%d queue pairs are left", b.c.qps.full)
@@ -320,7 +320,7 @@ func (b *bench) makeSRQ() error {
 // A queue pair whose kernel has given another's number, in completions that go by number.
 func TestNumberTwice(t *testing.T) {
 	b := bare(t, version0).with(ib.RC)
-	b.k.tweak = func(cmd uint32, out, _ []byte) {
+	b.k.Tweak = func(cmd uint32, out, _ []byte) {
 		if cmd == 24 {
 			le.PutUint32(out[4:], b.kq.number)
 		}
@@ -335,14 +335,14 @@ func TestNumberTwice(t *testing.T) {
 func TestBusy(t *testing.T) {
 	b := newBench(t, ib.RC)
 	for _, cmd := range []uint32{20, 27} {
-		b.k.errs[cmd] = unix.EBUSY
+		b.k.Errs[cmd] = unix.EBUSY
 	}
 	mustBe(t, "the completion queue", b.cq.Close(), driver.ErrBusy)
 	mustBe(t, "the queue pair", b.qp.Close(), driver.ErrBusy)
 	b.post(ib.SendWR{ID: 1, Opcode: ib.OpSend, Flags: ib.SendSignaled})
 	b.kq.complete()
 	b.poll(1)
-	clear(b.k.errs)
+	clear(b.k.Errs)
 }
 
 // Handles of destinations, on both link layers.
@@ -456,7 +456,7 @@ func TestNumberAgain(t *testing.T) {
 			err error
 		}
 		next, ended := make(chan made, 1), false
-		b.k.tweak = func(cmd uint32, out, _ []byte) {
+		b.k.Tweak = func(cmd uint32, out, _ []byte) {
 			switch cmd {
 			case 24:
 				le.PutUint32(out[4:], number)
@@ -473,7 +473,7 @@ func TestNumberAgain(t *testing.T) {
 				if n, err := old.PostSend([]ib.SendWR{{Opcode: ib.OpSend}}); n != 0 || err != driver.ErrClosed {
 					t.Errorf("a doorbell for the number: %d, %v", n, err)
 				}
-				b.k.mu.Unlock()
+				b.k.Mu.Unlock()
 				go func() {
 					q, err := b.pd.CreateQP(b.config(ib.RC))
 					next <- made{q, err}
@@ -483,12 +483,12 @@ func TestNumberAgain(t *testing.T) {
 					next <- m
 				case <-time.After(20 * time.Millisecond):
 				}
-				b.k.mu.Lock()
+				b.k.Mu.Lock()
 			}
 		}
 		b.close(old)
 		m := <-next
-		b.k.tweak = nil
+		b.k.Tweak = nil
 		if m.err != nil {
 			t.Fatal(m.err)
 		}
@@ -517,18 +517,18 @@ func TestBadObjectsThatStay(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := bare(t)
 			records, queuePairs := 0, 0
-			b.k.tweak = func(cmd uint32, out, uhw []byte) {
+			b.k.Tweak = func(cmd uint32, out, uhw []byte) {
 				if cmd == c.create {
 					c.tweak(out, uhw)
 					records = len(b.c.records.free) // nobody else takes one
 				}
 			}
-			b.k.errs[c.destroy] = unix.EBUSY
+			b.k.Errs[c.destroy] = unix.EBUSY
 			err := c.make(b)
 			mustBe(t, "it", err, ErrDevice)
 			mustBe(t, "that it stays", err, driver.ErrBusy)
-			b.k.tweak = nil
-			clear(b.k.errs)
+			b.k.Tweak = nil
+			clear(b.k.Errs)
 			if c.create == 24 {
 				queuePairs = 1
 			}

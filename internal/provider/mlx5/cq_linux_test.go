@@ -355,14 +355,14 @@ func TestResize(t *testing.T) {
 			t.Errorf("to %d entries", n)
 		}
 	}
-	b.k.errs[19] = 12
+	b.k.Errs[19] = 12
 	if err := b.cq.Resize(30); err == nil {
 		t.Error("the kernel's refusal is ignored")
 	}
-	delete(b.k.errs, 19)
+	delete(b.k.Errs, 19)
 	post(1)
 	b.poll(1)
-	b.k.tweak = func(cmd uint32, out, _ []byte) {
+	b.k.Tweak = func(cmd uint32, out, _ []byte) {
 		if cmd == 19 {
 			le.PutUint32(out, 62)
 		}
@@ -370,7 +370,7 @@ func TestResize(t *testing.T) {
 	if err := b.cq.Resize(30); !errors.Is(err, ErrDevice) || b.cq.Poll(make([]ib.WC, 1)) != -1 {
 		t.Errorf("the kernel speaks of another size: %v", err)
 	}
-	b.k.tweak = nil
+	b.k.Tweak = nil
 	last := b.cq
 	b.cq = b.newCQ(63, nil)
 	defer b.close(b.cq)
@@ -423,7 +423,7 @@ func TestArm(t *testing.T) {
 		b.poll(1)
 		var e [8]byte
 		le.PutUint64(e[:], b.k.Cookies[b.cq.handle])
-		write(t, b.k.channel, e[:])
+		write(t, b.k.Channel, e[:])
 		got, err := ch.Wait(t.Context())
 		if err != nil || got != driver.CQ(b.cq) {
 			t.Fatal(got, err)
@@ -558,14 +558,14 @@ func TestResizeBesideTheClosed(t *testing.T) {
 					}
 					ended := make(chan error, 1)
 					b.k.resized = func(old, _ *fakeCQ) {
-						b.k.mu.Unlock() // the kernel takes other commands meanwhile
+						b.k.Mu.Unlock() // the kernel takes other commands meanwhile
 						go func() { ended <- end(b, other) }()
 						select {
 						case err := <-ended:
 							ended <- err
 						case <-time.After(20 * time.Millisecond):
 						}
-						b.k.mu.Lock()
+						b.k.Mu.Lock()
 						old.add([64]byte{63: 5 << 4})
 					}
 					if err := b.cq.Resize(2 * b.cq.Entries()); err != nil {

@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"slices"
-	"sync"
 	"syscall"
 	"testing"
 
@@ -68,25 +67,20 @@ type fakeSRQ struct {
 
 // A fakeKernel answers commands. What is exported to tests are its fields.
 type fakeKernel struct {
-	uverbstest.Objects
-	mu       sync.Mutex
-	t        testing.TB
-	resp     abi.Mlx5AllocUcontextResp
-	request  abi.Mlx5AllocUcontextReqV2
-	link     byte   // of all ports
-	gids     uint32 // slots of a port's table
-	cqs      map[uint32]*fakeCQ
-	qps      map[uint32]*fakeQP
-	srqs     map[uint32]*fakeSRQ
-	pages    map[uint32][]byte // UAR pages, by their number
-	nc       uint32            // the page that was asked for to arm CQs
-	commands []uint32
-	errs     map[uint32]syscall.Errno // command -> what it ends with
-	mac      [6]byte
-	channel  int // the writing end of the last completion channel
-	resized  func(old, fresh *fakeCQ)
-	tweak    func(cmd uint32, out, uhw []byte) // changes an answer
-	pageID   uint32                            // of the first UAR
+	uverbstest.Kernel
+	t       testing.TB
+	resp    abi.Mlx5AllocUcontextResp
+	request abi.Mlx5AllocUcontextReqV2
+	link    byte   // of all ports
+	gids    uint32 // slots of a port's table
+	cqs     map[uint32]*fakeCQ
+	qps     map[uint32]*fakeQP
+	srqs    map[uint32]*fakeSRQ
+	pages   map[uint32][]byte // UAR pages, by their number
+	nc      uint32            // the page that was asked for to arm CQs
+	mac     [6]byte
+	resized func(old, fresh *fakeCQ)
+	pageID  uint32 // of the first UAR
 }
 
 const uarPageBytes = 4096
@@ -115,23 +109,21 @@ func newFake(t testing.TB, change ...func(*fakeKernel)) (*fakeKernel, *mlx5Conte
 
 func openFake(t testing.TB, change ...func(*fakeKernel)) (*fakeKernel, *mlx5Context, error) {
 	t.Helper()
-	k := &fakeKernel{t: t, resp: goodResponse(), link: 2, gids: 256, cqs: map[uint32]*fakeCQ{},
-		qps: map[uint32]*fakeQP{}, srqs: map[uint32]*fakeSRQ{}, pages: map[uint32][]byte{}, errs: map[uint32]syscall.Errno{},
-		mac: [6]byte{2, 0, 0, 0, 0, 9}, channel: -1}
+	const driver = 1
+	k := &fakeKernel{t: t, resp: goodResponse(), link: 2, gids: 256, cqs: map[uint32]*fakeCQ{}, qps: map[uint32]*fakeQP{}, srqs: map[uint32]*fakeSRQ{},
+		pages: map[uint32][]byte{}, mac: [6]byte{2, 0, 0, 0, 0, 9}}
+	k.Init(t, driver)
+	k.Own, k.Method = k.own, k.method
 	for _, f := range change {
 		f(k)
 	}
-	k.Init(t)
 	t.Cleanup(func() {
-		if k.channel >= 0 {
-			unix.Close(k.channel)
-		}
 		for _, p := range k.pages {
 			unix.Munmap(p)
 		}
 	})
 	req := contextRequest()
-	u, err := uverbs.NewContext(uverbs.NewFile(k, "mlx5_9", 1), uverbs.Bytes(&req), uverbs.Bytes(&k.resp))
+	u, err := uverbs.NewContext(uverbs.NewFile(k, "mlx5_9", driver), uverbs.Bytes(&req), uverbs.Bytes(&k.resp))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -152,8 +144,8 @@ func (k *fakeKernel) page(id uint32) []byte {
 }
 
 func (k *fakeKernel) Mmap(offset int64, n int) ([]byte, error) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
+	k.Mu.Lock()
+	defer k.Mu.Unlock()
 	if n != uarPageBytes || offset%uarPageBytes != 0 {
 		k.t.Errorf("%d bytes are mapped at %#x", n, offset)
 		return nil, unix.EINVAL
@@ -164,70 +156,33 @@ func (k *fakeKernel) Mmap(offset int64, n int) ([]byte, error) {
 
 // Munmap leaves the memory, for the test may look at it once more.
 func (k *fakeKernel) Munmap([]byte) error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
+	k.Mu.Lock()
+	defer k.Mu.Unlock()
 	k.Mapped--
 	return nil
 }
-
-func (k *fakeKernel) Close() error { return nil }
-
-func (k *fakeKernel) Write([]byte) (int, syscall.Errno) { return 0, unix.ENOSYS }
 
 func (k *fakeKernel) Ring([]byte) (int, syscall.Errno) {
 	k.t.Error("a doorbell by system call")
 	return 0, unix.ENOSYS
 }
 
-// An attr is an attribute of a method: what it points to, or its 8 bytes.
-type attr struct{ data, v []byte }
-
-// Ioctl answers the methods that the provider uses.
-func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	attrs := map[uint16]attr{}
-	for i := range int(le.Uint16(cmd[6:])) {
-		a := cmd[24+16*i:][:16]
-		id, n := le.Uint16(a[0:]), int(le.Uint16(a[2:]))
-		v := attr{v: a[8:]}
-		if at := le.Uint64(a[8:]) - addr; n > 0 && at < uint64(len(cmd)) {
-			v.data = cmd[at:][:n]
-		} else if n <= 8 {
-			v.data = a[8:][:n]
-		}
-		attrs[id] = v
-	}
-	if le.Uint32(cmd[16:]) != 1 {
-		k.t.Errorf("driver %d", le.Uint32(cmd[16:]))
-	}
-	switch le.Uint32(cmd[2:]) { // the method above the object
-	case 0x00000000: // INVOKE_WRITE
-		n := uint32(le.Uint64(attrs[2].v))
-		k.commands = append(k.commands, n)
-		if e := k.errs[n]; e != 0 {
-			return e
-		}
-		e := k.write(n, attrs[0].data, attrs[1].data, attrs[0x1000].data, attrs[0x1001].data)
-		if k.tweak != nil {
-			k.tweak(n, attrs[1].data, attrs[0x1001].data)
-		}
-		return e
+func (k *fakeKernel) method(id uint32, attrs uverbstest.Attrs) syscall.Errno {
+	switch id {
 	case 0x00020000: // QUERY_PORT
-		r := attrs[1].data
+		r := attrs[1].Data
 		le.PutUint32(r[4:], 1<<30)
 		le.PutUint32(r[16:], k.gids)
 		le.PutUint16(r[20:], 128)
 		le.PutUint16(r[22:], 7)
 		r[26], r[27], r[28], r[37] = 4, 5, 5, k.link
 	case 0x00030000: // GET_CONTEXT
-		copy(uverbs.Bytes(&k.request), attrs[0x1000].data)
-		le.PutUint32(attrs[0].data, 1)
-		le.PutUint64(attrs[1].data, 1)
-		copy(attrs[0x1001].data, uverbs.Bytes(&k.resp))
+		copy(uverbs.Bytes(&k.request), attrs[uverbstest.DriverIn].Data)
+		copy(attrs[uverbstest.DriverOut].Data, uverbs.Bytes(&k.resp))
+		return uverbstest.AsUsual
 	case 0x00050000: // QUERY_GID_TABLE
 		for i, typ := range []uint32{1, 2, 2} { // RoCE v1 at index 0, v2 at 1, and behind what can be named
-			g := attrs[2].data[32*i:]
+			g := attrs[2].Data[32*i:]
 			if i == 2 {
 				i = 256
 			}
@@ -236,42 +191,40 @@ func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
 			le.PutUint32(g[20:], 1)
 			le.PutUint32(g[24:], typ)
 		}
-		le.PutUint64(attrs[3].data, 3)
-	case 0x00000010: // ASYNC_EVENT
-		le.PutUint64(attrs[0].v, uint64(k.Async[0]))
+		le.PutUint64(attrs[3].Data, 3)
 	case abi.UVERBS_METHOD_REG_DMABUF_MR<<16 | abi.UVERBS_OBJECT_MR:
 		h := k.Handle("mr")
-		le.PutUint64(attrs[abi.UVERBS_ATTR_REG_DMABUF_MR_HANDLE].v, uint64(h))
-		le.PutUint32(attrs[abi.UVERBS_ATTR_REG_DMABUF_MR_RESP_LKEY].data, h<<8|0x42)
-		le.PutUint32(attrs[abi.UVERBS_ATTR_REG_DMABUF_MR_RESP_RKEY].data, h<<8|0x42)
+		le.PutUint64(attrs[abi.UVERBS_ATTR_REG_DMABUF_MR_HANDLE].Value, uint64(h))
+		le.PutUint32(attrs[abi.UVERBS_ATTR_REG_DMABUF_MR_RESP_LKEY].Data, h<<8|0x42)
+		le.PutUint32(attrs[abi.UVERBS_ATTR_REG_DMABUF_MR_RESP_RKEY].Data, h<<8|0x42)
 	case 0x10001008: // a UAR
-		if e := k.errs[0x1008]; e != 0 {
+		if e := k.Errs[0x1008]; e != 0 {
 			return e
 		}
 		h := k.Handle("uar")
 		id := k.pageID + uint32(len(k.pages))
 		k.page(id)
-		if le.Uint64(attrs[0x1001].v) == abi.MLX5_IB_UAPI_UAR_ALLOC_TYPE_NC {
+		if le.Uint64(attrs[0x1001].Value) == abi.MLX5_IB_UAPI_UAR_ALLOC_TYPE_NC {
 			k.nc = id
 		}
-		le.PutUint64(attrs[0x1000].v, uint64(h))
-		le.PutUint64(attrs[0x1002].data, uint64(id)*uarPageBytes)
-		le.PutUint32(attrs[0x1003].data, uarPageBytes)
-		le.PutUint32(attrs[0x1004].data, id)
-		if k.tweak != nil {
-			k.tweak(0x1008, attrs[0x1002].data, attrs[0x1003].data)
+		le.PutUint64(attrs[0x1000].Value, uint64(h))
+		le.PutUint64(attrs[0x1002].Data, uint64(id)*uarPageBytes)
+		le.PutUint32(attrs[0x1003].Data, uarPageBytes)
+		le.PutUint32(attrs[0x1004].Data, id)
+		if k.Tweak != nil {
+			k.Tweak(0x1008, attrs[0x1002].Data, attrs[0x1003].Data)
 		}
 	case 0x10011008:
-		return k.Destroy(uint32(le.Uint64(attrs[0x1000].v)), "uar")
+		return k.Destroy(uint32(le.Uint64(attrs[0x1000].Value)), "uar")
 	default:
-		k.t.Errorf("unexpected method %d of object %d", le.Uint16(cmd[4:]), le.Uint16(cmd[2:]))
-		return unix.EPROTONOSUPPORT
+		return uverbstest.AsUsual
 	}
 	return 0
 }
 
-func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhwOut []byte) syscall.Errno {
-	switch cmd {
+func (k *fakeKernel) own(c *uverbstest.Command) syscall.Errno {
+	in, out, uhwIn, uhwOut := c.In, c.Out, c.DriverIn, c.DriverOut
+	switch c.Number {
 	case 0x80000001: // QUERY_DEVICE
 		le.PutUint32(out[52:], 1000)
 		le.PutUint32(out[56:], 32768)
@@ -282,37 +235,13 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhwOut []byte) syscall.Er
 		le.PutUint32(out[108:], 1)
 		le.PutUint32(out[156:], 1000)
 		out[171] = 1
-	case 3:
-		le.PutUint32(out, k.Handle("pd"))
+	case 3: // ALLOC_PD
 		le.PutUint32(uhwOut, 0x77)
-	case 4:
-		return k.Destroy(le.Uint32(in), "pd")
+		return uverbstest.AsUsual
 	case 5: // CREATE_AH
-		le.PutUint32(out, k.Handle("ah"))
 		le.PutUint32(uhwOut, 16)
 		copy(uhwOut[4:], k.mac[:])
-	case 8:
-		return k.Destroy(le.Uint32(in), "ah")
-	case 9: // REG_MR
-		h := k.Handle("mr")
-		le.PutUint32(out[0:], h)
-		le.PutUint32(out[4:], h<<8|0x42)
-		le.PutUint32(out[8:], h<<8|0x42)
-	case 13:
-		return k.Destroy(le.Uint32(in), "mr")
-	case 14: // ALLOC_MW
-		h := k.Handle("mw")
-		le.PutUint32(out[0:], h)
-		le.PutUint32(out[4:], h<<8|0x20)
-	case 16:
-		return k.Destroy(le.Uint32(in), "mw")
-	case 17: // CREATE_COMP_CHANNEL
-		var p [2]int
-		if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
-			k.t.Fatal(err)
-		}
-		k.channel = p[1]
-		le.PutUint32(out, uint32(p[0]))
+		return uverbstest.AsUsual
 	case 18: // CREATE_CQ
 		n := le.Uint32(in[16:]) + 1
 		h := k.Handle("cq")
@@ -337,8 +266,6 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhwOut []byte) syscall.Er
 		}
 		q.next = old.next
 		le.PutUint32(out, n-1)
-	case 20:
-		return k.Destroy(le.Uint32(in[8:]), "cq")
 	case 24: // CREATE_QP
 		h := k.Handle("qp")
 		buf, sq, rq := le.Uint64(uhwIn[0:]), int(le.Uint32(uhwIn[16:]))*64, int(le.Uint32(uhwIn[20:]))<<le.Uint32(uhwIn[24:])
@@ -363,8 +290,6 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhwOut []byte) syscall.Er
 				q.posted, q.received = 0, 0
 			}
 		}
-	case 27:
-		return k.Destroy(le.Uint32(in[8:]), "qp")
 	case 32: // CREATE_SRQ
 		h := k.Handle("srq")
 		stride := 32
@@ -381,14 +306,8 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhwOut []byte) syscall.Er
 		le.PutUint32(out[4:], uint32(slots-1))
 		copy(out[8:12], in[24:28])
 		le.PutUint32(uhwOut[0:], 0x900+h)
-	case 33: // MODIFY_SRQ
-	case 34:
-		le.PutUint32(out[8:], 5)
-	case 35:
-		return k.Destroy(le.Uint32(in[8:]), "srq")
 	default:
-		k.t.Errorf("unexpected command %d", cmd)
-		return unix.ENOSYS
+		return uverbstest.AsUsual
 	}
 	return 0
 }

@@ -413,15 +413,15 @@ func TestBindDMABuf(t *testing.T) {
 // A window that cannot be had leaves nothing behind, and what is said is why.
 func TestNoWindow(t *testing.T) {
 	b := bare(t)
-	b.k.errs[14] = unix.ENOMEM
+	b.k.Errs[14] = unix.ENOMEM
 	_, err := b.pd.AllocMW()
 	mustBe(t, "no memory", err, unix.ENOMEM)
-	delete(b.k.errs, 14)
+	delete(b.k.Errs, 14)
 	o, err := b.pd.AllocMW()
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.k.tweak = func(cmd uint32, out, _ []byte) {
+	b.k.Tweak = func(cmd uint32, out, _ []byte) {
 		if cmd == 14 {
 			le.PutUint32(out[4:], uint32(o.RKey()))
 		}
@@ -429,27 +429,27 @@ func TestNoWindow(t *testing.T) {
 	if _, err = b.pd.AllocMW(); err == nil || !strings.Contains(err.Error(), "another memory window's") {
 		t.Errorf("a number that is in use: %v", err)
 	}
-	b.k.errs[16] = unix.EBUSY
+	b.k.Errs[16] = unix.EBUSY
 	_, err = b.pd.AllocMW()
 	mustBe(t, "and it stays", err, driver.ErrBusy)
 	mustBe(t, "the window, likewise", o.Close(), driver.ErrBusy)
-	delete(b.k.errs, 16)
+	delete(b.k.Errs, 16)
 	for h, kind := range b.k.Live {
 		if kind == "mw" && h != o.Handle() {
 			delete(b.k.Live, h)
 		}
 	}
-	b.k.tweak = nil
+	b.k.Tweak = nil
 	b.close(o)
 
-	b = bare(t, func(k *fakeKernel) { k.errs[0x80000001] = unix.EIO })
+	b = bare(t, func(k *fakeKernel) { k.Errs[0x80000001] = unix.EIO })
 	_, err = b.pd.AllocMW()
 	mustBe(t, "a device that has gone", err, driver.ErrDeviceRemoved)
 	if errors.Is(err, errors.ErrUnsupported) {
 		t.Errorf("it is said to have no windows: %v", err)
 	}
 	b = bare(t, func(k *fakeKernel) {
-		k.tweak = func(cmd uint32, out, _ []byte) {
+		k.Tweak = func(cmd uint32, out, _ []byte) {
 			if cmd == 0x80000001 {
 				le.PutUint32(out[60:], 0)
 			}

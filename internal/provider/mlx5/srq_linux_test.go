@@ -189,15 +189,15 @@ func TestSharedQueueClosedFirst(t *testing.T) {
 			slot, _ := k.take()
 			b.kc.add(b.k.qps[q.Handle].cqeOf(cqeRecv, slot))
 		}
-		b.k.tweak = func(cmd uint32, _, _ []byte) {
+		b.k.Tweak = func(cmd uint32, _, _ []byte) {
 			if cmd == 27 {
-				b.k.mu.Unlock()
+				b.k.Mu.Unlock()
 				b.close(s)
-				b.k.mu.Lock()
+				b.k.Mu.Lock()
 			}
 		}
 		b.close(q)
-		b.k.tweak = nil
+		b.k.Tweak = nil
 		b.poll(0)
 	})
 }

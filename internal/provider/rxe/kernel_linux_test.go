@@ -5,11 +5,8 @@ import (
 	"encoding/binary"
 	"math/bits"
 	"slices"
-	"sync"
 	"syscall"
 	"testing"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/uverbs"
@@ -91,31 +88,27 @@ type fakeQP struct {
 }
 
 type fakeKernel struct {
-	uverbstest.Objects
-	mu       sync.Mutex
-	t        testing.TB
-	nextMap  uint64
-	maps     map[uint64]*kring
-	cqs      map[uint32]*kring
-	qps      map[uint32]*fakeQP
-	srqs     map[uint32]*kring
-	commands []uint32 // of the write interface, in order, without doorbells
-	bells    int
-	errs     map[uint32]syscall.Errno // command -> what it ends with
-	during   map[uint32]func()        // command -> called when it has come
-	deform   func(r *kring)           // called with each new queue
-	number   uint32                   // of the next queue pair; 0: as it comes
-	capsEx   uint64
-	bell     func() // instead of all commands, for a benchmark
+	uverbstest.Kernel
+	t      testing.TB
+	cqs    map[uint32]*kring
+	qps    map[uint32]*fakeQP
+	srqs   map[uint32]*kring
+	bells  int
+	deform func(r *kring) // called with each new queue
+	number uint32         // of the next queue pair; 0: as it comes
+	capsEx uint64
+	bell   func() // instead of all commands, for a benchmark
 }
 
 // newFake opens a device whose kernel is the test. Everything must be closed by the end of it.
 func newFake(t testing.TB) (*fakeKernel, *rxeContext) {
 	t.Helper()
 	littleEndian(t)
-	k := &fakeKernel{t: t, maps: map[uint64]*kring{}, cqs: map[uint32]*kring{}, qps: map[uint32]*fakeQP{}, srqs: map[uint32]*kring{}, errs: map[uint32]syscall.Errno{}, during: map[uint32]func(){}, capsEx: 7 << 38}
-	k.Init(t)
-	c, err := uverbs.NewContext(uverbs.NewFile(k, "rxe9", 14), nil, nil)
+	const driver = 14
+	k := &fakeKernel{t: t, cqs: map[uint32]*kring{}, qps: map[uint32]*fakeQP{}, srqs: map[uint32]*kring{}, capsEx: 7 << 38}
+	k.Init(t, driver)
+	k.Own, k.Method = k.own, k.method
+	c, err := uverbs.NewContext(uverbs.NewFile(k, "rxe9", driver), nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -128,53 +121,20 @@ func newFake(t testing.TB) (*fakeKernel, *rxeContext) {
 	return k, newContext(c)
 }
 
-// newRing makes a queue of at least n elements that can be told apart, of at least size bytes.
-func (k *fakeKernel) newRing(n, size int) (*kring, uint64) {
+// newRing makes a queue of at least n elements that can be told apart, of at least size bytes, and tells of it.
+func (k *fakeKernel) newRing(n, size int, mminfo []byte) *kring {
 	log2 := max(bits.Len(uint(size-1)), 6)
 	slots := 1 << bits.Len(uint(n))
-	total := (dataAt + slots<<log2 + 4095) &^ 4095
-	mem, err := unix.Mmap(-1, 0, total, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
-	if err != nil {
-		k.t.Fatal(err)
-	}
+	mem, off := k.Share(dataAt + slots<<log2)
 	r := &kring{mem, 1 << log2, uint32(slots - 1)}
 	r.setGeometry(log2, slots-1)
 	if k.deform != nil {
 		k.deform(r)
 	}
-	k.nextMap += 1 << 20
-	k.maps[k.nextMap] = r
-	return r, k.nextMap
+	le.PutUint64(mminfo, off)
+	le.PutUint32(mminfo[8:], uint32(len(mem)))
+	return r
 }
-
-func mminfo(at []byte, off uint64, r *kring) {
-	le.PutUint64(at[0:], off)
-	le.PutUint32(at[8:], uint32(len(r.mem)))
-}
-
-func (k *fakeKernel) Mmap(offset int64, n int) ([]byte, error) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	r := k.maps[uint64(offset)]
-	if r == nil || n > len(r.mem) {
-		return nil, unix.EINVAL
-	}
-	delete(k.maps, uint64(offset)) // each can be mapped once
-	k.Mapped++
-	return r.mem[:n], nil
-}
-
-// Munmap leaves the memory, for the test may look at it once more, but spoils it: the provider must not.
-func (k *fakeKernel) Munmap(mem []byte) error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.Mapped--
-	return unix.Mprotect(mem, unix.PROT_NONE)
-}
-
-func (k *fakeKernel) Close() error { return nil }
-
-func (k *fakeKernel) Write([]byte) (int, syscall.Errno) { return 0, unix.ENOSYS }
 
 // Ring answers prepared commands.
 func (k *fakeKernel) Ring(cmd []byte) (int, syscall.Errno) {
@@ -182,79 +142,30 @@ func (k *fakeKernel) Ring(cmd []byte) (int, syscall.Errno) {
 		k.bell()
 		return len(cmd), 0
 	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if int(le.Uint16(cmd[4:]))*4 != len(cmd) {
-		k.t.Errorf("a command of %d bytes, written in %d", le.Uint16(cmd[4:])*4, len(cmd))
-	}
-	return len(cmd), k.write(le.Uint32(cmd), cmd[8:], nil, nil)
+	return k.Kernel.Ring(cmd)
 }
 
-// Ioctl answers the methods that the provider uses.
-func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	object, method := le.Uint16(cmd[2:]), le.Uint16(cmd[4:])
-	var attrs [8]struct {
-		data []byte // in the buffer
-		v    []byte // the 8 bytes of the attribute
+func (k *fakeKernel) method(id uint32, attrs uverbstest.Attrs) syscall.Errno {
+	if id != 0x00020000 { // QUERY_PORT
+		return uverbstest.AsUsual
 	}
-	for i := range int(le.Uint16(cmd[6:])) {
-		a := cmd[24+16*i:][:16]
-		id, n := le.Uint16(a[0:]), int(le.Uint16(a[2:]))
-		switch id {
-		case 0x1000:
-			id = 6
-		case 0x1001:
-			id = 7
-		}
-		attrs[id].v = a[8:]
-		if at := le.Uint64(a[8:]) - addr; n > 0 && at < uint64(len(cmd)) {
-			attrs[id].data = cmd[at:][:n]
-		} else {
-			attrs[id].data = a[8:][:n]
-		}
-	}
-	const device, asyncEvent = 0, 16
-	switch {
-	case object == device && method == 0: // INVOKE_WRITE
-		return k.write(uint32(le.Uint64(attrs[2].v)), attrs[0].data, attrs[1].data, attrs[7].data)
-	case object == device && method == 2: // QUERY_PORT
-		r := attrs[1].data
-		le.PutUint32(r[4:], 1<<31)
-		le.PutUint32(r[16:], 1024)
-		le.PutUint16(r[20:], 1)
-		r[26], r[27], r[28], r[37] = 4, 5, 3, 2
-	case object == device && method == 3: // GET_CONTEXT
-		le.PutUint32(attrs[0].data, 1)
-		le.PutUint64(attrs[1].data, 1)
-	case object == asyncEvent && method == 0:
-		le.PutUint64(attrs[0].v, uint64(k.Async[0]))
-	default:
-		k.t.Errorf("unexpected method %d of object %d", method, object)
-		return unix.EPROTONOSUPPORT
-	}
+	r := attrs[1].Data
+	le.PutUint32(r[4:], 1<<31)
+	le.PutUint32(r[16:], 1024)
+	le.PutUint16(r[20:], 1)
+	r[26], r[27], r[28], r[37] = 4, 5, 3, 2
 	return 0
 }
 
-func (k *fakeKernel) write(cmd uint32, in, out, uhw []byte) syscall.Errno {
-	if cmd == 28 { // POST_SEND: the doorbell
+func (k *fakeKernel) own(c *uverbstest.Command) syscall.Errno {
+	in, out, uhw := c.In, c.Out, c.DriverOut
+	switch c.Number {
+	case 28: // POST_SEND: the doorbell
 		if qp := k.qps[le.Uint32(in[8:])]; qp == nil || le.Uint32(in[12:]) != 0 || le.Uint32(in[16:]) != 0 || le.Uint32(in[20:]) < 56 {
 			k.t.Errorf("doorbell %x", in)
 		}
 		k.bells++
-		return k.errs[cmd]
-	}
-	k.commands = append(k.commands, cmd)
-	if f := k.during[cmd]; f != nil {
-		k.mu.Unlock()
-		f()
-		k.mu.Lock()
-	}
-	if e := k.errs[cmd]; e != 0 {
-		return e
-	}
-	switch cmd {
+		return uverbstest.AsUsual
 	case 0x80000001: // QUERY_DEVICE
 		le.PutUint32(out[52:], 1000)
 		le.PutUint32(out[56:], 1<<20)
@@ -265,38 +176,18 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhw []byte) syscall.Errno {
 		le.PutUint32(out[156:], 1000)
 		out[171] = 1
 		le.PutUint64(out[224:], k.capsEx)
-	case 3:
-		le.PutUint32(out, k.Handle("pd"))
-	case 4:
-		return k.Destroy(le.Uint32(in), "pd")
 	case 5: // CREATE_AH
-		le.PutUint32(out, k.Handle("ah"))
 		le.PutUint32(uhw, 77)
-	case 8:
-		return k.Destroy(le.Uint32(in), "ah")
-	case 9: // REG_MR
-		h := k.Handle("mr")
-		le.PutUint32(out[0:], h)
-		le.PutUint32(out[4:], h<<8|1)
-		le.PutUint32(out[8:], h<<8|1)
-	case 13:
-		return k.Destroy(le.Uint32(in), "mr")
-	case 14: // ALLOC_MW
-		h := k.Handle("mw")
-		le.PutUint32(out[0:], h)
-		le.PutUint32(out[4:], h<<8|0x20)
-	case 16:
-		return k.Destroy(le.Uint32(in), "mw")
+		return uverbstest.AsUsual
 	case 18: // CREATE_CQ
-		r, off := k.newRing(int(le.Uint32(in[16:])), 48)
+		r := k.newRing(int(le.Uint32(in[16:])), 48, uhw)
 		h := k.Handle("cq")
 		k.cqs[h], k.Cookies[h] = r, le.Uint64(in[8:])
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], r.mask)
-		mminfo(uhw, off, r)
 	case 19: // RESIZE_CQ
 		old := k.cqs[le.Uint32(in[8:])]
-		r, off := k.newRing(int(le.Uint32(in[12:])), 48)
+		r := k.newRing(int(le.Uint32(in[12:])), 48, uhw)
 		for old.posted() > 0 {
 			e := old.take()
 			copy(r.slot(r.producer()), e)
@@ -304,20 +195,13 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhw []byte) syscall.Errno {
 		}
 		k.cqs[le.Uint32(in[8:])] = r
 		le.PutUint32(out, r.mask)
-		mminfo(uhw, off, r)
-	case 20:
-		return k.Destroy(le.Uint32(in[8:]), "cq")
-	case 23: // REQ_NOTIFY_CQ
 	case 24: // CREATE_QP
 		h := k.Handle("qp")
 		q := &fakeQP{num: cmp.Or(k.number, 0x10+h)}
 		size := max(16*int(le.Uint32(in[40:])), int(le.Uint32(in[48:])))
-		var sqAt, rqAt uint64
-		q.sq, sqAt = k.newRing(int(le.Uint32(in[32:])), 208+size)
-		mminfo(uhw[16:], sqAt, q.sq)
+		q.sq = k.newRing(int(le.Uint32(in[32:])), 208+size, uhw[16:])
 		if in[54] == 0 {
-			q.rq, rqAt = k.newRing(int(le.Uint32(in[36:])), 40+16*int(le.Uint32(in[44:])))
-			mminfo(uhw[0:], rqAt, q.rq)
+			q.rq = k.newRing(int(le.Uint32(in[36:])), 40+16*int(le.Uint32(in[44:])), uhw)
 		}
 		k.qps[h], k.Cookies[h] = q, le.Uint64(in[8:])
 		le.PutUint32(out[0:], h)
@@ -342,38 +226,17 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhw []byte) syscall.Errno {
 				clear(q.sq.mem[dataAt:])
 			}
 		}
-	case 27:
-		return k.Destroy(le.Uint32(in[8:]), "qp")
 	case 32: // CREATE_SRQ
-		r, off := k.newRing(int(le.Uint32(in[20:])), 40+16*int(le.Uint32(in[24:])))
+		r := k.newRing(int(le.Uint32(in[20:])), 40+16*int(le.Uint32(in[24:])), uhw)
 		h := k.Handle("srq")
 		k.srqs[h], k.Cookies[h] = r, le.Uint64(in[8:])
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], r.mask)
 		copy(out[8:12], in[24:28])
-		mminfo(uhw, off, r)
-	case 33: // MODIFY_SRQ
-	case 34:
-		le.PutUint32(out[8:], 5)
-	case 35:
-		return k.Destroy(le.Uint32(in[8:]), "srq")
 	default:
-		k.t.Errorf("unexpected command %d", cmd)
-		return unix.ENOSYS
+		return uverbstest.AsUsual
 	}
 	return 0
-}
-
-func (k *fakeKernel) count(cmd uint32) int {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	n := 0
-	for _, c := range k.commands {
-		if c == cmd {
-			n++
-		}
-	}
-	return n
 }
 
 // A bench is a queue pair with its queues, and what it was made on.

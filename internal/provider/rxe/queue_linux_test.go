@@ -448,11 +448,11 @@ func TestResize(t *testing.T) {
 			t.Errorf("completion %d where %d is next", wcs[i].ID, i)
 		}
 	}
-	b.k.errs[19] = unix.EINVAL
+	b.k.Errs[19] = unix.EINVAL
 	if err := b.cq.Resize(10); !errors.Is(err, unix.EINVAL) || b.cq.Err() != nil || b.cq.Entries() != 511 {
 		t.Error(err, b.cq.Err(), b.cq.Entries())
 	}
-	delete(b.k.errs, 19)
+	delete(b.k.Errs, 19)
 	b.k.deform = func(r *kring) { r.setGeometry(6, 5) }
 	if err := b.cq.Resize(10); err == nil || b.cq.Poll(wcs) >= 0 || b.cq.Err() == nil {
 		t.Error("a queue whose completions cannot be reached works on:", err, b.cq.Err())
@@ -493,11 +493,11 @@ func TestResizeWhilePolled(t *testing.T) {
 		}
 		for i := range 20 {
 			if i == 10 {
-				b.k.errs[20] = unix.EBUSY
+				b.k.Errs[20] = unix.EBUSY
 				if err := b.cq.Close(); !errors.Is(err, driver.ErrBusy) {
 					t.Error(err)
 				}
-				delete(b.k.errs, 20)
+				delete(b.k.Errs, 20)
 			}
 			if err := b.cq.Resize(100 + 100*((round+i)%3)); err != nil {
 				t.Error(err)
@@ -573,8 +573,8 @@ func TestFlushInError(t *testing.T) {
 	ku := b.k.qps[u.Handle]
 	ku.modified = nil
 	b.kcq().complete(1, 4, 0, 0, ku.num)
-	if n := b.cq.Poll(make([]ib.WC, 4)); n != 1 || u.State() != ib.RTS || len(ku.modified) != 0 || b.k.count(25) != 1 {
-		t.Error(n, u.State(), ku.modified, b.k.count(25))
+	if n := b.cq.Poll(make([]ib.WC, 4)); n != 1 || u.State() != ib.RTS || len(ku.modified) != 0 || b.k.Count(25) != 1 {
+		t.Error(n, u.State(), ku.modified, b.k.Count(25))
 	}
 	ku.state = 6
 	b.kcq().complete(1, 5, 0, 0, ku.num)
@@ -628,7 +628,7 @@ func TestRefused(t *testing.T) {
 	if _, err := b.qp.PostSend([]ib.SendWR{{Opcode: ib.OpFlush, Flush: ib.Flush{Placement: 1}}}); !errors.Is(err, errors.ErrUnsupported) || !errors.Is(err, driver.ErrInvalidWR) {
 		t.Error(err)
 	}
-	b.k.errs[28] = unix.EIO
+	b.k.Errs[28] = unix.EIO
 	if n, err := b.qp.PostSend([]ib.SendWR{{Opcode: ib.OpSend}}); n != 1 || !errors.Is(err, driver.ErrDeviceRemoved) {
 		t.Error(n, err)
 	}
@@ -770,11 +770,11 @@ func TestWindows(t *testing.T) {
 		t.Error(err)
 	}
 	// rxe's word for a region with bound windows.
-	b.k.errs[13] = unix.EINVAL
+	b.k.Errs[13] = unix.EINVAL
 	if err := m.Close(); !errors.Is(err, driver.ErrBusy) {
 		t.Error(err)
 	}
-	delete(b.k.errs, 13)
+	delete(b.k.Errs, 13)
 	b.close(w, foreignWin, m, plain, foreign, other)
 	if err := bind(w, m, next+3); !errors.Is(err, uverbs.ErrNoWindow) {
 		t.Error(err)
@@ -800,8 +800,8 @@ func TestWindowEndsWithQP(t *testing.T) {
 		}
 	}
 	b.close(q)
-	if n := b.k.count(16); n != 1 || b.k.commands[len(b.k.commands)-1] != 27 {
-		t.Errorf("%d windows were freed, and the last command was %d", n, b.k.commands[len(b.k.commands)-1])
+	if n := b.k.Count(16); n != 1 || b.k.Commands[len(b.k.Commands)-1] != 27 {
+		t.Errorf("%d windows were freed, and the last command was %d", n, b.k.Commands[len(b.k.Commands)-1])
 	}
 	wr := ib.SendWR{Opcode: ib.OpBindMW, Bind: &ib.BindMW{Window: windows[0].Handle(), RKey: windows[0].RKey(), MRLKey: m.LKey(), Length: 8}}
 	if _, err := b.qp.PostSend([]ib.SendWR{wr}); !errors.Is(err, uverbs.ErrWindowEnded) {
@@ -835,7 +835,7 @@ func TestRemoved(t *testing.T) {
 		t.Error(err)
 	}
 	for _, cmd := range []uint32{27, 20, 4} {
-		b.k.errs[cmd] = unix.EIO
+		b.k.Errs[cmd] = unix.EIO
 	}
 	clear(b.k.Live)
 }
@@ -863,7 +863,7 @@ func TestClosed(t *testing.T) {
 		t.Error(err)
 	}
 	// A kernel that refuses leaves everything as it is.
-	b.k.errs[27], b.k.errs[20] = unix.EBUSY, unix.EBUSY
+	b.k.Errs[27], b.k.Errs[20] = unix.EBUSY, unix.EBUSY
 	if err := b.cq.Close(); !errors.Is(err, driver.ErrBusy) || b.cq.Poll(make([]ib.WC, 1)) != 0 {
 		t.Error(err)
 	}
@@ -874,7 +874,7 @@ func TestClosed(t *testing.T) {
 		t.Error("its completions do not count any more")
 	}
 	b.post(ib.SendWR{Opcode: ib.OpSend})
-	clear(b.k.errs)
+	clear(b.k.Errs)
 }
 
 func TestDataPathAllocatesNothing(t *testing.T) {
@@ -1115,11 +1115,11 @@ func TestFailedBindThenReset(t *testing.T) {
 	le.PutUint32(b.kq.sq.take()[148:], 4)
 	b.kcq().complete(7, 6, 0, 0, b.kq.num)
 	b.kcq().complete(7, 5, 0, 0, b.kq.num)
-	b.k.errs[26] = unix.EINVAL
+	b.k.Errs[26] = unix.EINVAL
 	if err := b.qp.Modify(t.Context(), &ib.QPAttr{State: ib.Reset}, ib.AttrState); err == nil || w.RKey() != first+2 {
 		t.Errorf("a reset that the kernel refuses changes nothing: %v, key %#x", err, w.RKey())
 	}
-	delete(b.k.errs, 26)
+	delete(b.k.Errs, 26)
 	again()
 	if w.RKey() != first+1 {
 		t.Errorf("the window has key %#x, want %#x", w.RKey(), first+1)
@@ -1190,8 +1190,8 @@ func TestPolledDuringRefusedClose(t *testing.T) {
 		}
 	}
 	wcs := make([]ib.WC, depth+1)
-	b.k.errs[27] = unix.EBUSY
-	b.k.during[27] = func() {
+	b.k.Errs[27] = unix.EBUSY
+	b.k.During[27] = func() {
 		if n := b.cq.Poll(wcs); n != depth {
 			t.Errorf("%d completions", n)
 		}
@@ -1223,8 +1223,8 @@ func TestPolledDuringRefusedClose(t *testing.T) {
 	if b.qp.State() != ib.Err || string(b.kq.modified) != "\x06" {
 		t.Errorf("it has failed, and is in %v, and was moved to %v", b.qp.State(), b.kq.modified)
 	}
-	clear(b.k.errs)
-	clear(b.k.during)
+	clear(b.k.Errs)
+	clear(b.k.During)
 }
 
 // A number may be another queue pair's as soon as the kernel has ended the one that had it.
@@ -1237,8 +1237,8 @@ func TestNumberIsReused(t *testing.T) {
 		t.Error(n, old.polled)
 	}
 	var fresh *qp
-	b.k.during[27] = func() {
-		delete(b.k.during, 27)
+	b.k.During[27] = func() {
+		delete(b.k.During, 27)
 		fresh = b.newQP(ib.RC)
 		b.kcq().complete(2, 0, 0, 0, b.k.number)
 		if n := b.cq.Poll(make([]ib.WC, 1)); n != 1 || fresh.polled != 1 {
@@ -1258,7 +1258,7 @@ func TestModifyBesideClose(t *testing.T) {
 		b := newBench(t, ib.RC)
 		q := b.newQP(ib.RC)
 		closed := make(chan error, 1)
-		b.k.during[26] = func() {
+		b.k.During[26] = func() {
 			go func() { closed <- q.Close() }()
 			for q.sendMu.TryLock() { // until Close has come as far as it can
 				done := q.closing
@@ -1268,7 +1268,7 @@ func TestModifyBesideClose(t *testing.T) {
 				}
 				runtime.Gosched()
 			}
-			delete(b.k.during, 26)
+			delete(b.k.During, 26)
 		}
 		if err := q.Modify(t.Context(), &ib.QPAttr{State: s}, ib.AttrState); err != nil {
 			t.Error(err)

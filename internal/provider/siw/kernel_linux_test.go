@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/binary"
 	"math/bits"
-	"sync"
 	"syscall"
 	"testing"
 
@@ -76,22 +75,16 @@ type fakeQP struct {
 }
 
 type fakeKernel struct {
-	uverbstest.Objects
-	t       testing.TB
-	mu      sync.Mutex
-	nextMap uint64
-	qpns    map[uint32]bool // in use
-	maps    map[uint64]*kqueue
-	cqs     map[uint32]*kqueue
-	qps     map[uint32]*fakeQP
-	srqs    map[uint32]*kqueue
-	bells   int
-	bellErr syscall.Errno
-	deform  func(cmd uint32, uhw []byte) // changes what is answered to a creation
-	onErr   func(*fakeQP)                // when a queue pair is moved to Err: the kernel flushes
-	limit   uint32
-	state   byte // that QUERY_QP answers with
-	channel int  // where completion events are written
+	uverbstest.Kernel
+	t     testing.TB
+	qpns  map[uint32]bool // in use
+	cqs   map[uint32]*kqueue
+	qps   map[uint32]*fakeQP
+	srqs  map[uint32]*kqueue
+	bells int
+	onErr func(*fakeQP) // when a queue pair is moved to Err: the kernel flushes
+	limit uint32
+	state byte // that QUERY_QP answers with
 }
 
 // newFake opens a device whose kernel is the test. Everything must be closed by the end of it.
@@ -100,10 +93,11 @@ func newFake(t testing.TB) (*fakeKernel, *siwContext) {
 	if binary.NativeEndian.Uint16([]byte{1, 0}) != 1 {
 		t.Skip("the bytes that are written out are little-endian")
 	}
-	k := &fakeKernel{t: t, nextMap: 0x8f000, qpns: map[uint32]bool{}, maps: map[uint64]*kqueue{}, cqs: map[uint32]*kqueue{}, qps: map[uint32]*fakeQP{},
-		srqs: map[uint32]*kqueue{}}
-	k.Init(t)
-	c, err := uverbs.NewContext(uverbs.NewFile(k, "siw9", 18), nil, make([]byte, 8))
+	const driver = 18
+	k := &fakeKernel{t: t, qpns: map[uint32]bool{}, cqs: map[uint32]*kqueue{}, qps: map[uint32]*fakeQP{}, srqs: map[uint32]*kqueue{}}
+	k.Init(t, driver)
+	k.Own, k.Method, k.Offset = k.own, k.method, 0x8f000 // one of the next is SIW_INVAL_UOBJ_KEY
+	c, err := uverbs.NewContext(uverbs.NewFile(k, "siw9", driver), nil, make([]byte, 8))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,138 +109,51 @@ func newFake(t testing.TB) (*fakeKernel, *siwContext) {
 	return k, newContext(c)
 }
 
-// newQueue makes a queue; each is mapped at a key of its own, one of which is SIW_INVAL_UOBJ_KEY.
+// newQueue makes a queue, and returns where it can be mapped.
 func (k *fakeKernel) newQueue(want, elem, tail int) (*kqueue, uint64) {
 	n := 1 << bits.Len(uint(want-1))
-	mem, err := unix.Mmap(-1, 0, (n*elem+tail+4095)&^4095, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
-	if err != nil {
-		k.t.Fatal(err)
-	}
-	q := &kqueue{mem: mem, elem: elem, n: uint64(n)}
-	k.nextMap += 0x1000
-	k.maps[k.nextMap] = q
-	return q, k.nextMap
+	mem, at := k.Share(n*elem + tail)
+	return &kqueue{mem: mem, elem: elem, n: uint64(n)}, at
 }
 
-func (k *fakeKernel) Mmap(offset int64, n int) ([]byte, error) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	q := k.maps[uint64(offset)]
-	if q == nil || n > len(q.mem) {
-		return nil, unix.EINVAL
-	}
-	delete(k.maps, uint64(offset))
-	k.Mapped++
-	return q.mem[:n], nil
-}
-
-// Munmap leaves the memory to the test, but spoils it for the provider.
-func (k *fakeKernel) Munmap(mem []byte) error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.Mapped--
-	return unix.Mprotect(mem, unix.PROT_NONE)
-}
-
-func (k *fakeKernel) Close() error { return nil }
-
-func (k *fakeKernel) Write([]byte) (int, syscall.Errno) { return 0, unix.ENOSYS }
-
-// Ring answers prepared commands.
-func (k *fakeKernel) Ring(cmd []byte) (int, syscall.Errno) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if int(le.Uint16(cmd[4:]))*4 != len(cmd) {
-		k.t.Errorf("a command of %d bytes, written in %d", le.Uint16(cmd[4:])*4, len(cmd))
-	}
-	return len(cmd), k.write(le.Uint32(cmd), cmd[8:], nil, nil, nil)
-}
-
-func (k *fakeKernel) Ioctl(cmd []byte, addr uint64) syscall.Errno {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	object, method := le.Uint16(cmd[2:]), le.Uint16(cmd[4:])
-	var data [8][]byte
-	var value [8][]byte
-	for i := range int(le.Uint16(cmd[6:])) {
-		a := cmd[24+16*i:][:16]
-		id, n := le.Uint16(a[0:]), int(le.Uint16(a[2:]))
-		switch id {
-		case 0x1000:
-			id = 6
-		case 0x1001:
-			id = 7
-		}
-		value[id] = a[8:]
-		if at := le.Uint64(a[8:]) - addr; n > 0 && at < uint64(len(cmd)) {
-			data[id] = cmd[at:][:n]
-		} else {
-			data[id] = a[8:][:n]
-		}
-	}
-	switch {
-	case object == 0 && method == 0: // INVOKE_WRITE
-		return k.write(uint32(le.Uint64(value[2])), data[0], data[1], data[6], data[7])
-	case object == 0 && method == 2: // QUERY_PORT
-		data[1][26], data[1][27], data[1][28], data[1][37] = 4, 5, 3, 2
-		le.PutUint32(data[1][4:], 1<<32-1)
-		le.PutUint32(data[1][16:], 1)
-	case object == 0 && method == 3: // GET_CONTEXT
-		if len(data[7]) != 8 {
+func (k *fakeKernel) method(id uint32, attrs uverbstest.Attrs) syscall.Errno {
+	switch id {
+	case 0x00020000: // QUERY_PORT
+		r := attrs[1].Data
+		r[26], r[27], r[28], r[37] = 4, 5, 3, 2
+		le.PutUint32(r[4:], 1<<32-1)
+		le.PutUint32(r[16:], 1)
+		return 0
+	case 0x00030000: // GET_CONTEXT
+		if len(attrs[uverbstest.DriverOut].Data) != 8 {
 			return unix.EINVAL
 		}
-		le.PutUint32(data[0], 1)
-		le.PutUint64(data[1], 1)
-	case object == 16 && method == 0: // ASYNC_EVENT
-		le.PutUint64(value[0], uint64(k.Async[0]))
-	default:
-		k.t.Errorf("unexpected method %d of object %d", method, object)
-		return unix.EPROTONOSUPPORT
 	}
-	return 0
+	return uverbstest.AsUsual
 }
 
-func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhw []byte) syscall.Errno {
-	deform := func() {
-		if k.deform != nil {
-			k.deform(cmd, uhw)
-		}
-	}
-	switch cmd {
+func (k *fakeKernel) own(c *uverbstest.Command) syscall.Errno {
+	in, out, uhw := c.In, c.Out, c.DriverOut
+	switch c.Number {
 	case 28: // POST_SEND: the doorbell
 		if qp := k.qps[le.Uint32(in[8:])]; qp == nil || le.Uint32(in[12:]) != 0 {
 			k.t.Errorf("doorbell %x", in)
 		}
 		k.bells++
-		return k.bellErr
+		return uverbstest.AsUsual
 	case 0x80000001: // QUERY_DEVICE
 		le.PutUint32(out[156:], 1000) // max_srq
 		out[171] = 1
-	case 3:
-		le.PutUint32(out, k.Handle("pd"))
-	case 4:
-		return k.Destroy(le.Uint32(in), "pd")
 	case 9: // REG_MR
-		if len(uhwIn) != 8 || len(uhw) != 8 {
+		if len(c.DriverIn) != 8 || len(uhw) != 8 {
 			return unix.EINVAL
 		}
 		h := k.Handle("mr")
-		stag := h<<8 | uint32(uhwIn[0])
+		stag := h<<8 | uint32(c.DriverIn[0])
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], stag)
 		le.PutUint32(out[8:], stag)
 		le.PutUint32(uhw, stag)
-		deform()
-	case 13:
-		return k.Destroy(le.Uint32(in), "mr")
-	case 17: // CREATE_COMP_CHANNEL: a pipe, of which the provider gets the reading end
-		var fds [2]int
-		if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
-			k.t.Fatal(err)
-		}
-		k.t.Cleanup(func() { unix.Close(fds[1]) })
-		k.channel = fds[1]
-		le.PutUint32(out, uint32(fds[0]))
 	case 18: // CREATE_CQ
 		q, at := k.newQueue(int(le.Uint32(in[16:])), 32, 8)
 		h := k.Handle("cq")
@@ -255,9 +162,6 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhw []byte) syscall.Errno
 		le.PutUint32(out[4:], le.Uint32(in[16:]))
 		le.PutUint32(uhw[4:], uint32(q.n))
 		le.PutUint64(uhw[8:], at)
-		deform()
-	case 20:
-		return k.Destroy(le.Uint32(in[8:]), "cq")
 	case 24: // CREATE_QP
 		h := k.Handle("qp")
 		q := &fakeQP{num: 1, ord: 16}
@@ -278,12 +182,7 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhw []byte) syscall.Errno
 		k.qps[h], k.Cookies[h] = q, le.Uint64(in[8:])
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], q.num)
-		le.PutUint32(out[8:], le.Uint32(in[32:]))
-		le.PutUint32(out[12:], le.Uint32(in[36:]))
-		le.PutUint32(out[16:], le.Uint32(in[40:]))
-		le.PutUint32(out[20:], le.Uint32(in[44:]))
-		le.PutUint32(out[24:], le.Uint32(in[48:]))
-		deform()
+		copy(out[8:28], in[32:52])
 	case 25: // QUERY_QP: a state of whomever, and the two depths the wrong way around
 		q := k.qps[le.Uint32(in[8:])]
 		out[108], out[113], out[114] = k.state, 1, q.ord
@@ -300,9 +199,8 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhw []byte) syscall.Errno
 			}
 		}
 	case 27:
-		h := le.Uint32(in[8:])
-		delete(k.qpns, k.qps[h].num)
-		return k.Destroy(h, "qp")
+		delete(k.qpns, k.qps[le.Uint32(in[8:])].num)
+		return uverbstest.AsUsual
 	case 32: // CREATE_SRQ
 		q, at := k.newQueue(int(le.Uint32(in[20:])), 112, 0)
 		h := k.Handle("srq")
@@ -311,14 +209,10 @@ func (k *fakeKernel) write(cmd uint32, in, out, uhwIn, uhw []byte) syscall.Errno
 		copy(out[4:], in[20:28])
 		le.PutUint32(uhw[0:], uint32(q.n))
 		le.PutUint64(uhw[8:], at)
-		deform()
 	case 33: // MODIFY_SRQ
 		k.limit = le.Uint32(in[12:])
-	case 35:
-		return k.Destroy(le.Uint32(in[8:]), "srq")
 	default:
-		k.t.Errorf("unexpected command %d", cmd)
-		return unix.ENOSYS
+		return uverbstest.AsUsual
 	}
 	return 0
 }

@@ -459,7 +459,7 @@ func TestFlush(t *testing.T) {
 // A doorbell that fails is the queue pair's failure, unless the device has gone.
 func TestDoorbellFails(t *testing.T) {
 	b := connected(t, benchOpts{})
-	b.k.bellErr = unix.ENOTCONN
+	b.k.Errs[28] = unix.ENOTCONN
 	b.post(send(1, 0))
 	if b.q.State() != ib.Err || b.k.bells != bellTries {
 		t.Errorf("%v after %d doorbells", b.q.State(), b.k.bells)
@@ -468,7 +468,7 @@ func TestDoorbellFails(t *testing.T) {
 		t.Errorf("%+v", wcs)
 	}
 	g := connected(t, benchOpts{})
-	g.k.bellErr = unix.EIO
+	g.k.Errs[28] = unix.EIO
 	if n, err := g.q.PostSend([]ib.SendWR{send(1, 0)}); n != 1 || !errors.Is(err, driver.ErrDeviceRemoved) {
 		t.Error(n, err)
 	}
@@ -581,7 +581,7 @@ func TestArm(t *testing.T) {
 	}
 	var e [8]byte
 	le.PutUint64(e[:], b.scq.cookie)
-	if _, err := unix.Write(b.k.channel, e[:]); err != nil {
+	if _, err := unix.Write(b.k.Channel, e[:]); err != nil {
 		t.Fatal(err)
 	}
 	if q, err := b.channel.Wait(t.Context()); q != driver.CQ(b.scq) || err != nil {
@@ -699,7 +699,7 @@ func TestHostileGeometry(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer pd.Close()
-			k.deform = func(cmd uint32, uhw []byte) {
+			k.Tweak = func(cmd uint32, _, uhw []byte) {
 				if cmd == c.cmd {
 					c.f(uhw)
 				}
