@@ -355,7 +355,7 @@ func (q *QP) Ask() (ib.QPAttr, error) {
 		return ib.QPAttr{}, err
 	}
 	var a ib.QPAttr
-	err := q.named(func() (err error) {
+	err := q.Named(func() (err error) {
 		a, err = q.C.QueryQP(q.Handle)
 		return err
 	})
@@ -368,14 +368,14 @@ func (q *QP) Ask() (ib.QPAttr, error) {
 // Flush tells the kernel that the queue pair is in the error state, also if it knows: some drivers look for what is to be flushed only
 // then.
 func (q *QP) Flush() error {
-	return q.named(func() error {
+	return q.Named(func() error {
 		return q.C.ModifyQP(q.Handle, &ib.QPAttr{State: ib.Err}, ib.AttrState, q.C.Link)
 	})
 }
 
-// named runs a command that names the queue pair, unless that is destroyed, or is being: the kernel gives its handle to another then.
+// Named runs a command that names the queue pair, unless that is destroyed, or is being: the kernel gives its handle to another then.
 // It does not wait, for it may be called by who polls.
-func (q *QP) named(command func() error) error {
+func (q *QP) Named(command func() error) error {
 	if !q.handle.TryRLock() {
 		return driver.ErrClosed
 	}

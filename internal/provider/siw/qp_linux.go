@@ -193,17 +193,18 @@ func (q *qp) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) er
 	case to == ib.Reset && (q.connected.Load() || q.failed.Load()):
 		return errOneLife
 	}
-	return q.Change(ctx, attr, mask, func() {
+	err := q.Change(ctx, attr, mask, func() {
 		if mask&ib.AttrAccess != 0 {
 			q.access.Store(uint32(attr.Access))
 		}
 		if mask&ib.AttrPort != 0 {
 			q.port.Store(uint32(attr.Port))
 		}
-		if to == ib.Reset {
-			q.forget()
-		}
 	})
+	if err == nil && to == ib.Reset {
+		q.forget() // not in the change: Close holds recvMu when it waits for that to end
+	}
+	return err
 }
 
 // forget empties the receive queue, which the kernel has not looked at.
@@ -228,7 +229,7 @@ func (q *qp) Query() (ib.QPAttr, error) {
 	if err := q.c.Removed(); err != nil {
 		return ib.QPAttr{}, err
 	}
-	a, err := q.C.QueryQP(q.Handle)
+	a, err := q.ask()
 	if err != nil {
 		return a, err
 	}
@@ -240,13 +241,22 @@ func (q *qp) Query() (ib.QPAttr, error) {
 		MaxRdAtomic: a.MaxDestRdAtomic, MaxDestRdAtomic: a.MaxRdAtomic}, nil // the driver has these the other way around
 }
 
+// ask returns what the kernel answers, as it is.
+func (q *qp) ask() (a ib.QPAttr, err error) {
+	err = q.Named(func() (err error) {
+		a, err = q.C.QueryQP(q.Handle)
+		return err
+	})
+	return a, err
+}
+
 // Moved says that the connection manager has moved the queue pair.
 func (q *qp) Moved(s ib.QPState) {
 	if s != ib.RTS {
 		q.fail()
 		return
 	}
-	if a, err := q.C.QueryQP(q.Handle); err == nil {
+	if a, err := q.ask(); err == nil {
 		q.ord.Store(uint64(a.MaxDestRdAtomic)) // see Query
 	}
 	q.connected.Store(true)

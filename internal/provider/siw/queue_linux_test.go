@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -200,6 +201,26 @@ func TestStates(t *testing.T) {
 		t.Errorf("%+v, %v, %q", a, err, b.q.Path())
 	}
 	if err := b.q.Modify(ctx, &ib.QPAttr{State: ib.Reset}, ib.AttrState); !errors.Is(err, errors.ErrUnsupported) {
+		t.Error(err)
+	}
+}
+
+// A reset and the end of a queue pair may come at the same time.
+func TestResetBesideClose(t *testing.T) {
+	b := newBench(t, benchOpts{})
+	closed := make(chan error, 1)
+	b.k.During[26] = func() {
+		delete(b.k.During, 26)
+		go func() { closed <- b.q.Close() }()
+		for b.q.recvMu.TryLock() { // until Close has come as far as it can
+			b.q.recvMu.Unlock()
+			runtime.Gosched()
+		}
+	}
+	if err := b.q.Modify(t.Context(), &ib.QPAttr{State: ib.Reset}, ib.AttrState); err != nil {
+		t.Error(err)
+	}
+	if err := <-closed; err != nil {
 		t.Error(err)
 	}
 }
