@@ -1196,6 +1196,46 @@ const (
 	DetachMcastDriverDataOffset = 24 // driver_data
 )
 
+// FlowAttr is struct ib_uverbs_flow_attr (rdma/ib_user_verbs.h).
+type FlowAttr struct {
+	_          structs.HostLayout
+	_          [0]uint64 // the alignment in C
+	Type       uint32
+	Size       uint16
+	Priority   uint16
+	NumOfSpecs uint8
+	Reserved   [2]byte
+	Port       uint8
+	Flags      uint32
+}
+
+// What has no field in FlowAttr, by its offset.
+const (
+	FlowAttrFlowSpecsOffset = 16 // flow_specs
+)
+
+// CreateFlow is struct ib_uverbs_create_flow (rdma/ib_user_verbs.h).
+type CreateFlow struct {
+	_        structs.HostLayout
+	CompMask uint32
+	QPHandle uint32
+	FlowAttr FlowAttr
+}
+
+// CreateFlowResp is struct ib_uverbs_create_flow_resp (rdma/ib_user_verbs.h).
+type CreateFlowResp struct {
+	_          structs.HostLayout
+	CompMask   uint32
+	FlowHandle uint32
+}
+
+// DestroyFlow is struct ib_uverbs_destroy_flow (rdma/ib_user_verbs.h).
+type DestroyFlow struct {
+	_          structs.HostLayout
+	CompMask   uint32
+	FlowHandle uint32
+}
+
 // CreateSRQ is struct ib_uverbs_create_srq (rdma/ib_user_verbs.h).
 type CreateSRQ struct {
 	_          structs.HostLayout

@@ -16,7 +16,7 @@ type naming struct {
 	c             string // separated by white space
 }
 
-// wanted is the package: what the command and data path of ringside's providers use. The kernel has more (flow specs, RSS,
+// wanted is the package: what the command and data path of ringside's providers use. The kernel has more (RSS,
 // DEVX); what a provider comes to need is added here.
 var wanted = []goFile{
 	{
@@ -54,6 +54,7 @@ var wanted = []goFile{
 			ib_uverbs_post_srq_recv ib_uverbs_post_srq_recv_resp
 			ib_uverbs_create_ah ib_uverbs_create_ah_resp ib_uverbs_destroy_ah
 			ib_uverbs_attach_mcast ib_uverbs_detach_mcast
+			ib_uverbs_flow_attr ib_uverbs_create_flow ib_uverbs_create_flow_resp ib_uverbs_destroy_flow
 			ib_uverbs_create_srq ib_uverbs_create_xsrq ib_uverbs_create_srq_resp
 			ib_uverbs_modify_srq ib_uverbs_query_srq ib_uverbs_query_srq_resp
 			ib_uverbs_destroy_srq ib_uverbs_destroy_srq_resp`}},
