@@ -164,6 +164,17 @@ func (q *QP) ActivateUD(ctx context.Context, port uint8, qkey ib.QKey, psn ib.PS
 	return q.Modify(ctx, &ib.QPAttr{State: ib.RTS, SQPSN: psn}, ib.AttrState|ib.AttrSQPSN)
 }
 
+// ActivateRaw takes a raw packet queue pair from Reset to RTS: frames can be sent, and those are received that its rules say.
+func (q *QP) ActivateRaw(ctx context.Context, port uint8) error {
+	if err := q.Modify(ctx, &ib.QPAttr{State: ib.Init, Port: port}, ib.AttrState|ib.AttrPort); err != nil {
+		return err
+	}
+	if err := q.Modify(ctx, &ib.QPAttr{State: ib.RTR}, ib.AttrState); err != nil {
+		return err
+	}
+	return q.Modify(ctx, &ib.QPAttr{State: ib.RTS}, ib.AttrState)
+}
+
 // Fail moves the queue pair to Err from any state but Reset: outstanding work requests complete with ib.WCFlushErr.
 func (q *QP) Fail(ctx context.Context) error {
 	return q.Modify(ctx, &ib.QPAttr{State: ib.Err}, ib.AttrState)

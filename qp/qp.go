@@ -8,6 +8,8 @@
 //	err = q.Connect(ctx, qp.ConnectParams{Remote: theirs, LocalPSN: mine})
 //	n, err := q.PostSend(wrs)
 //
+// One of datagrams, or of Ethernet frames, has no peer: see ActivateUD, and ActivateRaw and Steer.
+//
 // Completions arrive in the verbs.CQs that the queue pair was made with.
 package qp
 
@@ -44,6 +46,9 @@ type Config struct {
 	MaxInline int
 	// SignalAll gives every send work request a completion, as if it had ib.SendSignaled.
 	SignalAll bool
+	// Loopback has a queue pair of type ib.RawPacket receive also what queue pairs of its own context send, itself included, where its
+	// rules match. Other types do so anyway.
+	Loopback bool
 }
 
 // Defaults of Config.
@@ -113,7 +118,8 @@ func driverConfig(c *verbs.Context, cfg *Config) (driver.QPConfig, error) {
 	if err != nil {
 		return d, err
 	}
-	d = driver.QPConfig{Type: cfg.Type, SendCQ: cfg.SendCQ.Driver(), RecvCQ: recvCQ.Driver(), SignalAll: cfg.SignalAll}
+	d = driver.QPConfig{Type: cfg.Type, SendCQ: cfg.SendCQ.Driver(), RecvCQ: recvCQ.Driver(), SignalAll: cfg.SignalAll,
+		Loopback: cfg.Loopback}
 	switch d.Type {
 	case 0:
 		d.Type = ib.RC
@@ -126,8 +132,18 @@ func driverConfig(c *verbs.Context, cfg *Config) (driver.QPConfig, error) {
 		if !a.Caps.Has(ib.CapUD) {
 			return d, fmt.Errorf("UD queue pairs: %w", errors.ErrUnsupported)
 		}
+	case ib.RawPacket:
+		if !a.Caps.Has(ib.CapRawPacket) {
+			return d, fmt.Errorf("raw packet queue pairs: %w", errors.ErrUnsupported)
+		}
+		if cfg.SRQ != nil {
+			return d, errors.New("a raw packet queue pair cannot have an SRQ")
+		}
 	default:
 		return d, fmt.Errorf("unknown queue pair type %s", d.Type)
+	}
+	if cfg.Loopback && d.Type != ib.RawPacket {
+		return d, errors.New("Loopback is for raw packet queue pairs")
 	}
 	size := func(name string, asked, def, limit int) int {
 		n := asked

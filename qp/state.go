@@ -102,6 +102,15 @@ var steps = map[ib.QPType]map[transition]step{
 		{ib.Init, ib.Reset}:  {}, {ib.RTR, ib.Reset}: {}, {ib.RTS, ib.Reset}: {}, {ib.SQD, ib.Reset}: {}, {ib.SQE, ib.Reset}: {}, {ib.Err, ib.Reset}: {},
 		{ib.Init, ib.Err}: {}, {ib.RTR, ib.Err}: {}, {ib.RTS, ib.Err}: {}, {ib.SQD, ib.Err}: {}, {ib.SQE, ib.Err}: {}, {ib.Err, ib.Err}: {},
 	},
+	// None of the specification's: as Linux' mlx5 driver takes it, which has no SQD and no SQE for it.
+	ib.RawPacket: {
+		{ib.Reset, ib.Reset}: {},
+		{ib.Reset, ib.Init}:  {need: ib.AttrPort},
+		{ib.Init, ib.RTR}:    {},
+		{ib.RTR, ib.RTS}:     {},
+		{ib.Init, ib.Reset}:  {}, {ib.RTR, ib.Reset}: {}, {ib.RTS, ib.Reset}: {}, {ib.Err, ib.Reset}: {},
+		{ib.Init, ib.Err}: {}, {ib.RTR, ib.Err}: {}, {ib.RTS, ib.Err}: {}, {ib.Err, ib.Err}: {},
+	},
 }
 
 // Transition returns the attributes that a Modify of a QP of type t from one state to another needs, and those it may

@@ -159,6 +159,8 @@ type QPConfig struct {
 	Cap    ib.QPCap
 	// SignalAll gives every send work request a completion, as if it had SendSignaled.
 	SignalAll bool
+	// Loopback has a RawPacket QP receive what QPs of its own context send, too.
+	Loopback bool
 }
 
 // QP is a queue pair in state Reset.
@@ -256,6 +258,18 @@ type MW interface {
 	Handle() uint32
 	// RKey is the window's current key; bind and invalidate change it.
 	RKey() ib.RKey
+	Close() error
+}
+
+// Steerer is an optional part of QP: flow rules, which say what a RawPacket QP receives.
+type Steerer interface {
+	// Steer makes a rule, which the layer above has checked. The QP cannot be closed before it.
+	Steer(*ib.FlowRule) (Flow, error)
+}
+
+// Flow is a flow rule.
+type Flow interface {
+	// Close ends the rule: no frame that comes in afterwards is received by it.
 	Close() error
 }
 

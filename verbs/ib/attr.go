@@ -33,6 +33,7 @@ type DeviceAttr struct {
 	MaxSRQSGE       int
 	MaxPKeys        int
 	MaxInline       int // bytes of inline data that every QP can be given
+	MinFrameInline  int // bytes at the beginning of a frame that requests of RawPacket QPs must have inline
 	Caps            DeviceCaps
 }
 
@@ -61,10 +62,13 @@ const (
 	CapFlushPersistent // FLUSH for persistence, of memory that keeps its content
 	CapAtomicWrite     // ATOMIC_WRITE (IBA A19)
 	CapMWBounds        // memory windows hold peers to their bounds, and to the moment when they are invalidated
+	CapRawPacket       // RawPacket queue pairs
+	CapFlowSteering    // flow rules, without which RawPacket queue pairs receive nothing
+	CapFrameChecksum   // checksums of RawPacket queue pairs: SendChecksum, and WCChecksumOK of what is received
 )
 
 var capNames = []string{"mw2", "srq", "atomic", "atomic-global", "resize-cq", "ud", "uc", "odp", "dma-buf", "relaxed-ordering",
-	"imm", "cm-only", "flush", "flush-persistent", "atomic-write", "mw-bounds"}
+	"imm", "cm-only", "flush", "flush-persistent", "atomic-write", "mw-bounds", "raw-packet", "flow-steering", "frame-checksum"}
 
 // Has reports whether every feature of want is there.
 func (c DeviceCaps) Has(want DeviceCaps) bool { return c&want == want }

@@ -56,6 +56,8 @@ const (
 	RC QPType = 2 // reliable connection
 	UC QPType = 3 // unreliable connection
 	UD QPType = 4 // unreliable datagram
+	// RawPacket is none of the specification's: Ethernet frames as they are, which FlowRules bring to queue pairs. See qp.QP.Steer.
+	RawPacket QPType = 8
 )
 
 func (t QPType) String() string {
@@ -66,6 +68,8 @@ func (t QPType) String() string {
 		return "UC"
 	case UD:
 		return "UD"
+	case RawPacket:
+		return "RawPacket"
 	}
 	return fmt.Sprintf("QPType(%d)", uint8(t))
 }

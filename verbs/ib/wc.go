@@ -130,7 +130,10 @@ type WCFlags uint8
 const (
 	WCGRH     WCFlags = 1 << 0 // the receive buffer starts with a valid 40-byte GRH
 	WCWithImm WCFlags = 1 << 1 // Imm is valid
-	WCWithInv WCFlags = 1 << 3 // InvalidatedRKey is valid
+	// WCChecksumOK: a frame came in that is IPv4, and its header's checksum, and that of TCP or UDP, are right. Without it they may
+	// be wrong, or not known. RawPacket only.
+	WCChecksumOK WCFlags = 1 << 2
+	WCWithInv    WCFlags = 1 << 3 // InvalidatedRKey is valid
 )
 
 // WC is a work completion (IBA 11.4.2.1). If Status is not WCSuccess, only ID, Status, QPN and VendorErr are valid.

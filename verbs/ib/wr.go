@@ -69,6 +69,9 @@ const (
 	SendSignaled SendFlags = 1 << 1
 	// SendSolicited raises a solicited event at the receiver (IBA 11.4.2.2).
 	SendSolicited SendFlags = 1 << 2
+	// SendChecksum has the device fill in the checksums of a frame's IPv4 header, and of TCP or UDP. RawPacket only; needs
+	// CapFrameChecksum.
+	SendChecksum SendFlags = 1 << 4
 )
 
 // AHNum names an address handle within its context; see verbs.AH.
@@ -92,6 +95,8 @@ type SendWR struct {
 	// Inline is the payload itself, copied during PostSend, with no registered memory involved. It is used when it is
 	// not empty; SGEs must then be empty, the opcode one of SEND*, RDMA_WRITE* or ATOMIC_WRITE, and its length at most the QP's
 	// MaxInline.
+	//
+	// RawPacket alone can have both: Inline is the beginning of the frame then, and what SGEs name follows it.
 	Inline []byte
 
 	RemoteAddr uint64 // RDMA, atomics, OpFlush, OpAtomicWrite; the two kinds of atomics need 8-byte alignment

@@ -158,7 +158,8 @@ func (c *Context) QueryDevice() (ib.DeviceAttr, error) {
 	}
 	a := ib.DeviceAttr{Ports: 1, MaxMRSize: 1 << 40, MaxQP: 1000, MaxQPWR: 1000, MaxSGE: 8, MaxCQ: 1000, MaxCQE: 10000, MaxMR: 1000,
 		MaxPD: 100, MaxQPRdAtomic: 8, MaxQPInitRdAtom: 4, MaxMW: 100, MaxAH: 100, MaxSRQ: 100, MaxSRQWR: 2000, MaxSRQSGE: 4, MaxInline: 32,
-		Caps: ib.CapMW2 | ib.CapSRQ | ib.CapAtomic | ib.CapResizeCQ | ib.CapUD | ib.CapUC | ib.CapImm}
+		Caps: ib.CapMW2 | ib.CapSRQ | ib.CapAtomic | ib.CapResizeCQ | ib.CapUD | ib.CapUC | ib.CapImm | ib.CapRawPacket |
+			ib.CapFlowSteering}
 	if c.dev.NoOptions {
 		a.Caps = 0
 	}
@@ -488,6 +489,21 @@ func (q *QP) PostRecv(wrs []ib.RecvWR) (int, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return post(&q.recvs, len(wrs), q.Config.Cap.MaxRecvWR)
+}
+
+// Steer makes a *Flow.
+func (q *QP) Steer(r *ib.FlowRule) (driver.Flow, error) {
+	f := &Flow{Rule: *r}
+	if err := errors.Join(q.err(), f.init(q.dev, "flow", "create_flow")); err != nil {
+		return nil, err
+	}
+	return f, nil
+}
+
+// Flow is a flow rule.
+type Flow struct {
+	object
+	Rule ib.FlowRule
 }
 
 // Path is "fake".
