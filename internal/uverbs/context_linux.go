@@ -316,6 +316,12 @@ func (c *Context) QueryDevice() (ib.DeviceAttr, error) {
 	case global:
 		a.Caps |= ib.CapAtomic | ib.CapAtomicGlobal
 	}
+	if b.DeviceCapFlags&abi.IB_UVERBS_DEVICE_MANAGED_FLOW_STEERING != 0 {
+		a.Caps |= ib.CapFlowSteering
+	}
+	if b.DeviceCapFlags&abi.IB_UVERBS_DEVICE_RAW_IP_CSUM != 0 {
+		a.Caps |= ib.CapFrameChecksum
+	}
 	if r.ODPCaps.GeneralCaps != 0 {
 		a.Caps |= ib.CapODP
 	}

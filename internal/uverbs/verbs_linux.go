@@ -229,6 +229,9 @@ type QPInfo struct {
 func (f *File) CreateQP(cmd *abi.CreateQP, uhwIn, uhwOut []byte) (QPInfo, error) {
 	var resp abi.CreateQPResp
 	err := f.Write("create_qp", &WriteCmd{Cmd: abi.IB_USER_VERBS_CMD_CREATE_QP, In: Bytes(cmd), Out: Bytes(&resp), UHWIn: uhwIn, UHWOut: uhwOut})
+	if cmd.QPType == abi.IB_UVERBS_QPT_RAW_PACKET {
+		hintNetRaw(err)
+	}
 	return QPInfo{resp.QPHandle, ib.QPN(resp.QPN), ib.QPCap{
 		MaxSendWR: int(resp.MaxSendWR), MaxRecvWR: int(resp.MaxRecvWR),
 		MaxSendSGE: int(resp.MaxSendSGE), MaxRecvSGE: int(resp.MaxRecvSGE), MaxInline: int(resp.MaxInlineData),

@@ -5,6 +5,7 @@ package mlx5
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/ringside-rdma/ringside/internal/abi"
@@ -86,6 +87,12 @@ func (c *mlx5Context) QueryDevice() (ib.DeviceAttr, error) {
 	if c.info.maxSRQSlots == 0 {
 		a.Caps &^= ib.CapSRQ
 	}
+	if c.hasFrames() {
+		a.Caps |= ib.CapRawPacket
+		a.MinFrameInline = c.info.minInline
+	} else {
+		a.Caps &^= ib.CapFlowSteering | ib.CapFrameChecksum
+	}
 	a.MaxInline = c.maxInline()
 	a.MaxSGE = min(a.MaxSGE, c.maxSGE())
 	a.MaxSGERead = min(a.MaxSGERead, a.MaxSGE)
@@ -98,6 +105,12 @@ func (c *mlx5Context) link(port uint8) ib.LinkLayer {
 		return ib.LinkUnspecified
 	}
 	return c.links[port-1]
+}
+
+// hasFrames reports whether there can be raw packet queue pairs: they need Ethernet, and completions that name queue pairs by index, as
+// those of frames do not have their number.
+func (c *mlx5Context) hasFrames() bool {
+	return c.info.byIndex && slices.Contains(c.links, ib.LinkEthernet)
 }
 
 type pd struct {

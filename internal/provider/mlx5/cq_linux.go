@@ -253,7 +253,7 @@ func (q *cq) decode(e cqe, tail uint32, wc *ib.WC) error {
 	if cqeFormat(tail) != 0 {
 		return fmt.Errorf("it has format %#x, of which none was asked for", cqeFormat(tail))
 	}
-	p, err := q.owner(e)
+	p, err := q.owner(e, code)
 	if err != nil {
 		return err
 	}
@@ -269,7 +269,7 @@ func (q *cq) decode(e cqe, tail uint32, wc *ib.WC) error {
 }
 
 // owner is the queue pair that a completion is of.
-func (q *cq) owner(e cqe) (*qp, error) {
+func (q *cq) owner(e cqe, code uint8) (*qp, error) {
 	qpn := cqeOpcodeAndQPN(e) & number24
 	index := qpn
 	if q.c.info.byIndex {
@@ -286,7 +286,7 @@ func (q *cq) owner(e cqe) (*qp, error) {
 		}
 		q.last = p
 	}
-	if p.number != qpn {
+	if p.number != qpn && !(p.raw && code != cqeRequest && code != cqeRequestErr) { // of frames that came in there is a flow tag instead
 		return nil, fmt.Errorf("it is of queue pair %#x, and its index %#x that of %#x", qpn, index, p.number)
 	}
 	return p, nil
@@ -382,7 +382,11 @@ func (q *cq) receive(p *qp, e cqe, tail uint32, wc *ib.WC) error {
 	case cqeRecvInv:
 		wc.Flags, wc.InvalidatedRKey = ib.WCWithInv, ib.RKey(cqeImm(e))
 	}
-	if p.ud {
+	if p.more {
+		if p.raw {
+			wc.Flags |= p.checksums(e)
+			return nil
+		}
 		f := cqeFlagsAndQPN(e)
 		wc.SrcQPN, wc.SL, wc.SLID = ib.QPN(f&number24), uint8(f>>24&15), ib.LID(cqeSLID(e))
 		if f>>28&3 != 0 {

@@ -65,6 +65,7 @@ func cqeFormat(tail uint32) uint8   { return uint8(tail>>24) & cqeFormatBits }
 func cqeCounter(tail uint32) uint16 { return bits.ReverseBytes16(uint16(tail)) }
 func cqeSLID(e cqe) uint16          { return bits.ReverseBytes16(get[uint16](e, 22)) }
 func cqeFlagsAndQPN(e cqe) uint32   { return be32(get[uint32](e, 24)) }
+func cqeHeaders(e cqe) uint16       { return get[uint16](e, 28) } // of a frame: in the lower byte what of it is right, in the upper one what it is
 func cqeIndex(e cqe) uint32         { return be32(get[uint32](e, 32)) & number24 }
 func cqeImm(e cqe) uint32           { return be32(get[uint32](e, 36)) }
 func cqeLength(e cqe) uint32        { return be32(get[uint32](e, 44)) }

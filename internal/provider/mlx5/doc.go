@@ -10,6 +10,6 @@
 // request has failed, with ib.WCGeneralErr, and ib.WC.VendorErr has the syndrome.
 //
 // Left out: receive data in completions, and compressed ones (both are off unless asked for), completions of 128 bytes, signatures,
-// XRC and DC, raw Ethernet. A receive of a shared queue that ends because its memory was not there in time (on-demand paging) is an
+// XRC and DC, and of raw Ethernet segmentation, VLAN tags, RSS and flow tags. A receive of a shared queue that ends because its memory was not there in time (on-demand paging) is an
 // error, where libmlx5 posts it again.
 package mlx5

@@ -21,6 +21,11 @@ const (
 	mkeyBytes  = 64 // to what
 	klmBytes   = 64 // one indirect memory key, and zeros
 
+	ethBytes     = 16 // and, of an inline header, what does not fit
+	ethHead      = 14 // where the header begins
+	frameInline  = 18 // an Ethernet header with a VLAN tag
+	shortestSend = 14 // bytes that a frame has at least
+
 	bindBytes = ctrlBytes + umrBytes + mkeyBytes + klmBytes
 
 	inlineSegment = 1 << 31 // in the length of a data segment: the data follow
@@ -60,6 +65,7 @@ type shape uint8
 
 const (
 	noShape       shape = iota // there is no such operation
+	frameShape                 // what to do with an Ethernet frame, and its beginning; see writeFrame
 	plainShape                 // nothing
 	remoteShape                // where in the peer's memory
 	atomicShape                // that, and the operands
@@ -113,6 +119,9 @@ var (
 		ib.OpSend:        {codeSend, datagramShape, ib.WCSend, true, noImm},
 		ib.OpSendWithImm: {codeSendImm, datagramShape, ib.WCSend, true, immData},
 	}
+	rawOperations = operations{
+		ib.OpSend: {codeSend, frameShape, ib.WCSend, true, noImm},
+	}
 )
 
 // operationsOf returns those of a type of queue pair, or nil.
@@ -124,6 +133,8 @@ func operationsOf(t ib.QPType) *operations {
 		return &ucOperations
 	case ib.UD:
 		return &udOperations
+	case ib.RawPacket:
+		return &rawOperations
 	}
 	return nil
 }
@@ -171,7 +182,12 @@ type size struct {
 
 	slots uint32 // of a receive queue; a power of two, or 0
 	shift uint8  // a slot has 1<<shift bytes
+
+	apart int // the send queue begins at a multiple of so many bytes
 }
 
 func (s *size) recvBytes() int { return int(s.slots) << s.shift }
 func (s *size) sendBytes() int { return int(s.blocks) * blockBytes }
+
+// sendAt is where the send queue begins: behind the receive queue.
+func (s *size) sendAt() int { return (s.recvBytes() + s.apart - 1) / s.apart * s.apart }

@@ -35,6 +35,7 @@ type deviceInfo struct {
 	uarsPerPage int
 	fixedRegs   int  // that the kernel hands out; 0: the process does
 	tellsMAC    bool // when an address handle is made
+	minInline   int  // bytes at the beginning of a frame that requests must have inline
 }
 
 // learn checks what the kernel has answered. Sizes that the formats have no room for are cut down; what makes no sense is refused.
@@ -49,6 +50,9 @@ func learn(r *abi.Mlx5AllocUcontextResp) (*deviceInfo, error) {
 		maxSRQSlots: min(r.MaxSRQRecvWR, maxQueueBlocks), byIndex: r.CQEVersion == 1,
 		halfReg: int(r.BFRegSize / 2), uarsPerPage: int(r.NumUARsPerPage), fixedRegs: int(r.TotBFRegs),
 		tellsMAC: r.CmdsSuppUHW&abi.MLX5_USER_CMDS_SUPP_UHW_CREATE_AH != 0,
+	}
+	if r.EthMinInline != abi.MLX5_USER_INLINE_MODE_NONE { // of kernels that do not say, too
+		i.minInline = frameInline
 	}
 	if r.ResponseLength > uint32(len(uverbs.Bytes(r))) || r.ResponseLength < known {
 		return bad("response_length", r.ResponseLength, "64 to 72")

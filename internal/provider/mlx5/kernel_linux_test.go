@@ -81,6 +81,8 @@ type fakeKernel struct {
 	mac     [6]byte
 	resized func(old, fresh *fakeCQ)
 	pageID  uint32 // of the first UAR
+	caps    uint32 // more of the device's flags
+	flow    []byte // the last CREATE_FLOW
 }
 
 const uarPageBytes = 4096
@@ -228,7 +230,7 @@ func (k *fakeKernel) own(c *uverbstest.Command) syscall.Errno {
 	case 0x80000001: // QUERY_DEVICE
 		le.PutUint32(out[52:], 1000)
 		le.PutUint32(out[56:], 32768)
-		le.PutUint32(out[60:], 1<<24) // windows of type 2B
+		le.PutUint32(out[60:], 1<<24|k.caps) // windows of type 2B
 		le.PutUint32(out[64:], 30)
 		le.PutUint32(out[68:], 30)
 		le.PutUint32(out[76:], 1<<22-1)
@@ -269,8 +271,11 @@ func (k *fakeKernel) own(c *uverbstest.Command) syscall.Errno {
 	case 24: // CREATE_QP
 		h := k.Handle("qp")
 		buf, sq, rq := le.Uint64(uhwIn[0:]), int(le.Uint32(uhwIn[16:]))*64, int(le.Uint32(uhwIn[20:]))<<le.Uint32(uhwIn[24:])
-		mem := memoryAt(buf, sq+rq)
-		q := &fakeQP{rq: mem[:rq:rq], sq: mem[rq:], record: memoryAt(le.Uint64(uhwIn[8:]), 8), number: 0x100 + uint32(len(k.qps)),
+		sends := buf + uint64(rq)
+		if in[53] == 8 { // RAW_PACKET
+			sends = le.Uint64(uhwIn[40:])
+		}
+		q := &fakeQP{rq: memoryAt(buf, rq), sq: memoryAt(sends, sq), record: memoryAt(le.Uint64(uhwIn[8:]), 8), number: 0x100 + uint32(len(k.qps)),
 			index: le.Uint32(uhwIn[32:]), scq: k.cqs[le.Uint32(in[20:])], rcq: k.cqs[le.Uint32(in[24:])], request: slices.Clone(uhwIn)}
 		if in[54] != 0 {
 			q.srq = k.srqs[le.Uint32(in[28:])]
@@ -306,6 +311,11 @@ func (k *fakeKernel) own(c *uverbstest.Command) syscall.Errno {
 		le.PutUint32(out[4:], uint32(slots-1))
 		copy(out[8:12], in[24:28])
 		le.PutUint32(uhwOut[0:], 0x900+h)
+	case 0x80000032: // CREATE_FLOW
+		k.flow = slices.Clone(in)
+		le.PutUint32(out[4:], k.Handle("flow"))
+	case 0x80000033:
+		return k.Destroy(le.Uint32(in[4:]), "flow")
 	default:
 		return uverbstest.AsUsual
 	}

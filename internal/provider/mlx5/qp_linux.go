@@ -23,7 +23,10 @@ type qp struct {
 	inline   int
 	sigFlags uint32 // of every request
 	number   uint32
+	csum     ib.SendFlags // those for checksums that the device has
 	ud       bool
+	raw      bool
+	more     bool // completions of receives say more: ud or raw
 
 	sendMu ring.SpinLock
 	fence  uint32 // guarded by sendMu: of the next request, unless it has one
@@ -45,6 +48,7 @@ type qp struct {
 	recvClosed bool // guarded by recvMu
 	rq         recvQueue
 	maxRecvSGE int
+	withheld   recordWord // guarded by recvMu: see admit
 
 	uverbs.QP
 	cookie   uint64
@@ -60,8 +64,11 @@ func units(n int) int { return (n + unitBytes - 1) / unitBytes }
 
 // overhead is the bytes before a send element's data, of the operation that has most of them.
 func overhead(t ib.QPType) int {
-	if t == ib.UD {
+	switch t {
+	case ib.UD:
 		return ctrlBytes + avBytes
+	case ib.RawPacket:
+		return ctrlBytes + 2*ethBytes
 	}
 	return ctrlBytes + raddrBytes
 }
@@ -80,6 +87,9 @@ func (i *deviceInfo) sizeOf(cfg *driver.QPConfig) (s size, err error) {
 	if want.MaxSendWR < 0 || want.MaxRecvWR < 0 || want.MaxSendSGE < 0 || want.MaxRecvSGE < 0 || want.MaxInline < 0 {
 		return s, fmt.Errorf("negative sizes: %+v", *want)
 	}
+	if s.apart = 1; cfg.Type == ib.RawPacket {
+		s.apart = pageBytes // to the kernel, it is memory of its own
+	}
 	if want.MaxSendWR > 0 {
 		over := overhead(cfg.Type)
 		if want.MaxSendSGE > (int(i.maxSend)-over)/dataBytes {
@@ -89,8 +99,13 @@ func (i *deviceInfo) sizeOf(cfg *driver.QPConfig) (s size, err error) {
 			return s, fmt.Errorf("%d bytes of inline data: this device has room for %d", want.MaxInline, most)
 		}
 		n := over + max(want.MaxSendSGE*dataBytes, units(4+want.MaxInline)*unitBytes)
-		if cfg.Type != ib.UD {
+		switch cfg.Type {
+		case ib.RC, ib.UC:
 			n = max(n, bindBytes)
+		case ib.RawPacket: // a request may have both
+			if n = max(n, ctrlBytes+units(ethHead+want.MaxInline)*unitBytes+want.MaxSendSGE*dataBytes); n > int(i.maxSend) {
+				return s, fmt.Errorf("%d bytes of inline data and %d SGEs: this device has room for requests of %d bytes", want.MaxInline, want.MaxSendSGE, i.maxSend)
+			}
 		}
 		blocks := (n + blockBytes - 1) / blockBytes
 		most := int(i.maxBlocks) / blocks
@@ -103,7 +118,11 @@ func (i *deviceInfo) sizeOf(cfg *driver.QPConfig) (s size, err error) {
 			return s, fmt.Errorf("%d send requests take %d blocks: this device has queues of %d", want.MaxSendWR, s.blocks, i.maxBlocks)
 		}
 		s.requests = s.blocks / uint32(blocks)
-		s.inline = min(blocks*blockBytes, int(i.maxSend)) - over - 4
+		room := min(blocks*blockBytes, int(i.maxSend))
+		s.inline = room - over - 4
+		if cfg.Type == ib.RawPacket {
+			s.inline = min(s.inline, room-ctrlBytes-ethHead-want.MaxSendSGE*dataBytes)
+		}
 	}
 	if want.MaxRecvWR > 0 && cfg.SRQ == nil {
 		stride := pow2(max(want.MaxRecvSGE, 1) * dataBytes)
@@ -134,9 +153,15 @@ func (p *pd) CreateQP(cfg driver.QPConfig) (driver.QP, error) {
 	if !ok1 || !ok2 || !ok3 && cfg.SRQ != nil || scq.c != c || rcq.c != c || s != nil && s.c != c {
 		return nil, errors.New("the QP's CQs or SRQ belong to another device")
 	}
-	q := &qp{c: c, ops: operationsOf(cfg.Type), ud: cfg.Type == ib.UD, scq: scq, rcq: rcq, srq: s, index: noUserIndex}
+	q := &qp{c: c, ops: operationsOf(cfg.Type), ud: cfg.Type == ib.UD, raw: cfg.Type == ib.RawPacket, scq: scq, rcq: rcq, srq: s, index: noUserIndex}
 	if q.ops == nil {
 		return nil, fmt.Errorf("%s: create_qp: %w: queue pairs of type %v", c.Device(), errors.ErrUnsupported, cfg.Type)
+	}
+	q.more = q.ud || q.raw
+	if q.raw {
+		if err := q.openRaw(&cfg); err != nil {
+			return nil, fmt.Errorf("%s: create_qp: %w", c.Device(), err)
+		}
 	}
 	z, err := c.info.sizeOf(&cfg)
 	if err != nil {
@@ -154,7 +179,7 @@ func (p *pd) CreateQP(cfg driver.QPConfig) (driver.QP, error) {
 // open makes the queues, and the queue pair in the kernel. If it fails, free takes back what there is.
 func (q *qp) open(p *pd, cfg *driver.QPConfig, z size) (err error) {
 	c := q.c
-	if q.mem, err = mapPages(max(z.recvBytes()+z.sendBytes(), 1)); err != nil {
+	if q.mem, err = mapPages(max(z.sendAt()+z.sendBytes(), 1)); err != nil {
 		return err
 	}
 	if q.rec, err = c.records.take(); err != nil {
@@ -167,6 +192,12 @@ func (q *qp) open(p *pd, cfg *driver.QPConfig, z size) (err error) {
 		RQWQEShift: uint32(z.shift), Uidx: noUserIndex}
 	if q.reg != nil {
 		cmd.Flags, cmd.BFRegIndex = abi.MLX5_QP_FLAG_UAR_PAGE_INDEX, q.reg.page
+	}
+	if q.raw {
+		cmd.SQBufAddr = cmd.BufAddr + uint64(z.sendAt())
+		if cfg.Loopback {
+			cmd.Flags |= abi.MLX5_QP_FLAG_TIR_ALLOW_SELF_LB_UC | abi.MLX5_QP_FLAG_TIR_ALLOW_SELF_LB_MC
+		}
 	}
 	if c.info.byIndex {
 		if q.index, err = c.qps.add(&unfinished); err != nil {
@@ -231,9 +262,12 @@ func (q *qp) lay(z size) {
 	if z.slots > 0 {
 		q.rq = recvQueue{base: at(q.mem, 0, z.recvBytes()), mask: z.slots - 1, limit: z.slots, shift: z.shift, record: q.rec.word[recvWord], ids: make([]uint64, z.slots)}
 		q.maxRecvSGE = 1 << z.shift / dataBytes
+		if q.raw {
+			q.rq.record = &q.withheld
+		}
 	}
 	if z.blocks > 0 {
-		q.sq = sendQueue{base: at(q.mem, z.recvBytes(), z.sendBytes()), mask: z.blocks - 1, limit: z.requests, record: q.rec.word[sendWord],
+		q.sq = sendQueue{base: at(q.mem, z.sendAt(), z.sendBytes()), mask: z.blocks - 1, limit: z.requests, record: q.rec.word[sendWord],
 			sent: make([]sent, z.blocks)}
 		q.sq.end = pastEnd(q.sq.base, z.sendBytes())
 	}
@@ -319,6 +353,8 @@ func (q *qp) Path() string {
 	switch {
 	case q.State() < ib.RTR:
 		return ""
+	case q.raw:
+		return "ethernet"
 	case q.c.Link == ib.LinkInfiniBand:
 		return "infiniband"
 	}
@@ -328,8 +364,12 @@ func (q *qp) Path() string {
 // Modify implements driver.QP.
 func (q *qp) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) error {
 	return q.Change(ctx, attr, mask, func() {
-		if mask&ib.AttrState != 0 && attr.State == ib.Reset {
+		switch {
+		case mask&ib.AttrState == 0:
+		case attr.State == ib.Reset:
 			q.reset()
+		case q.raw && attr.State != ib.Init:
+			q.admit()
 		}
 	})
 }
@@ -345,6 +385,9 @@ func (q *qp) reset() {
 	ring.StoreRel32(&q.posted, 0)
 	ring.StoreRel32(&q.recvPosted, 0)
 	q.rec.clear()
+	if q.raw && q.rq.limit > 0 {
+		q.rq.record = &q.withheld
+	}
 	q.recvMu.Unlock()
 	q.sendMu.Unlock()
 }

@@ -68,7 +68,7 @@ func (q *qp) postSendLocked(wrs []ib.SendWR) (n int, err error) {
 // writeShort is write for a SEND, WRITE or READ with one element, which fits one block; for all others it returns 0.
 func (q *qp) writeShort(wr *ib.SendWR) uint32 {
 	o := &q.ops[wr.Opcode&15]
-	if o.shape > remoteShape || o.shape == noShape || wr.Opcode > 15 || len(wr.SGEs) != 1 || q.maxSGE == 0 || len(wr.Inline) > 0 || wr.SGEs[0].Length-1 >= maxSGELen {
+	if o.shape-plainShape > remoteShape-plainShape || wr.Opcode > 15 || len(wr.SGEs) != 1 || q.maxSGE == 0 || len(wr.Inline) > 0 || wr.SGEs[0].Length-1 >= maxSGELen {
 		return 0
 	}
 	p := q.sq.block(q.sq.cur)
@@ -102,7 +102,10 @@ func (q *qp) writeShort(wr *ib.SendWR) uint32 {
 // has happened.
 func (q *qp) write(wr *ib.SendWR) (n uint32, err error) {
 	o := &q.ops[wr.Opcode&15]
-	if o.shape == noShape || wr.Opcode > 15 {
+	if o.shape <= frameShape || wr.Opcode > 15 {
+		if o.shape == frameShape && wr.Opcode == ib.OpSend {
+			return q.writeFrame(wr)
+		}
 		return 0, q.noOperation(wr.Opcode)
 	}
 	if len(wr.SGEs) > q.maxSGE {

@@ -90,6 +90,31 @@ func (q *sendQueue) putControl(p unsafe.Pointer, code uint8, qpn, units, flags, 
 	put(p, 8, be64(uint64(flags)<<32|uint64(imm)))
 }
 
+// putEth writes the segment of a frame that is to have these checksums, and whose beginning is head. It returns how many units they take;
+// what is behind head in the last one stays as it was.
+func (q *sendQueue) putEth(p unsafe.Pointer, checksums uint8, head []byte) (n uint32) {
+	put(p, 0, uint64(checksums)<<32)
+	put(p, 8, uint64(bits.ReverseBytes16(uint16(len(head))))<<32)
+	at := forward(p, ethHead)
+	// Safe: up to the end of the queue, and of a request of the queue pair's MaxInline, which fits its blocks.
+	to := unsafe.Slice((*byte)(at), min(len(head), int(uintptr(q.end)-uintptr(at))))
+	if k := copy(to, head); k < len(head) {
+		// Safe: likewise; the rest of such a request is at the beginning.
+		copy(unsafe.Slice((*byte)(q.base), len(head)-k), head[k:])
+	}
+	return max(uint32(ethHead+len(head)+unitBytes-1)/unitBytes, 1)
+}
+
+// around is n units behind p, on from the beginning of the queue if that is past its end.
+func (q *sendQueue) around(p unsafe.Pointer, n uint32) unsafe.Pointer {
+	off := uintptr(p) - uintptr(q.base) + uintptr(n)*unitBytes
+	if size := uintptr(q.end) - uintptr(q.base); off >= size {
+		off -= size
+	}
+	// Safe: off is within the queue.
+	return unsafe.Add(q.base, off)
+}
+
 // putRemote writes where in the peer's memory.
 func putRemote(p unsafe.Pointer, addr uint64, key ib.RKey) {
 	put(p, 0, be64(addr))
