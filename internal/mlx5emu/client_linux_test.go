@@ -239,6 +239,7 @@ type qpOptions struct {
 	uidx     uint32
 	sqn, rqn uint32
 	shift    uint32
+	flags    uint32
 }
 
 func (c *client) newQP(scq, rcq *cqueue, o qpOptions) *queuePair {
@@ -261,10 +262,17 @@ func (c *client) tryQP(scq, rcq *cqueue, o qpOptions) (*queuePair, error) {
 	if o.rqn == 0 && o.srq < 0 {
 		o.rqn, o.shift = 64, 5
 	}
-	buf := mapAt(c.t, 0, int(o.sqn*64+o.rqn<<o.shift))
-	q := &queuePair{c: c, typ: o.typ, buf: buf, rq: buf[:o.rqn<<o.shift], sq: buf[o.rqn<<o.shift:], db: mapAt(c.t, 0, pageSize), sqn: o.sqn, rqn: o.rqn, shift: o.shift}
+	sends := o.rqn << o.shift
+	if o.typ == ib.RawPacket {
+		sends = (sends + pageSize - 1) &^ (pageSize - 1)
+	}
+	buf := mapAt(c.t, 0, int(o.sqn*64+sends))
+	q := &queuePair{c: c, typ: o.typ, buf: buf, rq: buf[:o.rqn<<o.shift], sq: buf[sends:], db: mapAt(c.t, 0, pageSize), sqn: o.sqn, rqn: o.rqn, shift: o.shift}
 	u := abi.Mlx5CreateQP{BufAddr: addrOf(buf), DBAddr: addrOf(q.db), SQWQECount: o.sqn, RQWQECount: o.rqn, RQWQEShift: o.shift,
-		Flags: abi.MLX5_QP_FLAG_UAR_PAGE_INDEX | abi.MLX5_QP_FLAG_SCATTER_CQE, Uidx: o.uidx, BFRegIndex: c.page[1]}
+		Flags: abi.MLX5_QP_FLAG_UAR_PAGE_INDEX | abi.MLX5_QP_FLAG_SCATTER_CQE | o.flags, Uidx: o.uidx, BFRegIndex: c.page[1]}
+	if o.typ == ib.RawPacket {
+		u.SQBufAddr = addrOf(q.sq)
+	}
 	cmd := abi.CreateQP{UserHandle: 0xa000 + uint64(o.uidx), PDHandle: c.pd, SendCQHandle: scq.h, RecvCQHandle: rcq.h, MaxSendWR: 64, MaxRecvWR: 64,
 		MaxSendSGE: 2, MaxRecvSGE: 2, MaxInlineData: 64, QPType: uint8(o.typ)}
 	if o.srq >= 0 {

@@ -23,6 +23,7 @@ type Context struct {
 	// Guarded by dev.mu.
 	established bool // GET_CONTEXT has been called
 	cqeVersion  uint8
+	devx        bool // the client hears the numbers of what a raw packet queue pair consists of
 	dynamic     bool // the client makes UARs itself
 	bfregs      uint32
 	inUse       []int // QPs on each of the static bfregs
@@ -149,7 +150,7 @@ func (c *Context) ucontext(room int) []byte {
 		QPTabSize: qpTableSize, BFRegSize: bfRegSize, TotBFRegs: c.bfregs, CacheLineSize: cacheLine,
 		MaxSQDescSz: maxSQDesc, MaxRQDescSz: maxRQDesc, MaxSendWQEBB: maxSendWQEBB, MaxRecvWR: maxRecvWR, MaxSRQRecvWR: maxSRQWR + 1,
 		NumPorts: 1, CQEVersion: c.cqeVersion, CmdsSuppUHW: abi.MLX5_USER_CMDS_SUPP_UHW_QUERY_DEVICE | abi.MLX5_USER_CMDS_SUPP_UHW_CREATE_AH,
-		EthMinInline: abi.MLX5_USER_INLINE_MODE_NONE, LogUARSize: 12, NumUARsPerPage: 1,
+		EthMinInline: c.dev.inlineMode(), LogUARSize: 12, NumUARsPerPage: 1,
 	}
 	b := bytesOf(&r)
 	r.ResponseLength = uint32(min(room, len(b)))

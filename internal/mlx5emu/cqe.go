@@ -11,6 +11,8 @@ type cqe [64]byte
 
 // Where the fields are.
 const (
+	cqeRight     = 28 // u8: of a frame, which checksums are right
+	cqeHeaders   = 29 // u8: of a frame, what headers it has
 	cqeRemoteQPN = 24 // u32: 24 bits of it, above them SL and GRH
 	cqeUserIndex = 32 // u32: 24 bits
 	cqeImm       = 36 // u32
@@ -34,6 +36,8 @@ const (
 	cqeRequesterErr  = 13
 	cqeResponderErr  = 14
 	grhPresent       = 1 << 28
+	cqeL3Right       = 1 << 1
+	cqeL4Right       = 1 << 2
 	cqeOwnerBit      = 1
 	cqeUserIndexMask = 1<<24 - 1
 )

@@ -26,6 +26,8 @@ type Config struct {
 	// HostOnly leaves the host's addresses out of the GID table: peers are then met through memory only. Without it, of several devices
 	// on a host only the first can be reached at an address, since only one can have UDP port 4791 there.
 	HostOnly bool
+	// L2Inline makes it a device that wants the first 18 bytes of an Ethernet frame in the WQE, as ConnectX-4 does.
+	L2Inline bool
 	// Faults are what happens to packets that come in over UDP, as softnic.EnvFaults says it; empty: what the environment says.
 	Faults string
 	// Manual leaves the data path to whoever calls Step. By default a goroutine does.
@@ -51,10 +53,13 @@ type Device struct {
 	nextPDN  uint32
 	nextCQN  uint32
 	nextSRQN uint32
+	nextRaw  uint32         // counts queues of raw packet queue pairs
 	numbers  *keySource     // of a numbered device
 	keys     map[uint32]*mr // regions, by key
 	windows  map[uint32]*mw // windows, by the upper 24 bits of their key
-	qps      map[uint32]*qp // by number
+	qps      map[uint32]*qp // by number, but for raw packet queue pairs
+	flows    []*flow        // in the order in which they are looked at
+	inbox    inbox          // has a lock of its own
 	engine   engine
 }
 

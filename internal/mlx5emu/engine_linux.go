@@ -25,6 +25,7 @@ type engine struct {
 	wrs   [1]ib.SendWR
 	recvs [1]ib.RecvWR
 	bind  ib.BindMW
+	frame [maxFrame]byte
 	wcs   [64]ib.WC
 	later []*qp // to be put into the error state
 }
@@ -101,6 +102,7 @@ func (d *Device) step() (some, waits bool) {
 	for _, c := range d.order {
 		some = c.work() || some
 	}
+	some = d.receiveFrames() || some
 	some = d.collect() || some
 	some = d.asyncEvents() || some
 	later := d.engine.later
@@ -127,7 +129,7 @@ func (c *Context) look() (some, lossy bool) {
 			for _, n := range c.qps {
 				if n.uar == u {
 					n.rung = true
-					lossy = lossy || n.typ != ib.RC
+					lossy = lossy || n.typ == ib.UC || n.typ == ib.UD
 				}
 			}
 		}
@@ -197,6 +199,7 @@ func (d *Device) unregister() {
 	devicesMu.Lock()
 	defer devicesMu.Unlock()
 	devices = slices.DeleteFunc(slices.Clone(devices), func(o *Device) bool { return o == d })
+	forgetPort(d)
 }
 
 // eachDevice calls f for every device but one.

@@ -114,6 +114,7 @@ const (
 	qpAt    = 0x8000
 	mrAt    = 0x20000
 	arenaLn = 0x40000
+	rawSQ   = 0x1000 // behind the receives: sends of raw packet queue pairs
 )
 
 // An arenaClient drives a device out of an arena: a client whose every byte a fuzzer may choose.
@@ -160,8 +161,13 @@ func newArenaClient(t testing.TB, typ ib.QPType) (*Device, *arenaClient) {
 		bytesOf(&abi.Mlx5CreateCQ{BufAddr: arenaBase + cqAt, DBAddr: arenaBase + 0x800, CQESize: 64})))
 	for i := range 2 {
 		at := uint64(arenaBase + qpAt + i*0x8000)
+		u := abi.Mlx5CreateQP{BufAddr: at, DBAddr: arenaBase + 0x840 + uint64(i)*64, SQWQECount: 64, RQWQECount: 16, RQWQEShift: 5, Uidx: uint32(i), Flags: abi.MLX5_QP_FLAG_BFREG_INDEX, BFRegIndex: 1}
+		if typ == ib.RawPacket {
+			u.SQBufAddr = at + rawSQ
+			u.Flags |= selfFlags
+		}
 		r := c.must(abi.IB_USER_VERBS_CMD_CREATE_QP, bytesOf(&abi.CreateQP{PDHandle: pd, SendCQHandle: cq, RecvCQHandle: cq, MaxSendWR: 8, MaxRecvWR: 8, MaxSendSGE: 2, MaxRecvSGE: 2, QPType: uint8(typ)}),
-			bytesOf(&abi.Mlx5CreateQP{BufAddr: at, DBAddr: arenaBase + 0x840 + uint64(i)*64, SQWQECount: 64, RQWQECount: 16, RQWQEShift: 5, Uidx: uint32(i), Flags: abi.MLX5_QP_FLAG_BFREG_INDEX, BFRegIndex: 1}))
+			bytesOf(&u))
 		h := le.Uint32(r)
 		c.qpn[i] = le.Uint32(r[4:])
 		peer := 0x100 + uint32(1-i)
@@ -170,6 +176,10 @@ func newArenaClient(t testing.TB, typ ib.QPType) (*Device, *arenaClient) {
 				QPAccessFlags: uint32(ib.AccessRemote), QKey: 1, PathMTU: 3, DestQPNum: peer, PortNum: 1, MaxRdAtomic: 2, MaxDestRdAtomic: 2, Timeout: 10, RetryCnt: 1, RNRRetry: 1,
 				Dest: abi.QPDest{DGID: d.nic.GID(), IsGlobal: 1, PortNum: 1}}
 			c.must(abi.IB_USER_VERBS_CMD_MODIFY_QP, bytesOf(&m), nil)
+		}
+		if typ == ib.RawPacket {
+			rule := abi.CreateFlow{QPHandle: h, FlowAttr: abi.FlowAttr{Type: uint32(i), Port: 1}} // all frames, and the rest
+			c.must(extended|abi.IB_USER_VERBS_EX_CMD_CREATE_FLOW, bytesOf(&rule), nil)
 		}
 	}
 	return d, c
@@ -204,12 +214,21 @@ func FuzzClient(f *testing.F) {
 	seed(2, 200, wqe(opNop, 0, 0x100), 30, nil)
 	seed(3, 1, wqe(opSend, 0, 0x100, segData(mr, 0, key)), 1, segData(mr, 0, key))
 	seed(4, 2, wqe(opSend, 0, 0x100, make([]byte, avSize), segData(mr, 8, key)), 1, segData(mr, 64, key))
+	seed(5, 1, wqe(opSend, 0, firstRaw+1, segEth(0, []byte("to you, from me, a frame")), segData(mr, 100, key)), 1, append(segData(mr+0x1000, 2000, key), dataEnd...))
+	seed(5, 2, wqe(opSend, 0, firstRaw+1, segEth(ethL3Checksum|ethL4Checksum, udpFrame), segInline([]byte("abc"))), 1, append(segData(mr+0x1000, 2000, key), dataEnd...))
 	f.Fuzz(func(t *testing.T, typ byte, blocks uint16, sq []byte, recvs uint16, rq []byte, more []byte) {
-		d, c := newArenaClient(t, ib.QPType(2+typ%3))
+		kind := [4]ib.QPType{ib.UD, ib.RawPacket, ib.RC, ib.UC}[typ%4] // those of the seeds are 2 to 5
+		d, c := newArenaClient(t, kind)
 		defer d.Close()
 		const sqOff = 16 << 5
 		copy(c.a.mem[qpAt+0x8000:][:sqOff], rq)
-		copy(c.a.mem[qpAt+sqOff:][:64*64], sq)
+		if kind == ib.RawPacket {
+			copy(c.a.mem[qpAt:][:sqOff], rq)
+			be.PutUint32(c.a.mem[0x840:], uint32(recvs))
+			copy(c.a.mem[qpAt+rawSQ:][:64*64], sq)
+		} else {
+			copy(c.a.mem[qpAt+sqOff:][:64*64], sq)
+		}
 		be.PutUint32(c.a.mem[0x840+4:], uint32(blocks))
 		be.PutUint32(c.a.mem[0x880:], uint32(recvs))
 		outside := bytes.Clone(c.a.mem[mrAt+0x8000:])
@@ -250,6 +269,7 @@ func FuzzIoctl(f *testing.F) {
 	f.Add(command(a, arenaBase+partsAt, abi.IB_USER_VERBS_CMD_MODIFY_QP, make([]byte, 112), nil), bytesOf(&abi.ModifyQP{QPHandle: 4, AttrMask: 1, QPState: 6}))
 	f.Add(command(a, arenaBase+partsAt, abi.IB_USER_VERBS_CMD_DESTROY_QP, make([]byte, 16), nil), bytesOf(&abi.DestroyQP{QPHandle: 4}))
 	f.Add(command(a, arenaBase+partsAt, abi.IB_USER_VERBS_CMD_REG_MR, make([]byte, 40), nil), bytesOf(&abi.RegMR{Start: arenaBase, HCAVA: arenaBase, Length: 5, PDHandle: 1, AccessFlags: 7}))
+	f.Add(command(a, arenaBase+partsAt, extended|abi.IB_USER_VERBS_EX_CMD_CREATE_FLOW, make([]byte, 64), nil), bytesOf(&abi.CreateFlow{QPHandle: 4, FlowAttr: abi.FlowAttr{Port: 1, Size: 40, NumOfSpecs: 1}}))
 	f.Add(command(a, arenaBase+partsAt, abi.IB_USER_VERBS_CMD_CREATE_SRQ, make([]byte, 32), make([]byte, 32)), bytesOf(&abi.CreateSRQ{PDHandle: 1, MaxWR: 7, MaxSGE: 2}))
 	for k, m := range methods {
 		h := make([]byte, headerSize)

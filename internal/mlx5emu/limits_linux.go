@@ -21,11 +21,13 @@ const (
 	objectQP
 	objectSRQ
 	objectUAR
+	objectFlow
 	objectKinds
 )
 
 // maxObjects are those of each kind that a context may have.
-var maxObjects = [objectKinds]int{objectPD: 1 << 12, objectMR: 1 << 14, objectMW: 1 << 14, objectAH: 1 << 12, objectCQ: 1 << 12, objectQP: 1 << 12, objectSRQ: 1 << 10, objectUAR: maxDynamic}
+var maxObjects = [objectKinds]int{objectPD: 1 << 12, objectMR: 1 << 14, objectMW: 1 << 14, objectAH: 1 << 12, objectCQ: 1 << 12, objectQP: 1 << 12, objectSRQ: 1 << 10, objectUAR: maxDynamic,
+	objectFlow: 1 << 10}
 
 const (
 	maxContexts   = 1 << 8    // of a device: each has descriptors, a thread and addresses of this process
@@ -50,6 +52,8 @@ func kindOf(o object) objectKind {
 		return objectQP
 	case *srq:
 		return objectSRQ
+	case *flow:
+		return objectFlow
 	}
 	return objectUAR
 }

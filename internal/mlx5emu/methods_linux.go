@@ -51,6 +51,8 @@ func init() {
 		methodKey(abi.UVERBS_OBJECT_MW, abi.UVERBS_METHOD_MW_DESTROY): destroys[*mw](abi.UVERBS_ATTR_DESTROY_MW_HANDLE, 0),
 		methodKey(abi.UVERBS_OBJECT_AH, abi.UVERBS_METHOD_AH_DESTROY): destroys[*ah](abi.UVERBS_ATTR_DESTROY_AH_HANDLE, 0),
 
+		methodKey(abi.UVERBS_OBJECT_FLOW, abi.UVERBS_METHOD_FLOW_DESTROY): destroys[*flow](abi.UVERBS_ATTR_DESTROY_FLOW_HANDLE, 0),
+
 		methodKey(abi.UVERBS_OBJECT_CQ, abi.UVERBS_METHOD_CQ_CREATE): {run: cqCreate, attrs: []attrSpec{
 			need(newHandle(abi.UVERBS_ATTR_CREATE_CQ_HANDLE)), need(in(abi.UVERBS_ATTR_CREATE_CQ_CQE, 4, 4)),
 			need(in(abi.UVERBS_ATTR_CREATE_CQ_USER_HANDLE, 8, 8)), fd(abi.UVERBS_ATTR_CREATE_CQ_COMP_CHANNEL),
@@ -160,6 +162,7 @@ func (c *Context) establish(req []byte) syscall.Errno {
 		return unix.EOPNOTSUPP
 	} // DEVX is granted, but has no methods: drivers do without what these would tell them
 	c.cqeVersion = min(q.MaxCQEVersion, 1)
+	c.devx = q.Flags&abi.MLX5_IB_ALLOC_UCTX_DEVX != 0
 	c.dynamic = q.LibCaps&abi.MLX5_LIB_CAP_DYN_UAR != 0 && !c.dev.cfg.StaticUARs
 	if !c.dynamic {
 		if q.TotalNumBFRegs == 0 || q.NumLowLatencyBFRegs >= q.TotalNumBFRegs {

@@ -177,7 +177,7 @@ func writeQueryQP(w *writeCmd) (response, syscall.Errno) {
 	if n.sigAll {
 		r.SQSigAll = 1
 	}
-	if n.typ != ib.UD && a.State >= ib.RTR {
+	if n.typ != ib.UD && !n.raw() && a.State >= ib.RTR {
 		r.Dest = abi.QPDest{DGID: a.AH.DGID, FlowLabel: a.AH.FlowLabel, SGIDIndex: uint8(a.AH.SGIDIndex), HopLimit: a.AH.HopLimit,
 			TrafficClass: a.AH.TrafficClass, SL: a.AH.SL, IsGlobal: 1, PortNum: a.AH.Port}
 	}

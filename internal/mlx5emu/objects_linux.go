@@ -35,6 +35,8 @@ type mr struct {
 	pd     *pd
 	soft   driver.MR
 	key    uint32 // lkey and rkey
+	start  uint64
+	access ib.Access
 	length uint64
 	iova   uint64
 }
@@ -87,9 +89,13 @@ func (c *Context) withdraw(o object) {
 		c.cqs = slices.DeleteFunc(c.cqs, func(q *cq) bool { return q == o })
 	case *qp:
 		c.qps = slices.DeleteFunc(c.qps, func(q *qp) bool { return q == o })
-		delete(c.dev.qps, o.qpn)
+		if !o.raw() {
+			delete(c.dev.qps, o.qpn)
+		}
 	case *srq:
 		c.srqs = slices.DeleteFunc(c.srqs, func(q *srq) bool { return q == o })
+	case *flow:
+		c.dev.flows = slices.DeleteFunc(c.dev.flows, func(f *flow) bool { return f == o })
 	}
 }
 
@@ -152,6 +158,8 @@ func (c *Context) dropped(o object) (n eventCounts) {
 		c.putDoorbells(o)
 		c.recvMemory -= o.recvMemory()
 		n.first = c.eventsRead(o, o.events)
+	case *flow:
+		o.qp.n--
 	case *srq:
 		o.pd.n--
 		c.recvMemory -= o.recvMemory()
@@ -281,7 +289,7 @@ func writeRegMR(w *writeCmd) (response, syscall.Errno) {
 		}
 		return response{}, unix.ENOMEM
 	}
-	m := &mr{pd: p, soft: soft, key: uint32(soft.RKey()), length: q.Length, iova: q.HCAVA}
+	m := &mr{pd: p, soft: soft, key: uint32(soft.RKey()), start: q.Start, access: access, length: q.Length, iova: q.HCAVA}
 	c.dev.mu.Lock()
 	defer c.dev.mu.Unlock()
 	c.dev.keys[m.key] = m

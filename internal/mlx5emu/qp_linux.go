@@ -8,35 +8,37 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/abi"
 	"github.com/ringside-rdma/ringside/internal/driver"
-	"github.com/ringside-rdma/ringside/internal/softnic"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
 // A qp is a queue pair whose queues are in the client's memory.
 type qp struct {
-	counted  // by nobody
+	counted  // flow rules
 	c        *Context
 	pd       *pd
 	scq, rcq *cq
 	srq      *srq
 	typ      ib.QPType
-	soft     *softnic.QP
-	qpn      uint32
-	user     uint64 // the client's number, in events
-	index    uint32 // uidx
+	soft     driver.QP // the software NIC's, or a rawQP
+	qpn      uint32    // of a raw packet queue pair, that of its send queue
+	rqn      uint32    // of the receive queue of such a one
+	selfUC   bool      // such a one gets what its own context sends
+	selfMC   bool      // likewise, to groups
+	user     uint64    // the client's number, in events
+	index    uint32    // uidx
 	cap      abi.QPCap
 	sigAll   bool
 	uar      *uar
 	bfreg    uint32 // static UARs: the register, else noBFReg
 	events   uint32 // asynchronous events
 
-	// The queues: receives first, then sends. Only the client writes to them and to its doorbell record: word 0 is the number of
+	// The queues: receives first, then sends, or these elsewhere. Only the client writes to them and to its doorbell record: word 0 is the number of
 	// receives it has posted, word 1 that of basic blocks (16 bits, big endian).
-	buf, db  uint64
-	rqCount  uint32
-	rqShift  uint32
-	sqCount  uint32 // basic blocks
-	sqOffset uint64
+	buf, db uint64
+	rqCount uint32
+	rqShift uint32
+	sqCount uint32 // basic blocks
+	sqBuf   uint64
 
 	modify sync.Mutex // one change at a time
 
@@ -82,15 +84,24 @@ const (
 	uidxUnused   = 1<<24 - 1
 	qpFlagsKnown = abi.MLX5_QP_FLAG_SCATTER_CQE | abi.MLX5_QP_FLAG_ALLOW_SCATTER_CQE | abi.MLX5_QP_FLAG_BFREG_INDEX |
 		abi.MLX5_QP_FLAG_UAR_PAGE_INDEX | abi.MLX5_QP_FLAG_PACKET_BASED_CREDIT_MODE
+	selfFlags = abi.MLX5_QP_FLAG_TIR_ALLOW_SELF_LB_UC | abi.MLX5_QP_FLAG_TIR_ALLOW_SELF_LB_MC
 )
 
 // createQP makes a queue pair.
 func (c *Context) createQP(q *qpRequest) (*qp, uint32, syscall.Errno) {
 	u := structOf[abi.Mlx5CreateQP](q.uhw)
-	switch {
-	case q.typ != ib.RC && q.typ != ib.UC && q.typ != ib.UD:
+	known := uint32(qpFlagsKnown)
+	switch q.typ {
+	case ib.RC, ib.UC, ib.UD:
+	case ib.RawPacket:
+		if known |= selfFlags; q.hasSRQ || len(q.uhw) < 48 || u.SQBufAddr%pageSize != 0 || c.cqeVersion == 0 {
+			return nil, 0, unix.EINVAL
+		}
+	default:
 		return nil, 0, unix.EOPNOTSUPP
-	case len(q.uhw) < 36 || u.Flags&^qpFlagsKnown != 0:
+	}
+	switch {
+	case len(q.uhw) < 36 || u.Flags&^known != 0:
 		return nil, 0, unix.EINVAL
 	case u.SQWQECount&(u.SQWQECount-1) != 0 || u.SQWQECount > maxSendWQEBB || u.RQWQECount&(u.RQWQECount-1) != 0 || u.RQWQECount > maxRecvWR:
 		return nil, 0, unix.EINVAL
@@ -105,8 +116,11 @@ func (c *Context) createQP(q *qpRequest) (*qp, uint32, syscall.Errno) {
 	}
 	n := &qp{c: c, typ: q.typ, user: q.user, index: u.Uidx, cap: q.cap, sigAll: q.sigAll, buf: u.BufAddr, db: u.DBAddr,
 		rqCount: u.RQWQECount, rqShift: u.RQWQEShift, sqCount: u.SQWQECount, bfreg: noBFReg}
-	n.sqOffset = uint64(n.rqCount) << n.rqShift
-	if !c.present(n.buf, n.sqOffset+uint64(n.sqCount)*bbSize) || !c.present(n.db, 8) {
+	n.selfUC, n.selfMC = u.Flags&abi.MLX5_QP_FLAG_TIR_ALLOW_SELF_LB_UC != 0, u.Flags&abi.MLX5_QP_FLAG_TIR_ALLOW_SELF_LB_MC != 0
+	if n.sqBuf = n.buf + n.recvMemory(); n.raw() {
+		n.sqBuf = u.SQBufAddr
+	}
+	if !c.present(n.buf, n.recvMemory()) || !c.present(n.sqBuf, uint64(n.sqCount)*bbSize) || !c.present(n.db, 8) {
 		return nil, 0, unix.EFAULT
 	}
 	if errno := c.room(objectQP); errno != 0 {
@@ -143,15 +157,21 @@ func (c *Context) createQP(q *qpRequest) (*qp, uint32, syscall.Errno) {
 		n.srq.n++
 	}
 	c.qps = append(c.qps, n)
-	c.dev.qps[n.qpn] = n
+	if !n.raw() {
+		c.dev.qps[n.qpn] = n
+	}
 	return n, c.add(n), 0
 }
 
 // recvMemory is what counts of its receive queue, in bytes.
-func (n *qp) recvMemory() uint64 { return n.sqOffset }
+func (n *qp) recvMemory() uint64 { return uint64(n.rqCount) << n.rqShift }
 
 // makeSoft makes the software NIC's part.
 func (n *qp) makeSoft() syscall.Errno {
+	if n.raw() {
+		n.makeRaw()
+		return 0
+	}
 	recvs := min(int(n.rqCount), softUDRecvs)
 	if n.typ != ib.UD {
 		recvs = int(n.rqCount)
@@ -167,8 +187,8 @@ func (n *qp) makeSoft() syscall.Errno {
 	if err != nil {
 		return unix.ENOMEM
 	}
-	n.soft = soft.(*softnic.QP)
-	n.qpn = uint32(n.soft.QPN())
+	n.soft = soft
+	n.qpn = uint32(soft.QPN())
 	return 0
 }
 
@@ -220,7 +240,13 @@ func (n *qp) bfregIndex() uint32 {
 	return n.bfreg/bfregsPerUAR*bfregStride + n.bfreg%bfregsPerUAR
 }
 
-func (n *qp) uhwResponse() []byte { return bytesOf(&abi.Mlx5CreateQPResp{BFRegIndex: n.bfregIndex()}) }
+func (n *qp) uhwResponse() []byte {
+	r := abi.Mlx5CreateQPResp{BFRegIndex: n.bfregIndex()}
+	if n.raw() && n.c.devx {
+		n.rawNumbers(&r)
+	}
+	return bytesOf(&r)
+}
 
 func qpCreate(r *call) syscall.Errno {
 	const known = abi.IB_UVERBS_QP_CREATE_SQ_SIG_ALL

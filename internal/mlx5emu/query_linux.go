@@ -134,7 +134,8 @@ func (d *Device) deviceResp() abi.QueryDeviceResp {
 		MaxMRSize: a.MaxMRSize, PageSizeCap: 0xfffff000, VendorID: vendorID, VendorPartID: partID,
 		MaxQP: uint32(maxObjects[objectQP]), MaxQPWR: maxSendWQEBB, MaxSGE: maxSGE, MaxSGERd: maxSGE, MaxCQ: uint32(maxObjects[objectCQ]), MaxCQE: maxCQE,
 		DeviceCapFlags: abi.IB_UVERBS_DEVICE_CHANGE_PHY_PORT | abi.IB_UVERBS_DEVICE_PORT_ACTIVE_EVENT | abi.IB_UVERBS_DEVICE_SYS_IMAGE_GUID |
-			abi.IB_UVERBS_DEVICE_RC_RNR_NAK_GEN | abi.IB_UVERBS_DEVICE_MEM_WINDOW_TYPE_2B,
+			abi.IB_UVERBS_DEVICE_RC_RNR_NAK_GEN | abi.IB_UVERBS_DEVICE_MEM_WINDOW_TYPE_2B | abi.IB_UVERBS_DEVICE_RAW_IP_CSUM |
+			abi.IB_UVERBS_DEVICE_MANAGED_FLOW_STEERING,
 		MaxMR: uint32(maxObjects[objectMR]), MaxPD: uint32(maxObjects[objectPD]), MaxQPRdAtom: maxRdAtomic, MaxQPInitRdAtom: maxRdAtomic,
 		MaxResRdAtom: uint32(maxObjects[objectQP]) * maxRdAtomic, AtomicCap: hcaAtomics, MaxMW: uint32(maxObjects[objectMW]), MaxAH: uint32(maxObjects[objectAH]),
 		MaxSRQ: uint32(maxObjects[objectSRQ]), MaxSRQWR: maxSRQWR, MaxSRQSGE: maxSGE, MaxPKeys: 1, LocalCaAckDelay: 16, PhysPortCnt: 1,

@@ -50,6 +50,9 @@ func (n *qp) fetchRecvs() (some bool) {
 	if n.srq != nil || n.rqCount == 0 || n.recvBad {
 		return false
 	}
+	if n.raw() {
+		return n.flushRecvs()
+	}
 	posted, ok := n.c.counter(n.db)
 	if ok && posted == n.recvNext {
 		return false

@@ -70,6 +70,9 @@ func (n *qp) fetchSend(posted uint16, left int) bool {
 		n.releaseHeld()
 		return n.hold == nil
 	}
+	if n.raw() {
+		return n.fetchFrame(w, id, bbs, left)
+	}
 	st := n.c.dev.request(n, w)
 	if st != ib.WCSuccess {
 		n.sendNext += uint16(bbs)
@@ -121,7 +124,7 @@ func (n *qp) readSQ(p []byte, block uint16) bool {
 	size := uint64(n.sqCount) * bbSize
 	off := uint64(block) * bbSize % size
 	k := min(uint64(len(p)), size-off)
-	base := n.buf + n.sqOffset
+	base := n.sqBuf
 	return n.c.mem.ReadAt(p[:k], base+off) == nil && (k == uint64(len(p)) || n.c.mem.ReadAt(p[k:], base) == nil)
 }
 

@@ -59,6 +59,11 @@ var changes = map[ib.QPType]map[[2]ib.QPState]change{
 		{ib.SQD, ib.SQD}:    {may: ib.AttrPKeyIndex | ib.AttrQKey},
 		{ib.SQE, ib.RTS}:    {may: moreUD},
 	},
+	ib.RawPacket: { // and no SQD, which the driver refuses
+		{ib.Reset, ib.Init}: {need: ib.AttrPort},
+		{ib.Init, ib.RTR}:   {},
+		{ib.RTR, ib.RTS}:    {},
+	},
 }
 
 // mayChange reports whether a queue pair of that type may go from one state to another with these attributes.

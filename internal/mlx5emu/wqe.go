@@ -75,6 +75,7 @@ type sendWQE struct {
 	swapAdd, cmp  uint64
 	data          []dataSeg
 	inline        []byte
+	eth           ethSeg
 	bind          bindSegs
 }
 
@@ -87,6 +88,39 @@ type avSeg struct {
 	sgidIndex uint8
 	flowLabel uint32
 	gid       ib.GID
+}
+
+// An ethSeg is what is done with an Ethernet frame, and how it begins.
+type ethSeg struct {
+	checksums uint8
+	header    []byte
+}
+
+// What an ethSeg asks for.
+const (
+	ethL3Checksum = 1 << 6
+	ethL4Checksum = 1 << 7
+)
+
+const (
+	ethHeaderAt = 14 // in the segment: the bytes before are flags, and how long the header is
+	ethSegSize  = 16 // at least
+)
+
+// decode reads the segment at the beginning of b, and returns how long it is.
+func (s *ethSeg) decode(b []byte) (int, error) {
+	if len(b) < ethSegSize {
+		return 0, errShortWQE
+	}
+	n := int(be.Uint16(b[12:]) & inlineMask)
+	if ethHeaderAt+n > len(b) {
+		return 0, errShortWQE
+	}
+	if s.checksums = b[4]; s.checksums&^(ethL3Checksum|ethL4Checksum) != 0 || be.Uint16(b[6:]) != 0 {
+		return 0, errEth
+	}
+	s.header = append(s.header[:0], b[ethHeaderAt:][:n]...)
+	return max((ethHeaderAt+n+segSize-1)&^(segSize-1), ethSegSize), nil
 }
 
 // bindSegs is what binds a memory window, or ends its binding: a UMR.
@@ -106,6 +140,7 @@ var (
 	errMixed     = errors.New("inline data beside data segments")
 	errInlineLen = errors.New("inline data where there can be none")
 	errUMR       = errors.New("a UMR other than to bind a type 2 window, or to end that")
+	errEth       = errors.New("a frame that is to be segmented, or encapsulated")
 	errAtomic    = errors.New("an atomic of other than 8 bytes")
 )
 
@@ -137,6 +172,16 @@ func (w *sendWQE) decode(b []byte, t ib.QPType) error {
 	}
 	if w.opcode == opNop {
 		return nil
+	}
+	if t == ib.RawPacket {
+		if w.opcode != opSend {
+			return errOpcode
+		}
+		n, err := w.eth.decode(b)
+		if err != nil {
+			return err
+		}
+		b = b[n:]
 	}
 	if t == ib.UD {
 		if len(b) < avSize {

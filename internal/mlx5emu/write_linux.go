@@ -65,6 +65,8 @@ func init() {
 		abi.IB_USER_VERBS_CMD_MODIFY_QP:                  {in: 112, run: writeModifyQP},
 		extended | abi.IB_USER_VERBS_EX_CMD_MODIFY_QP:    {in: 112, run: writeModifyQPEx},
 		abi.IB_USER_VERBS_CMD_DESTROY_QP:                 {in: 16, out: 4, run: writeDestroy[*qp](8, 4)},
+		extended | abi.IB_USER_VERBS_EX_CMD_CREATE_FLOW:  {in: 24, out: 8, run: writeCreateFlow},
+		extended | abi.IB_USER_VERBS_EX_CMD_DESTROY_FLOW: {in: 8, run: writeDestroy[*flow](4, 0)},
 		abi.IB_USER_VERBS_CMD_CREATE_SRQ:                 {in: 32, out: 16, run: writeCreateSRQ},
 		abi.IB_USER_VERBS_CMD_CREATE_XSRQ:                {in: 48, out: 16, run: writeCreateXSRQ},
 		abi.IB_USER_VERBS_CMD_MODIFY_SRQ:                 {in: 16, run: writeModifySRQ},
