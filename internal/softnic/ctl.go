@@ -45,6 +45,8 @@ const (
 	ctlAttached                      // id, status; connectMsg follows: answer to ctlAttach
 	ctlBye                           // data: why the link closes
 	ctlDrop                          // id, status: a channel or SRQ that no block uses any more
+	ctlRefill                        // qpn, dst, number x: asks for receives of dst that were not posted yet; see connectAsks
+	ctlRefilled                      // number x: answer to ctlRefill: what there were is posted
 	ctlKinds
 )
 
@@ -103,7 +105,11 @@ type connectMsg struct {
 	pd                 uint32
 	rnr                uint8
 	qkey               uint32
+	asks               bool // see peerView.asks
 }
+
+// connectAsks is the flag of a block whose receives are to be asked for where there are none.
+const connectAsks uint16 = 1 << 0
 
 // into puts the description into a control message.
 func (c *connectMsg) into(m *ctl) {
@@ -117,12 +123,15 @@ func (c *connectMsg) into(m *ctl) {
 	m.y = uint64(c.bit)<<32 | uint64(c.channel)
 	m.z = uint64(c.srq)<<32 | uint64(c.pd)
 	m.id = c.qkey
+	if c.asks {
+		m.flags |= connectAsks
+	}
 }
 
 func (c *connectMsg) from(m *ctl) error {
 	*c = connectMsg{chunk: m.a, off: m.b, geo: geometry{depth: m.c, sges: m.d & 0xff, cqeWords: m.d >> 8 & 0xff, srq: m.d>>24 == 1},
 		portChunk: uint32(m.x >> 32), portOff: uint32(m.x), bit: uint32(m.y >> 32), channel: uint32(m.y),
-		srq: uint32(m.z >> 32), pd: uint32(m.z), rnr: uint8(m.d >> 16), qkey: m.id}
+		srq: uint32(m.z >> 32), pd: uint32(m.z), rnr: uint8(m.d >> 16), qkey: m.id, asks: m.flags&connectAsks != 0}
 	if m.d>>24 > 1 || !c.geo.valid() || c.bit >= portQPs || c.off%cacheLine != 0 || c.portOff%cacheLine != 0 || c.rnr > 31 {
 		return errCtl
 	}

@@ -38,10 +38,9 @@ func (q *QP) execSend(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKin
 func (q *QP) deliver(v *peerView, wr *ib.SendWR, b []byte, n, imm uint32, flags uint8) (ib.WCStatus, stallKind) {
 	slot := &v.slot
 	if !v.peek(slot) {
-		if q.typ == ib.UC {
-			return ib.WCSuccess, stallNone // dropped
+		if found, s := q.noReceive(v, slot); !found {
+			return ib.WCSuccess, s
 		}
-		return 0, stallRNR
 	}
 	h := slot.handle()
 	if n > 0 && h != sgeList && (h != v.hdl || !v.region.ok()) { // the usual receive comes from the same region as the last one

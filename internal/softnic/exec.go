@@ -235,10 +235,9 @@ func (q *QP) execWrite(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKi
 	withImm := wr.Opcode == ib.OpRDMAWriteWithImm
 	slot := &v.slot
 	if withImm && !v.peek(slot) { // the receive that the immediate takes must be there
-		if q.typ == ib.UC {
-			return ib.WCSuccess, n, stallNone
+		if found, s := q.noReceive(v, slot); !found {
+			return ib.WCSuccess, n, s
 		}
-		return 0, 0, stallRNR
 	}
 	if n > 0 { // a write of nothing does not look at the rkey (IBA 9.7.5.2.7)
 		r, st, s := q.remote(v, wr.RKey, wr.RemoteAddr, n, ib.AccessRemoteWrite)

@@ -66,7 +66,7 @@ func (q *QP) openInbound(l *link, dst uint32) (*inbound, error) {
 		}
 	}
 	in.connect = connectMsg{chunk: b.chunk, off: b.off, geo: g, portChunk: p.mem.chunk, portOff: p.mem.off, bit: uint32(bit),
-		channel: l.tellChannel(q.rcq.channel), srq: 0, pd: q.pd.id, rnr: uint8(q.attr.MinRNRTimer)}
+		channel: l.tellChannel(q.rcq.channel), srq: 0, pd: q.pd.id, rnr: uint8(q.attr.MinRNRTimer), asks: q.refill != nil}
 	if g.srq {
 		in.connect.srq = l.tellSRQ(q.srq)
 	}

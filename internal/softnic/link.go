@@ -46,6 +46,10 @@ type link struct {
 	pds      map[*PD]bool    // protection domains with QPs on this link
 	told     map[uint32]bool // handles of receive buffers' regions that the peer was told of unasked
 	pushed   int             // regions that the peer was told of unasked
+	// questions counts those for receives; see refill.go.
+	questions uint64
+	answered  atomic.Uint64 // the last question that the peer has answered
+	deaf      atomic.Bool   // it has left one unanswered for long
 
 	regMu    sync.RWMutex
 	byRKey   map[ib.RKey]*remoteRegion
@@ -252,6 +256,10 @@ func (l *link) handle(m *ctl) error {
 			q.assisted(m)
 		}
 		return nil
+	case ctlRefill:
+		return l.handleRefill(m)
+	case ctlRefilled:
+		return l.handleRefilled(m)
 	case ctlAttach:
 		return l.handleAttach(m)
 	case ctlAttached:

@@ -15,6 +15,7 @@ type peerView struct {
 	pd         uint32
 	rnr        ib.RNRTimer
 	full       bool
+	asks       bool   // where there is no receive, the peer's NIC is asked to look for some
 	chunk, off uint32 // the block, which tells this connection of the two QPs from earlier and later ones
 	geo        geometry
 	mask       uint32
@@ -42,7 +43,7 @@ type peerView struct {
 func newPeerView(l *link, c *connectMsg, qpn ib.QPN, b []byte, port portView, srq *srqView) *peerView {
 	w32, w64 := words32(b), words64(b)
 	g := c.geo
-	v := &peerView{link: l, qpn: qpn, pd: c.pd, rnr: ib.RNRTimer(c.rnr), full: l.full, chunk: c.chunk, off: c.off, geo: g, mask: g.depth - 1, hdl: sgeList,
+	v := &peerView{link: l, qpn: qpn, pd: c.pd, rnr: ib.RNRTimer(c.rnr), full: l.full, asks: c.asks && l.path == pathShm, chunk: c.chunk, off: c.off, geo: g, mask: g.depth - 1, hdl: sgeList,
 		state: &w32[blkState/4], access: &w32[blkAccess/4], qkey: &w32[blkQKey/4], tail: &w32[blkTail/4], headW: &w32[blkHead/4],
 		busy: &w32[blkBusy/4], cqes: w64[g.cqeOff()/8:][:g.depth*g.cqeWords], srq: srq, port: port}
 	if !g.srq {

@@ -35,6 +35,8 @@ type QP struct {
 	sIdx   int  // member index in scq
 	rIdx   int  // and in rcq
 
+	refill func() // see OnEmpty
+
 	cfg    sync.Mutex     // serialises Modify and Close
 	stream *stream.Socket // what the QP is to be connected by, before RTR; guarded by cfg
 	closed atomic.Bool
@@ -53,6 +55,7 @@ type QP struct {
 	pendHead uint32
 	pendLen  uint32
 	stall    stall
+	asked    question // of the head request; guarded by sq
 	assist   assist
 	between  []byte  // a buffer for foreign memory; guarded by sq
 	result   [8]byte // of an atomic; guarded by sq
@@ -268,6 +271,9 @@ func (q *QP) Query() (ib.QPAttr, error) {
 	a.CurState = a.State
 	return a, nil
 }
+
+// State is the state, for those who hold locks of the NIC.
+func (q *QP) State() ib.QPState { return ib.QPState(q.state.Load()) }
 
 // Modify implements driver.QP.
 func (q *QP) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) error {
@@ -608,7 +614,7 @@ func (q *QP) reset() {
 	for q.pendLen > 0 {
 		q.popPending()
 	}
-	q.assist = assist{}
+	q.assist, q.asked = assist{}, question{}
 	q.shown, q.done, q.rnrs = shown{}, observe.Traffic{}, 0
 	q.attr = ib.QPAttr{}
 	q.sq.Unlock()
@@ -704,4 +710,5 @@ const (
 	stallResolve           // a region of the peer is being mapped
 	stallAssist            // the peer's NIC works for us
 	stallNet               // a datagram cannot be sent just now
+	stallRefill            // the peer's NIC looks for receives
 )

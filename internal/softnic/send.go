@@ -149,7 +149,7 @@ func (q *QP) sendFailed(wr *ib.SendWR, st ib.WCStatus) {
 
 // flushPending completes every waiting request with a flush error. Called with sq held.
 func (q *QP) flushPending() {
-	q.assist = assist{}
+	q.assist, q.asked = assist{}, question{}
 	q.stall = stall{}
 	for q.pendLen > 0 {
 		q.pushSC(&q.popPending().wr, ib.WCFlushErr, 0)
@@ -159,7 +159,7 @@ func (q *QP) flushPending() {
 // completePending completes the head of the waiting requests. Called with sq held.
 func (q *QP) completePending(st ib.WCStatus, n uint32) {
 	p := q.popPending()
-	q.assist = assist{}
+	q.assist, q.asked = assist{}, question{}
 	q.stall = stall{}
 	switch begun := q.wire != nil && q.wire.given > 0; {
 	case begun:
@@ -233,9 +233,10 @@ func (q *QP) stallOn(k stallKind) {
 func (q *QP) timedOut(now time.Time) (ib.WCStatus, bool) {
 	switch s := &q.stall; s.kind {
 	case stallRNR:
-		if now.Before(s.next) {
+		if now.Before(s.next) || q.pv != nil && q.pv.asks && !q.asked.vain { // an attempt counts once the peer has looked
 			return 0, false
 		}
+		q.asked = question{}
 		s.tries++
 		q.rnrs++
 		timer := ib.RNRTimer(0)

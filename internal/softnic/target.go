@@ -18,7 +18,7 @@ type target struct {
 
 // Take implements wire.Target.
 func (t *target) Take() bool {
-	for t.v.peek(&t.v.slot) {
+	for t.q.peekOwn(t.v, &t.v.slot) {
 		if t.v.take(&t.v.slot) {
 			return true
 		}

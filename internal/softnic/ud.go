@@ -179,7 +179,12 @@ func (q *QP) qkey(wr *ib.SendWR) ib.QKey {
 func (q *QP) deliverUD(v *peerView, a *AH, wr *ib.SendWR, b []byte, n uint32) stallKind {
 	var slot recvSlot
 	for {
-		if !v.peek(&slot) || slot.length() < n+ib.GRHLen {
+		if !v.peek(&slot) {
+			if found, s := q.noReceive(v, &slot); !found {
+				return s
+			}
+		}
+		if slot.length() < n+ib.GRHLen {
 			return stallNone
 		}
 		// Every element must be mapped before the receive is taken: a taken receive has to be completed.

@@ -147,7 +147,7 @@ func (u *wireUD) receive(src netip.AddrPort, pkt *roce.Packet) {
 		return
 	}
 	for {
-		if !v.peek(&v.slot) || v.slot.length() < n+ib.GRHLen {
+		if !u.q.peekOwn(v, &v.slot) || v.slot.length() < n+ib.GRHLen {
 			drops.Room++
 			return
 		}
