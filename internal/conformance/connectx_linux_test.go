@@ -47,13 +47,17 @@ func init() {
 }
 
 // TestConnectX runs the table on the emulated ConnectX: two devices, which meet as software NICs of one process do.
-//
-// Between an emulated device and the software NIC itself, or one of another process, reliable connections work as well; but UC and UD
-// may lose a message whose receive was posted only just before, as the emulated device has to read that out of its client's memory
-// first, and nobody tells it to. (-device mlx5emu -run TestProcesses runs the table between two processes.)
 func TestConnectX(t *testing.T) {
 	if testing.Short() || raceEnabled {
 		t.Skip("the packages of device and driver have tests of their own; with -device mlx5emu, TestInProcess does the same")
 	}
 	runTable(t, path{name: "emulated", devices: [2]string{emulated, emulated}})
+}
+
+// TestConnectXProcesses runs a part of the table between two processes with an emulated ConnectX each; PARTS=1, all of it.
+func TestConnectXProcesses(t *testing.T) {
+	if testing.Short() || raceEnabled {
+		t.Skip("the packages of device and driver have tests of their own; with -device mlx5emu, TestProcesses does the same")
+	}
+	runTable(t, path{name: "emulated", twoProcesses: true, devices: [2]string{emulated, emulated}}.share(t, 8))
 }

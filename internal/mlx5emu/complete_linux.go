@@ -132,7 +132,9 @@ func (n *qp) lostSends() {
 }
 
 func (n *qp) lostRecvs() {
+	n.c.recvs.mu.Lock()
 	n.recvBad = true
+	n.c.recvs.mu.Unlock()
 	n.fatal()
 }
 

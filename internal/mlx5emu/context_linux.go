@@ -20,6 +20,8 @@ type Context struct {
 
 	pages *pages // set up by Open, ended by Close
 
+	recvs receiver
+
 	// Guarded by dev.mu.
 	established bool // GET_CONTEXT has been called
 	cqeVersion  uint8

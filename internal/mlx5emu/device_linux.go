@@ -53,9 +53,9 @@ type Device struct {
 	nextPDN  uint32
 	nextCQN  uint32
 	nextSRQN uint32
-	nextRaw  uint32         // counts queues of raw packet queue pairs
-	numbers  *keySource     // of a numbered device
-	keys     map[uint32]*mr // regions, by key
+	nextRaw  uint32     // counts queues of raw packet queue pairs
+	numbers  *keySource // of a numbered device
+	keys     keyTable
 	windows  map[uint32]*mw // windows, by the upper 24 bits of their key
 	qps      map[uint32]*qp // by number, but for raw packet queue pairs
 	flows    []*flow        // in the order in which they are looked at
@@ -85,7 +85,7 @@ func NewDevice(cfg Config) (*Device, error) {
 		return nil, errors.Join(err, nic.Close())
 	}
 	d := &Device{cfg: cfg, nic: nic, attr: attr, guid: attr.NodeGUID, began: time.Now(), numbers: keys,
-		keys: map[uint32]*mr{}, windows: map[uint32]*mw{}, qps: map[uint32]*qp{}}
+		windows: map[uint32]*mw{}, qps: map[uint32]*qp{}}
 	if cfg.Numbered {
 		d.guid = numberedGUID
 	}

@@ -18,14 +18,13 @@ type engine struct {
 	done     chan struct{} // closed when the goroutine has ended; nil without one
 
 	wqe   [maxWQE + bbSize]byte
-	slot  [nextSegSize + 1<<maxRQStride]byte
 	send  sendWQE
-	segs  []dataSeg
 	sges  []ib.SGE
 	wrs   [1]ib.SendWR
-	recvs [1]ib.RecvWR
 	bind  ib.BindMW
 	frame [maxFrame]byte
+	slot  [nextSegSize + 1<<maxRQStride]byte // the receive that a frame goes to
+	segs  []dataSeg
 	wcs   [64]ib.WC
 	later []*qp // to be put into the error state
 }
@@ -89,15 +88,18 @@ func (d *Device) Step() bool {
 func (d *Device) step() (some, waits bool) {
 	d.mu.Lock()
 	waits = d.nic.Progress()
-	lossy := false
+	hasty := false
 	for _, c := range d.order {
-		rang, l := c.look()
-		some, lossy = rang || some, l || lossy
+		rang, h := c.look()
+		some, hasty = rang || some, h || hasty
 	}
-	if lossy {
+	if hasty {
 		d.mu.Unlock()
 		eachDevice(d, (*Device).readRecvs)
 		d.mu.Lock()
+	}
+	for _, c := range d.order {
+		some = c.readRecvs() || some
 	}
 	for _, c := range d.order {
 		some = c.work() || some
@@ -115,9 +117,9 @@ func (d *Device) step() (some, waits bool) {
 	return some, waits
 }
 
-// look takes a client's doorbells. It reports whether there were any, and whether some are for queue pairs whose messages are lost if
-// nobody receives them. Called with dev.mu held, as those below.
-func (c *Context) look() (some, lossy bool) {
+// look takes a client's doorbells. It reports whether there were any, and whether some are for hasty queue pairs. Called with dev.mu
+// held, as those below.
+func (c *Context) look() (some, hasty bool) {
 	for id := range c.uarIDs {
 		u := c.uars[uint32(id)]
 		if u == nil {
@@ -129,7 +131,7 @@ func (c *Context) look() (some, lossy bool) {
 			for _, n := range c.qps {
 				if n.uar == u {
 					n.rung = true
-					lossy = lossy || n.typ == ib.UC || n.typ == ib.UD
+					hasty = hasty || n.hasty
 				}
 			}
 		}
@@ -141,10 +143,10 @@ func (c *Context) look() (some, lossy bool) {
 			}
 		}
 	}
-	return some, lossy
+	return some, hasty
 }
 
-// work does what a client's queues ask for.
+// work passes a client's events on, and sends what it has posted.
 func (c *Context) work() (some bool) {
 	if c.async != nil {
 		c.async.flush()
@@ -152,7 +154,6 @@ func (c *Context) work() (some bool) {
 	for _, ch := range c.channels {
 		ch.flush()
 	}
-	some = c.readRecvs()
 	for _, n := range c.qps {
 		if n.rung && !n.frozen {
 			some = n.fetchSends() || some
@@ -166,15 +167,13 @@ func (c *Context) readRecvs() (some bool) {
 		some = n.fetch() || some
 	}
 	for _, n := range c.qps {
-		if !n.frozen {
-			some = n.fetchRecvs() || some
-		}
+		some = n.fetchRecvs() || some
 	}
 	return some
 }
 
-// readRecvs reads the receive queues of all clients of a device. A device reads them when a message comes, the software NIC must have
-// them before: so before a message is sent that would be lost, all devices of this process look.
+// readRecvs reads the receive queues of all clients of a device. A device reads them when a message comes, but software NICs of the
+// same process do not ask for it: so before a hasty queue pair sends, all devices of this process look.
 func (d *Device) readRecvs() {
 	d.mu.Lock()
 	defer d.mu.Unlock()

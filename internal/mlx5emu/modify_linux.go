@@ -75,6 +75,11 @@ func (c *Context) modifyQP(q *abi.ModifyQP) syscall.Errno {
 	if err := n.soft.Modify(context.Background(), &a, mask); err != nil {
 		return modifyErrno(err)
 	}
+	if mask&ib.AttrRNRRetry != 0 && n.typ == ib.RC {
+		c.dev.mu.Lock()
+		n.hasty = a.RNRRetry != ib.RNRRetryForever
+		c.dev.mu.Unlock()
+	}
 	return 0
 }
 
@@ -133,15 +138,24 @@ func modifyErrno(err error) syscall.Errno {
 	return unix.EINVAL
 }
 
+// freeze has nothing be read from the queue pair's queues any more. Called with dev.mu held.
+func (n *qp) freeze() {
+	n.c.recvs.mu.Lock()
+	n.frozen = true
+	n.c.recvs.mu.Unlock()
+}
+
 // reset takes the queue pair to RESET: nothing that was posted completes any more.
 func (n *qp) reset(a *ib.QPAttr, mask ib.QPAttrMask) syscall.Errno {
 	d := n.c.dev
 	d.mu.Lock()
-	n.frozen = true
+	n.freeze()
 	d.mu.Unlock()
 	err := n.soft.Modify(context.Background(), a, mask)
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	n.c.recvs.mu.Lock()
+	defer n.c.recvs.mu.Unlock()
 	n.frozen = false
 	if err != nil {
 		return modifyErrno(err)

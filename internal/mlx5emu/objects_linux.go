@@ -3,6 +3,7 @@ package mlx5emu
 import (
 	"errors"
 	"slices"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -39,6 +40,33 @@ type mr struct {
 	access ib.Access
 	length uint64
 	iova   uint64
+}
+
+// A keyTable has the regions of a device, by key. It has a lock of its own: see receiver.
+type keyTable struct {
+	mu sync.RWMutex
+	m  map[uint32]*mr
+}
+
+func (t *keyTable) get(key uint32) *mr {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.m[key]
+}
+
+func (t *keyTable) add(m *mr) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.m == nil {
+		t.m = map[uint32]*mr{}
+	}
+	t.m[m.key] = m
+}
+
+func (t *keyTable) drop(m *mr) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.m, m.key)
 }
 
 type mw struct {
@@ -82,12 +110,13 @@ func (c *Context) withdraw(o object) {
 	case *pd:
 		c.ahs.drop(o)
 	case *mr:
-		delete(c.dev.keys, o.key)
+		c.dev.keys.drop(o)
 	case *mw:
 		delete(c.dev.windows, uint32(o.soft.RKey())>>8)
 	case *cq:
 		c.cqs = slices.DeleteFunc(c.cqs, func(q *cq) bool { return q == o })
 	case *qp:
+		o.freeze()
 		c.qps = slices.DeleteFunc(c.qps, func(q *qp) bool { return q == o })
 		if !o.raw() {
 			delete(c.dev.qps, o.qpn)
@@ -102,7 +131,7 @@ func (c *Context) withdraw(o object) {
 // restore is the opposite of withdraw, for a region that is in use after all. Called with dev.mu held.
 func (c *Context) restore(o object) {
 	if m, ok := o.(*mr); ok {
-		c.dev.keys[m.key] = m
+		c.dev.keys.add(m)
 	}
 }
 
@@ -292,7 +321,7 @@ func writeRegMR(w *writeCmd) (response, syscall.Errno) {
 	m := &mr{pd: p, soft: soft, key: uint32(soft.RKey()), start: q.Start, access: access, length: q.Length, iova: q.HCAVA}
 	c.dev.mu.Lock()
 	defer c.dev.mu.Unlock()
-	c.dev.keys[m.key] = m
+	c.dev.keys.add(m)
 	return response{core: bytesOf(&abi.RegMRResp{MRHandle: c.add(m), LKey: m.key, RKey: m.key})}, 0
 }
 

@@ -3,13 +3,19 @@ package mlx5emu
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
+	"strconv"
+	"strings"
 	"testing"
+	"time"
 
+	"github.com/ringside-rdma/ringside/internal/abi"
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/softnic"
 	"github.com/ringside-rdma/ringside/internal/testutil"
+	"github.com/ringside-rdma/ringside/internal/uverbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -268,5 +274,141 @@ func TestIdleHandles(t *testing.T) {
 	}
 	if all, idle := kept(); all != 0 || idle != 0 {
 		t.Errorf("%d handles are left of a protection domain that has gone", all+idle)
+	}
+}
+
+// A sender is a process that sends, with the software NIC, one message for each line that it reads.
+func sender(args []string) (err error) {
+	typ := map[string]ib.QPType{"RC": ib.RC, "UC": ib.UC, "UD": ib.UD}[args[0]]
+	nic, err := softnic.Open()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, nic.Close()) }()
+	pd, err := nic.AllocPD()
+	if err != nil {
+		return err
+	}
+	defer pd.Close()
+	cq, err := nic.CreateCQ(driver.CQConfig{Entries: 64})
+	if err != nil {
+		return err
+	}
+	defer cq.Close()
+	q, err := pd.CreateQP(driver.QPConfig{Type: typ, SendCQ: cq, RecvCQ: cq, Cap: ib.QPCap{MaxSendWR: 8, MaxRecvWR: 8, MaxSendSGE: 1, MaxRecvSGE: 1, MaxInline: 64}})
+	if err != nil {
+		return err
+	}
+	defer q.Close()
+	fmt.Println("at", nic.GID(), uint32(q.QPN()))
+	in := testutil.ChildInput()
+	var to ib.AHAttr
+	var qpn uint32
+	for line := range in {
+		gid, rest, _ := strings.Cut(line, " ")
+		if err := to.DGID.UnmarshalText([]byte(gid)); err != nil {
+			return err
+		}
+		fmt.Sscan(rest, &qpn)
+		break
+	}
+	to.HopLimit, to.Port = 64, 1
+	wr := ib.SendWR{Opcode: ib.OpSend, Flags: ib.SendSignaled, Inline: []byte("a message")}
+	for _, s := range []ib.QPState{ib.Init, ib.RTR, ib.RTS} {
+		a := ib.QPAttr{State: s, Port: 1, QKey: 0x1111, AH: to, PathMTU: ib.MTU1024, DestQPN: ib.QPN(qpn), RQPSN: 1, SQPSN: 1, AckTimeout: 20, RetryCount: 7}
+		if err := q.Modify(context.Background(), &a, changes[typ][[2]ib.QPState{s - 1, s}].need|ib.AttrState); err != nil {
+			return err
+		}
+	}
+	if typ == ib.UD {
+		h, err := pd.CreateAH(to)
+		if err != nil {
+			return err
+		}
+		defer h.Close()
+		wr.AH, wr.RemoteQPN, wr.RemoteQKey = h.Num(), ib.QPN(qpn), 0x1111
+	}
+	fmt.Println("ready")
+	for range in {
+		if _, err := q.PostSend([]ib.SendWR{wr}); err != nil {
+			return err
+		}
+		var wcs [1]ib.WC
+		for cq.Poll(wcs[:]) == 0 {
+			time.Sleep(10 * time.Microsecond)
+		}
+		fmt.Println("sent:", wcs[0].Status)
+	}
+	return nil
+}
+
+func init() {
+	testutil.RegisterChild("mlx5emu.sender", func(args []string) {
+		if err := sender(args); err != nil {
+			fmt.Println("error", err)
+		}
+	})
+}
+
+// A device reads what its client has posted when a message of another process comes, also if nobody has told it to look. The engine does
+// not: nobody steps before the message has been sent.
+func TestReceivesAreReadForMessages(t *testing.T) {
+	for _, name := range []string{"RC", "UC", "UD", "RC with SRQ"} {
+		t.Run(name, func(t *testing.T) {
+			word, _, shared := strings.Cut(name, " ")
+			typ := map[string]ib.QPType{"RC": ib.RC, "UC": ib.UC, "UD": ib.UD}[word]
+			c := connect(t, newDevice(t, Config{Manual: true}))
+			m := mapAt(t, 0, pageSize)
+			key := uint32(c.reg(m, everything).LKey)
+			cq := c.newCQ(64, -1)
+			opts := qpOptions{typ: typ, srq: -1, uidx: 3}
+			var list, record []byte
+			if shared {
+				list, record = mapAt(t, 0, pageSize), mapAt(t, 0, pageSize)
+				for i := range 7 {
+					be.PutUint16(list[i*64+2:], uint16(i+1))
+				}
+				h, _, _, err := c.f.CreateSRQ(c.pd, 7, 2, 77, uverbs.Bytes(&abi.Mlx5CreateSRQ{BufAddr: addrOf(list), DBAddr: addrOf(record)}), make([]byte, 8))
+				if err != nil {
+					t.Fatal(err)
+				}
+				opts.srq = int(h)
+			}
+			q := c.newQP(cq, cq, opts)
+			p := testutil.StartChild(t, "mlx5emu.sender", word)
+			at, qpn, _ := strings.Cut(p.Expect("at "), " ")
+			var gid ib.GID
+			n, err := strconv.Atoi(qpn)
+			if err = errors.Join(err, gid.UnmarshalText([]byte(at))); err != nil {
+				t.Fatal(err)
+			}
+			q.toInit()
+			p.Send(fmt.Sprint(c.dev.nic.GID(), " ", q.qpn))
+			for _, s := range []ib.QPState{ib.RTR, ib.RTS} {
+				a := q.attrs(uint32(n))
+				a.State, a.AH = s, ib.AHAttr{DGID: gid, HopLimit: 64, Port: 1}
+				q.modify(a, changes[typ][[2]ib.QPState{s - 1, s}].need|ib.AttrState)
+			}
+			p.Expect("ready")
+			for i := range 5 {
+				seg := segData(addrOf(m)+uint64(i)*256, 256, key)
+				if shared {
+					copy(list[i*64+16:], append(seg, dataEnd...))
+					be.PutUint32(record, uint32(i+1))
+				} else {
+					q.recv(seg)
+				}
+				p.Send("send")
+				if s := p.Expect("sent: "); s != ib.WCSuccess.String() {
+					t.Fatalf("message %d: %s", i, s)
+				}
+				if e := cq.wait(); e.op != cqeRecvSend {
+					t.Fatalf("message %d: %+v", i, e)
+				}
+				if got := m[i*256:][:49]; !bytes.Contains(got, []byte("a message")) {
+					t.Errorf("message %d is %q", i, got)
+				}
+			}
+		})
 	}
 }

@@ -8,8 +8,15 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/abi"
 	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/softnic"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
+
+// A softQP is a queue pair of the software NIC, or a rawQP.
+type softQP interface {
+	driver.QP
+	State() ib.QPState
+}
 
 // A qp is a queue pair whose queues are in the client's memory.
 type qp struct {
@@ -19,13 +26,13 @@ type qp struct {
 	scq, rcq *cq
 	srq      *srq
 	typ      ib.QPType
-	soft     driver.QP // the software NIC's, or a rawQP
-	qpn      uint32    // of a raw packet queue pair, that of its send queue
-	rqn      uint32    // of the receive queue of such a one
-	selfUC   bool      // such a one gets what its own context sends
-	selfMC   bool      // likewise, to groups
-	user     uint64    // the client's number, in events
-	index    uint32    // uidx
+	soft     softQP
+	qpn      uint32 // of a raw packet queue pair, that of its send queue
+	rqn      uint32 // of the receive queue of such a one
+	selfUC   bool   // such a one gets what its own context sends
+	selfMC   bool   // likewise, to groups
+	user     uint64 // the client's number, in events
+	index    uint32 // uidx
 	cap      abi.QPCap
 	sigAll   bool
 	uar      *uar
@@ -43,7 +50,8 @@ type qp struct {
 	modify sync.Mutex // one change at a time
 
 	// The data path's.
-	frozen      bool   // it is being reset
+	frozen      bool   // it is being reset, or has gone
+	hasty       bool   // a message of it is lost, or may fail, where no receive is posted
 	rung        bool   // there was a doorbell
 	life        uint16 // counts resets: completions of an earlier life are dropped
 	sendNext    uint16 // the basic block that is read next
@@ -115,7 +123,7 @@ func (c *Context) createQP(q *qpRequest) (*qp, uint32, syscall.Errno) {
 		return nil, 0, unix.EINVAL
 	}
 	n := &qp{c: c, typ: q.typ, user: q.user, index: u.Uidx, cap: q.cap, sigAll: q.sigAll, buf: u.BufAddr, db: u.DBAddr,
-		rqCount: u.RQWQECount, rqShift: u.RQWQEShift, sqCount: u.SQWQECount, bfreg: noBFReg}
+		rqCount: u.RQWQECount, rqShift: u.RQWQEShift, sqCount: u.SQWQECount, bfreg: noBFReg, hasty: q.typ == ib.UC || q.typ == ib.UD}
 	n.selfUC, n.selfMC = u.Flags&abi.MLX5_QP_FLAG_TIR_ALLOW_SELF_LB_UC != 0, u.Flags&abi.MLX5_QP_FLAG_TIR_ALLOW_SELF_LB_MC != 0
 	if n.sqBuf = n.buf + n.recvMemory(); n.raw() {
 		n.sqBuf = u.SQBufAddr
@@ -187,8 +195,10 @@ func (n *qp) makeSoft() syscall.Errno {
 	if err != nil {
 		return unix.ENOMEM
 	}
-	n.soft = soft
-	n.qpn = uint32(soft.QPN())
+	s := soft.(*softnic.QP)
+	s.OnEmpty(n.refill)
+	n.soft = s
+	n.qpn = uint32(n.soft.QPN())
 	return 0
 }
 

@@ -23,6 +23,12 @@ func (q *rawQP) QPN() ib.QPN   { return q.qpn }
 func (q *rawQP) Cap() ib.QPCap { return ib.QPCap{} }
 func (q *rawQP) Close() error  { return nil }
 
+func (q *rawQP) State() ib.QPState {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.attr.State
+}
+
 func (q *rawQP) Query() (ib.QPAttr, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -96,7 +102,7 @@ func (n *qp) fetchFrame(w *sendWQE, id sendID, bbs, left int) bool {
 		return false
 	}
 	st := ib.WCSuccess
-	if a, _ := n.soft.Query(); a.State == ib.Err {
+	if n.soft.State() == ib.Err {
 		st = ib.WCFlushErr
 	} else {
 		st = n.transmit(w)
@@ -145,7 +151,7 @@ func (n *qp) transmit(w *sendWQE) ib.WCStatus {
 
 // place is where in the client's memory a data segment is, if the queue pair may use that with these rights.
 func (n *qp) place(s *dataSeg, need ib.Access) (va uint64, ok bool) {
-	m := n.c.dev.keys[s.lkey]
+	m := n.c.dev.keys.get(s.lkey)
 	if m == nil || m.pd != n.pd || m.access&need != need {
 		return 0, false
 	}
@@ -159,9 +165,9 @@ func (n *qp) place(s *dataSeg, need ib.Access) (va uint64, ok bool) {
 // take is what the queue pair does with a frame that a rule has brought to it.
 func (n *qp) take(f *frame) {
 	d := n.c.dev
-	a, _ := n.soft.Query()
+	state := n.soft.State()
 	// In INIT the receive queue works, as a device's does: drivers ring for it only in RTR.
-	if n.frozen || n.wrecked || n.recvBad || n.rqCount == 0 || a.State == ib.Reset || a.State == ib.Err {
+	if n.frozen || n.wrecked || n.recvBad || n.rqCount == 0 || state == ib.Reset || state == ib.Err {
 		return
 	}
 	posted, ok := n.c.counter(n.db)
@@ -229,7 +235,7 @@ func (n *qp) completeFrame(f *frame, st ib.WCStatus) {
 
 // flushRecvs ends the receives of a queue pair in the error state, and reports whether there were any.
 func (n *qp) flushRecvs() (some bool) {
-	if a, _ := n.soft.Query(); a.State != ib.Err || n.wrecked {
+	if n.soft.State() != ib.Err || n.wrecked {
 		return false
 	}
 	posted, ok := n.c.counter(n.db)

@@ -1,10 +1,24 @@
 package mlx5emu
 
 import (
+	"sync"
+
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// Receives: what the client has posted is read and handed to the software NIC, before a message comes for it.
+// Receives: what the client has posted is read and handed to the software NIC. The engine looks now and then, and the software NIC has
+// it done when a message of another process or host comes that finds no receive.
+
+// A receiver is what the receives of a client are read with. Its mu is taken with the device's held, or by the software NIC, with
+// locks of its own held: so with mu, nothing is called but PostRecv. It guards how far receive queues have been read; what says whether
+// they may be read is written with both held.
+type receiver struct {
+	mu   sync.Mutex
+	slot [nextSegSize + 1<<maxRQStride]byte
+	segs []dataSeg
+	sges []ib.SGE
+	wrs  [1]ib.RecvWR
+}
 
 // counter reads a counter of 16 bits in a doorbell record. What was read twice alike was not torn.
 func (c *Context) counter(va uint64) (uint16, bool) {
@@ -28,59 +42,74 @@ func (c *Context) counter(va uint64) (uint16, bool) {
 // either: it says so when the request's turn comes.
 func (d *Device) sge(s *dataSeg) ib.SGE {
 	g := ib.SGE{Addr: s.addr, Length: s.n}
-	if m := d.keys[s.lkey]; m != nil {
+	if m := d.keys.get(s.lkey); m != nil {
 		g.LKey = m.soft.LKey()
 	}
 	return g
 }
 
-// recv makes a receive of the list of scatter entries in b.
-func (e *engine) recv(c *Context, id uint64, b []byte) []ib.RecvWR {
-	e.segs = scatterList(e.segs[:0], b)
-	e.sges = e.sges[:0]
-	for i := range e.segs {
-		e.sges = append(e.sges, c.dev.sge(&e.segs[i]))
+// request makes a receive of the list of scatter entries in b.
+func (r *receiver) request(d *Device, id uint64, b []byte) []ib.RecvWR {
+	r.segs = scatterList(r.segs[:0], b)
+	r.sges = r.sges[:0]
+	for i := range r.segs {
+		r.sges = append(r.sges, d.sge(&r.segs[i]))
 	}
-	e.recvs[0] = ib.RecvWR{ID: id, SGEs: e.sges}
-	return e.recvs[:]
+	r.wrs[0] = ib.RecvWR{ID: id, SGEs: r.sges}
+	return r.wrs[:]
 }
 
-// fetchRecvs hands receives that the client has posted to the software NIC, and reports whether there were any.
-func (n *qp) fetchRecvs() (some bool) {
-	if n.srq != nil || n.rqCount == 0 || n.recvBad {
-		return false
+// refill is what the software NIC calls. A queue that cannot be read is left to the engine, which finds it so, too.
+func (n *qp) refill() {
+	if n.srq != nil {
+		n.srq.take()
+		return
 	}
+	n.takeRecvs()
+}
+
+// fetchRecvs hands receives that the client has posted to the software NIC, and reports whether there were any. Called with dev.mu held.
+func (n *qp) fetchRecvs() bool {
 	if n.raw() {
-		return n.flushRecvs()
+		return !n.frozen && !n.recvBad && n.rqCount > 0 && n.flushRecvs()
+	}
+	some, lost := n.takeRecvs()
+	if lost {
+		n.lostRecvs()
+	}
+	return some || lost
+}
+
+// takeRecvs is fetchRecvs without consequences for a queue that cannot be read.
+func (n *qp) takeRecvs() (some, lost bool) {
+	r := &n.c.recvs
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n.frozen || n.recvBad || n.srq != nil || n.rqCount == 0 {
+		return false, false
 	}
 	posted, ok := n.c.counter(n.db)
-	if ok && posted == n.recvNext {
-		return false
-	}
-	if a, err := n.soft.Query(); err != nil || a.State == ib.Reset {
-		return false
+	if ok && posted == n.recvNext || n.soft.State() == ib.Reset {
+		return false, false
 	}
 	if !ok || uint32(posted-n.recvNext) > n.rqCount {
-		n.lostRecvs()
-		return true
+		return false, true
 	}
-	d := n.c.dev
-	slot := d.engine.slot[:1<<n.rqShift]
+	slot := r.slot[:1<<n.rqShift]
 	for range recvBudget {
 		if n.recvNext == posted {
 			break
 		}
 		at := uint64(uint32(n.recvNext)&(n.rqCount-1)) << n.rqShift
 		if n.c.mem.ReadAt(slot, n.buf+at) != nil {
-			n.lostRecvs()
-			return true
+			return some, true
 		}
-		wr := d.engine.recv(n.c, uint64(n.life)<<48|uint64(n.recvNext), slot)
+		wr := r.request(n.c.dev, uint64(n.life)<<48|uint64(n.recvNext), slot)
 		if _, err := n.soft.PostRecv(wr); err != nil {
 			break // it is full: completions that were not taken yet make room
 		}
 		n.recvNext++
 		some = true
 	}
-	return some
+	return some, false
 }

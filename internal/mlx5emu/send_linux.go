@@ -182,7 +182,7 @@ func (d *Device) bindRequest(w *sendWQE, wr *ib.SendWR) ib.WCStatus {
 		wr.Opcode, wr.InvalidateRKey = ib.OpLocalInv, ib.RKey(b.key)
 		return ib.WCSuccess
 	}
-	m, region := d.windows[b.key>>8], d.keys[b.lkey]
+	m, region := d.windows[b.key>>8], d.keys.get(b.lkey)
 	if m == nil || region == nil { // the low byte of a free key is not looked at: Linux' own driver has the new one there
 		return ib.WCMWBindErr
 	}

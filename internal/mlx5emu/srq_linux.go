@@ -159,44 +159,54 @@ func writeQuerySRQ(w *writeCmd) (response, syscall.Errno) {
 	return response{core: bytesOf(&abi.QuerySRQResp{MaxWR: n.maxWR, MaxSGE: n.maxSGE, SRQLimit: uint32(n.soft.Limit())})}, 0
 }
 
-// fetch hands receives that the client has posted to the software NIC, and reports whether there were any.
-func (n *srq) fetch() (some bool) {
-	if n.dead {
-		return false
+// fetch hands receives that the client has posted to the software NIC, and reports whether there were any. Called with dev.mu held.
+func (n *srq) fetch() bool {
+	some, lost := n.take()
+	if lost {
+		n.fail()
 	}
-	d := n.c.dev
+	return some || lost
+}
+
+// take is fetch without consequences for a queue that cannot be read.
+func (n *srq) take() (some, lost bool) {
+	r := &n.c.recvs
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n.dead {
+		return false, false
+	}
 	posted, ok := n.c.counter(n.db)
 	if !ok || uint32(posted-n.read) > n.slots {
-		n.fail()
-		return true
+		return false, true
 	}
-	slot := d.engine.slot[:n.stride]
+	slot := r.slot[:n.stride]
 	for range recvBudget {
 		if n.read == posted {
 			break
 		}
 		if n.c.mem.ReadAt(slot, n.buf+uint64(n.next)*uint64(n.stride)) != nil {
-			n.fail()
-			return true
+			return some, true
 		}
-		wr := d.engine.recv(n.c, uint64(n.next), slot[nextSegSize:])
+		wr := r.request(n.c.dev, uint64(n.next), slot[nextSegSize:])
 		if _, err := n.soft.PostRecv(wr); err != nil {
 			break // it is full: completions that were not taken yet make room
 		}
 		next := uint32(be.Uint16(slot[2:]))
 		if next >= n.slots {
-			n.fail()
-			return true
+			return some, true
 		}
 		n.next = next
 		n.read++
 		some = true
 	}
-	return some
+	return some, false
 }
 
 // fail ends the queue: it cannot be read.
 func (n *srq) fail() {
+	n.c.recvs.mu.Lock()
 	n.dead = true
+	n.c.recvs.mu.Unlock()
 	n.c.raise(n, n.user, &n.events, ib.EventSRQErr)
 }
