@@ -52,8 +52,8 @@ func (e *OpenError) Error() string {
 
 func (e *OpenError) Unwrap() []error { return []error{e.Reason, e.Errno} }
 
-// A CmdError is a command that the kernel refused. It matches its errno with errors.Is, and driver.ErrDeviceRemoved if the device is
-// gone.
+// A CmdError is a command that the kernel refused. It matches its errno with errors.Is, driver.ErrDeviceRemoved if the device is
+// gone, and driver.ErrUnreachable if there is no way to a peer.
 type CmdError struct {
 	Device string // "rxe0"
 	Op     string // "reg_mr", as the specification of verbs names it
@@ -70,8 +70,11 @@ func (e *CmdError) Error() string {
 }
 
 func (e *CmdError) Unwrap() []error {
-	if e.Errno == syscall.EIO {
+	switch e.Errno {
+	case syscall.EIO:
 		return []error{e.Errno, driver.ErrDeviceRemoved}
+	case syscall.EHOSTUNREACH, syscall.ENETUNREACH:
+		return []error{e.Errno, driver.ErrUnreachable}
 	}
 	return []error{e.Errno}
 }

@@ -139,6 +139,9 @@ func TestRemoved(t *testing.T) {
 	if !errors.Is(err, driver.ErrDeviceRemoved) || !errors.Is(err, unix.EIO) {
 		t.Error(err)
 	}
+	if err := (&CmdError{Op: "modify_qp", Errno: unix.EHOSTUNREACH}); !errors.Is(err, driver.ErrUnreachable) || !errors.Is(err, unix.EHOSTUNREACH) {
+		t.Error(err)
+	}
 	if errors.Is(&CmdError{Errno: unix.EINVAL}, driver.ErrDeviceRemoved) {
 		t.Error("any error is a removed device")
 	}
