@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/life"
@@ -122,6 +123,33 @@ func (cq *CQ) Resize(entries int) error {
 		return cq.ctx.err("resize_cq", errors.ErrUnsupported)
 	}
 	return cq.ctx.err("resize_cq", r.Resize(entries))
+}
+
+// Moderate has the event that Arm asks for wait until count completions have come or, if that is sooner, until period has passed since
+// the first of them: fewer events for more completions at a time. Where count is 0 only the period counts, and where period is 0 only
+// the count, so that fewer completions than that raise no event at all. With 0 and 0, as in the beginning, the first completion raises
+// it. What the device can do is in ib.DeviceAttr; period is in microseconds there, and rounded up to them. Moderate fails with
+// errors.ErrUnsupported if the device cannot do it.
+func (cq *CQ) Moderate(count int, period time.Duration) error {
+	if cq.life.Closed() {
+		return cq.ctx.err("modify_cq", errPollClosed.Err)
+	}
+	attr, err := cq.ctx.QueryDevice()
+	if err != nil {
+		return err
+	}
+	m, ok := cq.drv.(driver.CQModerator)
+	switch {
+	case !ok || attr.MaxModerateCount == 0 && attr.MaxModeratePeriod == 0:
+		err = errors.ErrUnsupported
+	case count < 0 || count > attr.MaxModerateCount:
+		err = fmt.Errorf("an event each %d completions: 0 to %d are possible", count, attr.MaxModerateCount)
+	case period < 0 || period > attr.MaxModeratePeriod:
+		err = fmt.Errorf("events that wait for %v: 0 to %v are possible", period, attr.MaxModeratePeriod)
+	default:
+		err = m.Moderate(count, period)
+	}
+	return cq.ctx.err("modify_cq", err)
 }
 
 // Close destroys the queue. It fails with ErrBusy while a queue pair uses it.

@@ -165,6 +165,9 @@ func TestSoftResize(t *testing.T) {
 	if err := cq.Resize(100); err != nil || cq.Entries() < 100 {
 		t.Fatal(err, cq.Entries())
 	}
+	if err := cq.Moderate(1, 0); !errors.Is(err, errors.ErrUnsupported) {
+		t.Error(err)
+	}
 	left := 0
 	testutil.Eventually(t, "all completions are left", func() bool {
 		left += must(cq.Poll(make([]ib.WC, 10)))

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -218,6 +219,7 @@ func TestClose(t *testing.T) {
 		"Poll":            func() error { _, err := cq.Poll(make([]ib.WC, 1)); return err },
 		"Arm":             func() error { return cq.Arm(false) },
 		"Resize":          func() error { return cq.Resize(10) },
+		"Moderate":        func() error { return cq.Moderate(1, 0) },
 		"Wait":            func() error { _, err := ch.Wait(ctx); return err },
 		"NewAH":           func() error { _, err := pd.NewAH(ib.AHAttr{}); return err },
 		"AllocPD":         func() error { _, err := c.AllocPD(); return err },
@@ -300,6 +302,9 @@ func TestDeviceWithoutOptions(t *testing.T) {
 	if err := cq.Resize(10); !errors.Is(err, errors.ErrUnsupported) {
 		t.Error(err)
 	}
+	if err := cq.Moderate(1, 0); !errors.Is(err, errors.ErrUnsupported) {
+		t.Error(err)
+	}
 	if _, err := c.CheckReach(t.Context(), ib.GID{}); !errors.Is(err, errors.ErrUnsupported) {
 		t.Error(err)
 	}
@@ -325,6 +330,15 @@ func TestCQ(t *testing.T) {
 	}
 	if err := cq.Resize(0); err == nil {
 		t.Error("resized to nothing")
+	}
+	for _, m := range []struct {
+		count  int
+		period time.Duration
+		ok     bool
+	}{{10, 20 * time.Microsecond, true}, {0, 0, true}, {-1, 0, false}, {0, -1, false}, {101, 0, false}, {0, 101 * time.Microsecond, false}, {100, 100 * time.Microsecond, true}} {
+		if err := cq.Moderate(m.count, m.period); (err == nil) != m.ok || errors.Is(err, errors.ErrUnsupported) {
+			t.Errorf("moderation %+v: %v", m, err)
+		}
 	}
 	d := cq.Driver().(*drivertest.CQ)
 	d.Push(ib.WC{ID: 1})

@@ -280,6 +280,8 @@ func attrOf(a *ib.DeviceAttr) *attrJSON {
 	add("max_qp_rd_atom", n(a.MaxQPRdAtomic), "READs and atomics in flight to one QP")
 	add("max_qp_init_rd_atom", n(a.MaxQPInitRdAtom), "READs and atomics in flight from one QP")
 	add("max_pkeys", n(a.MaxPKeys), "partition keys")
+	add("max_moderate_count", n(a.MaxModerateCount), "completions that an event can be made to wait for")
+	add("max_moderate_period_us", uint64(a.MaxModeratePeriod.Microseconds()), "microseconds that an event can be made to wait")
 	return j
 }
 

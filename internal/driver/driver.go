@@ -17,6 +17,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"time"
 
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -202,6 +203,13 @@ type CQ interface {
 type CQResizer interface {
 	// Resize changes the capacity to at least entries, keeping what is queued. It fails if more than that is queued.
 	Resize(entries int) error
+}
+
+// CQModerator is an optional part of CQ.
+type CQModerator interface {
+	// Moderate has the event of an armed queue wait until count completions have come, or period has passed since the first of them.
+	// Of both, 0 is no such limit; with two of those, the event comes with the first completion, as ever.
+	Moderate(count int, period time.Duration) error
 }
 
 // CompChannel delivers completion events.

@@ -35,6 +35,7 @@ type cq struct {
 	arm       uint32 // the last value of the record's word 1; at first, what the device has written there
 	urgentAt  uint32 // pi after the last solicited or failed completion
 	urgent    bool   // there has been one
+	moderation
 
 	fired  uint32 // events on the channel
 	events uint32 // asynchronous events
@@ -239,7 +240,7 @@ func (n *cq) complete(e *cqe, urgent bool) {
 		n.urgentAt, n.urgent = n.pi, true
 	}
 	if n.armed && (urgent || !n.solicited) {
-		n.fire()
+		n.await(1)
 	}
 }
 
@@ -269,14 +270,15 @@ func (n *cq) doorbell() {
 	stays := n.armed && !n.solicited && n.arm>>armSequence == v>>armSequence
 	n.arm, n.armed, n.solicited = v, true, v&armSolicited != 0 && !stays
 	n.c.dev.traceArm(n, v)
-	// A CQE that the client had not seen when it armed fires at once.
+	// A CQE that the client had not seen when it armed fires as one that comes now.
 	const mask = 1<<24 - 1
 	seen := n.pi - (n.pi-v)&mask
 	if n.pi-seen > n.entries {
 		return // it says that it has seen what is still to come
 	}
+	n.waiting = 0
 	if seen != n.pi && (!n.solicited || n.urgent && int32(n.urgentAt-seen) > 0) {
-		n.fire()
+		n.await(n.pi - seen)
 	}
 }
 
@@ -290,7 +292,7 @@ const (
 
 // fire raises the event that was armed.
 func (n *cq) fire() {
-	n.armed = false
+	n.armed, n.waiting = false, 0
 	if n.channel == nil {
 		return
 	}

@@ -84,7 +84,7 @@ func (d *Device) Step() bool {
 	return some
 }
 
-// step is Step. waits: the software NIC has requests that wait for a peer, and must be tried again.
+// step is Step. waits: the software NIC has requests that wait for a peer, and must be tried again, or events wait for their time.
 func (d *Device) step() (some, waits bool) {
 	d.mu.Lock()
 	waits = d.nic.Progress()
@@ -106,6 +106,10 @@ func (d *Device) step() (some, waits bool) {
 	}
 	some = d.receiveFrames() || some
 	some = d.collect() || some
+	for _, c := range d.order {
+		ripe, later := c.ripen()
+		some, waits = ripe || some, later || waits
+	}
 	some = d.asyncEvents() || some
 	later := d.engine.later
 	d.engine.later = nil

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -416,6 +417,116 @@ func TestCompletionEvents(t *testing.T) {
 	}
 	if b := readEvent(t, fd); b != nil {
 		t.Errorf("an event of a CQ that has gone: % x", b)
+	}
+}
+
+// Events wait for more completions, or for a while.
+func TestModeration(t *testing.T) {
+	p := newPair(t, Config{Manual: true}, ib.RC)
+	fd, err := p.f.CreateCompChannel()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	cq := p.newCQ(32, fd)
+	q := p.newQP(cq, cq, qpOptions{srq: -1, uidx: 9})
+	peer := p.newQP(p.cb, p.cb, qpOptions{srq: -1, uidx: 10})
+	q.connectTo(peer.qpn)
+	peer.connectTo(q.qpn)
+	messages := func(n int) {
+		t.Helper()
+		for range n {
+			q.recv(segData(addrOf(p.ma), 8, p.ka))
+			peer.send(opSend, 0, 0, segInline([]byte("x")))
+			p.until("a message", func() bool { _, ok := cq.poll(); return ok })
+		}
+		for p.dev.Step() {
+		}
+	}
+	event := func(what string, want bool) {
+		t.Helper()
+		var b []byte
+		if want {
+			p.until(what, func() bool { b = readEvent(t, fd); return b != nil })
+			cq.sn++
+		} else if p.dev.Step(); readEvent(t, fd) != nil {
+			t.Fatalf("an event: %s", what)
+		}
+	}
+	arm := func() {
+		for _, ok := cq.poll(); ok; _, ok = cq.poll() {
+		}
+		cq.arm(false)
+		for p.dev.Step() {
+		}
+	}
+	moderate := func(count, us uint16) {
+		t.Helper()
+		if err := p.f.ModerateCQ(cq.h, count, us); err != nil {
+			t.Fatal(err)
+		}
+	}
+	moderate(3, 0)
+	arm()
+	messages(2)
+	event("after 2 of 3", false)
+	messages(1)
+	event("after 3 of 3", true)
+	messages(5)
+	event("it is not armed", false)
+	cq.ci -= 2 // as if they were not seen
+	cq.arm(false)
+	for p.dev.Step() {
+	}
+	event("2 that were there when it was armed", false)
+	messages(1)
+	event("and one more", true)
+
+	moderate(0, 4095)
+	arm()
+	began := time.Now()
+	messages(1)
+	event("after its time", true)
+	if d := time.Since(began); d < 4095*time.Microsecond {
+		t.Errorf("after %v", d)
+	}
+
+	moderate(1000, 1)
+	arm()
+	messages(1)
+	time.Sleep(time.Millisecond)
+	event("whichever comes first", true)
+
+	moderate(1000, 0)
+	arm()
+	messages(1)
+	event("1 of 1000", false)
+	moderate(0, 0)
+	event("not moderated any more", true)
+
+	moderate(2, 0)
+	arm()
+	messages(1)
+	arm() // it was seen
+	messages(1)
+	event("one since it was armed anew", false)
+
+	if err := p.f.ModerateCQ(cq.h, 1, 4096); errno(err) != unix.EINVAL {
+		t.Error(err)
+	}
+	if err := p.f.ModerateCQ(cq.h+100, 1, 1); errno(err) != unix.EINVAL {
+		t.Error(err)
+	}
+	for _, c := range []struct {
+		cmd  abi.ExModifyCQ
+		want syscall.Errno
+	}{{abi.ExModifyCQ{CQHandle: cq.h}, unix.EINVAL}, {abi.ExModifyCQ{CQHandle: cq.h, AttrMask: 2}, unix.EOPNOTSUPP}, {abi.ExModifyCQ{CQHandle: cq.h, AttrMask: 1, Reserved: 1}, unix.EINVAL}} {
+		if err := p.f.Write("modify_cq", &uverbs.WriteCmd{Cmd: extended | abi.IB_USER_VERBS_EX_CMD_MODIFY_CQ, In: uverbs.Bytes(&c.cmd)}); errno(err) != c.want {
+			t.Errorf("%+v: %v", c.cmd, err)
+		}
+	}
+	if r, err := p.f.QueryDevice(); err != nil || r.CQModerationCaps.MaxCQModerationCount != 65535 || r.CQModerationCaps.MaxCQModerationPeriod != 4095 {
+		t.Errorf("%+v, %v", r.CQModerationCaps, err)
 	}
 }
 

@@ -58,6 +58,7 @@ func init() {
 		abi.IB_USER_VERBS_CMD_CREATE_CQ:                  {in: 32, out: 8, run: writeCreateCQ},
 		extended | abi.IB_USER_VERBS_EX_CMD_CREATE_CQ:    {in: 32, out: 16, run: writeCreateCQEx},
 		abi.IB_USER_VERBS_CMD_RESIZE_CQ:                  {in: 16, out: 8, run: writeResizeCQ},
+		extended | abi.IB_USER_VERBS_EX_CMD_MODIFY_CQ:    {in: 16, run: writeModifyCQ},
 		abi.IB_USER_VERBS_CMD_DESTROY_CQ:                 {in: 16, out: 8, run: writeDestroy[*cq](8, 8)},
 		abi.IB_USER_VERBS_CMD_CREATE_QP:                  {in: 56, out: 32, run: writeCreateQP},
 		extended | abi.IB_USER_VERBS_EX_CMD_CREATE_QP:    {in: 52, out: 40, run: writeCreateQPEx},
@@ -210,7 +211,8 @@ func writeQueryDeviceEx(w *writeCmd) (response, syscall.Errno) {
 	if q := structOf[abi.ExQueryDevice](w.core); q.CompMask != 0 || q.Reserved != 0 {
 		return response{}, unix.EINVAL
 	}
-	r := abi.ExQueryDeviceResp{Base: w.c.dev.deviceResp(), TimestampMask: 1<<64 - 1, HCACoreClock: 1e6}
+	r := abi.ExQueryDeviceResp{Base: w.c.dev.deviceResp(), TimestampMask: 1<<64 - 1, HCACoreClock: 1e6,
+		CQModerationCaps: abi.CQModerationCaps{MaxCQModerationCount: maxModerateCount, MaxCQModerationPeriod: maxModeratePeriod}}
 	b := bytesOf(&r)
 	r.ResponseLength = uint32(min(w.room, len(b)))
 	u := abi.Mlx5QueryDeviceResp{}

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -299,6 +300,8 @@ func (c *Context) QueryDevice() (ib.DeviceAttr, error) {
 		MaxQPRdAtomic: min(clampInt(b.MaxQPRdAtom), 255), MaxQPInitRdAtom: min(clampInt(b.MaxQPInitRdAtom), 255),
 		MaxMW: clampInt(b.MaxMW), MaxAH: clampInt(b.MaxAH), MaxSRQ: clampInt(b.MaxSRQ), MaxSRQWR: clampInt(b.MaxSRQWR),
 		MaxSRQSGE: clampInt(b.MaxSRQSGE), MaxPKeys: int(b.MaxPKeys), Caps: ib.CapImm, // all but iWARP's have that
+		MaxModerateCount:  int(r.CQModerationCaps.MaxCQModerationCount),
+		MaxModeratePeriod: time.Duration(r.CQModerationCaps.MaxCQModerationPeriod) * time.Microsecond,
 	}
 	if b.FWVer != 0 {
 		a.Firmware = fmt.Sprintf("%d.%d.%d", b.FWVer>>32, b.FWVer>>16&0xffff, b.FWVer&0xffff)

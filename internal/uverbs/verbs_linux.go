@@ -203,6 +203,13 @@ func (f *File) ResizeCQ(handle uint32, entries int, uhwIn, uhwOut []byte) (grant
 	return int(resp.CQE), err
 }
 
+// ModerateCQ has events of a completion queue wait: for so many completions, or so many microseconds.
+func (f *File) ModerateCQ(handle uint32, count, period uint16) error {
+	const moderate = 1 // enum ib_cq_attr_mask, which is in no header for user space
+	return f.Write("modify_cq", &WriteCmd{Cmd: abi.IB_USER_VERBS_EX_CMD_MODIFY_CQ | abi.IB_USER_VERBS_CMD_FLAG_EXTENDED,
+		In: Bytes(&abi.ExModifyCQ{CQHandle: handle, AttrMask: moderate, Attr: abi.CQModeration{CQCount: count, CQPeriod: period}})})
+}
+
 // DestroyCQ ends a completion queue.
 func (f *File) DestroyCQ(handle uint32) error {
 	var resp abi.DestroyCQResp

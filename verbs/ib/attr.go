@@ -3,6 +3,7 @@ package ib
 import (
 	"fmt"
 	"strings"
+	"time"
 )
 
 // DeviceAttr is what a device is and can do (IBA 11.2.1.2). Limits are maxima over the whole device.
@@ -35,6 +36,10 @@ type DeviceAttr struct {
 	MaxInline       int // bytes of inline data that every QP can be given
 	MinFrameInline  int // bytes at the beginning of a frame that requests of RawPacket QPs must have inline
 	Caps            DeviceCaps
+
+	// How long the events of a CQ can be made to wait: for so many completions, and so long. 0 where they cannot be.
+	MaxModerateCount  int
+	MaxModeratePeriod time.Duration
 }
 
 // DeviceCaps is the set of optional features.

@@ -10,6 +10,7 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -158,6 +159,7 @@ func (c *Context) QueryDevice() (ib.DeviceAttr, error) {
 	}
 	a := ib.DeviceAttr{Ports: 1, MaxMRSize: 1 << 40, MaxQP: 1000, MaxQPWR: 1000, MaxSGE: 8, MaxCQ: 1000, MaxCQE: 10000, MaxMR: 1000,
 		MaxPD: 100, MaxQPRdAtomic: 8, MaxQPInitRdAtom: 4, MaxMW: 100, MaxAH: 100, MaxSRQ: 100, MaxSRQWR: 2000, MaxSRQSGE: 4, MaxInline: 32,
+		MaxModerateCount: 100, MaxModeratePeriod: 100 * time.Microsecond,
 		Caps: ib.CapMW2 | ib.CapSRQ | ib.CapAtomic | ib.CapResizeCQ | ib.CapUD | ib.CapUC | ib.CapImm | ib.CapRawPacket |
 			ib.CapFlowSteering}
 	if c.dev.NoOptions {
@@ -390,6 +392,9 @@ func (cq *CQ) Arm(bool) error {
 	cq.armed = true
 	return cq.err()
 }
+
+// Moderate does nothing.
+func (cq *CQ) Moderate(int, time.Duration) error { return cq.err() }
 
 // Resize changes what Entries returns.
 func (cq *CQ) Resize(entries int) error {

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ringside-rdma/ringside/internal/abi"
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/testutil"
@@ -312,6 +314,27 @@ func TestReset(t *testing.T) {
 		b.to(b.qp, ib.Reset)
 		b.to(b.qp, ib.RTS)
 	}
+}
+
+// Moderation is the kernel's to set, in microseconds, of which the last one is whole.
+func TestModerate(t *testing.T) {
+	b := newBench(t, ib.RC)
+	if a, err := b.c.QueryDevice(); err != nil || a.MaxModerateCount != 65535 || a.MaxModeratePeriod != 4095*time.Microsecond {
+		t.Errorf("%d, %v, %v", a.MaxModerateCount, a.MaxModeratePeriod, err)
+	}
+	if err := b.cq.Moderate(0x1234, 0x567*time.Microsecond-1); err != nil {
+		t.Fatal(err)
+	}
+	want := make([]byte, 16)
+	le.PutUint32(want, b.cq.handle)
+	want[4] = 1
+	le.PutUint16(want[8:], 0x1234)
+	le.PutUint16(want[10:], 0x567)
+	if !bytes.Equal(b.k.moderation, want) {
+		t.Errorf("% x", b.k.moderation)
+	}
+	b.k.Errs[0x80000039] = unix.EOPNOTSUPP
+	mustBe(t, "of a device that has none", b.cq.Moderate(1, 0), errors.ErrUnsupported)
 }
 
 // What is queued moves to the new ring, in order, from wherever it was.

@@ -68,21 +68,22 @@ type fakeSRQ struct {
 // A fakeKernel answers commands. What is exported to tests are its fields.
 type fakeKernel struct {
 	uverbstest.Kernel
-	t       testing.TB
-	resp    abi.Mlx5AllocUcontextResp
-	request abi.Mlx5AllocUcontextReqV2
-	link    byte   // of all ports
-	gids    uint32 // slots of a port's table
-	cqs     map[uint32]*fakeCQ
-	qps     map[uint32]*fakeQP
-	srqs    map[uint32]*fakeSRQ
-	pages   map[uint32][]byte // UAR pages, by their number
-	nc      uint32            // the page that was asked for to arm CQs
-	mac     [6]byte
-	resized func(old, fresh *fakeCQ)
-	pageID  uint32 // of the first UAR
-	caps    uint32 // more of the device's flags
-	flow    []byte // the last CREATE_FLOW
+	t          testing.TB
+	resp       abi.Mlx5AllocUcontextResp
+	request    abi.Mlx5AllocUcontextReqV2
+	link       byte   // of all ports
+	gids       uint32 // slots of a port's table
+	cqs        map[uint32]*fakeCQ
+	qps        map[uint32]*fakeQP
+	srqs       map[uint32]*fakeSRQ
+	pages      map[uint32][]byte // UAR pages, by their number
+	nc         uint32            // the page that was asked for to arm CQs
+	mac        [6]byte
+	resized    func(old, fresh *fakeCQ)
+	pageID     uint32 // of the first UAR
+	caps       uint32 // more of the device's flags
+	flow       []byte // the last CREATE_FLOW
+	moderation []byte // the last MODIFY_CQ
 }
 
 const uarPageBytes = 4096
@@ -237,6 +238,8 @@ func (k *fakeKernel) own(c *uverbstest.Command) syscall.Errno {
 		le.PutUint32(out[108:], 1)
 		le.PutUint32(out[156:], 1000)
 		out[171] = 1
+		le.PutUint16(out[280:], 65535)
+		le.PutUint16(out[282:], 4095)
 	case 3: // ALLOC_PD
 		le.PutUint32(uhwOut, 0x77)
 		return uverbstest.AsUsual
@@ -256,6 +259,8 @@ func (k *fakeKernel) own(c *uverbstest.Command) syscall.Errno {
 		le.PutUint32(out[0:], h)
 		le.PutUint32(out[4:], n-1)
 		le.PutUint32(uhwOut[0:], 0x400+h)
+	case 0x80000039: // MODIFY_CQ
+		k.moderation = append([]byte(nil), in...)
 	case 19: // RESIZE_CQ
 		q := k.cqs[le.Uint32(in[8:])]
 		n := le.Uint32(in[12:]) + 1
