@@ -74,7 +74,7 @@ func (c *Context) createCQ(q *cqRequest) (*cq, uint32, syscall.Errno) {
 		return nil, 0, unix.EINVAL
 	}
 	n := &cq{c: c, user: q.user, buf: u.BufAddr, db: u.DBAddr, entries: roundUpPow2(q.cqe + 1), cqeSize: u.CQESize}
-	if !c.present(n.buf, uint64(n.entries)*uint64(n.cqeSize)) || !c.present(n.db, 8) {
+	if !c.writable(n.buf, uint64(n.entries)*uint64(n.cqeSize)) || !c.present(n.db, 8) {
 		return nil, 0, unix.EFAULT
 	}
 	if errno := c.room(objectCQ); errno != 0 {
@@ -139,6 +139,11 @@ func (c *Context) present(va, n uint64) bool {
 	}
 }
 
+// writable is present for memory that the device writes to. A Memory may write to what the client cannot, as devices do.
+func (c *Context) writable(va, n uint64) bool {
+	return c.present(va, n) && c.mem.Check(va, n, true) == nil
+}
+
 func cqCreate(r *call) syscall.Errno {
 	q := &cqRequest{user: r.num(abi.UVERBS_ATTR_CREATE_CQ_USER_HANDLE), cqe: uint32(r.num(abi.UVERBS_ATTR_CREATE_CQ_CQE)),
 		vector: uint32(r.num(abi.UVERBS_ATTR_CREATE_CQ_COMP_VECTOR)), channel: -1,
@@ -181,17 +186,19 @@ func writeCreateCQEx(w *writeCmd) (response, syscall.Errno) {
 // along, and counts it.
 func writeResizeCQ(w *writeCmd) (response, syscall.Errno) {
 	c, q, u := w.c, structOf[abi.ResizeCQ](w.core), structOf[abi.Mlx5ResizeCQ](w.uhw)
-	if len(w.uhw) < 16 || u.Reserved0 != 0 || u.Reserved1 != 0 || q.CQE == 0 || q.CQE > maxCQE || u.BufAddr%pageSize != 0 {
+	if len(w.uhw) < 16 || u.Reserved0 != 0 || u.Reserved1 != 0 || q.CQE == 0 || q.CQE > maxCQE || u.BufAddr%pageSize != 0 ||
+		u.CQESize != cqeFormat64 && u.CQESize != cqeFormat128 {
 		return response{}, unix.EINVAL
 	}
 	entries := roundUpPow2(q.CQE + 1)
+	there := c.writable(u.BufAddr, uint64(entries)*uint64(u.CQESize))
 	c.dev.mu.Lock()
 	defer c.dev.mu.Unlock()
 	n, ok := get[*cq](c, uint64(q.CQHandle))
 	switch {
 	case !ok || uint32(u.CQESize) != n.cqeSize:
 		return response{}, unix.EINVAL
-	case !c.present(u.BufAddr, uint64(entries)*uint64(n.cqeSize)):
+	case !there:
 		return response{}, unix.EFAULT
 	}
 	if entries != n.entries { // of the same size it stays where it is

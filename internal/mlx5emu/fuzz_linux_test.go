@@ -49,6 +49,15 @@ func (a *arena) WriteAt(p []byte, va uint64) error {
 	return err
 }
 
+// Check implements Memory.
+func (a *arena) Check(va, n uint64, _ bool) error {
+	if n > 1<<30 {
+		return unix.EFAULT
+	}
+	_, err := a.at(va, int(n))
+	return err
+}
+
 func (a *arena) Register(pd *softnic.PD, start, length, iova uint64, access ib.Access) (driver.MR, error) {
 	if length > 1<<30 {
 		return nil, unix.EFAULT

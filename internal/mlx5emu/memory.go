@@ -14,6 +14,9 @@ type Memory interface {
 	// WriteAt writes p to address va on, in ascending order as far as one call is concerned; what a later call writes is seen
 	// later.
 	WriteAt(p []byte, va uint64) error
+	// Check reports with EFAULT that not all of n bytes at va may be read, or, if write is set, written: by the client itself. As far as
+	// the kernel that this runs on lets it be told.
+	Check(va, n uint64, write bool) error
 	// Register makes length bytes at start a region of the software NIC, which its peers and WQEs know by addresses from iova
 	// on. Regions are used as sources and targets of one-sided operations of peers, and by the SGEs of the client's own
 	// requests. The region's LKey and RKey are the software NIC's. It fails with syscall.EFAULT if the memory is not there, or,

@@ -43,6 +43,9 @@ func (o own) move(b []byte, va uint64, call func(int, []unix.Iovec, []unix.Remot
 	return nil
 }
 
+// Check implements Memory.
+func (own) Check(va, n uint64, write bool) error { return checkOwn(va, n, write) }
+
 // Register implements Memory.
 func (own) Register(pd *softnic.PD, start, length, iova uint64, access ib.Access) (driver.MR, error) {
 	mem, err := ownMemory(start, length, access&ib.AccessLocalWrite != 0)

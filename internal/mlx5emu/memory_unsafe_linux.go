@@ -30,10 +30,10 @@ var canPopulate = sync.OnceValue(func() bool {
 	return populate(uint64(uintptr(unsafe.Pointer(unsafe.SliceData(page)))), pageSize, unix.MADV_POPULATE_READ) == 0
 })
 
-// ownMemory views memory of this process, if it is there, and can be written if that is wanted.
-func ownMemory(start, length uint64, write bool) ([]byte, error) {
+// checkOwn is Check for memory of this process.
+func checkOwn(start, length uint64, write bool) error {
 	if start == 0 || length == 0 || length > 1<<46 || start > 1<<47 {
-		return nil, unix.EFAULT
+		return unix.EFAULT
 	}
 	advice := unix.MADV_POPULATE_READ
 	if write {
@@ -42,7 +42,15 @@ func ownMemory(start, length uint64, write bool) ([]byte, error) {
 	first := start &^ (pageSize - 1)
 	last := (start + length + pageSize - 1) &^ (pageSize - 1)
 	if canPopulate() && populate(first, last-first, advice) != 0 {
-		return nil, unix.EFAULT
+		return unix.EFAULT
+	}
+	return nil
+}
+
+// ownMemory views memory of this process, if it is there, and can be written if that is wanted.
+func ownMemory(start, length uint64, write bool) ([]byte, error) {
+	if err := checkOwn(start, length, write); err != nil {
+		return nil, err
 	}
 	// Safe: the pages are mapped, as was just seen; the caller of REG_MR keeps them so until DEREG_MR.
 	p := *(*unsafe.Pointer)(unsafe.Pointer(&start))

@@ -157,6 +157,7 @@ func TestRefusedObjects(t *testing.T) {
 		{"with a record that is not aligned", func(q *abi.Mlx5CreateCQ) { q.DBAddr += 4 }, 63, -1, unix.EINVAL},
 		{"where nothing is", func(q *abi.Mlx5CreateCQ) { q.BufAddr = addrOf(gone) }, 63, -1, unix.EFAULT},
 		{"longer than its memory", func(q *abi.Mlx5CreateCQ) { q.BufAddr = addrOf(readOnly) }, 1 << 20, -1, unix.EFAULT},
+		{"in memory that cannot be written", func(q *abi.Mlx5CreateCQ) { q.BufAddr = addrOf(readOnly) }, 63, -1, unix.EFAULT},
 		{"with its record nowhere", func(q *abi.Mlx5CreateCQ) { q.DBAddr = addrOf(gone) }, 63, -1, unix.EFAULT},
 		{"at a UAR that is not there", func(q *abi.Mlx5CreateCQ) { q.UARPageIndex = 99 }, 63, -1, unix.EINVAL},
 		{"with a channel that is none", func(*abi.Mlx5CreateCQ) {}, 63, 12345, unix.EBADF},
@@ -169,6 +170,11 @@ func TestRefusedObjects(t *testing.T) {
 	}
 
 	q := c.newCQ(64, -1)
+	for to, want := range map[uint64]syscall.Errno{addrOf(readOnly): unix.EFAULT, addrOf(gone): unix.EFAULT, at + 64: unix.EINVAL} {
+		if _, err := c.f.ResizeCQ(q.h, 31, uverbs.Bytes(&abi.Mlx5ResizeCQ{BufAddr: to, CQESize: 64}), nil); errno(err) != want {
+			t.Errorf("to a buffer at %#x: %v, want %v", to, err, want)
+		}
+	}
 	good := abi.Mlx5CreateQP{BufAddr: at, DBAddr: at + 3*pageSize, SQWQECount: 64, RQWQECount: 16, RQWQEShift: 6, Flags: abi.MLX5_QP_FLAG_UAR_PAGE_INDEX, Uidx: 1, BFRegIndex: c.page[1]}
 	cmd := abi.CreateQP{PDHandle: c.pd, SendCQHandle: q.h, RecvCQHandle: q.h, MaxSendWR: 8, MaxRecvWR: 8, MaxSendSGE: 1, MaxRecvSGE: 1, QPType: uint8(ib.RC)}
 	for _, k := range []struct {
