@@ -30,10 +30,13 @@ func (p *pd) CreateAH(attr ib.AHAttr) (driver.AH, error) {
 	if err := p.c.Removed(); err != nil {
 		return nil, err
 	}
+	port, err := p.c.QueryPort(attr.Port)
+	if err != nil {
+		return nil, err
+	}
 	a := &ah{c: p.c}
 	var v addressVector
-	var err error
-	switch p.c.link(attr.Port) {
+	switch port.LinkLayer {
 	case ib.LinkEthernet:
 		err = a.onEthernet(p, &attr, &v)
 	case ib.LinkInfiniBand:
@@ -41,7 +44,7 @@ func (p *pd) CreateAH(attr ib.AHAttr) (driver.AH, error) {
 			v.onInfiniBand(&attr)
 		}
 	default:
-		err = fmt.Errorf("%s: create_ah: there is no port %d, or it is neither Ethernet nor InfiniBand", p.c.Device(), attr.Port)
+		err = fmt.Errorf("%s: create_ah: port %d is neither Ethernet nor InfiniBand", p.c.Device(), attr.Port)
 	}
 	if err == nil {
 		var n uint32

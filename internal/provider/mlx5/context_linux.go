@@ -5,7 +5,6 @@ package mlx5
 import (
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
 
 	"github.com/ringside-rdma/ringside/internal/abi"
@@ -30,7 +29,6 @@ type mlx5Context struct {
 	ahs     table[addressVector] // by ib.AHNum
 
 	windows *uverbs.Windows
-	links   []ib.LinkLayer // of the ports, by number less 1
 
 	mu   sync.Mutex
 	left [][]byte // guarded by mu: memory of queues that the kernel did not take back; the device may use it
@@ -49,13 +47,6 @@ func newContext(u *uverbs.Context, resp *abi.Mlx5AllocUcontextResp) (*mlx5Contex
 func (c *mlx5Context) open(resp *abi.Mlx5AllocUcontextResp) (err error) {
 	if c.info, err = learn(resp); err != nil {
 		return err
-	}
-	for port := range c.info.ports {
-		p, err := c.QueryPort(port + 1)
-		if err != nil {
-			return err
-		}
-		c.links = append(c.links, p.LinkLayer)
 	}
 	c.uars.c, c.uars.info = c.Context, c.info
 	return c.uars.open()
@@ -99,18 +90,18 @@ func (c *mlx5Context) QueryDevice() (ib.DeviceAttr, error) {
 	return a, nil
 }
 
-// link is the link layer of a port, or unspecified.
-func (c *mlx5Context) link(port uint8) ib.LinkLayer {
-	if port == 0 || int(port) > len(c.links) {
-		return ib.LinkUnspecified
-	}
-	return c.links[port-1]
-}
-
 // hasFrames reports whether there can be raw packet queue pairs: they need Ethernet, and completions that name queue pairs by index, as
 // those of frames do not have their number.
 func (c *mlx5Context) hasFrames() bool {
-	return c.info.byIndex && slices.Contains(c.links, ib.LinkEthernet)
+	if !c.info.byIndex {
+		return false
+	}
+	for port := range c.info.ports {
+		if p, err := c.QueryPort(port + 1); err == nil && p.LinkLayer == ib.LinkEthernet {
+			return true
+		}
+	}
+	return false
 }
 
 type pd struct {

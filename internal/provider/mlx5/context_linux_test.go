@@ -381,8 +381,19 @@ func TestAddressVectors(t *testing.T) {
 			t.Errorf("%s: %v", say, err)
 		}
 	}
+	// Of two ports, one that cannot be asked concerns only who wants it.
+	b = bare(t, func(k *fakeKernel) { k.resp.NumPorts, k.badPort = 2, 2 })
+	h, err := b.pd.CreateAH(attr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.close(h)
+	other := attr
+	other.Port = 2
+	_, err = b.pd.CreateAH(other)
+	mustBe(t, "a port that fails", err, unix.EIO)
 	b.k.mac = [6]byte{}
-	_, err := b.pd.CreateAH(attr)
+	_, err = b.pd.CreateAH(attr)
 	mustBe(t, "no MAC address", err, ErrDevice)
 	b = bare(t, func(k *fakeKernel) { k.resp.CmdsSuppUHW = 0 })
 	_, err = b.pd.CreateAH(attr)

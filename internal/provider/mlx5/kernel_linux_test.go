@@ -81,6 +81,7 @@ type fakeKernel struct {
 	mac        [6]byte
 	resized    func(old, fresh *fakeCQ)
 	pageID     uint32 // of the first UAR
+	badPort    uint32 // of which nothing can be learnt
 	caps       uint32 // more of the device's flags
 	flow       []byte // the last CREATE_FLOW
 	moderation []byte // the last MODIFY_CQ
@@ -173,6 +174,13 @@ func (k *fakeKernel) Ring([]byte) (int, syscall.Errno) {
 func (k *fakeKernel) method(id uint32, attrs uverbstest.Attrs) syscall.Errno {
 	switch id {
 	case 0x00020000: // QUERY_PORT
+		port := uint32(attrs[0].Value[0])
+		if port == 0 || port > uint32(k.resp.NumPorts) {
+			return unix.EINVAL
+		}
+		if port == k.badPort {
+			return unix.EIO
+		}
 		r := attrs[1].Data
 		le.PutUint32(r[4:], 1<<30)
 		le.PutUint32(r[16:], k.gids)
