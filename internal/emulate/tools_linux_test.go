@@ -106,7 +106,7 @@ func TestPingpong(t *testing.T) {
 			t.Run(typ+mode, func(t *testing.T) {
 				program := "ibv_" + typ + "_pingpong"
 				need(t, program)
-				out := between(t, program+mode+" -g 0 -n 20 -s 2000 -p "+freePort(t))
+				out := between(t, program+mode+" -g 0 -n 20 -s 1000 -p "+freePort(t))
 				if !strings.Contains(out, "20 iters in") {
 					t.Errorf("it prints\n%s", out)
 				}

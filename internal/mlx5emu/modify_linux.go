@@ -72,6 +72,9 @@ func (c *Context) modifyQP(q *abi.ModifyQP) syscall.Errno {
 	if to == ib.Reset {
 		return n.reset(&a, mask)
 	}
+	if n.typ == ib.UD && to == ib.RTR {
+		c.dev.listen()
+	}
 	if err := n.soft.Modify(context.Background(), &a, mask); err != nil {
 		return modifyErrno(err)
 	}

@@ -70,6 +70,17 @@ func (d *Device) reach(a *ib.AHAttr) {
 	}
 }
 
+// listen has the device receive at all addresses of the host, as datagrams may come to any of them. The software NIC by itself does so
+// from when an address is first used, and a datagram that comes soon after that may still be lost.
+func (d *Device) listen() {
+	l, _ := d.GIDs()
+	for _, e := range l {
+		if e.Index != 0 {
+			d.nic.UDPPort(1, e.Index) // if it fails, there is no receiving there
+		}
+	}
+}
+
 // ifIndex is the number of a net device, or 0.
 func ifIndex(name string) uint32 {
 	if name == "" {

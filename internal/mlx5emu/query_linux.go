@@ -53,10 +53,23 @@ func (d *Device) GIDTableSize() int { return gidSlots }
 
 const gidSlots = 255 // sgid_index of an address handle is a byte
 
+// activeMTU is the path MTU that all of the host's addresses have room for, if it knows any: programs take it for their connections.
+// Through memory, the largest is always possible.
+func (d *Device) activeMTU() ib.MTU {
+	m := maxMTU
+	l, _ := d.GIDs()
+	for _, e := range l {
+		if e.MTU != 0 {
+			m = min(m, e.MTU)
+		}
+	}
+	return m
+}
+
 func (d *Device) portResp() abi.QueryPortRespEx {
 	return abi.QueryPortRespEx{LegacyResp: abi.QueryPortResp{
 		PortCapFlags: abi.IB_UVERBS_PCF_CM_SUP | abi.IB_UVERBS_PCF_IP_BASED_GIDS, MaxMsgSz: 1 << 30, GIDTblLen: gidSlots, PKeyTblLen: 1,
-		State: portActive, MaxMTU: uint8(maxMTU), ActiveMTU: uint8(maxMTU), MaxVLNum: 1, ActiveWidth: 2, ActiveSpeed: 64,
+		State: portActive, MaxMTU: uint8(maxMTU), ActiveMTU: uint8(d.activeMTU()), MaxVLNum: 1, ActiveWidth: 2, ActiveSpeed: 64,
 		PhysState: linkUp, LinkLayer: ethernet, Flags: abi.IB_UVERBS_QPF_GRH_REQUIRED,
 	}}
 }

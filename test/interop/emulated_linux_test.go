@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"strconv"
@@ -124,7 +125,7 @@ func TestEmulatedPerftestWithRXE(t *testing.T) {
 					if name == "ib_read_bw" {
 						args = append(args, "-o", "16") // of rxe's 128 a ConnectX has that many
 					}
-					emulated := append([]string{"-d", "mlx5_0", "-x", strconv.Itoa(emulatedSlot(t, net))}, args...)
+					emulated := append([]string{"-d", "mlx5_0", "-x", strconv.Itoa(emulatedSlot(t, net.Namespace, net.Soft))}, args...)
 					kernel := append([]string{"-d", net.Device, "-x", strconv.Itoa(slot)}, args...)
 					ofEmulated := func() (*program, error) { return startEmulated(ctx, cancel, net.Namespace, path, emulated...) }
 					ofKernel := func() (*program, error) { return start(ctx, cancel, path, kernel...) }
@@ -156,6 +157,58 @@ func TestEmulatedPerftestWithRXE(t *testing.T) {
 	}
 }
 
+// Two programs on emulated devices of two hosts, which meet by RoCEv2. Neither is told what packets the network has room for: it is less
+// than a ConnectX has at most.
+func TestEmulatedBetweenHosts(t *testing.T) {
+	for _, name := range []string{"ibv_rc_pingpong", "ib_write_bw"} {
+		found(t, name)
+	}
+	net := testutil.NewNetwork(t)
+	var slots [2]string
+	for i := range slots {
+		slots[i] = strconv.Itoa(emulatedSlot(t, net.Namespaces[i], net.Addrs[i]))
+	}
+	for _, command := range []string{
+		"ibv_rc_pingpong -e -n 200 -s 20000", "ibv_uc_pingpong -e -n 100 -s 5000", "ibv_ud_pingpong -e -n 100 -s 1000",
+		"ib_write_bw -F -n 300 -s 8192", "ib_read_bw -F -n 300 -s 3000", "ib_send_bw -F -n 300 -s 1000 -c UD", "ib_atomic_bw -F -n 300",
+	} {
+		t.Run(strings.ReplaceAll(command, " ", ""), func(t *testing.T) {
+			words := strings.Fields(command)
+			path := found(t, words[0])
+			index := "-x"
+			if strings.HasPrefix(words[0], "ibv_") {
+				index = "-g"
+			}
+			datagrams := strings.HasPrefix(command, "ibv_u") || strings.HasSuffix(command, "UD")
+			tolerant(t, datagrams, func(limit time.Duration) error {
+				ctx, cancel := context.WithTimeout(t.Context(), limit)
+				defer cancel()
+				port := freePort(t)
+				var p [2]*program
+				for i := range p {
+					args := append(words[1:len(words):len(words)], "-d", "mlx5_0", "-p", strconv.Itoa(port), index, slots[i])
+					if i == 1 {
+						args = append(args, net.Addrs[0].String())
+					}
+					var err error
+					if p[i], err = startEmulated(ctx, cancel, net.Namespaces[i], path, args...); err != nil {
+						return err
+					}
+					if i == 0 {
+						awaitListener(t, net.Namespaces[0], port)
+					}
+				}
+				<-p[0].done
+				<-p[1].done
+				if err := errors.Join(p[0].err, p[1].err); err != nil {
+					return fmt.Errorf("%w\nthe server:\n%sthe client:\n%s", err, p[0], p[1])
+				}
+				return nil
+			})
+		})
+	}
+}
+
 // awaitListener waits until somebody listens on a TCP port in a namespace, which connecting would keep a server busy with.
 func awaitListener(t *testing.T, namespace string, port int) {
 	t.Helper()
@@ -175,17 +228,17 @@ func awaitListener(t *testing.T, namespace string, port int) {
 	})
 }
 
-// emulatedSlot is the slot of the namespace's address in the GID table of an emulated device there.
-func emulatedSlot(t *testing.T, net *testutil.RXENet) int {
+// emulatedSlot is the slot of an address of a namespace in the GID table of an emulated device there.
+func emulatedSlot(t *testing.T, namespace string, addr netip.Addr) int {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), testutil.Patience)
 	defer cancel()
-	p, err := startEmulated(ctx, cancel, net.Namespace, "/bin/sh", "-c", "for i in 0 1 2 3 4 5; do echo $i:$(cat /sys/class/infiniband/mlx5_0/ports/1/gids/$i); done")
+	p, err := startEmulated(ctx, cancel, namespace, "/bin/sh", "-c", "for i in 0 1 2 3 4 5; do echo $i:$(cat /sys/class/infiniband/mlx5_0/ports/1/gids/$i); done")
 	if err != nil {
 		t.Fatal(err)
 	}
 	<-p.done
-	b := net.Soft.As16()
+	b := addr.As16()
 	want := ""
 	for i := 0; i < 16; i += 2 {
 		want += fmt.Sprintf(":%02x%02x", b[i], b[i+1])
@@ -197,6 +250,6 @@ func emulatedSlot(t *testing.T, net *testutil.RXENet) int {
 			}
 		}
 	}
-	t.Fatalf("%v is not among the GIDs of the emulated device: %v\n%s", net.Soft, p.err, p)
+	t.Fatalf("%v is not among the GIDs of the emulated device: %v\n%s", addr, p.err, p)
 	return 0
 }
