@@ -176,6 +176,52 @@ func TestNotices(t *testing.T) {
 	}
 }
 
+// READs that a peer of none of ours answers come in the parts that were asked for, however the window has changed since, and are asked for again in
+// the same, which is all that such a peer takes.
+func TestReadsWhileSlowed(t *testing.T) {
+	for seed := range uint64(20) {
+		n := newNetwork(t, seed, func(c *Config) { c.Congestion = true })
+		a, b := n.nodes[0], n.nodes[1]
+		n.loss = []float64{0, 0.01}[seed%2]
+		const reads, size = 30, 50 * simMTU
+		parts := map[ib.PSN]ib.PSN{} // ends of what was asked for, by its beginning
+		first := a.req.nxt
+		n.drop = func(from *node, p *roce.Packet) bool {
+			switch {
+			case from == b && p.Opcode.IsResponse() && n.r.IntN(20) == 0:
+				p.FECN = true
+			case from == b && n.r.IntN(40) == 0:
+				a.req.Notify()
+			case p.Opcode.Op() == roce.ReadRequest:
+				begins := ib.PSN(distance(first, p.PSN))
+				ends := begins + ib.PSN(packets(p.Len, simMTU))
+				for x, y := range parts {
+					if begins >= x && begins < y && ends != y {
+						t.Errorf("seed %d: packets %d to %d are asked for, and %d to %d were", seed, begins, ends, x, y)
+					}
+				}
+				if _, again := parts[begins]; !again {
+					parts[begins] = ends
+				}
+			}
+			return false
+		}
+		for i := range reads {
+			a.post(Request{Op: ib.OpRDMARead, Len: size, RKey: roKey, Addr: uint64(i)}, nil)
+		}
+		a.pump()
+		n.run(n.ended)
+		for i, st := range a.done {
+			if st != ib.WCSuccess || !bytes.Equal(a.sinks[i], b.readOnly[i:][:size]) {
+				t.Fatalf("seed %d: READ %d ends with %v, or other bytes", seed, i, st)
+			}
+		}
+		if a.req.Counters.Slowed == 0 {
+			t.Errorf("seed %d: %+v", seed, a.req.Counters)
+		}
+	}
+}
+
 // A peer that was away for some timeouts, and then takes what had come meanwhile, is no congestion: once all that was sent before has
 // been acknowledged, the window is what it was. If that was lost, or has met congestion, it is.
 func TestAway(t *testing.T) {

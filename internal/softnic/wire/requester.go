@@ -297,7 +297,8 @@ func (r *Requester) part(e *entry, psn ib.PSN) uint32 {
 }
 
 // askedFor is how many packets of e's response are asked for again at a time, from psn on: to the end of what was asked for at first. In
-// smaller parts they would be more than the peer remembers.
+// smaller parts they would be more than the peer remembers, in larger ones other than it remembers. And what the window is now says nothing
+// about where an answer ends that was asked for before.
 func (r *Requester) askedFor(e *entry, psn ib.PSN) uint32 {
 	for _, end := range r.asks {
 		if n := min(distance(psn, end), distance(psn, e.end())); n > 0 {
@@ -467,9 +468,6 @@ func (r *Requester) rewind(why Reason) {
 	r.why = why
 	r.cur, r.nxt = r.find(r.una), r.una
 	r.unasked = 0
-	if !r.cfg.Selective { // else the peer may have kept what came early
-		r.asks = r.asks[:0]
-	}
 	r.sel.forget(r.una)
 }
 
@@ -643,7 +641,7 @@ func (r *Requester) response(p *roce.Packet, now time.Duration) {
 	}
 	left := e.Len - e.got
 	size := min(left, uint32(r.cfg.MTU))
-	if uint32(len(p.Payload)) != size || p.Opcode.Last() != (r.part(e, want) == 1) {
+	if uint32(len(p.Payload)) != size || p.Opcode.Last() != (r.askedFor(e, want) == 1) {
 		r.fail(ib.WCBadRespErr)
 		return
 	}
