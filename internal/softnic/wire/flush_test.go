@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"fmt"
 	"testing"
 
 	"github.com/ringside-rdma/ringside/internal/roce"
@@ -46,5 +47,80 @@ func TestManyFlushes(t *testing.T) {
 	flush(3)
 	if x := r.at(r.outHead); r.outTail-r.outHead != 1 || !x.result || x.psn != 3 || target.n != 2*pairs {
 		t.Errorf("what was asked for again: %d answers, %+v", r.outTail-r.outHead, x)
+	}
+}
+
+// What answers a later request says that a FLUSH or an ATOMIC WRITE was executed, too: one whose answer is lost is not asked for again, which
+// rxe would not hear. A READ and an atomic are.
+func TestLostAnswerImplied(t *testing.T) {
+	for _, selective := range []bool{false, true} {
+		for _, op := range []ib.Opcode{ib.OpFlush, ib.OpAtomicWrite, ib.OpAtomicFetchAdd} {
+			for _, behind := range []ib.Opcode{ib.OpSend, ib.OpRDMARead, ib.OpFlush, ib.OpAtomicFetchAdd} {
+				t.Run(fmt.Sprint(op, " before ", behind, ", selective ", selective), func(t *testing.T) {
+					n := newNetwork(t, 1, func(c *Config) { c.Selective = selective })
+					a, b := n.nodes[0], n.nodes[1]
+					b.recvs = 1
+					first, asked := a.req.nxt, 0
+					implied := op != ib.OpAtomicFetchAdd
+					n.drop = func(from *node, p *roce.Packet) bool {
+						if from == a && p.PSN == first {
+							asked++
+							return implied && asked > 1 // as rxe does
+						}
+						return from == b && p.PSN == first && asked < 2
+					}
+					request := func(op ib.Opcode) Request {
+						r := Request{Op: op, RKey: memKey}
+						switch op {
+						case ib.OpFlush:
+							r.Flush = ib.Flush{Placement: ib.FlushGlobal, Length: 8}
+						default:
+							r.Len = 8
+						}
+						return r
+					}
+					a.post(request(op), make([]byte, 8))
+					a.post(request(behind), make([]byte, 8))
+					a.pump()
+					n.run(n.ended)
+					for i, st := range a.done {
+						if st != ib.WCSuccess {
+							t.Errorf("request %d ends with %v", i, st)
+						}
+					}
+					if again := asked > 1; again == implied || a.req.Counters.Timeouts != 0 {
+						t.Errorf("asked for %d times: %+v", asked, a.req.Counters)
+					}
+				})
+			}
+		}
+	}
+}
+
+// Without a later answer it is asked for again.
+func TestLostAnswerAtTheEnd(t *testing.T) {
+	for _, selective := range []bool{false, true} {
+		for _, op := range []ib.Opcode{ib.OpFlush, ib.OpAtomicWrite} {
+			n := newNetwork(t, 1, func(c *Config) { c.Selective = selective })
+			a, b := n.nodes[0], n.nodes[1]
+			lost := 0
+			n.drop = func(from *node, p *roce.Packet) bool {
+				if from == b && p.Opcode.Op() == roce.ReadResponseOnly && lost == 0 {
+					lost++
+					return true
+				}
+				return false
+			}
+			r := Request{Op: op, RKey: memKey, Flush: ib.Flush{Placement: ib.FlushGlobal}}
+			if op == ib.OpAtomicWrite {
+				r.Len = 8
+			}
+			a.post(r, make([]byte, 8))
+			a.pump()
+			n.run(n.ended)
+			if a.done[0] != ib.WCSuccess || a.req.Counters.Timeouts != 1 || lost != 1 {
+				t.Errorf("%v, selective %v: %v, %+v", op, selective, a.done, a.req.Counters)
+			}
+		}
 	}
 }

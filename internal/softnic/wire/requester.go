@@ -33,6 +33,13 @@ func (r *Request) response() bool {
 func (r *Request) atomic() bool { return r.Op == ib.OpAtomicCmpSwap || r.Op == ib.OpAtomicFetchAdd }
 
 // answer is how many bytes the response to the packet psn of e has.
+// implied reports whether the response says no more than that the request was executed, as any later acknowledgement or response does: so it
+// is for a FLUSH and an ATOMIC WRITE. A responder answers in the order of requests (IBA 9.5), and answers a FLUSH when what it is about is
+// visible, or persistent (A19); so whatever answers a later request is no sooner than that, and this is no weaker a promise than the response's
+// own. A READ or an atomic whose response is missing has to be asked for again, for what it was to bring. For these two that is spared, and it
+// may be in vain: rxe does not note the PSN of a FLUSH that it has executed, and drops it when it comes again (rxe_prepare_res).
+func (r *Request) implied() bool { return r.Op == ib.OpFlush || r.Op == ib.OpAtomicWrite }
+
 func (r *Requester) answer(e *entry, psn ib.PSN) uint32 {
 	if e.Op != ib.OpRDMARead {
 		return 0
@@ -479,7 +486,7 @@ func (r *Requester) acked(psn ib.PSN, now time.Duration) {
 		if r.cfg.Selective {
 			r.arrived(e)
 		}
-		if e.response() && !e.done {
+		if e.response() && !e.done && !(e.implied() && distance(e.end(), psn) >= 0) {
 			if at := r.reached(e); distance(at, psn) > 0 {
 				psn, lost = at, true // the peer is further, and has answered: that was lost
 			}

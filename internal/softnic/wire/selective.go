@@ -197,8 +197,8 @@ func (r *Requester) holes(psn ib.PSN, why Reason) {
 	s := &r.sel
 	for n := r.head; n != r.tail && distance(r.at(n).first, psn) > 0; n++ {
 		e := r.at(n)
-		if !e.response() || e.done {
-			continue
+		if !e.response() || e.done || e.implied() && why == MissingResponse {
+			continue // it needs none, or has it; or what is known says all that it would
 		}
 		from, to := r.reached(e), e.end()
 		if distance(from, s.top) > 0 {
