@@ -3,6 +3,7 @@ package wire
 import (
 	"fmt"
 	"testing"
+	"time"
 
 	"github.com/ringside-rdma/ringside/internal/roce"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -121,6 +122,49 @@ func TestLostAnswerAtTheEnd(t *testing.T) {
 			if a.done[0] != ib.WCSuccess || a.req.Counters.Timeouts != 1 || lost != 1 {
 				t.Errorf("%v, selective %v: %v, %+v", op, selective, a.done, a.req.Counters)
 			}
+		}
+	}
+}
+
+// When a timer finds that something is missing, all of it is asked about at once, whatever the newest request is.
+func TestInquiry(t *testing.T) {
+	took := map[ib.Opcode]time.Duration{}
+	ops := []ib.Opcode{ib.OpSend, ib.OpFlush, ib.OpAtomicWrite, ib.OpAtomicCmpSwap}
+	for _, op := range ops {
+		n := newNetwork(t, 1, func(c *Config) { c.Selective, c.AckTimeout = true, 67*time.Millisecond })
+		a, b := n.nodes[0], n.nodes[1]
+		const messages = 30
+		b.recvs = messages + 1
+		first := a.req.nxt
+		n.drop = func(from *node, p *roce.Packet) bool { // every third message, and all that is said about it
+			if a.req.Counters.Timeouts > 0 {
+				return false
+			}
+			return from == b || distance(first, p.PSN)%3 == 0 && distance(first, p.PSN) < messages
+		}
+		for range messages {
+			a.post(Request{Op: ib.OpSend, Len: 8}, make([]byte, 8))
+		}
+		r := Request{Op: op, RKey: memKey, Len: 8}
+		if op == ib.OpFlush {
+			r.Len, r.Flush = 0, ib.Flush{Placement: ib.FlushGlobal}
+		}
+		a.post(r, make([]byte, 8))
+		a.pump()
+		n.run(n.ended)
+		for i, st := range a.done {
+			if st != ib.WCSuccess {
+				t.Errorf("%v: request %d ends with %v", op, i, st)
+			}
+		}
+		if a.req.Counters.Timeouts != 1 {
+			t.Errorf("%v: %+v", op, a.req.Counters)
+		}
+		took[op] = n.now
+	}
+	for _, op := range ops {
+		if took[op] > took[ib.OpSend]+2*5*time.Microsecond {
+			t.Errorf("behind %v it takes %v, behind %v %v", op, took[op], ib.OpSend, took[ib.OpSend])
 		}
 	}
 }

@@ -139,10 +139,11 @@ func (r *Requester) overtaken(p *roce.Packet) {
 	}
 }
 
-// inquire has the newest packet sent again, to hear about everything that is missing: see Responder.report.
+// inquire has the newest packet sent again, to hear about everything that is missing: see Responder.report. A READ's is not: its answer may
+// be many packets.
 func (r *Requester) inquire(why Reason) {
 	last := r.nxt.Add(-1)
-	if last != r.una && !r.awaited(last) && !r.at(r.find(last)).response() {
+	if last != r.una && !r.awaited(last) && r.at(r.find(last)).Op != ib.OpRDMARead {
 		r.sel.lost.push(span{last, 1, why})
 	}
 }
