@@ -14,6 +14,7 @@ var _ = addCases("ordering and fences", 0,
 	testCase{name: "order/fence-after-atomic", needs: ib.CapAtomic, run: fenceAfterAtomic},
 	testCase{name: "order/read-depth", run: readDepth},
 	testCase{name: "order/read-depth-zero", run: readDepthZero},
+	testCase{name: "order/atomic-depth-zero", needs: ib.CapAtomic, run: atomicDepthZero},
 )
 
 // IBA 9.5: a SEND after WRITEs says that the writes are there.
@@ -143,11 +144,28 @@ func readDepth(c *C) {
 // A responder that was told to serve no READs refuses one: invalid request by IBA 9.9.3 (as rxe does it), or, as mlx5
 // takes the QP's read right away in this case, an access error.
 func readDepthZero(c *C) {
-	l := c.pair(ib.RC, func(o *linkOpts) { o.destRdAtomic = 0 })
-	l.b.mem.fill(0, 64, 4)
+	depthZero(c, c.pair(ib.RC, noResources), func(l link) ib.SendWR { return wrRead(1, l.a.mem.sges(0, 64), l.b.mem, 0) })
+	depthZero(c, c.pair(ib.RC, noResources), func(l link) ib.SendWR { return wrRead(1, nil, l.b.mem, 0) })
+}
+
+func atomicDepthZero(c *C) {
+	depthZero(c, c.pair(ib.RC, noResources), func(l link) ib.SendWR { return wrAdd(1, l.a.mem.sges(0, 8), l.b.mem, 0, 1) })
+	depthZero(c, c.pair(ib.RC, noResources), func(l link) ib.SendWR { return wrCAS(1, l.a.mem.sges(0, 8), l.b.mem, 0, 4, 1) })
+}
+
+// noResources connects for requests without an answer of their own only.
+func noResources(o *linkOpts) { o.destRdAtomic = 0 }
+
+// depthZero checks that a request with an answer of its own is refused by a peer that has no responder resources for it. It is one too many,
+// and so an invalid request (IBA 9.7.5.2); drivers for ConnectX say it by taking the rights away (mlx5_ib's to_mlx5_access_flags).
+func depthZero(c *C, l link, wr func(l link) ib.SendWR) {
+	c.Helper()
 	l.a.mem.canary()
-	l.a.post(wrRead(1, l.a.mem.sges(0, 64), l.b.mem, 0))
+	l.b.mem.canary()
+	l.a.post(wr(l))
 	l.a.sentOneOf(1, ib.WCRemoteInvalidReqErr, ib.WCRemoteAccessErr)
-	l.a.mem.intact("sink of a refused READ")
+	l.a.mem.intact("sink of a refused request")
+	l.b.mem.intact("target of a refused request")
 	l.a.inState(ib.Err)
+	l.b.inState(ib.Err)
 }

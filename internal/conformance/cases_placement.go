@@ -12,9 +12,11 @@ var _ = addCases("FLUSH and ATOMIC WRITE", 0,
 	testCase{name: "placement/flush-rights", needs: ib.CapFlush, run: flushRights},
 	testCase{name: "placement/flush-persistent", needs: ib.CapFlushPersistent, run: flushPersistent},
 	testCase{name: "placement/flush-bad-request", needs: ib.CapFlush, run: flushBad},
+	testCase{name: "placement/flush-depth-zero", needs: ib.CapFlush, run: flushDepthZero},
 	testCase{name: "placement/atomic-write", needs: ib.CapAtomicWrite, run: atomicWriteBasic},
 	testCase{name: "placement/atomic-write-rights", needs: ib.CapAtomicWrite, run: atomicWriteRights},
 	testCase{name: "placement/atomic-write-bad-request", needs: ib.CapAtomicWrite, run: atomicWriteBad},
+	testCase{name: "placement/atomic-write-depth-zero", needs: ib.CapAtomicWrite, run: atomicWriteDepthZero},
 )
 
 // A device without says so when the request is posted, and goes on.
@@ -137,6 +139,17 @@ func flushBad(c *C) {
 		u := c.placementPair(ib.UC)
 		c.refused(u.a.QP, wrFlush(1, u.b.mem, 0, good))
 	}
+}
+
+// Both take responder resources, as a READ does.
+func flushDepthZero(c *C) {
+	depthZero(c, c.placementPair(ib.RC, noResources), func(l link) ib.SendWR {
+		return wrFlush(1, l.b.mem, 0, ib.Flush{Placement: ib.FlushGlobal, Length: 64})
+	})
+}
+
+func atomicWriteDepthZero(c *C) {
+	depthZero(c, c.placementPair(ib.RC, noResources), func(l link) ib.SendWR { return wrAtomicWrite(1, l.b.mem, 0, 1) })
 }
 
 // Inline or from a region; after everything that came before.

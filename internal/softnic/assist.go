@@ -128,7 +128,7 @@ func (l *link) doAssist(m, answer *ctl) ib.WCStatus {
 	q.sq.Lock()
 	s := ib.QPState(q.state.Load())
 	ok := q.link == l && uint32(q.attr.DestQPN) == m.qpn && s >= ib.RTR && s != ib.Err
-	rights := q.rightsLocked()
+	rights, resources := q.attr.Access, q.attr.MaxDestRdAtomic != 0
 	q.sq.Unlock()
 	op := ib.Opcode(m.status)
 	var need ib.Access
@@ -143,11 +143,11 @@ func (l *link) doAssist(m, answer *ctl) ib.WCStatus {
 		ok = ok && m.b == 8 && m.x&7 == 0
 	case ib.OpAtomicWrite:
 		need = ib.AccessRemoteWrite
-		ok = ok && m.b == 8 && m.x&7 == 0
+		ok = ok && m.b == 8 && m.x&7 == 0 && resources
 	default:
 		ok = false
 	}
-	if !ok {
+	if !ok || need != ib.AccessRemoteWrite && !resources {
 		return ib.WCRemoteInvalidReqErr
 	}
 	l.nic.regionUse.RLock() // the region cannot go while we copy: quiesce takes the lock

@@ -191,6 +191,18 @@ func (q *QP) remote(v *peerView, rkey ib.RKey, addr uint64, n uint32, need ib.Ac
 	return r, ib.WCSuccess, stallNone
 }
 
+// answerable says whether a request that has an answer of its own (READ, the atomics, FLUSH, ATOMIC WRITE) can be sent to the peer: one side
+// or the other may have been connected without (IBA 9.7.4.1.6, and A19 for the latter two, which take responder resources as a READ does).
+func (q *QP) answerable(v *peerView) ib.WCStatus {
+	switch {
+	case q.attr.MaxRdAtomic == 0:
+		return ib.WCLocalQPOpErr
+	case atomic.LoadUint32(v.access)&noResources != 0:
+		return q.invalidFault(v)
+	}
+	return ib.WCSuccess
+}
+
 // remoteWindow checks that the key is a window that the peer has bound for this connection: nothing else can be invalidated.
 func (q *QP) remoteWindow(v *peerView, k ib.RKey) (ib.WCStatus, stallKind) {
 	r, st, s := q.remote(v, k, 0, 0, 0)
@@ -280,8 +292,8 @@ func (q *QP) execRead(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKin
 	if st != ib.WCSuccess {
 		return st, 0, stallNone
 	}
-	if q.attr.MaxRdAtomic == 0 {
-		return ib.WCLocalQPOpErr, 0, stallNone // the QP was connected without reads and atomics
+	if st := q.answerable(v); st != ib.WCSuccess {
+		return st, 0, stallNone
 	}
 	if n == 0 {
 		return ib.WCSuccess, 0, stallNone
@@ -311,8 +323,8 @@ func (q *QP) execAtomic(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallK
 	if st != ib.WCSuccess {
 		return st, 0, stallNone
 	}
-	if q.attr.MaxRdAtomic == 0 {
-		return ib.WCLocalQPOpErr, 0, stallNone
+	if st := q.answerable(v); st != ib.WCSuccess {
+		return st, 0, stallNone
 	}
 	if wr.RemoteAddr&7 != 0 {
 		return q.invalidFault(v), 0, stallNone
@@ -347,11 +359,11 @@ func (q *QP) execAtomicWrite(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, s
 	if _, _, st := q.local(wr, 0); st != ib.WCSuccess {
 		return st, 0, stallNone
 	}
-	if q.attr.MaxRdAtomic == 0 {
-		return ib.WCLocalQPOpErr, 0, stallNone
-	}
 	if !q.gather(q.result[:], wr, 0) {
 		return ib.WCLocalProtErr, 0, stallNone
+	}
+	if st := q.answerable(v); st != ib.WCSuccess {
+		return st, 0, stallNone
 	}
 	if wr.RemoteAddr&7 != 0 {
 		return q.invalidFault(v), 0, stallNone
@@ -383,8 +395,8 @@ func (q *QP) execAtomicWrite(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, s
 
 // execFlush executes a FLUSH: whoever may, and asks for what can be had, has it, since operations before it were done where all see them.
 func (q *QP) execFlush(v *peerView, wr *ib.SendWR) (ib.WCStatus, stallKind) {
-	if q.attr.MaxRdAtomic == 0 {
-		return ib.WCLocalQPOpErr, stallNone
+	if st := q.answerable(v); st != ib.WCSuccess {
+		return st, stallNone
 	}
 	addr, n := flushRange(wr.RemoteAddr, wr.Flush)
 	_, st, s := q.remote(v, wr.RKey, addr, n, flushRights(wr.Flush.Placement))

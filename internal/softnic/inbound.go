@@ -97,19 +97,15 @@ func (q *QP) openInbound(l *link, dst uint32) (*inbound, error) {
 
 func (in *inbound) setState(s uint32) { atomic.StoreUint32(in.state, s) }
 
-// rightsLocked is what the QP's peer may do. Called with sq held.
-func (q *QP) rightsLocked() ib.Access {
-	if q.attr.MaxDestRdAtomic == 0 {
-		return q.attr.Access &^ (ib.AccessRemoteRead | ib.AccessRemoteAtomic | ib.AccessFlushGlobal) // the responder has no resources for them
-	}
-	return q.attr.Access
-}
-
+// setRights tells the peer what it may do.
 func (in *inbound) setRights(q *QP) {
 	q.sq.Lock()
-	acc, key := q.rightsLocked(), q.attr.QKey
+	acc, key := uint32(q.attr.Access), q.attr.QKey
+	if q.typ == ib.RC && q.attr.MaxDestRdAtomic == 0 {
+		acc |= noResources
+	}
 	q.sq.Unlock()
-	atomic.StoreUint32(in.access, uint32(acc))
+	atomic.StoreUint32(in.access, acc)
 	atomic.StoreUint32(&words32(in.blk.mem)[blkQKey/4], uint32(key))
 }
 

@@ -8,7 +8,7 @@ const (
 
 	// A block is the receiving half of a connected QP. Offsets in bytes.
 	blkState  = 0   // u32, owner, release: qpClosed, qpReady; the peer loads it (acquire) with busy raised
-	blkAccess = 4   // u32, owner: the QP's remote access rights (ib.Access)
+	blkAccess = 4   // u32, owner: the QP's remote access rights (ib.Access), and noResources
 	blkQKey   = 8   // u32, owner, atomic: the Q_Key of a UD QP; the peer loads it with busy raised
 	blkTail   = 64  // u32, owner, release: receives posted so far; descriptors below it are visible
 	blkHead   = 68  // u32, owner, release: completions consumed so far; read by the peer only in SRQ and UD mode
@@ -18,6 +18,10 @@ const (
 	// Values of blkState. A block is zeroed when it is handed out.
 	qpClosed uint32 = 0 // drop what arrives: the QP is not receiving
 	qpReady  uint32 = 1 // RTR, RTS, SQD or SQE
+
+	// noResources in blkAccess: the QP has no responder resources (MaxDestRdAtomic is 0), so that nothing which has an answer of its own is
+	// for it.
+	noResources uint32 = 1 << 31
 
 	// A receive descriptor is 16 bytes, owner-written, published by blkTail:
 	//	u64 address, u32 length, u32 region handle

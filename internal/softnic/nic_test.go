@@ -25,7 +25,8 @@ type end struct {
 	reg *mem.Region
 	buf []byte
 
-	borrowed bool // pd and cq belong to another
+	borrowed  bool // pd and cq belong to another
+	resources uint8
 }
 
 type endConfig struct {
@@ -36,6 +37,8 @@ type endConfig struct {
 	srq     driver.SRQ
 	// cqEntries makes the CQ deeper than one QP needs.
 	cqEntries int
+	// noResources: neither side's READs, nor what else has an answer, can be done.
+	noResources bool
 }
 
 // newEnd makes an end that is closed with the test.
@@ -67,7 +70,10 @@ func makeEndOn(t testing.TB, n *NIC, pd driver.PD, cq driver.CQ, cfg endConfig) 
 	if cfg.size == 0 {
 		cfg.size = 1 << 20
 	}
-	e := &end{t: t, n: n, pd: pd, cq: cq, borrowed: cq != nil}
+	e := &end{t: t, n: n, pd: pd, cq: cq, borrowed: cq != nil, resources: 16}
+	if cfg.noResources {
+		e.resources = 0
+	}
 	must := func(err error) {
 		t.Helper()
 		if err != nil {
@@ -140,11 +146,11 @@ func (e *end) connectTo(gid ib.GID, qpn ib.QPN) {
 		e.init()
 	}
 	a := ib.QPAttr{State: ib.RTR, AH: ib.AHAttr{DGID: gid, Port: 1}, PathMTU: ib.MTU4096, DestQPN: qpn,
-		MaxDestRdAtomic: 16, MinRNRTimer: 1}
+		MaxDestRdAtomic: e.resources, MinRNRTimer: 1}
 	if err := e.q.Modify(ctx, &a, ib.AttrState|ib.AttrAV|ib.AttrPathMTU|ib.AttrDestQPN|ib.AttrRQPSN|ib.AttrMaxDestRdAtomic|ib.AttrMinRNRTimer); err != nil {
 		e.t.Fatal(err)
 	}
-	a = ib.QPAttr{State: ib.RTS, MaxRdAtomic: 16, AckTimeout: 18, RetryCount: 7, RNRRetry: 7}
+	a = ib.QPAttr{State: ib.RTS, MaxRdAtomic: e.resources, AckTimeout: 18, RetryCount: 7, RNRRetry: 7}
 	if err := e.q.Modify(ctx, &a, ib.AttrState|ib.AttrMaxRdAtomic|ib.AttrAckTimeout|ib.AttrRetryCount|ib.AttrRNRRetry|ib.AttrSQPSN); err != nil {
 		e.t.Fatal(err)
 	}

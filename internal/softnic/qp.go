@@ -329,7 +329,10 @@ func (q *QP) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) er
 		}
 	}
 	q.sq.Unlock()
-	if mask&ib.AttrAccess != 0 || mask&ib.AttrQKey != 0 {
+	if w != nil && mask&(ib.AttrMinRNRTimer|ib.AttrMaxDestRdAtomic) != 0 {
+		w.changeResponder(&a)
+	}
+	if mask&(ib.AttrAccess|ib.AttrQKey|ib.AttrMaxDestRdAtomic) != 0 {
 		q.eachInbound(func(in *inbound) { in.setRights(q) })
 	}
 	if drained {
