@@ -312,10 +312,11 @@ func (q *QP) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) er
 	}
 	q.state.Store(uint32(next))
 	notify := mask&ib.AttrSQDNotify != 0 && attr.SQDNotify
-	if w := q.wire; w != nil && next == ib.RTS {
+	a, w := q.attr, q.wire
+	if w != nil && next == ib.RTS {
 		w.toRTS()
 	}
-	begun := q.pendLen > 0 && q.stall.kind != stallNone || q.wire != nil && q.wire.given > 0
+	begun := q.pendLen > 0 && q.stall.kind != stallNone || w != nil && w.given > 0
 	drained := false
 	if next == ib.SQD && cur == ib.RTS {
 		switch {

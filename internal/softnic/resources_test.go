@@ -65,3 +65,44 @@ func TestNoResponderResources(t *testing.T) {
 		refused(t, openNIC(t, false), openNIC(t, false), false, func(a, b *end) { streamed(t, a, b) })
 	})
 }
+
+// What a QP may have under way can be changed in SQD, from nothing too, and what the peer may; it holds for connections of all kinds.
+func TestResourcesChanged(t *testing.T) {
+	change := func(t *testing.T, a, b *end) {
+		for _, e := range []*end{a, b} {
+			for _, m := range []struct {
+				attr ib.QPAttr
+				mask ib.QPAttrMask
+			}{{attr: ib.QPAttr{State: ib.SQD}}, {ib.QPAttr{State: ib.SQD, MaxRdAtomic: 4, MaxDestRdAtomic: 4}, ib.AttrMaxRdAtomic | ib.AttrMaxDestRdAtomic},
+				{attr: ib.QPAttr{State: ib.RTS}}} {
+				if err := e.q.Modify(t.Context(), &m.attr, ib.AttrState|m.mask); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		for i := range 20 {
+			for name, wr := range answered(a, b) {
+				if name != "FLUSH" { // the region has no right for it
+					a.send(wr)
+				}
+			}
+			for range 5 {
+				if wc := a.poll(); wc.Status != ib.WCSuccess {
+					t.Fatalf("round %d: %+v", i, wc)
+				}
+			}
+		}
+	}
+	cfg := endConfig{typ: ib.RC, size: 4096, noResources: true}
+	paths(t, func(t *testing.T, na, nb *NIC) {
+		a, b := newEnd(t, na, cfg), newEnd(t, nb, cfg)
+		a.connect(b)
+		b.connect(a)
+		change(t, a, b)
+	})
+	t.Run("tcp", func(t *testing.T) {
+		a, b := newEnd(t, openNIC(t, false), cfg), newEnd(t, openNIC(t, false), cfg)
+		streamed(t, a, b)
+		change(t, a, b)
+	})
+}

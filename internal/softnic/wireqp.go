@@ -150,7 +150,17 @@ func (q *QP) ownView(in *inbound) *peerView {
 	return newPeerView(in.link, &in.connect, q.qpn, in.blk.mem, newPortView(in.port.mem.mem, uint32(in.bit), wake), srq)
 }
 
-// toRTS makes the requester, with the attributes of the QP. Called with sq held.
+// changeResponder takes attributes that have changed since the QP was connected. Called with cfg held, and nothing else.
+func (w *wireQP) changeResponder(a *ib.QPAttr) {
+	w.port.mu.Lock()
+	defer w.port.unlock()
+	w.cfg.MinRNRTimer, w.cfg.MaxDestRdAtomic = a.MinRNRTimer, int(a.MaxDestRdAtomic)
+	if w.resp != nil {
+		w.resp.Change(w.cfg)
+	}
+}
+
+// toRTS makes the requester, with the attributes of the QP, or has it take those that have changed. Called with sq held.
 func (w *wireQP) toRTS() {
 	a := &w.q.attr
 	c := w.cfg
@@ -168,6 +178,8 @@ func (w *wireQP) toRTS() {
 		w.ureq = wire.NewUCRequester(c, (*sendQueue)(w))
 	case w.req == nil:
 		w.req = wire.NewRequester(c, (*sendQueue)(w))
+	default:
+		w.req.Change(c)
 	}
 }
 

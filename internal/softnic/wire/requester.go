@@ -2,6 +2,7 @@ package wire
 
 import (
 	"encoding/binary"
+	"slices"
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/roce"
@@ -32,7 +33,6 @@ func (r *Request) response() bool {
 // atomic reports whether the answer is what was found. That of a FLUSH and an ATOMIC WRITE is as of a READ of nothing.
 func (r *Request) atomic() bool { return r.Op == ib.OpAtomicCmpSwap || r.Op == ib.OpAtomicFetchAdd }
 
-// answer is how many bytes the response to the packet psn of e has.
 // implied reports whether the response says no more than that the request was executed, as any later acknowledgement or response does: so it
 // is for a FLUSH and an ATOMIC WRITE. A responder answers in the order of requests (IBA 9.5), and answers a FLUSH when what it is about is
 // visible, or persistent (A19); so whatever answers a later request is no sooner than that, and this is no weaker a promise than the response's
@@ -40,6 +40,7 @@ func (r *Request) atomic() bool { return r.Op == ib.OpAtomicCmpSwap || r.Op == i
 // may be in vain: rxe does not note the PSN of a FLUSH that it has executed, and drops it when it comes again (rxe_prepare_res).
 func (r *Request) implied() bool { return r.Op == ib.OpFlush || r.Op == ib.OpAtomicWrite }
 
+// answer is how many bytes the response to the packet psn of e has.
 func (r *Requester) answer(e *entry, psn ib.PSN) uint32 {
 	if e.Op != ib.OpRDMARead {
 		return 0
@@ -150,6 +151,17 @@ func NewRequester(cfg Config, q SendQueue) *Requester {
 	r.sel.init(&cfg)
 	r.cc.init(&cfg)
 	return r
+}
+
+// Change takes what of cfg may change while a connection lasts (IBA 11.2.5.3): AckTimeout, RetryCount, RNRRetry and MaxRdAtomic. It holds for what
+// is sent from now on.
+func (r *Requester) Change(cfg Config) {
+	r.cfg.AckTimeout, r.cfg.RetryCount, r.cfg.RNRRetry, r.cfg.MaxRdAtomic = cfg.AckTimeout, cfg.RetryCount, cfg.RNRRetry, cfg.MaxRdAtomic
+	r.retries, r.rnr = cfg.RetryCount, cfg.RNRRetry
+	r.asks = slices.Grow(r.asks, max(0, cfg.MaxRdAtomic-len(r.asks)))
+	if cfg.AckTimeout == 0 {
+		r.deadline = 0
+	}
 }
 
 func (r *Requester) at(n uint32) *entry { return &r.reqs[n&uint32(len(r.reqs)-1)] }
@@ -336,7 +348,7 @@ func (r *Requester) may(e *entry, fresh bool) bool {
 			r.cc.limited = true
 			return false
 		}
-		if len(r.asks) < r.cfg.MaxRdAtomic || r.known(r.nxt) {
+		if len(r.asks) < max(1, r.cfg.MaxRdAtomic) || r.known(r.nxt) { // 0: it has become so since they were posted
 			return true
 		}
 		r.cc.limited = r.cc.limited || outstanding >= window/2 // parts that end with their messages are shorter

@@ -98,16 +98,44 @@ func NewResponder(cfg Config, t Target) *Responder {
 	if cfg.Early == nil {
 		cfg.Early = NewEarlyPool(16 << 20)
 	}
+	r := &Responder{cfg: cfg, t: t, ahead: aheads{pool: cfg.Early}, msg: assembly{mtu: cfg.MTU, t: t}, want: cfg.RQPSN, plain: cfg.RQPSN.Add(-1)}
+	r.makeRoom()
+	return r
+}
+
+// makeRoom has as much room for results, and for what is to be said, as MaxDestRdAtomic takes. The newest of what is there stays.
+func (r *Responder) makeRoom() {
 	// Acknowledgements between READs, and one behind; and FLUSHes, of which others (rxe) have as many on their way as packets.
-	least := max(2*cfg.MaxDestRdAtomic, defaultWindow) + 4
-	if cfg.Selective {
-		least = 4*cfg.MaxDestRdAtomic + 32 // what is missing, and what was asked for again
+	least := max(2*r.cfg.MaxDestRdAtomic, defaultWindow) + 4
+	if r.cfg.Selective {
+		least = 4*r.cfg.MaxDestRdAtomic + 32 // what is missing, and what was asked for again
 	}
 	n := 1
 	for n < least {
 		n *= 2
 	}
-	return &Responder{cfg: cfg, t: t, ahead: aheads{pool: cfg.Early}, msg: assembly{mtu: cfg.MTU, t: t}, want: cfg.RQPSN, plain: cfg.RQPSN.Add(-1), results: make([]result, max(cfg.MaxDestRdAtomic, 1)), out: make([]response, n)}
+	if n > len(r.out) {
+		old := *r
+		r.out = make([]response, n)
+		for i := r.outHead; i != r.outTail; i++ {
+			*r.at(i) = *old.at(i)
+		}
+	}
+	old := r.results
+	r.results = make([]result, max(r.cfg.MaxDestRdAtomic, 1))
+	for i := range min(r.nresult, uint32(len(old)), uint32(len(r.results))) {
+		at := r.nresult - 1 - i
+		r.results[at%uint32(len(r.results))] = old[at%uint32(len(old))]
+	}
+}
+
+// Change takes what of cfg may change while a connection lasts (IBA 11.2.5.3): MinRNRTimer and MaxDestRdAtomic.
+func (r *Responder) Change(cfg Config) {
+	r.cfg.MinRNRTimer = cfg.MinRNRTimer
+	if r.cfg.MaxDestRdAtomic != cfg.MaxDestRdAtomic {
+		r.cfg.MaxDestRdAtomic = cfg.MaxDestRdAtomic
+		r.makeRoom()
+	}
 }
 
 // Failed reports whether a request was refused that ended the connection.
