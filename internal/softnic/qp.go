@@ -511,8 +511,9 @@ func (q *QP) linkDown(l *link, _ error) {
 		return
 	}
 	q.unanswered()
+	epoch := q.epoch.Load() // a reset in between has let go of the link, and what comes behind it has another
 	q.sq.Unlock()
-	q.toError(ib.EventQPFatal, true)
+	q.toErrorIn(epoch, ib.EventQPFatal, true)
 }
 
 // remoteFault: a request of the peer broke a rule and was refused: the responder goes to the error state too (IBA 9.9.3).
@@ -526,13 +527,7 @@ func (q *QP) remoteFault(epoch uint32, ev ib.EventType) {
 
 // errorLater is toError where locks are held, unless the QP is reset first.
 func (q *QP) errorLater(epoch uint32, ev ib.EventType, raise bool) {
-	q.nic.later(func() {
-		q.cfg.Lock()
-		defer q.cfg.Unlock()
-		if !q.closed.Load() && q.epoch.Load() == epoch {
-			q.toErrorLocked(ev, raise)
-		}
-	})
+	q.nic.later(func() { q.toErrorIn(epoch, ev, raise) })
 }
 
 // toError moves the QP to ERR and flushes it.
@@ -540,6 +535,15 @@ func (q *QP) toError(ev ib.EventType, raise bool) {
 	q.cfg.Lock()
 	defer q.cfg.Unlock()
 	if !q.closed.Load() {
+		q.toErrorLocked(ev, raise)
+	}
+}
+
+// toErrorIn is toError, unless the QP has been reset since its epoch was that.
+func (q *QP) toErrorIn(epoch uint32, ev ib.EventType, raise bool) {
+	q.cfg.Lock()
+	defer q.cfg.Unlock()
+	if !q.closed.Load() && q.epoch.Load() == epoch {
 		q.toErrorLocked(ev, raise)
 	}
 }
