@@ -77,6 +77,11 @@ const strangeQPN = 77 // the test's
 
 func newStreamVictim(t testing.TB, n *NIC) *streamVictim {
 	c, d := tcpPair(t)
+	return newStreamVictimOn(t, n, c, d)
+}
+
+// newStreamVictimOn is newStreamVictim with the stream given: c is the victim's end.
+func newStreamVictimOn(t testing.TB, n *NIC, c, d *net.TCPConn) *streamVictim {
 	shrink(c, d)
 	v := &streamVictim{end: newEnd(t, n, endConfig{typ: ib.RC, size: victimSize}), raw: d}
 	v.useStream(c)

@@ -66,8 +66,16 @@ func (s *streamSocket) SetDeadline(at time.Duration) {
 
 func (s *streamSocket) Stats() *udp.Counters {
 	c := &s.Socket.Counters
-	s.stats = udp.Counters{Sent: c.Sent, Received: c.Received, Full: c.Full, SendErr: s.SendErr()}
+	s.stats = udp.Counters{Sent: c.Sent, Received: c.Received, Full: c.Full, SendErr: s.refusal()}
 	return &s.stats
+}
+
+// refusal is what the system has given the stream up for; nil: it has not. One that ends otherwise is refused nothing.
+func (s *streamSocket) refusal() error {
+	if err := s.SendErr(); errors.Is(err, stream.ErrLost) {
+		return err
+	}
+	return nil
 }
 
 // streamPorts are the ports of a NIC that are ends of streams.
@@ -196,9 +204,10 @@ func (p *netPort) streamEnded() {
 	}
 	p.closed = true
 	err := p.stream.Err()
-	if errors.Is(err, stream.ErrProtocol) {
+	switch {
+	case errors.Is(err, stream.ErrProtocol):
 		err = fmt.Errorf("%w: %w", errPeerFault, err)
-	} else {
+	case errors.Is(err, stream.ErrEnded):
 		err = fmt.Errorf("%w: %w", errPeerGone, err)
 	}
 	for _, w := range p.qps {

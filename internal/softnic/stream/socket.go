@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/roce"
@@ -26,6 +27,10 @@ const (
 // ErrEnded matches the reason of a stream that the peer, or its system, has ended.
 var ErrEnded = errors.New("the stream was ended by the peer")
 
+// ErrLost matches the reason of a stream that the system of this side has given up: the error wraps what it has said. The peer need not have
+// ended it.
+var ErrLost = errors.New("the system of this side has given the stream up")
+
 // ErrProtocol matches the reason of a stream on which something came that is no packet.
 var ErrProtocol = errors.New("what came on the stream is no packet")
 
@@ -41,7 +46,8 @@ type Socket struct {
 	head int
 	tail int
 	n    int   // bytes of the packet that is being made, or was committed last
-	deaf error // why nothing can be sent any more; what is committed is dropped then
+	deaf bool  // nothing can be sent any more; what is committed is dropped
+	fate error // what the system has said when it would not send any more
 	icrc roce.ICRC
 	last []byte // what Last has returned
 
@@ -143,20 +149,20 @@ func (s *Socket) Room() int { return (len(s.tx) - s.tail) / frameLen }
 func (s *Socket) Queued() int { return s.tail - s.head }
 
 // Flush hands what was committed to the system, as far as that takes it; the rest stays for the next Flush. It reports whether all is
-// gone. If the system refuses it for good, the stream ends for both sides.
+// gone. If the system refuses it for good, the stream ends for both sides, and Err says so once what has come until then is read.
 func (s *Socket) Flush() bool {
-	for s.head < s.tail && s.deaf == nil {
+	for s.head < s.tail && !s.deaf {
 		n, err := s.sys.write(s.tx[s.head:s.tail])
 		s.head += n
 		if err != nil { // whoever cannot answer is not to be asked either; but what has come until now is still to be read
-			s.deaf = err
+			s.deaf, s.fate = true, ended(err, 0)
 			s.sys.shutdown()
 		} else if n == 0 {
 			break
 		}
 	}
 	switch {
-	case s.head == s.tail || s.deaf != nil:
+	case s.head == s.tail || s.deaf:
 		s.head, s.tail = 0, 0
 	case s.Room() == 0 && s.head >= len(s.tx)/4: // that much at least, lest all is moved for a few bytes each time
 		s.tail = copy(s.tx, s.tx[s.head:s.tail])
@@ -173,8 +179,8 @@ func (s *Socket) Receive(fn func(*roce.Packet) error) (packets int, more bool) {
 	}
 	n, err := s.sys.read(s.rx[s.got:])
 	switch {
-	case err != nil && s.deaf != nil: // then we have ended it ourselves
-		s.fail(fmt.Errorf("%w: nothing can be sent: %w", ErrEnded, s.deaf))
+	case err != nil && s.fate != nil: // then Flush has ended it
+		s.fail(s.fate)
 		return 0, false
 	case err != nil:
 		s.fail(ended(err, s.got))
@@ -212,8 +218,10 @@ func (s *Socket) Receive(fn func(*roce.Packet) error) (packets int, more bool) {
 // ended says how the stream has ended, with so many bytes of a packet left over.
 func ended(err error, left int) error {
 	switch {
-	case !errors.Is(err, io.EOF):
+	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE): // the peer's system has answered that there is no such stream
 		return fmt.Errorf("%w: %w", ErrEnded, err)
+	case !errors.Is(err, io.EOF):
+		return fmt.Errorf("%w: %w", ErrLost, err)
 	case left > 0:
 		return fmt.Errorf("%w in the middle of a packet", ErrEnded)
 	}
@@ -223,15 +231,20 @@ func ended(err error, left int) error {
 // fail ends the stream.
 func (s *Socket) fail(err error) {
 	s.err = err
-	s.deaf = err
+	s.deaf = true
 	s.sys.shutdown() // so that the peer notices
 }
 
 // Err returns why nothing comes any more, or nil.
 func (s *Socket) Err() error { return s.err }
 
-// SendErr returns why nothing can be sent any more, or nil.
-func (s *Socket) SendErr() error { return s.deaf }
+// SendErr returns why nothing can be sent any more, or nil. It may be known before Err, but is nothing else.
+func (s *Socket) SendErr() error {
+	if s.fate != nil {
+		return s.fate
+	}
+	return s.err
+}
 
 // SetDeadline bounds a Wait, also one that waits already; a zero time does not.
 func (s *Socket) SetDeadline(t time.Time) { s.sys.setDeadline(t) }
@@ -252,7 +265,7 @@ func (s *Socket) Wait() error {
 // Close sends what the system takes at once, and ends the stream, and a Wait that waits.
 func (s *Socket) Close() error {
 	s.Flush()
-	s.deaf = net.ErrClosed
+	s.deaf = true
 	s.sys.shutdown()
 	return s.sys.close()
 }

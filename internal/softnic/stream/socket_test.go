@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"syscall"
 	"testing"
 	"time"
 
@@ -23,11 +24,16 @@ type fakeSystem struct {
 	out   []byte
 	takes []int // bytes that each write takes; behind it, all
 	full  error // what a write ends with, instead
+	end   error // what reading ends with; nil: io.EOF
 	cut   bool
 }
 
 func (f *fakeSystem) read(b []byte) (int, error) {
-	if len(f.in) == 0 {
+	switch {
+	case len(f.in) > 0:
+	case f.end != nil:
+		return 0, f.end
+	default:
 		return 0, io.EOF
 	}
 	n := copy(b, f.in[0])
@@ -136,20 +142,32 @@ func TestEveryBoundary(t *testing.T) {
 	}
 }
 
-// A stream on which nothing can be sent any more ends for both sides, when what has come before is read, and says why.
+// A stream on which nothing can be sent any more ends for both sides, when what has come before is read, and says why: that is the peer's
+// doing only if its system has said so.
 func TestWriteFails(t *testing.T) {
-	no := errors.New("no buffers, ever")
 	all := frames(t)
-	f := &fakeSystem{in: [][]byte{all}, full: no}
-	s := onFake(f)
-	commit(s, 4, 1)
-	if !s.Flush() || s.SendErr() != no || !f.cut {
-		t.Errorf("it ends with %v, the stream has been ended: %t", s.SendErr(), f.cut)
+	for no, want := range map[error]error{errors.New("no buffers, ever"): ErrLost, syscall.ETIMEDOUT: ErrLost, syscall.EPIPE: ErrEnded, syscall.ECONNRESET: ErrEnded} {
+		f := &fakeSystem{in: [][]byte{all}, full: no}
+		s := onFake(f)
+		commit(s, 4, 1)
+		if !s.Flush() || !errors.Is(s.SendErr(), want) || s.Err() != nil || !f.cut {
+			t.Errorf("%v: it ends with %v, the stream has been ended: %t", no, s.SendErr(), f.cut)
+		}
+		commit(s, 4, 1)
+		s.Flush()
+		if got := drain(t, s); len(got) != len(lengths) || !errors.Is(s.Err(), want) || !errors.Is(s.Err(), no) || s.SendErr() != s.Err() || len(f.out) != 0 {
+			t.Errorf("%v: %d packets were received, %d bytes sent; %v", no, len(got), len(f.out), s.Err())
+		}
 	}
-	commit(s, 4, 1)
-	s.Flush()
-	if got := drain(t, s); len(got) != len(lengths) || !errors.Is(s.Err(), ErrEnded) || !errors.Is(s.Err(), no) || len(f.out) != 0 {
-		t.Errorf("%d packets were received, %d bytes sent; %v", len(got), len(f.out), s.Err())
+}
+
+// What the system says when it is read from is the peer's end only if that has ended it.
+func TestReadFails(t *testing.T) {
+	for no, want := range map[error]error{syscall.ETIMEDOUT: ErrLost, syscall.ECONNRESET: ErrEnded, io.EOF: ErrEnded} {
+		s := onFake(&fakeSystem{end: no})
+		if n, _ := s.Receive(nil); n != 0 || !errors.Is(s.Err(), want) || no != io.EOF && !errors.Is(s.Err(), no) {
+			t.Errorf("%v: %v, want %v", no, s.Err(), want)
+		}
 	}
 }
 

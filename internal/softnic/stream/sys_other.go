@@ -4,9 +4,11 @@ package stream
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -23,11 +25,17 @@ func open(c *net.TCPConn) (system, error) { return &sysSocket{conn: c}, nil }
 const atOnce = time.Microsecond
 
 func outcome(n int, err error) (int, error) {
-	if errors.Is(err, os.ErrDeadlineExceeded) {
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
 		err = nil
+	case errors.Is(err, wsaReset):
+		err = fmt.Errorf("%w: %w", syscall.ECONNRESET, err)
 	}
 	return n, err
 }
+
+// wsaReset is what Windows has for ECONNRESET, which is another number in package syscall.
+const wsaReset = syscall.Errno(10054)
 
 func (y *sysSocket) read(b []byte) (int, error) {
 	y.conn.SetReadDeadline(time.Now().Add(atOnce))
