@@ -119,11 +119,11 @@ func (r *statsReport) write(w io.Writer, asJSON bool) error {
 func writeNIC(b *strings.Builder, n *observe.NIC) {
 	fmt.Fprintf(b, "%s/%d  %s, GID %s\n", n.Device, n.PID, n.Program, n.GID)
 	for _, p := range n.Ports {
-		name := "UDP " + p.Address
 		if p.Path == "tcp" {
-			name = "TCP"
+			fmt.Fprintf(b, "    TCP: %d packets sent, %d received; ended: %s%s; dropped: %s\n", p.Sent, p.Received, reasons(p.Ended), inBrackets(p.Refusal), reasons(p.Dropped))
+		} else {
+			fmt.Fprintf(b, "    UDP %s: %d packets sent, %d received, %d not sent%s; dropped: %s\n", p.Address, p.Sent, p.Received, p.NotSent, inBrackets(p.Refusal), reasons(p.Dropped))
 		}
-		fmt.Fprintf(b, "    %s: %d packets sent, %d received, %d not sent%s; dropped: %s\n", name, p.Sent, p.Received, p.NotSent, inBrackets(p.Refusal), reasons(p.Dropped))
 		writeWire(b, fmt.Sprintf("%d connections, and those that have ended", p.Conns), &p.Total)
 	}
 	tw := tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)

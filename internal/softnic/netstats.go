@@ -37,10 +37,11 @@ type portCounters struct {
 	drops dropCounters
 	conns connCounters // those that have ended, too
 	alive int          // of these, that have not
+	ended endCounters
 }
 
-// add adds what p has counted. It stops the packets of the port for a moment.
-func (c *portCounters) add(p *netPort) {
+// add adds what p has counted; done: nobody uses it any more. It stops the packets of the port for a moment.
+func (c *portCounters) add(p *netPort, done bool) {
 	p.mu.Lock()
 	defer p.unlock()
 	c.sock.Add(p.sock.Stats())
@@ -50,13 +51,16 @@ func (c *portCounters) add(p *netPort) {
 		c.conns.add(w)
 	}
 	c.alive += len(p.qps)
+	if p.stream != nil {
+		c.ended.count(p.stream, done)
+	}
 }
 
 // port is the sums as observers are told of them.
 func (c *portCounters) port(path, address string) observe.Port {
 	k := &c.sock
 	o := observe.Port{Path: path, Address: address, Sent: k.Sent, Received: k.Received, NotSent: k.NotSent, Full: k.Full, Dropped: map[string]uint64{},
-		Conns: c.alive, Total: c.conns.wire()}
+		Ended: c.ended.byWhy(), Conns: c.alive, Total: c.conns.wire()}
 	if k.SendErr != nil {
 		o.Refusal = k.SendErr.Error()
 	}

@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ringside-rdma/ringside/internal/softnic/observe"
 	"github.com/ringside-rdma/ringside/internal/softnic/stream"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -34,6 +35,7 @@ func TestStreamGivenUp(t *testing.T) {
 	if err := v.q.(*QP).StreamErr(); errors.Is(err, errPeerGone) || strings.Contains(err.Error(), "peer") {
 		t.Error(err)
 	}
+	ended(t, n, map[string]uint64{observe.EndedLost: 1})
 	if p := n.Counters().Ports[0]; !strings.Contains(p.Refusal, unix.ETIMEDOUT.Error()) {
 		t.Errorf("the port says %q", p.Refusal)
 	}

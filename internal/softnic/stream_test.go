@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"strings"
 	"sync"
@@ -405,6 +406,35 @@ func TestStreamCounters(t *testing.T) {
 		}
 	}
 	check(0)
+	ended(t, na, map[string]uint64{observe.EndedHere: streams})
+}
+
+// ended checks how the streams of a NIC have ended, none of which was refused anything.
+func ended(t testing.TB, n *NIC, want map[string]uint64) {
+	t.Helper()
+	if p := n.Counters().Ports[0]; !maps.Equal(p.Ended, want) || p.Refusal != "" && p.Ended[observe.EndedLost] == 0 {
+		t.Errorf("the streams have ended %v, refused for %q; want %v", p.Ended, p.Refusal, want)
+	}
+}
+
+// How streams have ended is counted, while their queue pairs are there and when they are gone; and none of them says that it was refused.
+func TestStreamEndsCounted(t *testing.T) {
+	n := openNIC(t, false)
+	v := newStreamVictim(t, n)
+	v.raw.Close()
+	v.ended(errPeerGone, "")
+	want := map[string]uint64{observe.EndedByPeer: 1}
+	ended(t, n, want)
+	v.close()
+	ended(t, n, want)
+	v = newStreamVictim(t, n)
+	v.raw.Write([]byte("GET / HTTP/1.1\r\n\r\n"))
+	v.ended(errPeerFault, "")
+	want[observe.EndedBroken] = 1
+	ended(t, n, want)
+	newStreamVictim(t, n).close()
+	want[observe.EndedHere] = 1
+	ended(t, n, want)
 }
 
 // More streams than pollers look at work, too, and those that are left when some have ended.

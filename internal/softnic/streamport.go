@@ -78,6 +78,39 @@ func (s *streamSocket) refusal() error {
 	return nil
 }
 
+// endCounters say how streams have ended.
+type endCounters struct {
+	Here   uint64 // by the queue pair, which was closed or reset
+	ByPeer uint64
+	Lost   uint64 // given up by the system of this side
+	Broken uint64 // something came that is no packet for the queue pair
+}
+
+// count counts a stream, whose queue pair has done with it if done.
+func (c *endCounters) count(s *streamSocket, done bool) {
+	switch err := s.SendErr(); {
+	case errors.Is(err, stream.ErrLost):
+		c.Lost++
+	case errors.Is(err, stream.ErrEnded):
+		c.ByPeer++
+	case err != nil:
+		c.Broken++
+	case done:
+		c.Here++
+	}
+}
+
+// byWhy are those that have occurred, as observers are told of them.
+func (c *endCounters) byWhy() map[string]uint64 {
+	m := map[string]uint64{}
+	for why, n := range map[string]uint64{observe.EndedHere: c.Here, observe.EndedByPeer: c.ByPeer, observe.EndedLost: c.Lost, observe.EndedBroken: c.Broken} {
+		if n > 0 {
+			m[why] = n
+		}
+	}
+	return m
+}
+
 // streamPorts are the ports of a NIC that are ends of streams.
 type streamPorts struct {
 	mu   sync.Mutex
@@ -125,17 +158,28 @@ func (s *streamPorts) counters() (p observe.Port, some bool) {
 	c := s.left
 	if all := s.all.Load(); all != nil {
 		for _, p := range *all {
-			c.add(p)
+			c.add(p, false)
 		}
 	}
 	return c.port(pathTCP, ""), s.used
 }
 
-// drop forgets a port, but for what it has counted.
+// finish forgets a port whose queue pair has done with it, but for what it has counted.
+func (s *streamPorts) finish(p *netPort) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.left.add(p, true)
+	s.dropLocked(p)
+}
+
+// drop forgets a port.
 func (s *streamPorts) drop(p *netPort) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.left.add(p)
+	s.dropLocked(p)
+}
+
+func (s *streamPorts) dropLocked(p *netPort) {
 	all := slices.DeleteFunc(slices.Clone(*s.all.Load()), func(o *netPort) bool { return o == p })
 	if len(all) == 0 {
 		s.all.Store(nil)

@@ -37,7 +37,7 @@ func (n *NIC) Counters() *observe.NIC {
 // counters stops the packets of the port for a moment.
 func (p *netPort) counters() observe.Port {
 	var c portCounters
-	c.add(p)
+	c.add(p, false)
 	return c.port(p.path(), p.sock.Local().String())
 }
 

@@ -410,7 +410,7 @@ func (w *wireQP) detach() {
 	p.leave(w)
 	p.unlock()
 	if p.stream != nil { // it was for this QP only
-		p.nic.streams.drop(p)
+		p.nic.streams.finish(p)
 		p.close()
 	}
 }

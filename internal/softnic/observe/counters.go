@@ -22,13 +22,22 @@ type Port struct {
 	Address  string            `json:"address"`     // empty with "tcp"
 	Sent     uint64            `json:"sent"`        // packets
 	Received uint64            `json:"received"`    // packets, those that were dropped included
-	NotSent  uint64            `json:"not_sent"`    // packets that the system refused
+	NotSent  uint64            `json:"not_sent"`    // packets that the system refused; of a stream, it takes all or gives it up
 	Refusal  string            `json:"refusal"`     // why, the last time; empty: it has not
 	Full     uint64            `json:"full"`        // times that the socket had no room for more
 	Dropped  map[string]uint64 `json:"dropped"`     // received packets, by Verdict.Key; those that have not occurred are missing
+	Ended    map[string]uint64 `json:"ended"`       // TCP connections that have ended, by how; what has not occurred is missing
 	Conns    int               `json:"connections"` // RC and UC queue pairs that are connected from here
 	Total    Wire              `json:"total"`       // of all that are and were
 }
+
+// The keys of Port.Ended.
+const (
+	EndedHere   = "here"              // the queue pair was closed or reset
+	EndedByPeer = "by the peer"       // or by the peer's system
+	EndedLost   = "lost"              // the system of this side has given it up: Port.Refusal says why
+	EndedBroken = "protocol violated" // something came that was no packet for the queue pair
+)
 
 // A QP is a queue pair, counted since it was created or last in RESET.
 type QP struct {
@@ -113,6 +122,7 @@ func DecodeNIC(b []byte) (*NIC, error) {
 		p := &n.Ports[i]
 		texts = append(texts, &p.Path, &p.Address, &p.Refusal)
 		clean(&p.Dropped)
+		clean(&p.Ended)
 		clean(&p.Total.Again)
 		clean(&p.Total.RefusedBy)
 	}
