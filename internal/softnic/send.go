@@ -16,6 +16,26 @@ type pendingWR struct {
 	inline []byte
 }
 
+// stall says why the head of the send queue cannot be executed now.
+type stall struct {
+	kind  stallKind
+	since time.Time // of the present reason
+	next  time.Time // RNR: when the next attempt counts
+	tries int
+}
+
+type stallKind uint8
+
+const (
+	stallNone    stallKind = iota
+	stallRNR               // no receive is posted
+	stallPeer              // the peer's QP is not there, or not ready
+	stallResolve           // a region of the peer is being mapped
+	stallAssist            // the peer's NIC works for us
+	stallNet               // a datagram cannot be sent just now
+	stallRefill            // the peer's NIC looks for receives
+)
+
 func (q *QP) stateErr() error {
 	if q.closed.Load() {
 		return driver.ErrClosed
