@@ -42,7 +42,7 @@ type Config struct {
 	// SendSGE and RecvSGE are how many scatter/gather elements one work request can have; default 4 and 1.
 	SendSGE int
 	RecvSGE int
-	// MaxInline is how many bytes SendWR.Inline can have; default 64.
+	// MaxInline is how many bytes SendWR.Inline can have; default 64. Of ib.RawPacket it is at least ib.DeviceAttr.MinFrameInline.
 	MaxInline int
 	// SignalAll gives every send work request a completion, as if it had ib.SendSignaled.
 	SignalAll bool

@@ -102,8 +102,8 @@ func (i *deviceInfo) sizeOf(cfg *driver.QPConfig) (s size, err error) {
 		switch cfg.Type {
 		case ib.RC, ib.UC:
 			n = max(n, bindBytes)
-		case ib.RawPacket: // a request may have both
-			if n = max(n, ctrlBytes+units(ethHead+want.MaxInline)*unitBytes+want.MaxSendSGE*dataBytes); n > int(i.maxSend) {
+		case ib.RawPacket: // a request may have both, and must have the frame's beginning inline on some devices
+			if n = max(n, ctrlBytes+units(ethHead+max(want.MaxInline, i.minInline))*unitBytes+want.MaxSendSGE*dataBytes); n > int(i.maxSend) {
 				return s, fmt.Errorf("%d bytes of inline data and %d SGEs: this device has room for requests of %d bytes", want.MaxInline, want.MaxSendSGE, i.maxSend)
 			}
 		}
@@ -121,7 +121,7 @@ func (i *deviceInfo) sizeOf(cfg *driver.QPConfig) (s size, err error) {
 		room := min(blocks*blockBytes, int(i.maxSend))
 		s.inline = room - over - 4
 		if cfg.Type == ib.RawPacket {
-			s.inline = min(s.inline, room-ctrlBytes-ethHead-want.MaxSendSGE*dataBytes)
+			s.inline = min(s.inline+i.minInline, room-ctrlBytes-ethHead-want.MaxSendSGE*dataBytes)
 		}
 	}
 	if want.MaxRecvWR > 0 && cfg.SRQ == nil {
