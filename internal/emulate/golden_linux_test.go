@@ -228,18 +228,26 @@ func sameTrace(t *testing.T, got, want func() trace) (lines int) {
 }
 
 // play returns the trace of this repository's driver doing what the file says.
-func play(t *testing.T, file string) trace {
+func play(t *testing.T, file string, change ...func(*Config)) trace {
 	t.Helper()
 	var b bytes.Buffer
-	end(t, start(t, Config{Numbered: true, Trace: &b, Log: t.Output()}, "golden", file), 0)
+	cfg := Config{Numbered: true, Trace: &b, Log: t.Output()}
+	for _, f := range change {
+		f(&cfg)
+	}
+	end(t, start(t, cfg, "golden", file), 0)
 	return readTrace(t, &b)
 }
 
 // playC returns libmlx5's, as it is, and as it is compared.
-func playC(t *testing.T, program, file string) (raw []byte, tr trace) {
+func playC(t *testing.T, program, file string, change ...func(*Config)) (raw []byte, tr trace) {
 	t.Helper()
 	var b bytes.Buffer
-	run(t, Config{Numbered: true, Trace: &b}, program+" "+file)
+	cfg := Config{Numbered: true, Trace: &b}
+	for _, f := range change {
+		f(&cfg)
+	}
+	run(t, cfg, program+" "+file)
 	return b.Bytes(), readTrace(t, bytes.NewReader(b.Bytes()))
 }
 
@@ -250,7 +258,7 @@ func goldenC(t *testing.T) string {
 		testutil.Skip(t, "libibverbs-dev is not installed")
 	}
 	program := filepath.Join(t.TempDir(), "golden")
-	if out, err := exec.Command("gcc", "-Wall", "-Wextra", "-Werror", "-O2", "-o", program, "testdata/golden.c", "-libverbs").CombinedOutput(); err != nil {
+	if out, err := exec.Command("gcc", "-Wall", "-Wextra", "-Werror", "-O2", "-o", program, "testdata/golden.c", "-lmlx5", "-libverbs").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	return program
@@ -304,4 +312,23 @@ func TestGoldenRandom(t *testing.T) {
 		}
 	}
 	t.Logf("%d lists, %d lines of trace", *listCount, lines)
+}
+
+// And of frames for devices that want their beginning inline.
+func TestGoldenInlineHeaders(t *testing.T) {
+	program := goldenC(t)
+	seed := rand.Uint64() >> 32
+	if *listSeed != 0 {
+		seed = *listSeed
+	}
+	file := filepath.Join(t.TempDir(), "frames.lists")
+	if err := os.WriteFile(file, randomLists(seed, min(*listCount, 50), "raw"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	l2 := func(cfg *Config) { cfg.L2Inline = true }
+	n := sameTrace(t, func() trace { return play(t, file, l2) }, func() trace { _, tr := playC(t, program, file, l2); return tr })
+	if t.Failed() {
+		t.Logf("to repeat: -run TestGoldenInlineHeaders -lists %d -list-seed %d", *listCount, seed)
+	}
+	t.Logf("%d lines of trace", n)
 }

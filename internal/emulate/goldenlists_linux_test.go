@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 )
 
 // Random lists of operations. The generator knows what each will lead to: how many completions there are, and whether both sides are
@@ -22,10 +23,14 @@ type lister struct {
 	armed                              [2]bool // once a list: what is armed twice between two looks of the device leaves one trace
 }
 
-// randomLists returns n lists.
-func randomLists(seed uint64, n int) []byte {
+// randomLists returns n lists, of these types of queue pairs.
+func randomLists(seed uint64, n int, types ...string) []byte {
+	if len(types) == 0 {
+		types = []string{"rc", "rc", "rc", "uc", "ud", "raw"}
+	}
 	w := &lister{r: rand.New(rand.NewPCG(seed, 5))}
 	for range n {
+		w.typ = w.pick(types...)
 		w.list()
 	}
 	return w.Bytes()
@@ -38,11 +43,10 @@ func (w *lister) pick(of ...string) string { return of[w.r.IntN(len(of))] }
 func name(side int) string                 { return [2]string{"a", "b"}[side] }
 
 func (w *lister) list() {
-	w.typ = w.pick("rc", "rc", "rc", "uc", "ud")
 	w.sges, w.rsges = w.between(1, 5), w.between(1, 4)
 	w.inline = [...]int{0, 12, 28, 44, 60, 100, 188, 300}[w.r.IntN(8)]
 	w.depth, w.rdepth = w.between(8, 64), w.between(8, 64)
-	w.srq, w.sigall, w.windows = w.typ != "uc" && w.chance(25), w.chance(20), w.typ == "rc" && w.chance(40)
+	w.srq, w.sigall, w.windows = w.typ != "uc" && w.typ != "raw" && w.chance(25), w.chance(20), w.typ == "rc" && w.chance(40)
 	w.bound, w.fenced, w.armed = [2]bool{}, [2]bool{}, [2]bool{}
 	bit := map[bool]int{true: 1}
 	w.say("list %s %d %d %d %d %d %d %d %d", w.typ, w.sges, w.inline, w.depth, w.rsges, w.rdepth, bit[w.srq], bit[w.sigall], bit[w.windows])
@@ -75,8 +79,11 @@ func (w *lister) list() {
 
 // parts splits n bytes of one side's memory into at most most pieces.
 func (w *lister) parts(n, most int) string {
-	if w.typ == "ud" {
+	switch w.typ {
+	case "ud":
 		return w.within(inlineSource, udReceives, n, most)
+	case "raw":
+		return w.frame(n, most)
 	}
 	return w.within(inlineSource, goldenSize, n, most)
 }
@@ -110,9 +117,27 @@ func (w *lister) within(from, to, n, most int) string {
 	return s
 }
 
+// frame is n bytes that begin with the addresses of a frame, which are at the beginning of the memory.
+func (w *lister) frame(n, most int) string {
+	const addresses = 12
+	head := n
+	if most > 1 && w.chance(70) {
+		head = w.between(addresses, min(n, 40))
+	}
+	if head == n {
+		return fmt.Sprintf("1 0 %d", n)
+	}
+	rest := strings.SplitN(w.within(inlineSource, udReceives, n-head, most-1), " ", 2)
+	var k int
+	fmt.Sscan(rest[0], &k)
+	return fmt.Sprintf("%d 0 %d %s", k+1, head, rest[1])
+}
+
 // size is a length of a message.
 func (w *lister) size() int {
 	switch most := 3000; {
+	case w.typ == "raw":
+		return w.between(18, 1500)
 	case w.chance(40):
 		return w.between(1, 64)
 	case w.chance(5):
@@ -137,6 +162,9 @@ func (w *lister) flags(last, inline bool) (s string, completes bool) {
 	if w.typ == "rc" && w.chance(10) {
 		s += "f"
 	}
+	if w.typ == "raw" && w.chance(20) {
+		s += "c"
+	}
 	if inline {
 		s += "i"
 	}
@@ -151,9 +179,12 @@ func (w *lister) receives(side int, sizes []int) {
 	for _, n := range sizes {
 		// Never nothing: a shared queue's element of no bytes gets the length 0 from libmlx5, which is 2 GiB to the device.
 		room := max(n+w.r.IntN(50), 1)
-		if w.typ == "ud" {
+		switch w.typ {
+		case "ud":
 			w.say("rr %s %s", name(side), w.within(udReceives, goldenSize, 40+room, w.rsges))
-		} else {
+		case "raw": // short frames are filled up
+			w.say("rr %s %s", name(side), w.within(udReceives, goldenSize, max(room, 60), w.rsges))
+		default:
 			w.say("rr %s %s", name(side), w.parts(room, w.rsges))
 		}
 	}
@@ -190,7 +221,10 @@ func (w *lister) batch(x, n int) {
 // request makes a request that succeeds.
 func (w *lister) request(x int, last bool) (line string, size int, receives, completes bool) {
 	ops := []string{"send", "sendimm"}
-	if w.typ != "ud" {
+	switch w.typ {
+	case "raw":
+		ops = ops[:1]
+	case "rc", "uc":
 		ops = append(ops, "write", "write", "writeimm")
 	}
 	if w.typ == "rc" {
@@ -207,12 +241,21 @@ func (w *lister) request(x int, last bool) (line string, size int, receives, com
 	case "read":
 	default:
 		if w.inline > 0 && w.chance(40) {
-			inline, size = true, w.between(1, w.inline)
+			least := 1
+			if w.typ == "raw" {
+				least = 18
+			}
+			if w.inline >= least {
+				inline, size = true, w.between(least, w.inline)
+			}
 		}
 	}
 	flags, completes := w.flags(last, inline)
 	from := w.parts(size, w.sges)
-	if inline {
+	switch {
+	case inline && w.typ == "raw":
+		from = w.frame(size, 1)
+	case inline:
 		from = w.within(0, inlineSource, size, 1)
 	}
 	line = fmt.Sprintf("wr %s %s %s %d r %s", name(x), op, flags, inlineSource+w.r.IntN(goldenSize-inlineSource-size), from)

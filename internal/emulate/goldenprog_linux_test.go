@@ -16,10 +16,10 @@ import (
 // The language of lists of operations, which testdata/golden.c executes with stock libmlx5, and a player with this repository's driver.
 // A list makes two queue pairs, A and B, which are connected to each other, and does one thing after the other with them:
 //
-//	list rc|uc|ud SGES INLINE DEPTH RSGES RDEPTH SRQ SIGALL WINDOWS
+//	list rc|uc|ud|raw SGES INLINE DEPTH RSGES RDEPTH SRQ SIGALL WINDOWS
 //	                                       and fills the memory
-//	wr a|b OP FLAGS TO KEY N [OFF LEN]...  one more request to post: its kind; s(ignaled), (solicited) e(vent), f(ence), i(nline), l (a
-//	                                       wrong lkey), or -; offset in the peer's memory, or in an immediate value; which rkey:
+//	wr a|b OP FLAGS TO KEY N [OFF LEN]...  one more request to post: its kind; s(ignaled), (solicited) e(vent), f(ence), i(nline), c(hecksums),
+//	                                       l (a wrong lkey), or -; offset in the peer's memory, or in an immediate value; which rkey:
 //	                                       r(egion's), w(indow's), x (a wrong one); and what it sends, by offsets and lengths
 //	post                                   posts these requests in one call
 //	rr a|b N [OFF LEN]...                  one more receive to post
@@ -29,6 +29,8 @@ import (
 //	resize a|b N                           resizes the CQ
 //	reset                                  takes both queue pairs to RESET and connects them again
 //	end                                    destroys what the list has made
+//
+// A frame, of raw, has the addresses of the memory's first 12 bytes, which are those of the other side and its own.
 //
 // A window is bound to its side's own memory, by wr x bind - 0 r 1 OFF LEN, and freed by wr x inv or the peer's sendinv.
 
@@ -48,6 +50,8 @@ type goldenSide struct {
 	ah  driver.AH
 	mw  driver.MW
 	key ib.RKey // the window's
+
+	flow driver.Flow
 }
 
 // A player is golden.c.
@@ -57,6 +61,7 @@ type player struct {
 	gid   ib.GID
 	sides [2]goldenSide
 	typ   ib.QPType
+	least int // bytes of a frame that have to be inline
 
 	sender *goldenSide
 	wrs    []ib.SendWR
@@ -106,6 +111,11 @@ func newPlayer() (*player, error) {
 	if p.pd, err = p.ctx.AllocPD(); err != nil {
 		return nil, err
 	}
+	attr, err := p.ctx.QueryDevice()
+	if err != nil {
+		return nil, err
+	}
+	p.least = attr.MinFrameInline
 	gids, err := p.ctx.GIDs(1)
 	if err != nil {
 		return nil, err
@@ -209,7 +219,7 @@ func (p *player) begin(line string) error {
 	if _, err := fmt.Sscan(line, &kind, &sges, &inline, &depth, &rsges, &rdepth, &srq, &sigall, &windows); err != nil {
 		return err
 	}
-	p.typ = map[string]ib.QPType{"rc": ib.RC, "uc": ib.UC, "ud": ib.UD}[kind]
+	p.typ = map[string]ib.QPType{"rc": ib.RC, "uc": ib.UC, "ud": ib.UD, "raw": ib.RawPacket}[kind]
 	for i := range p.sides {
 		s := &p.sides[i]
 		for k := range s.mem {
@@ -219,7 +229,7 @@ func (p *player) begin(line string) error {
 		if s.cq, err = p.ctx.CreateCQ(driver.CQConfig{Entries: 255}); err != nil {
 			return err
 		}
-		cfg := driver.QPConfig{Type: p.typ, SendCQ: s.cq, RecvCQ: s.cq, SignalAll: sigall == 1,
+		cfg := driver.QPConfig{Type: p.typ, SendCQ: s.cq, RecvCQ: s.cq, SignalAll: sigall == 1, Loopback: p.typ == ib.RawPacket,
 			Cap: ib.QPCap{MaxSendWR: depth, MaxSendSGE: sges, MaxInline: inline, MaxRecvWR: rdepth, MaxRecvSGE: rsges}}
 		if srq == 1 {
 			if s.srq, err = p.pd.(driver.SRQCreator).CreateSRQ(driver.SRQConfig{MaxWR: rdepth, MaxSGE: rsges}); err != nil {
@@ -229,6 +239,11 @@ func (p *player) begin(line string) error {
 		}
 		if s.q, err = p.pd.CreateQP(cfg); err != nil {
 			return err
+		}
+		if p.typ == ib.RawPacket {
+			if err := s.steer(goldenMACs[i], goldenMACs[1-i]); err != nil {
+				return err
+			}
 		}
 		if windows == 1 {
 			if s.mw, err = p.pd.(driver.MWAllocator).AllocMW(); err != nil {
@@ -245,6 +260,18 @@ func (p *player) begin(line string) error {
 	return p.joinBoth()
 }
 
+var goldenMACs = [2]ib.MAC{{2, 5: 0xa}, {2, 5: 0xb}}
+
+// steer has the side get frames to its address, and puts what frames begin with into its memory.
+func (s *goldenSide) steer(mac, peer ib.MAC) (err error) {
+	r := ib.FlowRule{Port: 1, Eth: &ib.FlowFilter[ib.FlowEth]{Value: ib.FlowEth{Dst: mac}, Mask: ib.FlowEth{Dst: ib.MAC{255, 255, 255, 255, 255, 255}}}}
+	s.flow, err = s.q.(driver.Steerer).Steer(&r)
+	copy(s.mem, peer[:])
+	copy(s.mem[6:], mac[:])
+	s.mem[12], s.mem[13] = 0x88, 0xb5
+	return err
+}
+
 func (p *player) joinBoth() error {
 	return errors.Join(p.join(&p.sides[0], &p.sides[1]), p.join(&p.sides[1], &p.sides[0]))
 }
@@ -253,6 +280,9 @@ func (p *player) join(s, to *goldenSide) error {
 	init := ib.QPAttr{State: ib.Init, Port: 1, QKey: goldenQKey, Access: goldenRights}
 	rtr := ib.QPAttr{State: ib.RTR, AH: ib.AHAttr{DGID: p.gid, Port: 1, HopLimit: 1}, PathMTU: ib.MTU1024, DestQPN: to.q.QPN(), MaxDestRdAtomic: 4, MinRNRTimer: 1}
 	rts := ib.QPAttr{State: ib.RTS, MaxRdAtomic: 4, AckTimeout: 18, RetryCount: 7, RNRRetry: 7}
+	if p.typ == ib.RawPacket {
+		return joinRaw(s.q)
+	}
 	im, rm, sm := ib.AttrState|ib.AttrPort|ib.AttrPKeyIndex, ib.AttrState, ib.AttrState|ib.AttrSQPSN
 	if p.typ == ib.UD {
 		im |= ib.AttrQKey
@@ -278,10 +308,37 @@ func (p *player) join(s, to *goldenSide) error {
 	return nil
 }
 
+func joinRaw(q driver.QP) error {
+	for _, m := range []struct {
+		a    ib.QPAttr
+		mask ib.QPAttrMask
+	}{{ib.QPAttr{State: ib.Init, Port: 1}, ib.AttrState | ib.AttrPort}, {ib.QPAttr{State: ib.RTR}, ib.AttrState}, {ib.QPAttr{State: ib.RTS}, ib.AttrState}} {
+		if err := q.Modify(context.Background(), &m.a, m.mask); err != nil {
+			return fmt.Errorf("to %v: %w", m.a.State, err)
+		}
+	}
+	return nil
+}
+
+// head has the first n bytes of a frame inline, which libmlx5 copies itself.
+func (s *goldenSide) head(wr *ib.SendWR, n int) {
+	for len(wr.Inline) < n && len(wr.SGEs) > 0 {
+		g := &wr.SGEs[0]
+		k := min(g.Length, uint32(n-len(wr.Inline)))
+		wr.Inline = append(wr.Inline, s.mem[g.Addr-s.at:][:k]...)
+		if g.Addr, g.Length = g.Addr+uint64(k), g.Length-k; g.Length == 0 {
+			wr.SGEs = wr.SGEs[1:]
+		}
+	}
+}
+
 func (p *player) end() error {
 	for i := range p.sides {
 		s := &p.sides[i]
 		list := []interface{ Close() error }{s.q}
+		if s.flow != nil {
+			list = []interface{ Close() error }{s.flow, s.q}
+		}
 		if s.srq != nil {
 			list = append(list, s.srq)
 		}
@@ -294,7 +351,7 @@ func (p *player) end() error {
 		if err := closeAll(append(list, s.cq)...); err != nil {
 			return err
 		}
-		s.q, s.srq, s.mw, s.ah, s.cq = nil, nil, nil, nil, nil
+		s.q, s.srq, s.mw, s.ah, s.cq, s.flow = nil, nil, nil, nil, nil, nil
 	}
 	return nil
 }
@@ -350,6 +407,8 @@ func (p *player) request(line string) (err error) {
 			wr.Flags |= ib.SendFence
 		case 'i':
 			inline = true
+		case 'c':
+			wr.Flags |= ib.SendChecksum
 		case 'l':
 			lkey = 0xdead00
 		}
@@ -360,6 +419,9 @@ func (p *player) request(line string) (err error) {
 	if inline {
 		g := wr.SGEs[0]
 		wr.Inline, wr.SGEs = append([]byte(nil), s.mem[g.Addr-s.at:][:g.Length]...), nil
+	}
+	if p.typ == ib.RawPacket {
+		s.head(&wr, p.least)
 	}
 	rkey := peer.mr.RKey()
 	switch f[3] {
@@ -389,7 +451,7 @@ func (p *player) request(line string) (err error) {
 		}
 		if p.typ == ib.UD {
 			wr.AH, wr.RemoteQPN, wr.RemoteQKey = s.ah.Num(), peer.q.QPN(), goldenQKey
-		} else if wr.Opcode != ib.OpSend && wr.Opcode != ib.OpSendWithImm {
+		} else if p.typ != ib.RawPacket && wr.Opcode != ib.OpSend && wr.Opcode != ib.OpSendWithImm {
 			wr.RemoteAddr, wr.RKey = peer.at+uint64(to), rkey
 		}
 	}

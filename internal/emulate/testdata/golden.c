@@ -1,6 +1,7 @@
 // Does what lists of operations say, with stock libibverbs and libmlx5. The trace of the device is what is looked at.
 // golden_linux_test.go has the language of the lists, and does the same with another driver.
 #include <arpa/inet.h>
+#include <infiniband/mlx5dv.h>
 #include <infiniband/verbs.h>
 #include <sched.h>
 #include <stdio.h>
@@ -24,6 +25,7 @@ struct side {
 	struct ibv_ah *ah;
 	struct ibv_mw *mw;
 	uint32_t key; // the window's
+	struct ibv_flow *flow;
 };
 
 static struct side sides[2] = { { .mem = (char *)0x200000000 }, { .mem = (char *)0x200010000 } };
@@ -34,8 +36,44 @@ static enum ibv_qp_type type;
 
 enum { RIGHTS = IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC };
 
+// Frames are from one side to the other, by the addresses that each side's memory begins with.
+static const uint8_t macs[2][6] = { { 2, 0, 0, 0, 0, 0xa }, { 2, 0, 0, 0, 0, 0xb } };
+
+static void make_raw(struct side *s, struct ibv_qp_init_attr *a)
+{
+	int i = s - sides;
+	struct ibv_qp_init_attr_ex x = { .send_cq = a->send_cq, .recv_cq = a->recv_cq, .cap = a->cap, .qp_type = a->qp_type,
+		.sq_sig_all = a->sq_sig_all, .comp_mask = IBV_QP_INIT_ATTR_PD, .pd = pd };
+	struct mlx5dv_qp_init_attr m = { .comp_mask = MLX5DV_QP_INIT_ATTR_MASK_QP_CREATE_FLAGS,
+		.create_flags = MLX5DV_QP_CREATE_TIR_ALLOW_SELF_LOOPBACK_UC | MLX5DV_QP_CREATE_TIR_ALLOW_SELF_LOOPBACK_MC };
+	CHECK(s->qp = mlx5dv_create_qp(ctx, &x, &m));
+	struct { struct ibv_flow_attr attr; struct ibv_flow_spec_eth eth; } f = {
+		.attr = { .size = sizeof f, .num_of_specs = 1, .port = 1 }, .eth = { .type = IBV_FLOW_SPEC_ETH, .size = sizeof f.eth } };
+	memcpy(f.eth.val.dst_mac, macs[i], 6);
+	memset(f.eth.mask.dst_mac, 0xff, 6);
+	CHECK(s->flow = ibv_create_flow(s->qp, &f.attr));
+	memcpy(s->mem, macs[!i], 6);
+	memcpy(s->mem + 6, macs[i], 6);
+	s->mem[12] = 0x88;
+	s->mem[13] = 0xb5;
+}
+
+static void join_raw(struct side *s)
+{
+	struct ibv_qp_attr a = { .qp_state = IBV_QPS_INIT, .port_num = 1 };
+	CHECK(!ibv_modify_qp(s->qp, &a, IBV_QP_STATE | IBV_QP_PORT));
+	a.qp_state = IBV_QPS_RTR;
+	CHECK(!ibv_modify_qp(s->qp, &a, IBV_QP_STATE));
+	a.qp_state = IBV_QPS_RTS;
+	CHECK(!ibv_modify_qp(s->qp, &a, IBV_QP_STATE));
+}
+
 static void join(struct side *s, struct side *to)
 {
+	if (type == IBV_QPT_RAW_PACKET) {
+		join_raw(s);
+		return;
+	}
 	struct ibv_qp_attr i = { .qp_state = IBV_QPS_INIT, .port_num = 1, .qkey = QKEY, .qp_access_flags = type == IBV_QPT_UC ? IBV_ACCESS_REMOTE_WRITE : RIGHTS };
 	CHECK(!ibv_modify_qp(s->qp, &i, IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | (type == IBV_QPT_UD ? IBV_QP_QKEY : IBV_QP_ACCESS_FLAGS)));
 	struct ibv_qp_attr r = { .qp_state = IBV_QPS_RTR, .path_mtu = IBV_MTU_1024, .dest_qp_num = to->qp->qp_num, .max_dest_rd_atomic = 4,
@@ -64,7 +102,7 @@ static void begin(const char *line)
 	char kind[8];
 	int sges, inl, depth, rsges, rdepth, srq, sigall, windows;
 	CHECK(sscanf(line, "list %7s %d %d %d %d %d %d %d %d", kind, &sges, &inl, &depth, &rsges, &rdepth, &srq, &sigall, &windows) == 9);
-	type = !strcmp(kind, "rc") ? IBV_QPT_RC : !strcmp(kind, "uc") ? IBV_QPT_UC : IBV_QPT_UD;
+	type = !strcmp(kind, "rc") ? IBV_QPT_RC : !strcmp(kind, "uc") ? IBV_QPT_UC : !strcmp(kind, "ud") ? IBV_QPT_UD : IBV_QPT_RAW_PACKET;
 	for (int i = 0; i < 2; i++) {
 		struct side *s = &sides[i];
 		for (int k = 0; k < SIZE; k++)
@@ -75,7 +113,10 @@ static void begin(const char *line)
 			CHECK(s->srq = ibv_create_srq(pd, &q));
 		struct ibv_qp_init_attr a = { .send_cq = s->cq, .recv_cq = s->cq, .srq = s->srq, .qp_type = type, .sq_sig_all = sigall,
 			.cap = { depth, srq ? 0 : rdepth, sges, srq ? 0 : rsges, inl } };
-		CHECK(s->qp = ibv_create_qp(pd, &a));
+		if (type == IBV_QPT_RAW_PACKET)
+			make_raw(s, &a);
+		else
+			CHECK(s->qp = ibv_create_qp(pd, &a));
 		if (windows) {
 			CHECK(s->mw = ibv_alloc_mw(pd, IBV_MW_TYPE_2));
 			s->key = s->mw->rkey;
@@ -92,6 +133,8 @@ static void end(void)
 {
 	for (int i = 0; i < 2; i++) {
 		struct side *s = &sides[i];
+		if (s->flow)
+			CHECK(!ibv_destroy_flow(s->flow));
 		CHECK(!ibv_destroy_qp(s->qp));
 		if (s->srq)
 			CHECK(!ibv_destroy_srq(s->srq));
@@ -100,7 +143,7 @@ static void end(void)
 		if (s->ah)
 			CHECK(!ibv_destroy_ah(s->ah));
 		CHECK(!ibv_destroy_cq(s->cq));
-		s->qp = NULL, s->srq = NULL, s->mw = NULL, s->ah = NULL, s->cq = NULL;
+		s->qp = NULL, s->srq = NULL, s->mw = NULL, s->ah = NULL, s->cq = NULL, s->flow = NULL;
 	}
 }
 
@@ -160,7 +203,7 @@ static void request(char *line)
 	CHECK(i < sizeof ops / sizeof *ops);
 	w->opcode = ops[i].op;
 	w->send_flags = (strchr(flags, 's') ? IBV_SEND_SIGNALED : 0) | (strchr(flags, 'e') ? IBV_SEND_SOLICITED : 0) |
-		(strchr(flags, 'f') ? IBV_SEND_FENCE : 0) | (strchr(flags, 'i') ? IBV_SEND_INLINE : 0);
+		(strchr(flags, 'f') ? IBV_SEND_FENCE : 0) | (strchr(flags, 'i') ? IBV_SEND_INLINE : 0) | (strchr(flags, 'c') ? IBV_SEND_IP_CSUM : 0);
 	uint32_t rkey = key == 'w' ? peer->key : key == 'x' ? 0xdead00 : peer->mr->rkey;
 	switch (w->opcode) {
 	case IBV_WR_SEND_WITH_INV:
@@ -189,7 +232,7 @@ static void request(char *line)
 			w->wr.ud.ah = s->ah;
 			w->wr.ud.remote_qpn = peer->qp->qp_num;
 			w->wr.ud.remote_qkey = QKEY;
-		} else {
+		} else if (type != IBV_QPT_RAW_PACKET) {
 			w->wr.rdma.remote_addr = (uintptr_t)peer->mem + to;
 			w->wr.rdma.rkey = rkey;
 		}
