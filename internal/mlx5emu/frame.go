@@ -27,7 +27,7 @@ type headers struct {
 	v6       bool
 	protocol uint8 // of IP; that of IPv6 only if it comes right behind the header
 	ports    int   // the TCP or UDP header; not of a fragment that is not the first
-	end      int   // of the IP packet: padding may follow
+	end      int   // of the IP packet, as it says: padding may follow, or it may be cut
 }
 
 const (
@@ -48,28 +48,24 @@ func parse(b []byte) (h headers) {
 	p := b[at:]
 	switch {
 	case h.typ == typeIPv4 && len(p) >= 20 && p[0]>>4 == 4:
-		n, total := int(p[0]&15)*4, int(be.Uint16(p[2:]))
-		if n < 20 || total < n || total > len(p) {
+		n := int(p[0]&15) * 4
+		if n < 20 || n > len(p) {
 			return h
 		}
-		h.ip, h.protocol, h.end = at, p[9], at+total
+		h.ip, h.protocol, h.end = at, p[9], at+int(be.Uint16(p[2:]))
 		if be.Uint16(p[6:])&0x1fff == 0 {
-			h.transport(at + n)
+			h.transport(b, at+n)
 		}
 	case h.typ == typeIPv6 && len(p) >= 40 && p[0]>>4 == 6:
-		total := 40 + int(be.Uint16(p[4:]))
-		if total > len(p) {
-			return h
-		}
-		h.ip, h.v6, h.protocol, h.end = at, true, p[6], at+total
-		h.transport(at + 40)
+		h.ip, h.v6, h.protocol, h.end = at, true, p[6], at+40+int(be.Uint16(p[4:]))
+		h.transport(b, at+40)
 	}
 	return h
 }
 
 // transport takes note of a TCP or UDP header at off, if it is one.
-func (h *headers) transport(off int) {
-	if h.protocol == protoTCP && off+20 <= h.end || h.protocol == protoUDP && off+8 <= h.end {
+func (h *headers) transport(b []byte, off int) {
+	if h.protocol == protoTCP && off+20 <= len(b) || h.protocol == protoUDP && off+8 <= len(b) {
 		h.ports = off
 	}
 }
@@ -102,8 +98,10 @@ func (h *headers) pseudo(b []byte) uint32 {
 	return sum(s, b[h.ip+12:h.ip+20])
 }
 
-// fragment reports whether an IPv4 packet is a part of one, whose checksum of TCP or UDP is not to be had.
-func (h *headers) fragment(b []byte) bool { return !h.v6 && be.Uint16(b[h.ip+6:])&0x3fff != 0 }
+// counted reports whether there is a checksum of TCP or UDP that can be had: not of a fragment, nor of a packet that is cut.
+func (h *headers) counted(b []byte) bool {
+	return h.ports > 0 && h.checksumAt()+2 <= h.end && h.end <= len(b) && (h.v6 || be.Uint16(b[h.ip+6:])&0x3fff == 0)
+}
 
 // checksumAt is where the checksum of TCP or UDP is.
 func (h *headers) checksumAt() int {
@@ -125,7 +123,7 @@ func (f *frame) fillChecksums(flags uint8) {
 		be.PutUint16(p[10:], 0)
 		be.PutUint16(p[10:], fold(sum(0, p)))
 	}
-	if flags&ethL4Checksum != 0 && h.ports > 0 && !h.fragment(b) {
+	if flags&ethL4Checksum != 0 && h.counted(b) {
 		at := h.checksumAt()
 		be.PutUint16(b[at:], 0)
 		c := fold(sum(h.pseudo(b), b[h.ports:h.end]))
@@ -153,7 +151,7 @@ func (f *frame) verify() (right, kind uint8) {
 			right |= cqeL3Right
 		}
 	}
-	if h.ports > 0 && !h.fragment(b) {
+	if h.counted(b) {
 		none := h.protocol == protoUDP && be.Uint16(b[h.checksumAt():]) == 0
 		if none || fold(sum(h.pseudo(b), b[h.ports:h.end])) == 0 {
 			right |= cqeL4Right
