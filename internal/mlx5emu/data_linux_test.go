@@ -397,3 +397,25 @@ func TestSRQ(t *testing.T) {
 		}
 	})
 }
+
+// A message that would be lost finds a receive that another context has posted before, whichever was opened first.
+func TestReceivesOfOtherContexts(t *testing.T) {
+	d := newDevice(t, Config{Manual: true})
+	both := []*client{connect(t, d), connect(t, d)}
+	for i := range both {
+		from, to := both[i], both[1-i]
+		m := mapAt(t, 0, pageSize)
+		cf, ct := from.newCQ(16, -1), to.newCQ(16, -1)
+		a, b := from.newQP(cf, cf, qpOptions{typ: ib.UC, srq: -1, uidx: 1}), to.newQP(ct, ct, qpOptions{typ: ib.UC, srq: -1, uidx: 2})
+		a.connectTo(b.qpn)
+		b.connectTo(a.qpn)
+		for d.Step() {
+		}
+		b.recv(segData(addrOf(m), 100, uint32(to.reg(m, everything).LKey)))
+		a.send(opSend, ceUpdate, 0, segInline([]byte("hello")))
+		cf.wait()
+		if e, ok := ct.poll(); !ok || e.n != 5 {
+			t.Errorf("from context %d: %v, %+v", i, ok, e)
+		}
+	}
+}

@@ -97,6 +97,9 @@ func (d *Device) step() (some, waits bool) {
 		d.mu.Unlock()
 		eachDevice(d, (*Device).readRecvs)
 		d.mu.Lock()
+		for _, c := range d.order { // and all of this device, as work does one after the other
+			c.readRecvs()
+		}
 	}
 	for _, c := range d.order {
 		some = c.readRecvs() || some
