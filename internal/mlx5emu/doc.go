@@ -7,6 +7,9 @@
 // shows here as it would on a card; what only a card has does not: the cost and ordering of MMIO, firmware's limits, its
 // undocumented checks. Nothing here was compared with hardware; the facts are from the kernel's headers and from rdma-core.
 //
+// Ethernet frames of raw packet queue pairs are its own affair, and not the software NIC's: a switch brings them to the other devices of
+// the process.
+//
 // # Parts
 //
 // A Device is one software NIC. Each Open of it is a Context, which has its own handles, as each open file of the kernel's
