@@ -143,7 +143,7 @@ func driverConfig(c *verbs.Context, cfg *Config) (driver.QPConfig, error) {
 		return d, fmt.Errorf("unknown queue pair type %s", d.Type)
 	}
 	if cfg.Loopback && d.Type != ib.RawPacket {
-		return d, errors.New("Loopback is for raw packet queue pairs")
+		return d, errors.New("only raw packet queue pairs have Loopback")
 	}
 	size := func(name string, asked, def, limit int) int {
 		n := asked
