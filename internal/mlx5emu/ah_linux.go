@@ -51,7 +51,7 @@ const idleAHs = 256
 
 func (k *ahKey) attr(d *Device) ib.AHAttr {
 	a := ib.AHAttr{DGID: k.gid, SGIDIndex: int(k.sgid), HopLimit: k.hop, TrafficClass: k.tc, FlowLabel: k.flow, Port: 1}
-	d.reach(&a)
+	d.reach(&a, 0)
 	return a
 }
 

@@ -24,7 +24,7 @@ type Config struct {
 	// on, and time that counts completions. Peers should then be of this device.
 	Numbered bool
 	// HostOnly leaves the host's addresses out of the GID table: peers are then met through memory only. Without it, of several devices
-	// on a host only the first can be reached at an address, since only one can have UDP port 4791 there.
+	// on a host only the first can be reached at an address from elsewhere, since only one can have UDP port 4791 there.
 	HostOnly bool
 	// L2Inline makes it a device that wants the first 18 bytes of an Ethernet frame in the WQE, as ConnectX-4 does.
 	L2Inline bool

@@ -66,7 +66,7 @@ func (c *Context) modifyQP(q *abi.ModifyQP) syscall.Errno {
 	}
 	a := attrOf(q)
 	if mask&ib.AttrAV != 0 {
-		c.dev.reach(&a.AH)
+		c.dev.reach(&a.AH, q.DestQPNum)
 	}
 	mask &^= attrAltPath | attrMigState
 	if to == ib.Reset {

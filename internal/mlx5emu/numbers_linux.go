@@ -52,22 +52,37 @@ func (d *Device) allocMW(p *softnic.PD) (driver.MW, error) {
 	return p.AllocMW()
 }
 
-// reach fills in where packets for a destination are received, if that is this device: its software NIC may have another port than
-// that for RoCEv2, where another process has it.
-func (d *Device) reach(a *ib.AHAttr) {
+// reach fills in where packets for a destination are received, if that is a device of this process: its software NIC may have another
+// port than that for RoCEv2, which only one at each address has. They all have the host's addresses; a queue pair, if its number is
+// given, says which of them is meant.
+func (d *Device) reach(a *ib.AHAttr, qpn uint32) {
 	if a.SGIDIndex == 0 {
 		return
 	}
-	l, err := d.nic.GIDs(1)
+	to := d
+	if qpn != 0 && !d.hasQP(qpn) {
+		eachDevice(d, func(o *Device) {
+			if o.hasQP(qpn) {
+				to = o
+			}
+		})
+	}
+	l, err := to.nic.GIDs(1)
 	if err != nil {
 		return
 	}
 	for _, e := range l {
 		if e.Index != 0 && e.GID == a.DGID {
-			a.UDPPort, _ = d.nic.UDPPort(1, e.Index)
+			a.UDPPort, _ = to.nic.UDPPort(1, e.Index)
 			return
 		}
 	}
+}
+
+func (d *Device) hasQP(qpn uint32) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.qps[qpn] != nil
 }
 
 // listen has the device receive at all addresses of the host, as datagrams may come to any of them. The software NIC by itself does so

@@ -57,6 +57,37 @@ func TestUDP(t *testing.T) {
 	}
 }
 
+// Queue pairs of two devices of a process meet at the address that both have, whichever has the port for RoCEv2.
+func TestUDPBetweenDevices(t *testing.T) {
+	var cs [2]*client
+	var cqs [2]*cqueue
+	var qs [2]*queuePair
+	for i := range cs {
+		cs[i] = connect(t, newDevice(t, Config{}))
+		cqs[i] = cs[i].newCQ(64, -1)
+		qs[i] = cs[i].newQP(cqs[i], cqs[i], qpOptions{srq: -1, uidx: 3})
+	}
+	for i, q := range qs {
+		gid := gidOf(t, cs[i].dev, netip.MustParseAddr("127.0.0.1"))
+		for _, s := range []ib.QPState{ib.Init, ib.RTR, ib.RTS} {
+			r := q.attrs(qs[1-i].qpn)
+			r.State, r.AH = s, ib.AHAttr{DGID: gid.GID, SGIDIndex: gid.Index, HopLimit: 64, Port: 1}
+			q.modify(r, changes[ib.RC][[2]ib.QPState{s - 1, s}].need|ib.AttrState)
+		}
+	}
+	for i, q := range qs {
+		m := mapAt(t, 0, pageSize)
+		key := uint32(cs[1-i].reg(m, everything).LKey)
+		qs[1-i].recv(segData(addrOf(m), 64, key))
+		q.send(opSend, ceUpdate, 0, segInline([]byte("hello")))
+		cqs[i].expect(cqeRequester, 5)
+		cqs[1-i].expect(cqeRecvSend, 5)
+		if string(m[:5]) != "hello" {
+			t.Errorf("received %q", m[:5])
+		}
+	}
+}
+
 // A device loses packets when it is to, and what is lost is sent again.
 func TestFaults(t *testing.T) {
 	if _, err := NewDevice(Config{Faults: "loss"}); err == nil {
