@@ -180,6 +180,7 @@ type testFlags struct {
 	spawn     bool
 	serverCPU int
 	serverDev string
+	serverGID int
 	plot      string
 	output    *string
 }
@@ -241,9 +242,10 @@ func newPerfTest(op perf.Op, kind perf.Kind) *cobra.Command {
 	f.localFlags.add(cmd)
 	fl.IntVar(&f.serverCPU, "server-cpu", -1, "with --spawn: the server's --cpu")
 	fl.StringVar(&f.serverDev, "server-device", "", "with --spawn: the server's --device (default: the same as the client's)")
+	fl.IntVar(&f.serverGID, "server-gid-index", -1, "with --spawn: the server's --gid-index (default: the client's, on the same device)")
 	f.output = outputFlag(cmd)
 	fl.StringVar(&f.plot, "plot", "", "write a picture of the results to this SVG file")
-	hideDefault(cmd, "inline", "server-cpu")
+	hideDefault(cmd, "inline", "server-cpu", "server-gid-index")
 	for name, c := range map[string]*choiceValue{"poll": &f.poll, "path": &f.path, "flow": &f.flow, "op": &f.atomic, "clock": &f.clock} {
 		if fl.Lookup(name) != nil {
 			_ = cmd.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(c.all, cobra.ShellCompDirectiveNoFileComp))
@@ -396,12 +398,19 @@ func (f *testFlags) spawnServer(ctx context.Context, cmd *cobra.Command) (*perf.
 		return nil, fmt.Errorf("--spawn: %w", err)
 	}
 	dev := f.serverDev
+	gid := f.serverGID
 	if dev == "" {
 		dev = f.device
+	}
+	if gid < 0 && dev == f.device {
+		gid = f.gidIndex
 	}
 	a := []string{"perf", "server", "--child", "--once", "--listen", "127.0.0.1:0", "--cpu", strconv.Itoa(f.serverCPU)}
 	if dev != "" {
 		a = append(a, "--device", dev)
+	}
+	if gid >= 0 {
+		a = append(a, "--gid-index", strconv.Itoa(gid))
 	}
 	c, err := perf.Spawn(ctx, exe, a, cmd.ErrOrStderr())
 	if err != nil {
