@@ -107,15 +107,22 @@ udp:
 	RINGSIDE_PATH=tcp $(GO) test -short -count=1 ./transport ./rpc
 	RINGSIDE_PATH=udp RINGSIDE_SOFT_FAULTS=loss=0.5%,duplicate=0.5%,reorder=2% $(GO) test -short -skip Alloc -count=1 ./transport ./rpc ./examples/kv
 
-# The conformance suite on the driver for ConnectX by the emulator's other front door, as for any program. All of it, in two minutes:
-# make emulated EMULATED=.
+# The driver for ConnectX by the emulator's other front door, as for any program: the conformance suite, all of it in two minutes with
+# make emulated EMULATED=., and some of what is built on it.
 EMULATED ?= ^(rc|atomic|srq|mw)/
+EMULATED_TRANSPORT = ^Test(Sizes|OneSided|Batch|SendRegion|ManyConnections|PostMore.*|Processes|PeerKilled)$$
+EMULATED_RPC = ^Test(RawCalls|ConcurrentCalls|CancelStorm|Bulk.*|Queue.*|TwoProcesses|ServerKilled)$$
 emulated:
-	$(call stage,emulated: the conformance suite on an emulated ConnectX below a program)
+	$(call stage,emulated: an emulated ConnectX below programs)
 	.ci/setup go
 	mkdir -p bin
 	$(GO) build -o bin/ ./cmd/ringside
 	./bin/ringside emulate -- ./bin/ringside doctor --selftest --device mlx5_0 --run '$(EMULATED)'
+	$(GO) test -c -o bin/transport.test ./transport
+	$(GO) test -c -o bin/rpc.test ./rpc
+	(cd transport; RINGSIDE_DEVICE=mlx5_0 ../bin/ringside emulate -- ../bin/transport.test -test.short -test.run '$(EMULATED_TRANSPORT)')
+	(cd rpc; RINGSIDE_DEVICE=mlx5_0 ../bin/ringside emulate -- ../bin/rpc.test -test.short -test.run '$(EMULATED_RPC)')
+	./bin/ringside emulate --devices 2 -- ./bin/ringside perf rpc rate --spawn --poll event --iters 2000 --device mlx5_0 --server-device mlx5_1
 
 # The packages of one goroutine have nothing to race with; of those left, the tests but for what is other processes or
 # measures networks, with fewer seeds and rounds than in unit.
