@@ -115,11 +115,26 @@ func (c *ICRC) ID(udp []byte) (id uint16, ok bool) {
 
 // idOf is ID; any: others than 0 will do.
 func (c *ICRC) idOf(pkt, crc []byte, any bool) (id uint16, ok bool) {
-	diff := c.Sum(pkt) ^ binary.LittleEndian.Uint32(crc)
-	if diff == 0 || !any || c.n != ip4Len {
+	sum, got := c.Sum(pkt), binary.LittleEndian.Uint32(crc)
+	any = any && c.n == ip4Len
+	if id, ok = idIn(sum^got, len(pkt), any); !ok && len(pkt) == flushLen && pkt[0] == byte(Op(RC, Flush)) {
+		// rxe (seen in Linux 6.12) does not know where the payload of a FLUSH is, which has none, and takes all of the packet for it: that is in
+		// the CRC twice.
+		return idIn(crc32.Update(sum, crc32.IEEETable, pkt)^got, 2*len(pkt), any)
+	}
+	return id, ok
+}
+
+// flushLen is the length of a FLUSH.
+const flushLen = BTHLen + fethLen + rethLen
+
+// idIn returns the identification of a packet whose CRC, which goes on for n bytes behind the UDP header, is off by diff; any: others than 0
+// will do.
+func idIn(diff uint32, n int, any bool) (id uint16, ok bool) {
+	if diff == 0 || !any {
 		return 0, diff == 0
 	}
-	return idFor(diff, len(pkt))
+	return idFor(diff, n)
 }
 
 // MaxPacket is the length of the longest packet, of a path MTU of 4,096 bytes, from the BTH to the padding.

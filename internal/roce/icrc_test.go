@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"hash/crc32"
 	"math/rand/v2"
 	"net/netip"
 	"testing"
@@ -65,6 +66,51 @@ func TestGoldenICRC(t *testing.T) {
 		// Congestion is marked on the way.
 		if pkt[byteMasked] ^= 0xff; c.sum(pkt, id) != binary.LittleEndian.Uint32(udp[len(pkt):]) {
 			t.Errorf("%s: the ICRC covers FECN and BECN", name)
+		}
+	}
+}
+
+// A FLUSH passes with the CRC that rxe gives it, too: that goes over the whole packet once more. Nothing else does, nor one that has changed.
+func TestFlushOfRXE(t *testing.T) {
+	with := func(c *ICRC, pkt []byte, id uint16) []byte {
+		return binary.LittleEndian.AppendUint32(bytes.Clone(pkt), crc32.Update(c.sum(pkt, id), crc32.IEEETable, pkt))
+	}
+	for addr, to := range map[netip.AddrPort]netip.AddrPort{src4: dst4, src6: dst6} {
+		var c ICRC
+		c.Init(addr, to)
+		p := Packet{Opcode: Op(RC, Flush), PKey: DefaultPKey, DestQP: 1, PSN: 2, AckReq: true, FETH: 0x12, Addr: 0x10, RKey: 5, Len: 6}
+		pkt := make([]byte, p.Opcode.HeaderLen())
+		p.PutHeader(pkt, 0)
+		ids := []uint16{0}
+		if c.n == ip4Len {
+			ids = append(ids, 1, 0x1234, 0xffff)
+		}
+		for _, id := range ids {
+			udp := with(&c, pkt, id)
+			if got, err := c.Split(udp, true); err != nil || !bytes.Equal(got, pkt) {
+				t.Errorf("%v, identification %#x: %v", addr, id, err)
+			}
+			if got, ok := c.ID(udp); !ok || got != id {
+				t.Errorf("%v: identification %#x, %v, want %#x", addr, got, ok, id)
+			}
+			if _, err := c.Split(udp, false); (err == nil) != (id == 0) {
+				t.Errorf("%v, identification %#x, where 0 was expected: %v", addr, id, err)
+			}
+			for i := range 8 * len(udp) {
+				bad := bytes.Clone(udp)
+				bad[i/8] ^= 1 << (i % 8)
+				if _, err := c.Split(bad, false); err == nil {
+					t.Errorf("%v: bit %d has changed, and it passes", addr, i)
+				}
+			}
+		}
+		for _, other := range [][]byte{append([]byte{byte(Op(RC, SendOnly))}, pkt[1:]...), append([]byte{byte(Op(UC, Flush))}, pkt[1:]...), append(bytes.Clone(pkt), 0, 0, 0, 0),
+			append([]byte{byte(Op(RC, Flush))}, make([]byte, MaxPacket-1)...)} {
+			for _, any := range []bool{false, true} {
+				if _, err := c.Split(with(&c, other, 0), any); err == nil {
+					t.Errorf("%v: %d bytes that begin with %#x pass", addr, len(other), other[0])
+				}
+			}
 		}
 	}
 }
