@@ -231,7 +231,8 @@ func (r *runner) run(t T, tc testCase) {
 		testutil.Skip(c, fmt.Sprintf("the device does not have %v", missing))
 	}
 	for _, s := range sides {
-		if reason := gapOf(s.dev.Provider, tc.name); reason != "" {
+		target := s == c.B && c.A.dev.Provider != s.dev.Provider
+		if reason := gapOf(s.dev.Provider, tc.name, target); reason != "" {
 			testutil.Skip(c, reason)
 		}
 	}
