@@ -426,6 +426,9 @@ func (q *cq) clean(p *qp) {
 		q.last = nil
 	}
 	if q.r.mem != nil { // else it is closed
+		if p.scq == q {
+			q.windowsFailed(p)
+		}
 		q.drop(p)
 	}
 	if p.scq == q {
@@ -435,6 +438,25 @@ func (q *cq) clean(p *qp) {
 	if p.rcq == q {
 		p.recvTail = 0
 		ring.StoreRel32(&p.recvPolled, 0)
+	}
+}
+
+// windowsFailed takes back what was noted of windows by requests whose failure has not been polled. Called with mu held.
+func (q *cq) windowsFailed(p *qp) {
+	for i := range q.ready() {
+		e, tail, _ := q.r.ready(q.next + i)
+		code := cqeCode(tail)
+		if !p.owns(e) || code != cqeRequest && code != cqeRequestErr {
+			continue
+		}
+		s, err := p.finished(tail)
+		if err != nil {
+			return
+		}
+		if code == cqeRequestErr {
+			p.WindowsFailed(func(number uint32) bool { return int32(number-s.head) < 0 })
+			return
+		}
 	}
 }
 
