@@ -335,14 +335,11 @@ func sender(args []string) (err error) {
 	in := testutil.ChildInput()
 	var to ib.AHAttr
 	var qpn uint32
-	for line := range in {
-		gid, rest, _ := strings.Cut(line, " ")
-		if err := to.DGID.UnmarshalText([]byte(gid)); err != nil {
-			return err
-		}
-		fmt.Sscan(rest, &qpn)
-		break
+	gid, rest, _ := strings.Cut(<-in, " ")
+	if err := to.DGID.UnmarshalText([]byte(gid)); err != nil {
+		return err
 	}
+	fmt.Sscan(rest, &qpn)
 	to.HopLimit, to.Port = 64, 1
 	wr := ib.SendWR{Opcode: ib.OpSend, Flags: ib.SendSignaled, Inline: []byte("a message")}
 	for _, s := range []ib.QPState{ib.Init, ib.RTR, ib.RTS} {
