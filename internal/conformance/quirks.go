@@ -72,7 +72,7 @@ var gaps = []gap{
 	{provider: "rxe", name: "mw/send-with-invalidate-wrong-key",
 		reason: "a SEND with invalidate of a window that is not bound crashes the kernel (rxe_invalidate_mw)"},
 	{provider: "rxe", name: "placement/flush-depth-zero",
-		reason: "a FLUSH for a QP without responder resources crashes the kernel (check_resource looks at READs, atomics and ATOMIC WRITEs only, rxe_prepare_res writes to none)"},
+		reason: "a FLUSH for a QP without responder resources would crash the kernel, by its source (check_resource looks at READs, atomics and ATOMIC WRITEs only, rxe_prepare_res writes to none)"},
 	{provider: "rxe", name: "placement/flush", reason: crcReason, target: true},
 	{provider: "rxe", name: "placement/flush-rights", reason: crcReason, target: true},
 	{provider: "rxe", name: "state/sqd-waits", reason: "rxe says that the send queue is drained while a request waits for a receive (RNR)"},
