@@ -26,7 +26,7 @@ func disassemble(t *testing.T, arch string) map[string][]string {
 	program := filepath.Join(t.TempDir(), "mlx5.test")
 	run := func(args ...string) []byte {
 		cmd := exec.Command(goTool, args...)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch, "GOFLAGS=-pgo=off")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch, "GOFLAGS=-trimpath -pgo=off") // as make builds
 		out, err := cmd.CombinedOutput()
 		if err != nil {
 			t.Fatalf("go %s: %v\n%s", strings.Join(args, " "), err, out)

@@ -24,7 +24,7 @@ func TestStatic(t *testing.T) {
 	dir := t.TempDir()
 	build := exec.Command(goTool, "build", "-pgo=off", "-o", dir+"/", "./cmd/ringside", "./examples/...", "./test/soft-roce", "./test/interop")
 	build.Dir = root
-	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-trimpath") // as make builds
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
