@@ -99,13 +99,15 @@ unit:
 	$(GO) -C bench test -count=1 ./...
 	$(call summary,bin/test.log)
 
-# The same programs where software NICs do not share memory, nor meet over UDP; then on a network that loses packets.
+# The same programs where software NICs do not share memory, nor meet over UDP; then on a network that loses packets. What makes
+# networks of its own, unit has run.
+NETWORKS = TestBottleneck|TestUDPBlocked|TestNarrowLink|TestTCPWhereUDPIsBlocked
 udp:
 	$(call stage,udp: transport$(comma) rpc and the examples over RoCEv2 on UDP$(comma) and on TCP)
 	.ci/setup go
-	RINGSIDE_PATH=udp $(GO) test -count=1 ./transport ./rpc ./examples/...
-	RINGSIDE_PATH=tcp $(GO) test -short -count=1 ./transport ./rpc
-	RINGSIDE_PATH=udp RINGSIDE_SOFT_FAULTS=loss=0.5%,duplicate=0.5%,reorder=2% $(GO) test -short -skip Alloc -count=1 ./transport ./rpc ./examples/kv
+	RINGSIDE_PATH=udp $(GO) test -skip '$(NETWORKS)' -count=1 ./transport ./rpc ./examples/...
+	RINGSIDE_PATH=tcp $(GO) test -short -skip '$(NETWORKS)' -count=1 ./transport ./rpc
+	RINGSIDE_PATH=udp RINGSIDE_SOFT_FAULTS=loss=0.5%,duplicate=0.5%,reorder=2% $(GO) test -short -skip 'Alloc|$(NETWORKS)' -count=1 ./transport ./rpc ./examples/kv
 
 # The driver for ConnectX by the emulator's other front door, as for any program: the conformance suite, all of it in two minutes with
 # make emulated EMULATED=., and some of what is built on it.
