@@ -37,7 +37,7 @@ func (f *flow) rankOf() int {
 		return 2
 	case f.kind == ib.FlowDefault:
 		return 3
-	case len(f.filters) > 0 && f.filters[0].typ == specEth && f.filters[0].mask[0]&f.filters[0].value[0]&1 != 0:
+	case len(f.filters) > 0 && f.filters[0].typ == abi.FlowSpecEth && f.filters[0].mask[0]&f.filters[0].value[0]&1 != 0:
 		return 1
 	}
 	return 0

@@ -1,6 +1,7 @@
 package mlx5emu
 
 import (
+	"github.com/ringside-rdma/ringside/internal/abi"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -166,39 +167,30 @@ type filter struct {
 	value, mask []byte
 }
 
-// Types of specs.
-const (
-	specEth  = 0x20
-	specIPv4 = 0x30
-	specIPv6 = 0x31
-	specTCP  = 0x40
-	specUDP  = 0x41
-)
-
 // filterSizes are those of a value, and so of a mask, in bytes.
-var filterSizes = map[uint32]int{specEth: 16, specIPv4: 12, specIPv6: 40, specTCP: 4, specUDP: 4}
+var filterSizes = map[uint32]int{abi.FlowSpecEth: 16, abi.FlowSpecIPv4: 12, abi.FlowSpecIPv6: 40, abi.FlowSpecTCP: 4, abi.FlowSpecUDP: 4}
 
 // unknownFields are the bytes of a mask, from there on, that the device cannot look at.
-var unknownFields = map[uint32]int{specEth: 16, specIPv4: 10, specIPv6: 38, specTCP: 4, specUDP: 4}
+var unknownFields = map[uint32]int{abi.FlowSpecEth: 16, abi.FlowSpecIPv4: 10, abi.FlowSpecIPv6: 38, abi.FlowSpecTCP: 4, abi.FlowSpecUDP: 4}
 
 // fields is what the frame b has where a filter of that type has its value; nil: it has no such header.
 func (h *headers) fields(to []byte, typ uint32, b []byte) []byte {
 	to = to[:0]
 	switch {
-	case typ == specEth:
+	case typ == abi.FlowSpecEth:
 		to = append(to, b[:12]...)
 		to = be.AppendUint16(to, h.typ)
 		return be.AppendUint16(to, h.vlan)
-	case typ == specIPv4 && h.ip > 0 && !h.v6:
+	case typ == abi.FlowSpecIPv4 && h.ip > 0 && !h.v6:
 		p := b[h.ip:]
 		return append(append(append(to, p[12:20]...), p[9], p[1]), p[8], p[6]>>5)
-	case typ == specIPv6 && h.ip > 0 && h.v6:
+	case typ == abi.FlowSpecIPv6 && h.ip > 0 && h.v6:
 		p := b[h.ip:]
 		v := be.Uint32(p)
 		to = append(to, p[8:40]...)
 		to = be.AppendUint32(to, v&(1<<20-1))
 		return append(to, p[6], byte(v>>20), p[7], 0)
-	case h.ports > 0 && (typ == specTCP && h.protocol == protoTCP || typ == specUDP && h.protocol == protoUDP):
+	case h.ports > 0 && (typ == abi.FlowSpecTCP && h.protocol == protoTCP || typ == abi.FlowSpecUDP && h.protocol == protoUDP):
 		p := b[h.ports:]
 		return append(to, p[2], p[3], p[0], p[1])
 	}
@@ -212,7 +204,7 @@ func (r *filter) matches(h *headers, b []byte) bool {
 	if got == nil {
 		return false
 	}
-	if r.typ == specEth && (r.mask[14]|r.mask[15]) != 0 && !h.tagged {
+	if r.typ == abi.FlowSpecEth && (r.mask[14]|r.mask[15]) != 0 && !h.tagged {
 		return false
 	}
 	for i := range r.mask {

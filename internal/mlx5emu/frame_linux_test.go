@@ -4,6 +4,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/ringside-rdma/ringside/internal/abi"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -57,8 +58,8 @@ func FuzzFrame(f *testing.F) {
 		}
 		for typ, n := range filterSizes {
 			any := flow{kind: ib.FlowMatch, filters: []filter{{typ, make([]byte, n), make([]byte, n)}}}
-			has := map[uint32]bool{specEth: true, specIPv4: before.ip > 0 && !before.v6, specIPv6: before.v6,
-				specTCP: before.ports > 0 && before.protocol == protoTCP, specUDP: before.ports > 0 && before.protocol == protoUDP}[typ]
+			has := map[uint32]bool{abi.FlowSpecEth: true, abi.FlowSpecIPv4: before.ip > 0 && !before.v6, abi.FlowSpecIPv6: before.v6,
+				abi.FlowSpecTCP: before.ports > 0 && before.protocol == protoTCP, abi.FlowSpecUDP: before.ports > 0 && before.protocol == protoUDP}[typ]
 			if any.matches(&before, x.data) != has {
 				t.Fatalf("%+v: a filter for %#x that looks at nothing", before, typ)
 			}

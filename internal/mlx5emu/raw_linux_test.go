@@ -245,8 +245,8 @@ func TestRefusedRaw(t *testing.T) {
 	if _, err := p.tryQP(cq, cq, qpOptions{srq: -1, uidx: 8, flags: selfFlags}); errno(err) != unix.EINVAL {
 		t.Errorf("loopback of an RC queue pair: %v", err)
 	}
-	mac := spec(specEth, make([]byte, 16), make([]byte, 16))
-	ip := spec(specIPv4, make([]byte, 12), make([]byte, 12))
+	mac := spec(abi.FlowSpecEth, make([]byte, 16), make([]byte, 16))
+	ip := spec(abi.FlowSpecIPv4, make([]byte, 12), make([]byte, 12))
 	good := abi.CreateFlow{QPHandle: p.b.h, FlowAttr: abi.FlowAttr{Port: 1}}
 	for _, c := range []struct {
 		name   string
@@ -268,10 +268,10 @@ func TestRefusedRaw(t *testing.T) {
 		{"too many", func(f *abi.CreateFlow) { f.FlowAttr.NumOfSpecs = 11 }, nil, unix.EINVAL},
 		{"the same twice", func(*abi.CreateFlow) {}, [][]byte{mac, mac}, unix.EINVAL},
 		{"an unknown spec", func(*abi.CreateFlow) {}, [][]byte{spec(0x50, make([]byte, 4), make([]byte, 4))}, unix.EINVAL},
-		{"a spec of another size", func(*abi.CreateFlow) {}, [][]byte{spec(specEth, make([]byte, 12), make([]byte, 12))}, unix.EINVAL},
+		{"a spec of another size", func(*abi.CreateFlow) {}, [][]byte{spec(abi.FlowSpecEth, make([]byte, 12), make([]byte, 12))}, unix.EINVAL},
 		{"a spec that is cut", func(*abi.CreateFlow) {}, [][]byte{mac[:32]}, unix.EINVAL},
-		{"TTL", func(*abi.CreateFlow) {}, [][]byte{spec(specIPv4, make([]byte, 12), append(make([]byte, 10), 255, 0))}, unix.EOPNOTSUPP},
-		{"hop limit", func(*abi.CreateFlow) {}, [][]byte{spec(specIPv6, make([]byte, 40), append(make([]byte, 38), 1, 0))}, unix.EOPNOTSUPP},
+		{"TTL", func(*abi.CreateFlow) {}, [][]byte{spec(abi.FlowSpecIPv4, make([]byte, 12), append(make([]byte, 10), 255, 0))}, unix.EOPNOTSUPP},
+		{"hop limit", func(*abi.CreateFlow) {}, [][]byte{spec(abi.FlowSpecIPv6, make([]byte, 40), append(make([]byte, 38), 1, 0))}, unix.EOPNOTSUPP},
 		{"filters of the rest", func(f *abi.CreateFlow) { f.FlowAttr.Type = 1 }, [][]byte{mac}, unix.EINVAL},
 		{"nothing", func(*abi.CreateFlow) {}, [][]byte{mac, ip}, 0},
 	} {

@@ -10,15 +10,6 @@ import (
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// Types of what a flow rule looks at (enum ib_flow_spec_type), which is in no header for user space.
-const (
-	specEth  = 0x20
-	specIPv4 = 0x30
-	specIPv6 = 0x31
-	specTCP  = 0x40
-	specUDP  = 0x41
-)
-
 // CreateFlow makes a flow rule for a queue pair.
 func (f *File) CreateFlow(qp uint32, r *ib.FlowRule) (handle uint32, err error) {
 	specs, n := flowSpecs(r)
@@ -55,19 +46,19 @@ func flowSpecs(r *ib.FlowRule) (b []byte, n uint8) {
 		n++
 	}
 	if f := r.Eth; f != nil {
-		add(specEth, ethFilter(&f.Value), ethFilter(&f.Mask))
+		add(abi.FlowSpecEth, ethFilter(&f.Value), ethFilter(&f.Mask))
 	}
 	if f := r.IPv4; f != nil {
-		add(specIPv4, ipv4Filter(&f.Value), ipv4Filter(&f.Mask))
+		add(abi.FlowSpecIPv4, ipv4Filter(&f.Value), ipv4Filter(&f.Mask))
 	}
 	if f := r.IPv6; f != nil {
-		add(specIPv6, ipv6Filter(&f.Value), ipv6Filter(&f.Mask))
+		add(abi.FlowSpecIPv6, ipv6Filter(&f.Value), ipv6Filter(&f.Mask))
 	}
 	if f := r.TCP; f != nil {
-		add(specTCP, portsFilter(&f.Value), portsFilter(&f.Mask))
+		add(abi.FlowSpecTCP, portsFilter(&f.Value), portsFilter(&f.Mask))
 	}
 	if f := r.UDP; f != nil {
-		add(specUDP, portsFilter(&f.Value), portsFilter(&f.Mask))
+		add(abi.FlowSpecUDP, portsFilter(&f.Value), portsFilter(&f.Mask))
 	}
 	return b, n
 }
