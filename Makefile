@@ -128,8 +128,8 @@ emulated:
 
 # The packages of one goroutine have nothing to race with; of those left, the tests but for what is other processes or
 # measures networks, with fewer seeds and rounds than in unit.
-SEQUENTIAL = /(cmd/.*|internal/(abi|mem|nldev|pcap|perf/cycles|procmem|roce|softnic/(cm|wire)|testutil/repotest)|verbs/ib|test/.*)$$
-NORACE = TestGoldenRandom|TestBottleneck
+SEQUENTIAL = /internal/(abi|cmd/.*|mem|nldev|pcap|perf/cycles|procmem|roce|softnic/(cm|wire)|testutil/repotest)$$|/verbs/ib$$
+NORACE = TestGoldenRandom|TestEmulatedPerftest|TestBottleneck
 race:
 	$(call stage,race: what runs side by side$(comma) under the race detector)
 	.ci/setup go gcc
