@@ -683,7 +683,7 @@ func TestAtomicWriteFromRegion(t *testing.T) {
 	}
 }
 
-func mustMmap(t *testing.T) []byte {
+func mustMmap(t testing.TB) []byte {
 	t.Helper()
 	b, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
@@ -1023,24 +1023,32 @@ func TestUnpolledCompletionsTakeRoom(t *testing.T) {
 	}
 }
 
+// windowed makes a region and a window, and what makes requests that bind the window to the region, or invalidate it, with keys that are
+// counted from the window's first.
+func (b *bench) windowed() (m driver.MR, w driver.MW, bind, invalidate func(add ib.RKey) ib.SendWR) {
+	b.t.Helper()
+	m, err := b.pd.RegisterMR(driver.MRConfig{Mem: mustMmap(b.t), Access: ib.AccessMWBind, FD: -1})
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	if w, err = b.pd.AllocMW(); err != nil {
+		b.t.Fatal(err)
+	}
+	first := w.RKey()
+	bind = func(add ib.RKey) ib.SendWR {
+		return ib.SendWR{ID: 7, Opcode: ib.OpBindMW, Bind: &ib.BindMW{Window: w.Handle(), RKey: first + add, MRLKey: m.LKey(), Length: 8}}
+	}
+	invalidate = func(add ib.RKey) ib.SendWR {
+		return ib.SendWR{ID: 7, Opcode: ib.OpLocalInv, InvalidateRKey: first + add}
+	}
+	return m, w, bind, invalidate
+}
+
 // Binds and invalidations that fail, or are flushed, change nothing of the window.
 func TestFailedBind(t *testing.T) {
 	b := newBench(t, ib.RC)
-	m, err := b.pd.RegisterMR(driver.MRConfig{Mem: mustMmap(t), Access: ib.AccessMWBind, FD: -1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	w, err := b.pd.AllocMW()
-	if err != nil {
-		t.Fatal(err)
-	}
+	m, w, bind, invalidate := b.windowed()
 	first := w.RKey()
-	bind := func(add ib.RKey) ib.SendWR {
-		return ib.SendWR{ID: 7, Opcode: ib.OpBindMW, Bind: &ib.BindMW{Window: w.Handle(), RKey: first + add, MRLKey: m.LKey(), Length: 8}}
-	}
-	invalidate := func(add ib.RKey) ib.SendWR {
-		return ib.SendWR{ID: 7, Opcode: ib.OpLocalInv, InvalidateRKey: first + add}
-	}
 	var done [][]byte
 	did := func(n int) { // what the kernel writes to their places
 		for range n {
@@ -1093,19 +1101,8 @@ func TestFailedBind(t *testing.T) {
 // What has failed before a RESET has failed, polled or not: the kernel's memory says how far it had come, until it is cleared.
 func TestFailedBindThenReset(t *testing.T) {
 	b := newBench(t, ib.RC)
-	m, err := b.pd.RegisterMR(driver.MRConfig{Mem: mustMmap(t), Access: ib.AccessMWBind, FD: -1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	w, err := b.pd.AllocMW()
-	if err != nil {
-		t.Fatal(err)
-	}
+	m, w, bind, invalidate := b.windowed()
 	first := w.RKey()
-	bind := func(add ib.RKey) ib.SendWR {
-		return ib.SendWR{Opcode: ib.OpBindMW, Bind: &ib.BindMW{Window: w.Handle(), RKey: first + add, MRLKey: m.LKey(), Length: 8}}
-	}
-	invalidate := func(add ib.RKey) ib.SendWR { return ib.SendWR{Opcode: ib.OpLocalInv, InvalidateRKey: first + add} }
 	again := func() {
 		b.to(b.qp, ib.Reset)
 		b.to(b.qp, ib.RTS)
