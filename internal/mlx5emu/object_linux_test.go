@@ -323,18 +323,25 @@ func readEvent(t testing.TB, fd int) []byte {
 	return b[:n]
 }
 
-func TestCompletionEvents(t *testing.T) {
-	p := newPair(t, Config{Manual: true}, ib.RC)
+// withChannel makes a completion channel, a CQ with it, and a queue pair with that CQ which is connected to another one.
+func withChannel(t *testing.T) (p *pair, fd int, cq *cqueue, q, peer *queuePair) {
+	t.Helper()
+	p = newPair(t, Config{Manual: true}, ib.RC)
 	fd, err := p.f.CreateCompChannel()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Close(fd)
-	cq := p.newCQ(32, fd)
-	q := p.newQP(cq, cq, qpOptions{srq: -1, uidx: 9})
-	peer := p.newQP(p.cb, p.cb, qpOptions{srq: -1, uidx: 10})
+	t.Cleanup(func() { unix.Close(fd) })
+	cq = p.newCQ(32, fd)
+	q = p.newQP(cq, cq, qpOptions{srq: -1, uidx: 9})
+	peer = p.newQP(p.cb, p.cb, qpOptions{srq: -1, uidx: 10})
 	q.connectTo(peer.qpn)
 	peer.connectTo(q.qpn)
+	return p, fd, cq, q, peer
+}
+
+func TestCompletionEvents(t *testing.T) {
+	p, fd, cq, q, peer := withChannel(t)
 	settle := func() {
 		for p.dev.Step() {
 		}
@@ -428,17 +435,7 @@ func TestCompletionEvents(t *testing.T) {
 
 // Events wait for more completions, or for a while.
 func TestModeration(t *testing.T) {
-	p := newPair(t, Config{Manual: true}, ib.RC)
-	fd, err := p.f.CreateCompChannel()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(fd)
-	cq := p.newCQ(32, fd)
-	q := p.newQP(cq, cq, qpOptions{srq: -1, uidx: 9})
-	peer := p.newQP(p.cb, p.cb, qpOptions{srq: -1, uidx: 10})
-	q.connectTo(peer.qpn)
-	peer.connectTo(q.qpn)
+	p, fd, cq, q, peer := withChannel(t)
 	messages := func(n int) {
 		t.Helper()
 		for range n {

@@ -161,7 +161,7 @@ func (b *bench) feed(c []byte, q *fakeQP) {
 	b.kc.add(e)
 }
 
-func sameBytes(t *testing.T, what string, got, want []byte) {
+func sameBytes(t testing.TB, what string, got, want []byte) {
 	t.Helper()
 	for i := range want {
 		if got[i] != want[i] {

@@ -66,11 +66,7 @@ func TestFrameElements(t *testing.T) {
 			b := bare(t, minInline(c.mode)).with(ib.RawPacket)
 			c.wr.Opcode = ib.OpSend
 			b.post(c.wr)
-			want := unhex(t, c.want)
-			sameBytes(t, c.name, b.kq.sq, want)
-			if units := int(b.kq.sq[7]); units != (len(want)+15)/16 {
-				t.Errorf("%d units of %d bytes", units, len(want))
-			}
+			b.wrote(c.name, c.want)
 		})
 	}
 }

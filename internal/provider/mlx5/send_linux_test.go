@@ -58,12 +58,18 @@ func TestSendElements(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			b := newBench(t, c.typ)
 			b.post(c.wr)
-			want := unhex(t, c.want)
-			sameBytes(t, c.name, b.kq.sq, want)
-			if units := int(b.kq.sq[7]); units != (len(want)+15)/16 {
-				t.Errorf("%d units of %d bytes", units, len(want))
-			}
+			b.wrote(c.name, c.want)
 		})
+	}
+}
+
+// wrote compares the first request in the send queue, and how long it says that it is, with what is to be there in hexadecimal digits.
+func (b *bench) wrote(what, want string) {
+	b.t.Helper()
+	w := unhex(b.t, want)
+	sameBytes(b.t, what, b.kq.sq, w)
+	if units := int(b.kq.sq[7]); units != (len(w)+15)/16 {
+		b.t.Errorf("%d units of %d bytes", units, len(w))
 	}
 }
 
