@@ -19,7 +19,8 @@ type PollMode uint8
 
 const (
 	// Adaptive polls for as long as it has learned that completions take, if that is worthwhile, at most
-	// PollerConfig.SpinBudget, and then sleeps.
+	// PollerConfig.SpinBudget, and then sleeps. Where completions stay out it polls up to twice as long now and then, to
+	// find out what they would take if their sender did not find us asleep.
 	Adaptive PollMode = iota
 	// Busy polls without ever sleeping: lowest latency, one core per poller. Give it a core of its own.
 	Busy
@@ -49,7 +50,7 @@ func ParsePollMode(s string) (PollMode, error) {
 // PollerConfig describes a poller. A nil PollerConfig, and zero fields, mean the defaults.
 type PollerConfig struct {
 	Mode       PollMode
-	SpinBudget time.Duration // longest poll before sleeping in Adaptive mode; default 50 us
+	SpinBudget time.Duration // longest poll before sleeping in Adaptive mode, see there; default 50 us
 	// CQDepth is the initial size of the completion queue. It grows with the connections where the device can resize;
 	// elsewhere (iWARP) it bounds their number. Default 4096; 65536 on iWARP.
 	CQDepth int
@@ -101,11 +102,10 @@ type Poller struct {
 	corked  []*Conn
 	// When the goroutine that is about to sleep in the channel last yielded, in ns; see yieldEvery.
 	yielded int64
-	// Adaptive: a moving average of idle times in ns, when the current one began, and the number of budgets given.
-	avgWait   int64
+	// Adaptive: how long to poll, when the current wait began in ns or 0, and whether somebody has slept in it.
+	spin      spin
 	idleSince int64
-	slept     bool // in the current idle time
-	spells    uint32
+	slept     bool
 
 	// fired is set by the driver when the channel has delivered the event, and so disarmed the CQ: that happens without
 	// the role, and at times after another goroutine has polled the completion and armed anew.
@@ -189,7 +189,7 @@ func NewPoller(vctx *verbs.Context, cfg *PollerConfig) (*Poller, error) {
 	if runtime.GOMAXPROCS(0) <= 2 {
 		p.yield = 1<<8 - 1
 	}
-	p.avgWait = int64(c.SpinBudget) / 4
+	p.spin = newSpin(int64(c.SpinBudget))
 	p.tab.Store(&[]atomic.Pointer[Conn]{})
 	if err := p.open(); err != nil {
 		p.release()
@@ -302,6 +302,9 @@ func (p *Poller) Poll() int {
 		return 0
 	}
 	n := p.poll()
+	if n > 0 {
+		p.busy()
+	}
 	p.leave()
 	return n
 }

@@ -246,28 +246,24 @@ func (p *Poller) idle(until *int64) bool {
 		p.idleSince = t
 	}
 	if *until == 0 {
-		*until = t + p.budget()
+		*until = t + p.spin.budget()
 	}
 	return p.mode == Event || t >= *until
 }
 
-// busy is called when a poll has found something: it learns how long the idle time was. The role is held.
+// busy is called when a poll has found something: it learns how long the wait was. The role is held.
 func (p *Poller) busy() {
 	if p.idleSince == 0 {
+		p.spin.soon()
 		return
 	}
-	d := min(now()-p.idleSince, 20*int64(p.cfg.SpinBudget))
-	if p.avgWait > p.worthwhile() && !p.slept {
-		p.avgWait = d // polling alone has found it, which times that include a wake-up cannot tell
+	if d := now() - p.idleSince; p.slept {
+		p.spin.slept(d)
 	} else {
-		p.avgWait += (d - p.avgWait) / 8
+		p.spin.found(d)
 	}
 	p.idleSince, p.slept = 0, false
 }
-
-// worthwhile is the longest wait that polling is expected to be better for than sleeping: beyond it the polling costs more
-// processor time than the wake-up, and the wake-up adds little to the wait.
-func (p *Poller) worthwhile() int64 { return int64(p.cfg.SpinBudget) / 2 }
 
 // arm makes the CQ fire at its next completion, and reports whether there is none yet.
 func (p *Poller) arm() bool {
@@ -281,7 +277,11 @@ func (p *Poller) arm() bool {
 		}
 		p.armed = true
 	}
-	return p.poll() == 0
+	if p.poll() == 0 {
+		return true
+	}
+	p.busy()
+	return false
 }
 
 // sleep waits for w's token. w is parked and in the list; afterwards it is neither.
@@ -431,20 +431,6 @@ func (p *Poller) follow(done <-chan struct{}, w *Waiter) outcome {
 		return again
 	}
 	return p.sleep(done, w)
-}
-
-// budget is for how long to poll before sleeping: twice what completions took of late if that is worthwhile, otherwise
-// not at all; but now and then the whole limit, to find out whether it has become worthwhile. The role is held.
-func (p *Poller) budget() int64 {
-	limit := int64(p.cfg.SpinBudget)
-	p.spells++
-	switch {
-	case p.spells%64 == 0:
-		return limit
-	case p.avgWait > p.worthwhile():
-		return 0
-	}
-	return min(limit, 2*p.avgWait+5000)
 }
 
 // startDriver makes sure that the poller's own goroutine exists.
