@@ -9,24 +9,26 @@ import "math/rand/v2"
 // polling is not given up for a few such waits, and whoever has given it up tries it again, at random and several times
 // in a row, so that the tries of two sides meet.
 type spin struct {
-	limit int64 // PollerConfig.SpinBudget
-	avg   int64 // moving average of the short waits
-	bad   int   // waits too long for polling, less short ones; 0 to maxBad
-	tries int   // polls left in a series, when off
-	off   bool  // polling has been given up
-	long  bool  // the last wait that was slept through was longer than wake-ups explain
+	limit int64  // PollerConfig.SpinBudget
+	avg   int64  // moving average of the short waits
+	bad   int    // waits too long for polling, less short ones; 0 to maxBad
+	tries int    // polls left in a series, when off
+	off   bool   // polling has been given up
+	every uint32 // spells for a series, on average; a power of two
+	long  bool   // the last wait that was slept through was longer than wake-ups explain
 	rng   uint64
 }
 
 const (
 	maxBad    = 32  // then polling is given up
 	tryLength = 4   // polls in a series of tries
-	tryEvery  = 32  // spells for a series, on average; a power of two
-	tryRarely = 512 // the same where waits are long
+	tryEvery  = 32  // spin.every after polling has been given up. Each series in vain doubles it,
+	trySeldom = 128 // up to this: where the peer does not poll, a try finds it on a halted processor, and costs a slow wake-up.
+	tryRarely = 512 // instead of it where waits are long
 )
 
 func newSpin(limit int64) spin {
-	return spin{limit: limit, avg: limit / 4, rng: rand.Uint64() | 1}
+	return spin{limit: limit, avg: limit / 4, every: tryEvery, rng: rand.Uint64() | 1}
 }
 
 // worthwhile is the longest wait that polling is expected to be better for than sleeping: beyond it the polling costs more
@@ -48,6 +50,7 @@ func (s *spin) budget() int64 {
 		return 0
 	case s.tries == 0:
 		s.tries = tryLength
+		s.every = min(2*s.every, trySeldom)
 	}
 	s.tries--
 	return s.patience()
@@ -58,11 +61,11 @@ func (s *spin) chance() bool {
 	s.rng ^= s.rng << 13
 	s.rng ^= s.rng >> 7
 	s.rng ^= s.rng << 17
-	every := uint64(tryEvery)
+	every := s.every
 	if s.long {
 		every = tryRarely
 	}
-	return s.rng>>32&(every-1) == 0
+	return uint32(s.rng>>32)&(every-1) == 0
 }
 
 // soon is called when a poll has found something before anybody looked at the clock.
@@ -78,7 +81,7 @@ func (s *spin) found(d int64) {
 	case d > s.worthwhile():
 		s.missed(1)
 	case s.off:
-		s.off, s.avg, s.bad = false, d, maxBad*3/4
+		s.off, s.avg, s.bad, s.every = false, d, maxBad*3/4, tryEvery
 	default:
 		s.avg += (d - s.avg) / 8
 		s.bad = max(0, s.bad-1)
