@@ -124,6 +124,13 @@ emulated:
 	$(GO) test -c -o bin/rpc.test ./rpc
 	(cd transport; RINGSIDE_DEVICE=mlx5_0 ../bin/ringside emulate -- ../bin/transport.test -test.short -test.run '$(EMULATED_TRANSPORT)')
 	(cd rpc; RINGSIDE_DEVICE=mlx5_0 ../bin/ringside emulate -- ../bin/rpc.test -test.short -test.run '$(EMULATED_RPC)')
+	$(GO) build -o bin/ ./examples/quickstart ./examples/filecp ./examples/kv ./examples/paramserver
+	RINGSIDE_DEVICE=mlx5_0 ./bin/ringside emulate -- ./bin/quickstart
+	RINGSIDE_DEVICE=mlx5_0 ./bin/ringside emulate -- ./bin/kv
+	RINGSIDE_DEVICE=mlx5_0 ./bin/ringside emulate -- ./bin/filecp bin/ringside bin/ringside.copy
+	cmp bin/ringside bin/ringside.copy
+	RINGSIDE_DEVICE=mlx5_0 ./bin/ringside emulate -- ./bin/paramserver -demo -workers 3 | tee bin/demo.log
+	tail -n 1 bin/demo.log | grep 'workers=3 .* device=mlx5_0'
 	./bin/ringside emulate --devices 2 -- ./bin/ringside perf rpc rate --spawn --poll event --iters 2000 --device mlx5_0 --server-device mlx5_1
 
 # The packages of one goroutine have nothing to race with; of those left, the tests but for what is other processes or
