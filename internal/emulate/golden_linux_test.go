@@ -296,8 +296,8 @@ func TestGoldenLibmlx5(t *testing.T) {
 func TestGoldenRandom(t *testing.T) {
 	program := goldenC(t)
 	const most = 200 // in one run
-	lines := 0
-	for left := *listCount; left > 0 && !t.Failed(); left -= most {
+	lines, left := 0, *listCount
+	for ; left > 0 && !t.Failed(); left -= most {
 		seed := rand.Uint64() >> 32
 		if *listSeed != 0 {
 			seed = *listSeed
@@ -311,7 +311,7 @@ func TestGoldenRandom(t *testing.T) {
 			t.Logf("to repeat: -run TestGoldenRandom -lists %d -list-seed %d", min(left, most), seed)
 		}
 	}
-	t.Logf("%d lists, %d lines of trace", *listCount, lines)
+	t.Logf("%d lists, %d lines of trace", *listCount-max(left, 0), lines)
 }
 
 // And of frames for devices that want their beginning inline.
