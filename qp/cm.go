@@ -211,7 +211,8 @@ func (r *Request) Close() error {
 	return opErr("rdma_destroy_id", r.ctx.Name(), r.life.Close(r.drv.Close))
 }
 
-// A CMConn is a connection of a queue pair. It is safe for concurrent use. The queue pair cannot be closed before it.
+// A CMConn is a connection of a queue pair. It is safe for concurrent use. The queue pair cannot be closed before it, and is to be reset
+// for something else behind Close only: on the kernel's devices the end of the connection takes it to Err whatever it is by then.
 type CMConn struct {
 	life life.Node
 	drv  driver.CMConn

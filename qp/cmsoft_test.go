@@ -124,6 +124,36 @@ func TestCMSoftEnds(t *testing.T) {
 	})
 }
 
+// A queue pair that was reset, for something else, is not of its connection any more, whichever side ends that.
+func TestCMSoftReset(t *testing.T) {
+	onlySoft(t, func(t *testing.T, here, there *cmNode, from, to netip.Addr) {
+		l := cmListen(t, there, to)
+		defer l.Close()
+		for _, byPeer := range []bool{false, true} {
+			a, b := meet(t, here, there, l, from, qp.CMParams{}, qp.CMParams{})
+			if err := errors.Join(a.QP().Reset(timeout(t)), a.QP().Init(timeout(t), 1, 0)); err != nil {
+				t.Fatal(err)
+			}
+			end := a.Disconnect
+			if byPeer {
+				end = b.Disconnect
+			}
+			if err := end(); err != nil {
+				t.Error(err)
+			}
+			select {
+			case <-a.Done():
+			case <-timeout(t).Done():
+				t.Fatal("the connection does not end")
+			}
+			if s := a.QP().State(); s != ib.Init {
+				t.Errorf("by the peer: %v, state %v", byPeer, s)
+			}
+			endAll(t, a, b)
+		}
+	})
+}
+
 // What cannot be is refused before the network is bothered, or by the other side, with what to do.
 func TestCMSoftRefusals(t *testing.T) {
 	onlySoft(t, func(t *testing.T, here, there *cmNode, from, to netip.Addr) {

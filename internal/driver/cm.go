@@ -70,7 +70,8 @@ type CMConn interface {
 	// Done is closed when the connection is over and the queue pair in Err; Err then says why.
 	Done() <-chan struct{}
 	Err() error
-	// Disconnect moves the queue pair to Err, and tells the peer. It does not wait for the peer.
+	// Disconnect moves the queue pair to Err, and tells the peer. It does not wait for the peer. A queue pair that was reset since it
+	// was connected may stay as it is.
 	Disconnect() error
 	// Close is Disconnect, and frees the connection.
 	Close() error

@@ -36,8 +36,9 @@ type cmConn struct {
 	done      chan struct{}  // closed behind ended, when the queue pair is in Err
 	endOnce   sync.Once
 
-	mu sync.Mutex // a leaf
-	q  *QP        // guarded by mu, and set before the connection is handed out: what is, or is being, connected
+	mu    sync.Mutex // a leaf
+	q     *QP        // guarded by mu, and set before the connection is handed out: what is, or is being, connected
+	epoch uint32     // likewise: the QP's. One that is reset is not of this connection any more
 }
 
 func newCMConn(n *NIC, p *netPort) *cmConn {
@@ -55,21 +56,26 @@ func (n *cmConn) Ended(err error) {
 		if n.listener != nil {
 			n.listener.drop(n)
 		}
-		if n.nic.work.put(n.failQP) < 0 { // the NIC is closed
+		if n.nic.work.put(n.finish) < 0 { // the NIC is closed
 			close(n.done)
 		}
 	})
 }
 
-// failQP moves the queue pair to Err, after the end of the connection.
+// finish is called after the end of the connection.
+func (n *cmConn) finish() {
+	n.failQP()
+	close(n.done)
+}
+
+// failQP moves the queue pair to Err, if there is one by now, and it was not reset since.
 func (n *cmConn) failQP() {
 	n.mu.Lock()
-	q := n.q
+	q, epoch := n.q, n.epoch
 	n.mu.Unlock()
 	if q != nil {
-		q.toError(0, false)
+		q.toErrorIn(epoch, 0, false)
 	}
-	close(n.done)
 }
 
 // CMDial implements driver.ConnManager.
@@ -140,7 +146,7 @@ func (n *cmConn) dial(ctx context.Context, q *QP, gid int, port uint16, to netip
 		responder: reply.InitiatorDepth, initiator: reply.ResponderResources}
 	if err := n.connect(ctx, q, p, &a); err != nil {
 		n.abandon()
-		q.toError(0, false)
+		n.failQP()
 		return err
 	}
 	n.port.manage(func(*cm.Engine, time.Duration) error {
@@ -205,7 +211,7 @@ type cmAttr struct {
 // connect takes q from Init to RTS.
 func (n *cmConn) connect(ctx context.Context, q *QP, p *driver.CMParam, a *cmAttr) error {
 	n.mu.Lock()
-	n.q = q
+	n.q, n.epoch = q, q.epoch.Load()
 	n.mu.Unlock()
 	rtr := &ib.QPAttr{State: ib.RTR, CurState: ib.Init, PathMTU: a.mtu, DestQPN: ib.QPN(a.peerQPN), RQPSN: a.rqPSN, MinRNRTimer: p.MinRNRTimer,
 		MaxDestRdAtomic: min(p.MaxDestRdAtomic, a.responder), AH: ib.AHAttr{DGID: ib.GIDFromAddr(a.peer), SGIDIndex: a.gid, HopLimit: 64, Port: 1}}
@@ -253,7 +259,7 @@ func (n *cmConn) Disconnect() error {
 		return nil
 	default:
 	}
-	n.q.toError(0, false)
+	n.failQP()
 	return n.port.manage(func(_ *cm.Engine, now time.Duration) error {
 		n.c.Disconnect(now)
 		return nil
@@ -303,7 +309,7 @@ func (n *cmConn) accept(ctx context.Context, dq driver.QP, p *driver.CMParam) er
 		return fmt.Errorf("%w: the address %v that was dialled has gone", driver.ErrUnreachable, n.local.Addr())
 	}
 	if err := n.connect(ctx, q, p, &a); err != nil {
-		q.toError(0, false)
+		n.failQP()
 		return err
 	}
 	err = n.port.manage(func(_ *cm.Engine, now time.Duration) error {
@@ -321,7 +327,7 @@ func (n *cmConn) accept(ctx context.Context, dq driver.QP, p *driver.CMParam) er
 			err = ctx.Err()
 		}
 	}
-	q.toError(0, false)
+	n.failQP()
 	return err
 }
 

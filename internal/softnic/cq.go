@@ -184,7 +184,8 @@ func (c *CQ) overrun() bool {
 	return true
 }
 
-// fail puts the CQ, and then its QPs, into the error state. Called with mu held.
+// fail puts the CQ, and then its QPs, into the error state, also those that are reset meanwhile: the CQ stays broken, so that
+// nothing they do could be heard of. Called with mu held.
 func (c *CQ) fail(err error) {
 	if !c.err.CompareAndSwap(nil, &err) {
 		return
