@@ -9,7 +9,8 @@ import (
 
 // How a QP finds its peer within the host, and learns that it has gone.
 
-// toRTR makes the QP memReach: for RC and UC it finds the link to the peer and gives the peer a block to write to.
+// toRTR has the QP receive. RC and UC, unless a network or a stream connects them, find the link to the peer, and give the peer a
+// block to write to.
 func (q *QP) toRTR(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) error {
 	if q.typ == ib.UD {
 		q.setAttr(attr, mask)
