@@ -103,7 +103,6 @@ type connectMsg struct {
 	channel            uint32 // 0: none
 	srq                uint32 // 0: none
 	pd                 uint32
-	rnr                uint8
 	qkey               uint32
 	asks               bool // see peerView.asks
 }
@@ -115,7 +114,7 @@ const connectAsks uint16 = 1 << 0
 func (c *connectMsg) into(m *ctl) {
 	m.a, m.b = c.chunk, c.off
 	m.c = uint32(c.geo.depth)
-	m.d = c.geo.sges | c.geo.cqeWords<<8 | uint32(c.rnr)<<16
+	m.d = c.geo.sges | c.geo.cqeWords<<8
 	if c.geo.srq {
 		m.d |= 1 << 24
 	}
@@ -131,8 +130,8 @@ func (c *connectMsg) into(m *ctl) {
 func (c *connectMsg) from(m *ctl) error {
 	*c = connectMsg{chunk: m.a, off: m.b, geo: geometry{depth: m.c, sges: m.d & 0xff, cqeWords: m.d >> 8 & 0xff, srq: m.d>>24 == 1},
 		portChunk: uint32(m.x >> 32), portOff: uint32(m.x), bit: uint32(m.y >> 32), channel: uint32(m.y),
-		srq: uint32(m.z >> 32), pd: uint32(m.z), rnr: uint8(m.d >> 16), qkey: m.id, asks: m.flags&connectAsks != 0}
-	if m.d>>24 > 1 || !c.geo.valid() || c.bit >= portQPs || c.off%cacheLine != 0 || c.portOff%cacheLine != 0 || c.rnr > 31 {
+		srq: uint32(m.z >> 32), pd: uint32(m.z), qkey: m.id, asks: m.flags&connectAsks != 0}
+	if m.d>>24 > 1 || m.d>>16&0xff != 0 || !c.geo.valid() || c.bit >= portQPs || c.off%cacheLine != 0 || c.portOff%cacheLine != 0 {
 		return errCtl
 	}
 	return nil

@@ -66,7 +66,7 @@ func (q *QP) openInbound(l *link, dst uint32) (*inbound, error) {
 		}
 	}
 	in.connect = connectMsg{chunk: b.chunk, off: b.off, geo: g, portChunk: p.mem.chunk, portOff: p.mem.off, bit: uint32(bit),
-		channel: l.tellChannel(q.rcq.channel), srq: 0, pd: q.pd.id, rnr: uint8(q.attr.MinRNRTimer), asks: q.refill != nil}
+		channel: l.tellChannel(q.rcq.channel), srq: 0, pd: q.pd.id, asks: q.refill != nil}
 	if g.srq {
 		in.connect.srq = l.tellSRQ(q.srq)
 	}
@@ -97,16 +97,18 @@ func (q *QP) openInbound(l *link, dst uint32) (*inbound, error) {
 
 func (in *inbound) setState(s uint32) { atomic.StoreUint32(in.state, s) }
 
-// setRights tells the peer what it may do.
+// setRights tells the peer what it may do, and how long to wait for a receive.
 func (in *inbound) setRights(q *QP) {
 	q.sq.Lock()
-	acc, key := uint32(q.attr.Access), q.attr.QKey
+	acc, key, rnr := uint32(q.attr.Access), q.attr.QKey, q.attr.MinRNRTimer
 	if q.typ == ib.RC && q.attr.MaxDestRdAtomic == 0 {
 		acc |= noResources
 	}
 	q.sq.Unlock()
 	atomic.StoreUint32(in.access, acc)
-	atomic.StoreUint32(&words32(in.blk.mem)[blkQKey/4], uint32(key))
+	w := words32(in.blk.mem)
+	atomic.StoreUint32(&w[blkQKey/4], uint32(key))
+	atomic.StoreUint32(&w[blkRNR/4], uint32(rnr))
 }
 
 // waitIdle waits until the peer is not in the middle of an operation; heavyBarrier comes before it. A peer that keeps its

@@ -10,6 +10,7 @@ const (
 	blkState  = 0   // u32, owner, release: qpClosed, qpReady; the peer loads it (acquire) with busy raised
 	blkAccess = 4   // u32, owner: the QP's remote access rights (ib.Access), and noResources
 	blkQKey   = 8   // u32, owner, atomic: the Q_Key of a UD QP; the peer loads it with busy raised
+	blkRNR    = 12  // u32, owner, atomic: the QP's MinRNRTimer, for a peer that found no receive
 	blkTail   = 64  // u32, owner, release: receives posted so far; descriptors below it are visible
 	blkHead   = 68  // u32, owner, release: completions consumed so far; read by the peer only in SRQ and UD mode
 	blkBusy   = 128 // u32, peer, release: 1 while the peer executes an operation on this QP (hazard)

@@ -1,7 +1,9 @@
 package softnic
 
 import (
+	"context"
 	"testing"
+	"time"
 
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -34,4 +36,29 @@ func TestResetWhileLinkEnds(t *testing.T) {
 	if s := ib.QPState(q.state.Load()); s != ib.Init {
 		t.Errorf("after a reset and the step to INIT: %v", s)
 	}
+}
+
+// What a QP says of how long to wait for its receives counts for requests that are sent when it has said so.
+func TestMinRNRTimerChanges(t *testing.T) {
+	const timer = ib.RNRTimer(24) // 40.96 ms; connect says 10 us
+	paths(t, func(t *testing.T, na, nb *NIC) {
+		a, b := newEnd(t, na, endConfig{typ: ib.RC}), newEnd(t, nb, endConfig{typ: ib.RC})
+		a.connect(b)
+		b.connect(a)
+		exchange(a, b)
+		if err := b.q.Modify(context.Background(), &ib.QPAttr{State: ib.RTS, MinRNRTimer: timer}, ib.AttrState|ib.AttrMinRNRTimer); err != nil {
+			t.Fatal(err)
+		}
+		if err := a.q.Modify(context.Background(), &ib.QPAttr{State: ib.RTS, RNRRetry: 2}, ib.AttrState|ib.AttrRNRRetry); err != nil {
+			t.Fatal(err)
+		}
+		from := time.Now()
+		a.send(ib.SendWR{ID: 1, Opcode: ib.OpSend, Flags: ib.SendSignaled, SGEs: a.sge(0, 64)})
+		if wc := a.poll(); wc.Status != ib.WCRNRRetryExceeded {
+			t.Errorf("%+v", wc)
+		}
+		if d := time.Since(from); d < 2*timer.Duration() {
+			t.Errorf("given up after %v", d)
+		}
+	})
 }

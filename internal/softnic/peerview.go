@@ -13,7 +13,6 @@ type peerView struct {
 	link       *link
 	qpn        ib.QPN // the peer's QP
 	pd         uint32
-	rnr        ib.RNRTimer
 	full       bool
 	asks       bool   // where there is no receive, the peer's NIC is asked to look for some
 	chunk, off uint32 // the block, which tells this connection of the two QPs from earlier and later ones
@@ -23,6 +22,7 @@ type peerView struct {
 	state     *uint32
 	access    *uint32
 	qkey      *uint32
+	rnr       *uint32
 	tail      *uint32
 	headW     *uint32
 	busy      *uint32
@@ -43,8 +43,8 @@ type peerView struct {
 func newPeerView(l *link, c *connectMsg, qpn ib.QPN, b []byte, port portView, srq *srqView) *peerView {
 	w32, w64 := words32(b), words64(b)
 	g := c.geo
-	v := &peerView{link: l, qpn: qpn, pd: c.pd, rnr: ib.RNRTimer(c.rnr), full: l.full, asks: c.asks && l.path == pathShm, chunk: c.chunk, off: c.off, geo: g, mask: g.depth - 1, hdl: sgeList,
-		state: &w32[blkState/4], access: &w32[blkAccess/4], qkey: &w32[blkQKey/4], tail: &w32[blkTail/4], headW: &w32[blkHead/4],
+	v := &peerView{link: l, qpn: qpn, pd: c.pd, full: l.full, asks: c.asks && l.path == pathShm, chunk: c.chunk, off: c.off, geo: g, mask: g.depth - 1, hdl: sgeList,
+		state: &w32[blkState/4], access: &w32[blkAccess/4], qkey: &w32[blkQKey/4], rnr: &w32[blkRNR/4], tail: &w32[blkTail/4], headW: &w32[blkHead/4],
 		busy: &w32[blkBusy/4], cqes: w64[g.cqeOff()/8:][:g.depth*g.cqeWords], srq: srq, port: port}
 	if !g.srq {
 		v.descs = w64[g.descOff()/8:][:g.depth*descWords]
@@ -70,6 +70,9 @@ func (v *peerView) enter() bool {
 
 // leave lowers the busy word: everything written before is visible to whoever sees it low.
 func (v *peerView) leave() { publish32(false, v.busy, 0) }
+
+// minRNRTimer is how long the peer's QP wants a request to wait that found no receive. Its bits beyond the five that there are mean nothing.
+func (v *peerView) minRNRTimer() ib.RNRTimer { return ib.RNRTimer(atomic.LoadUint32(v.rnr) & 31) }
 
 // recvSlot is a receive of the peer, as its descriptor says; nothing in it has been checked.
 type recvSlot struct {

@@ -68,7 +68,7 @@ func (q *QP) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) er
 	if w != nil && mask&(ib.AttrMinRNRTimer|ib.AttrMaxDestRdAtomic) != 0 {
 		w.changeResponder(&a)
 	}
-	if mask&(ib.AttrAccess|ib.AttrQKey|ib.AttrMaxDestRdAtomic) != 0 {
+	if mask&(ib.AttrAccess|ib.AttrQKey|ib.AttrMaxDestRdAtomic|ib.AttrMinRNRTimer) != 0 {
 		q.eachInbound(func(in *inbound) { in.setRights(q) })
 	}
 	if drained {

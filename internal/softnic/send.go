@@ -261,7 +261,7 @@ func (q *QP) timedOut(now time.Time) (ib.WCStatus, bool) {
 		q.rnrs++
 		timer := ib.RNRTimer(0)
 		if q.pv != nil {
-			timer = q.pv.rnr
+			timer = q.pv.minRNRTimer()
 		}
 		if q.nic.taps.Load() != nil {
 			q.tapRNR(&q.pend[q.pendHead&q.scMask].wr, timer)
