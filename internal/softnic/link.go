@@ -35,7 +35,7 @@ type link struct {
 	peers    map[uint32]peerChunk
 	wakers   map[uint32]*peerWaker
 	srqs     map[uint32]*srqView
-	connects map[[2]uint32]connectMsg // {our QPN, peer's QPN}: arrived before our QP was ready
+	connects map[[2]uint32]connectMsg // {our QPN, peer's QPN}: who waits for our QP, or has it as its peer
 	udViews  map[ib.QPN]*udView
 	assists  map[uint32]*QP
 	nextID   uint32
@@ -289,6 +289,7 @@ func printable(b []byte) string {
 // systems has.
 const maxMapped = 1 << 45
 
+// maxWaitingConnects is how many QPs of the peer may wait for ones of ours, which need not exist.
 const maxWaitingConnects = 1 << 16
 
 // Paths as QP.Path reports them.

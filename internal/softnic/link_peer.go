@@ -233,9 +233,9 @@ func (l *link) handleConnect(m *ctl) error {
 		return err
 	}
 	l.mu.Lock()
-	if len(l.connects) >= maxWaitingConnects {
+	if len(l.connects) >= maxWaitingConnects+len(l.views) { // each QP of ours has one peer, which does not wait
 		l.mu.Unlock()
-		return fmt.Errorf("%d queue pairs wait for ones of ours", maxWaitingConnects)
+		return fmt.Errorf("more than %d queue pairs wait for ones of ours", maxWaitingConnects)
 	}
 	l.connects[[2]uint32{m.dst, m.qpn}] = c
 	l.mu.Unlock()

@@ -62,3 +62,24 @@ func TestMinRNRTimerChanges(t *testing.T) {
 		}
 	})
 }
+
+// QPs that have met do not wait: however many they are, others may.
+func TestConnectedDoNotWait(t *testing.T) {
+	na, nb := openNIC(t, false), openNIC(t, false)
+	a, b := newEnd(t, na, endConfig{typ: ib.RC}), newEnd(t, nb, endConfig{typ: ib.RC})
+	a.connect(b)
+	b.connect(a)
+	exchange(a, b)
+	l := nb.linkWith(na)
+	m := ctl{kind: ctlConnect, qpn: 1}
+	a.q.(*QP).in.Load().connect.into(&m)
+	for m.dst = uint32(ib.MaxQPN) - maxWaitingConnects + 1; m.dst <= uint32(ib.MaxQPN); m.dst++ {
+		if err := l.handle(&m); err != nil {
+			t.Fatalf("with %d who wait: %v", len(l.connects)-1, err)
+		}
+	}
+	m.dst, m.qpn = 0, 2
+	if err := l.handle(&m); err == nil {
+		t.Errorf("%d may wait", len(l.connects)-1)
+	}
+}
