@@ -210,16 +210,15 @@ func (q *qp) Query() (ib.QPAttr, error) {
 // failed notes that a request of the queue pair has failed.
 func (q *qp) failed() {
 	q.broken.Store(true)
-	q.windowsFailed()
 	switch {
 	case q.State() == ib.Err:
 	case q.Type() == ib.RC: // there is no doubt, and the kernel may take a moment to say so
 		q.SetState(ib.Err)
-		q.flushRecvs()
+		q.Flush()
 	default:
 		q.Query()
 	}
-	q.windowsFailed() // once more: until it was in the error state, the kernel may have done what came behind
+	q.windowsFailed() // until it was in the error state, the kernel may have done what came behind
 }
 
 // flushRecvs makes the kernel flush what was posted to the receive queue of a queue pair in error: it looks there by

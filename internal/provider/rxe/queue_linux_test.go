@@ -1098,6 +1098,31 @@ func TestFailedBind(t *testing.T) {
 	b.close(w, m)
 }
 
+// What the kernel does of what was posted until it is told of a failure is done.
+func TestBindBehindFailure(t *testing.T) {
+	b := newBench(t, ib.RC)
+	m, w, bind, invalidate := b.windowed()
+	first := w.RKey()
+	b.post(bind(1), ib.SendWR{Opcode: ib.OpSend}, invalidate(1), bind(2), invalidate(2))
+	le.PutUint32(b.kq.sq.take()[148:], 3)
+	le.PutUint32(b.kq.sq.take()[148:], 4)
+	b.kcq().complete(7, 6, 0, 0, b.kq.num)
+	b.k.During[26] = func() {
+		delete(b.k.During, 26)
+		le.PutUint32(b.kq.sq.take()[148:], 3)
+		le.PutUint32(b.kq.sq.take()[148:], 3)
+	}
+	if n := b.cq.Poll(make([]ib.WC, 9)); n != 1 || w.RKey() != first+2 {
+		t.Errorf("%d completions, key %#x", n, w.RKey())
+	}
+	b.to(b.qp, ib.Reset)
+	b.to(b.qp, ib.RTS)
+	if n, err := b.qp.PostSend([]ib.SendWR{invalidate(2)}); n != 1 || err != nil {
+		t.Errorf("the last invalidation was not done: %v", err)
+	}
+	b.close(w, m)
+}
+
 // What has failed before a RESET has failed, polled or not: the kernel's memory says how far it had come, until it is cleared.
 func TestFailedBindThenReset(t *testing.T) {
 	b := newBench(t, ib.RC)
