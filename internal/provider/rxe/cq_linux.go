@@ -151,11 +151,15 @@ func (q *cq) Poll(wcs []ib.WC) int {
 		return 0
 	}
 	special := false
+	var failed []failure
 	sent, by := uint32(0), ib.QPN(0) // completions of requests, since another queue pair's
 	for i := range n {
 		w := &wcs[i]
 		if takeWC(w, wc(q.q.slot(q.q.at+i))) {
 			special = true
+			if w.Status != ib.WCSuccess {
+				failed = q.failure(failed, w.QPN)
+			}
 		} else if !w.Opcode.IsRecv() {
 			if w.QPN != by {
 				q.retire(by, sent)
@@ -168,9 +172,26 @@ func (q *cq) Poll(wcs []ib.WC) int {
 	q.q.publish(n)
 	q.mu.Unlock()
 	if special {
-		q.note(wcs[:n])
+		q.note(wcs[:n], failed)
 	}
 	return int(n)
+}
+
+// A failure is a queue pair of which completions that failed have been polled, between the resets with these numbers.
+type failure struct {
+	of     *qp
+	resets uint32
+}
+
+// failure adds a queue pair. Called with mu held: a reset has taken out its completions before, or takes mu later, and counts then.
+func (q *cq) failure(list []failure, of ib.QPN) []failure {
+	if n := len(list); n > 0 && list[n-1].of.QPN() == of {
+		return list
+	}
+	if p := q.c.qp(of); p != nil {
+		list = append(list, failure{p, p.resets.Load()})
+	}
+	return list
 }
 
 // retire counts n requests of a queue pair as polled. Called with mu held.
@@ -254,14 +275,12 @@ func takeWC(to *ib.WC, from *abi.WC) (special bool) {
 }
 
 // note tells queue pairs that they are in error, and windows that they were invalidated: nothing else does.
-func (q *cq) note(wcs []ib.WC) {
+func (q *cq) note(wcs []ib.WC, failed []failure) {
+	for _, f := range failed {
+		f.of.failed(f.resets)
+	}
 	for i := range wcs {
-		switch wc := &wcs[i]; {
-		case wc.Status != ib.WCSuccess:
-			if p := q.c.qp(wc.QPN); p != nil {
-				p.failed()
-			}
-		case wc.Flags&ib.WCWithInv != 0:
+		if wc := &wcs[i]; wc.Status == ib.WCSuccess && wc.Flags&ib.WCWithInv != 0 {
 			q.c.windows.Invalidated(wc.InvalidatedRKey)
 		}
 	}

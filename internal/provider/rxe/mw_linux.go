@@ -27,9 +27,8 @@ func (q *qp) bind(b *ib.BindMW, number uint32) (current ib.RKey, err error) {
 
 // windowsFailed takes back what was noted of windows by requests that have failed, or were flushed. A failed completion does not say
 // which request it is of. But the place of a request has what the kernel has made of it, until it is written again.
+// Called with sendMu held.
 func (q *qp) windowsFailed() {
-	q.sendMu.Lock()
-	defer q.sendMu.Unlock()
 	if q.sq.mem == nil {
 		return
 	}

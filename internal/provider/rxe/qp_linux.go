@@ -30,6 +30,8 @@ type qp struct {
 	polled    uint32      // of those, polled; written by who holds scq.mu, with release, and loaded by posters
 	broken    atomic.Bool // a request has failed: from now on each completes
 
+	resets atomic.Uint32 // written with sendMu, when a reset has taken out the completions: what failed before is not of the queue pair after it
+
 	leaving bool // guarded by scq.mu: it is being closed, and may be gone the next moment
 	closing bool // guarded by sendMu and recvMu, written with both: nothing is posted any more
 
@@ -112,9 +114,8 @@ func (q *qp) Close() error {
 	if err := q.destroy(); err != nil {
 		q.shut(false)
 		if q.broken.Load() { // while it was closing, not all could be done about that
-			if q.failed(); q.State() == ib.Err {
-				q.flushRecvs()
-			}
+			q.failed(q.resets.Load())
+			q.flushRecvs()
 		}
 		return err
 	}
@@ -189,6 +190,7 @@ func (q *qp) reset(change func() error) error {
 	}
 	q.signalled = atomic.LoadUint32(&q.polled)
 	q.broken.Store(false)
+	q.resets.Add(1)
 	q.recvMu.Lock()
 	defer q.recvMu.Unlock()
 	if q.rq.mem != nil {
@@ -207,8 +209,13 @@ func (q *qp) Query() (ib.QPAttr, error) {
 	return a, err
 }
 
-// failed notes that a request of the queue pair has failed.
-func (q *qp) failed() {
+// failed notes that a request of the queue pair has failed, unless it was reset since there were so many resets.
+func (q *qp) failed(resets uint32) {
+	q.sendMu.Lock()
+	defer q.sendMu.Unlock()
+	if q.resets.Load() != resets {
+		return
+	}
 	q.broken.Store(true)
 	switch {
 	case q.State() == ib.Err:
@@ -216,16 +223,23 @@ func (q *qp) failed() {
 		q.SetState(ib.Err)
 		q.Flush()
 	default:
-		q.Query()
+		if a, err := q.Ask(); err == nil && a.State == ib.Err {
+			q.Flush()
+		}
 	}
 	q.windowsFailed() // until it was in the error state, the kernel may have done what came behind
 }
 
-// flushRecvs makes the kernel flush what was posted to the receive queue of a queue pair in error: it looks there by
+// flushRecvs makes the kernel flush what was posted to the receive queue of a queue pair, if that is in error: it looks there by
 // itself only when the queue pair gets into that state. (The command POST_RECV, which makes it look as well, is not open to
 // user space.) If it fails, the device has gone, or the queue pair.
 func (q *qp) flushRecvs() {
-	if q.srq == nil {
+	if q.srq != nil {
+		return
+	}
+	q.sendMu.Lock() // it is not reset meanwhile
+	defer q.sendMu.Unlock()
+	if q.State() == ib.Err {
 		q.Flush()
 	}
 }
@@ -346,27 +360,30 @@ func (q *qp) putPlacement(wr *ib.SendWR, at uint32) error {
 const ownQKey ib.QKey = 1 << 31
 
 // PostRecv implements driver.QP.
-func (q *qp) PostRecv(wrs []ib.RecvWR) (int, error) {
+func (q *qp) PostRecv(wrs []ib.RecvWR) (n int, err error) {
 	if q.srq != nil {
 		return 0, driver.ErrHasSRQ
 	}
 	q.recvMu.Lock()
-	defer q.recvMu.Unlock()
+	n, err = q.postRecvLocked(wrs)
+	q.recvMu.Unlock()
+	if n > 0 && q.State() == ib.Err {
+		q.flushRecvs()
+	}
+	return n, err
+}
+
+func (q *qp) postRecvLocked(wrs []ib.RecvWR) (n int, err error) {
 	if q.rq.mem == nil || q.closing {
 		return 0, driver.ErrClosed
 	}
 	if err := q.c.Removed(); err != nil {
 		return 0, err
 	}
-	s := q.State()
-	if s == ib.Reset {
+	if s := q.State(); s == ib.Reset {
 		return 0, driver.StateErr(s)
 	}
-	n, err := postRecv(&q.rq, q.QPInfo.Cap.MaxRecvSGE, wrs)
-	if n > 0 && s == ib.Err {
-		q.flushRecvs()
-	}
-	return n, err
+	return postRecv(&q.rq, q.QPInfo.Cap.MaxRecvSGE, wrs)
 }
 
 // postRecv writes receives into a queue, and publishes them.

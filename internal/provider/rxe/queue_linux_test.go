@@ -1123,6 +1123,32 @@ func TestBindBehindFailure(t *testing.T) {
 	b.close(w, m)
 }
 
+// A failure that was polled, but not noted yet, is not of the queue pair that was reset meanwhile, nor of a new one with its number.
+func TestFailureThenReset(t *testing.T) {
+	for _, fresh := range []bool{false, true} {
+		b := newBench(t, ib.RC)
+		p, q := b.newQP(ib.RC), b.newQP(ib.RC)
+		b.k.number = uint32(q.QPN())
+		b.kcq().complete(1, 12, 0, 0, b.k.qps[p.Handle].num)
+		b.kcq().complete(2, 12, 0, 0, b.k.number)
+		b.k.During[26] = func() { // p is noted, and q is to be next
+			delete(b.k.During, 26)
+			if fresh {
+				b.close(q)
+				q = b.newQP(ib.RC)
+				return
+			}
+			b.to(q, ib.Reset)
+			b.to(q, ib.RTS)
+		}
+		n := b.cq.Poll(make([]ib.WC, 4))
+		if kq := b.k.qps[q.Handle]; n != 2 || p.State() != ib.Err || q.State() != ib.RTS || kq.state != 3 || q.broken.Load() {
+			t.Errorf("fresh: %v; %d completions; %v, %v, for the kernel %d", fresh, n, p.State(), q.State(), kq.state)
+		}
+		b.close(p, q)
+	}
+}
+
 // What has failed before a RESET has failed, polled or not: the kernel's memory says how far it had come, until it is cleared.
 func TestFailedBindThenReset(t *testing.T) {
 	b := newBench(t, ib.RC)
