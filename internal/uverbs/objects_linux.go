@@ -212,7 +212,7 @@ type QP struct {
 	modify sync.Mutex    // one change at a time, and none beside Destroy: what is locked within a change must not be held by who destroys
 	handle sync.RWMutex  // held alone when the kernel is told to destroy it, and by who names it to the kernel otherwise
 	ended  bool          // guarded by modify and handle: written with both
-	state  atomic.Uint32 // as last heard; errors change it without a word
+	state  atomic.Uint32 // as last heard, in the lowest 8 bits; errors change it without a word. Above: how often SetState was called
 
 	windows WindowRequests
 }
@@ -248,10 +248,16 @@ func (q *QP) Cap() ib.QPCap { return q.QPInfo.Cap }
 func (q *QP) Type() ib.QPType { return q.typ }
 
 // State is the state as last heard. It costs one load.
-func (q *QP) State() ib.QPState { return ib.QPState(q.state.Load()) }
+func (q *QP) State() ib.QPState { return ib.QPState(q.state.Load() & stateBits) }
 
 // SetState is for providers that learn of an error otherwise than by asking.
-func (q *QP) SetState(s ib.QPState) { q.state.Store(uint32(s)) }
+func (q *QP) SetState(s ib.QPState) {
+	for was := q.state.Load(); !q.state.CompareAndSwap(was, was&^stateBits+(stateBits+1)|uint32(s)); {
+		was = q.state.Load()
+	}
+}
+
+const stateBits = 0xff // of QP.state
 
 // Change modifies the queue pair and then, with no other change in between, calls then; that is also done if ctx ends
 // before the kernel has answered, which cannot be stopped.
@@ -349,18 +355,20 @@ func (c *Context) CheckAH(attr *ib.AHAttr) error {
 	return c.checkGIDIndex("create_ah", attr, &p)
 }
 
-// Ask asks for the attributes as they are now. Of a device that has gone there are none, also if the kernel still answers.
+// Ask asks for the attributes as they are now. Of a device that has gone there are none, also if the kernel still answers. If the state
+// is set meanwhile, the answer's is not noted: it may be of before.
 func (q *QP) Ask() (ib.QPAttr, error) {
 	if err := q.C.Removed(); err != nil {
 		return ib.QPAttr{}, err
 	}
 	var a ib.QPAttr
+	was := q.state.Load()
 	err := q.Named(func() (err error) {
 		a, err = q.C.QueryQP(q.Handle)
 		return err
 	})
 	if err == nil {
-		q.SetState(a.State)
+		q.state.CompareAndSwap(was, was&^stateBits|uint32(a.State)&stateBits)
 	}
 	return a, err
 }

@@ -1149,6 +1149,18 @@ func TestFailureThenReset(t *testing.T) {
 	}
 }
 
+// An answer of before a reset is not one of the queue pair after it.
+func TestQueryBesideReset(t *testing.T) {
+	b := newBench(t, ib.RC)
+	b.k.During[25] = func() {
+		b.to(b.qp, ib.Reset)
+		b.kq.state, b.kq.modified = 6, nil
+	}
+	if a, err := b.qp.Query(); err != nil || a.State != ib.Err || b.qp.State() != ib.Reset || len(b.kq.modified) != 0 {
+		t.Errorf("%v, %v; it is in %v, and was moved to %v", a.State, err, b.qp.State(), b.kq.modified)
+	}
+}
+
 // What has failed before a RESET has failed, polled or not: the kernel's memory says how far it had come, until it is cleared.
 func TestFailedBindThenReset(t *testing.T) {
 	b := newBench(t, ib.RC)
