@@ -22,9 +22,10 @@ type ah struct {
 	key ahKey
 }
 
-// An ahKey is where datagrams go.
+// An ahKey is where datagrams go. All devices have the addresses of the host: there, the queue pair says which of them is meant.
 type ahKey struct {
 	pd   *pd
+	to   *Device // nil: none of this process, or it is not known, or the GID of a device
 	gid  ib.GID
 	sgid uint8
 	tc   uint8
@@ -49,9 +50,9 @@ type softAH struct {
 // names the destination has not been read.
 const idleAHs = 256
 
-func (k *ahKey) attr(d *Device) ib.AHAttr {
+func (k *ahKey) attr() ib.AHAttr {
 	a := ib.AHAttr{DGID: k.gid, SGIDIndex: int(k.sgid), HopLimit: k.hop, TrafficClass: k.tc, FlowLabel: k.flow, Port: 1}
-	d.reach(&a, 0)
+	k.to.reach(&a)
 	return a
 }
 
@@ -70,7 +71,7 @@ func writeCreateAH(w *writeCmd) (response, syscall.Errno) {
 	}
 	k := ahKey{pd: p, gid: g.DGID, sgid: g.SGIDIndex, tc: g.TrafficClass, hop: g.HopLimit, flow: g.FlowLabel & (1<<20 - 1)}
 	// What is on its way is waited for here, not when a datagram is sent.
-	soft, err := p.soft.CreateAH(k.attr(c.dev))
+	soft, err := p.soft.CreateAH(k.attr())
 	if err != nil {
 		c.putPD(p)
 		return response{}, modifyErrno(err)
@@ -158,10 +159,13 @@ func (h *addressHandles) drop(p *pd) {
 func (n *qp) address(a *avSeg) (ib.AHNum, bool) {
 	h := &n.c.ahs
 	k := ahKey{pd: n.pd, gid: a.gid, sgid: a.sgidIndex, tc: a.tclass, hop: a.hopLimit, flow: a.flowLabel}
+	if a.sgidIndex != 0 {
+		k.to = n.c.dev.owner(a.qpn)
+	}
 	e := h.m[k]
 	switch {
 	case e == nil:
-		soft, err := n.pd.soft.CreateAHNow(k.attr(n.c.dev))
+		soft, err := n.pd.soft.CreateAHNow(k.attr())
 		if err != nil {
 			return 0, false
 		}

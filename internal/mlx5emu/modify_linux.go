@@ -66,7 +66,11 @@ func (c *Context) modifyQP(q *abi.ModifyQP) syscall.Errno {
 	}
 	a := attrOf(q)
 	if mask&ib.AttrAV != 0 {
-		c.dev.reach(&a.AH, q.DestQPNum)
+		to := uint32(now.DestQPN)
+		if mask&ib.AttrDestQPN != 0 {
+			to = q.DestQPNum
+		}
+		c.dev.owner(to).reach(&a.AH)
 	}
 	mask &^= attrAltPath | attrMigState
 	if to == ib.Reset {

@@ -3,6 +3,8 @@ package mlx5emu
 import (
 	"errors"
 	"net"
+	"slices"
+	"sync"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/softnic"
@@ -52,37 +54,60 @@ func (d *Device) allocMW(p *softnic.PD) (driver.MW, error) {
 	return p.AllocMW()
 }
 
-// reach fills in where packets for a destination are received, if that is a device of this process: its software NIC may have another
-// port than that for RoCEv2, which only one at each address has. They all have the host's addresses; a queue pair, if its number is
-// given, says which of them is meant.
-func (d *Device) reach(a *ib.AHAttr, qpn uint32) {
-	if a.SGIDIndex == 0 {
+// owners are the devices of this process, by the numbers of their queue pairs. Numbered devices have the same ones.
+var owners = struct {
+	sync.Mutex // a leaf
+	of         map[uint32][]*Device
+}{of: map[uint32][]*Device{}}
+
+func (d *Device) own(qpn uint32) {
+	owners.Lock()
+	defer owners.Unlock()
+	owners.of[qpn] = append(owners.of[qpn], d)
+}
+
+func (d *Device) disown(qpn uint32) {
+	owners.Lock()
+	defer owners.Unlock()
+	l := owners.of[qpn]
+	if l = slices.DeleteFunc(l, func(o *Device) bool { return o == d }); len(l) == 0 {
+		delete(owners.of, qpn)
 		return
 	}
-	to := d
-	if qpn != 0 && !d.hasQP(qpn) {
-		eachDevice(d, func(o *Device) {
-			if o.hasQP(qpn) {
-				to = o
-			}
-		})
+	owners.of[qpn] = l
+}
+
+// owner returns the device of this process that has a queue pair of that number, d rather than others; nil: none has.
+func (d *Device) owner(qpn uint32) *Device {
+	owners.Lock()
+	defer owners.Unlock()
+	l := owners.of[qpn]
+	switch {
+	case slices.Contains(l, d):
+		return d
+	case len(l) > 0:
+		return l[0]
 	}
-	l, err := to.nic.GIDs(1)
+	return nil
+}
+
+// reach fills in where packets for a queue pair of the device are received, if the destination is an address that it has: its software NIC
+// may have another port than that for RoCEv2, which only one at each address of the host has. A nil device is somebody else's, who has
+// that one.
+func (d *Device) reach(a *ib.AHAttr) {
+	if d == nil || a.SGIDIndex == 0 {
+		return
+	}
+	l, err := d.nic.GIDs(1)
 	if err != nil {
 		return
 	}
 	for _, e := range l {
 		if e.Index != 0 && e.GID == a.DGID {
-			a.UDPPort, _ = to.nic.UDPPort(1, e.Index)
+			a.UDPPort, _ = d.nic.UDPPort(1, e.Index)
 			return
 		}
 	}
-}
-
-func (d *Device) hasQP(qpn uint32) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.qps[qpn] != nil
 }
 
 // listen has the device receive at all addresses of the host, as datagrams may come to any of them. The software NIC by itself does so

@@ -120,6 +120,7 @@ func (c *Context) withdraw(o object) {
 		c.qps = slices.DeleteFunc(c.qps, func(q *qp) bool { return q == o })
 		if !o.raw() {
 			delete(c.dev.qps, o.qpn)
+			c.dev.disown(o.qpn)
 		}
 	case *srq:
 		c.srqs = slices.DeleteFunc(c.srqs, func(q *srq) bool { return q == o })

@@ -88,6 +88,55 @@ func TestUDPBetweenDevices(t *testing.T) {
 	}
 }
 
+// So do their datagrams.
+func TestDatagramsBetweenDevices(t *testing.T) {
+	var cs [3]*client // two of the first device, whose is the port
+	var cqs [3]*cqueue
+	var qs [3]*queuePair
+	var bufs [3][]byte
+	for i := range cs {
+		if i == 1 {
+			cs[i] = connect(t, cs[0].dev)
+		} else {
+			cs[i] = connect(t, newDevice(t, Config{}))
+		}
+		bufs[i] = mapAt(t, 0, pageSize)
+		cqs[i] = cs[i].newCQ(64, -1)
+		qs[i] = cs[i].newQP(cqs[i], cqs[i], qpOptions{typ: ib.UD, srq: -1, uidx: 3})
+		qs[i].connectTo(0)
+		key := uint32(cs[i].reg(bufs[i], everything).LKey)
+		for range 8 {
+			qs[i].recv(segData(addrOf(bufs[i]), 200, key))
+		}
+	}
+	n := byte(0)
+	for range 2 {
+		for i, from := range qs {
+			for k, to := range qs {
+				gid := gidOf(t, cs[i].dev, netip.MustParseAddr("127.0.0.1"))
+				av := make([]byte, avSize)
+				be.PutUint32(av, 0x1111)
+				be.PutUint32(av[8:], 1<<31|to.qpn)
+				av[27] = 64
+				be.PutUint32(av[28:], uint32(gid.Index)<<20)
+				copy(av[32:], gid.GID[:])
+				n++
+				from.send(opSend, ceUpdate, 0, av, segInline([]byte{n}))
+				if i == k { // its two completions come in either order
+					cqs[i].wait()
+					cqs[i].wait()
+				} else {
+					cqs[i].expect(cqeRequester, 1)
+					cqs[k].expect(cqeRecvSend, 41)
+				}
+				if bufs[k][40] != n {
+					t.Errorf("from %d to %d: received %d, not %d", i, k, bufs[k][40], n)
+				}
+			}
+		}
+	}
+}
+
 // A device loses packets when it is to, and what is lost is sent again.
 func TestFaults(t *testing.T) {
 	if _, err := NewDevice(Config{Faults: "loss"}); err == nil {

@@ -167,6 +167,7 @@ func (c *Context) createQP(q *qpRequest) (*qp, uint32, syscall.Errno) {
 	c.qps = append(c.qps, n)
 	if !n.raw() {
 		c.dev.qps[n.qpn] = n
+		c.dev.own(n.qpn)
 	}
 	return n, c.add(n), 0
 }
