@@ -24,7 +24,6 @@ const (
 	msgCredit msgType = 5 // arg: 0; carries nothing but credits
 	msgEOS    msgType = 6 // arg: 0; the sender will send no more messages
 	msgImm    msgType = 7 // arg: an immediate value, by devices that cannot send one with an RDMA WRITE. Takes a credit
-	msgLast           = msgImm
 )
 
 var msgNames = [...]string{"type 0", "data", "RTS", "FIN", "cancel", "credit", "EOS", "immediate"}

@@ -21,7 +21,6 @@ const (
 	maxBootBody   = 16 << 10 // nothing longer is read
 	maxReason     = 1024     // bytes of text in a reject or goodbye
 	maxDevices    = 16       // in a hello
-	helloFixedLen = 100      // up to the variable part
 )
 
 type bootKind uint8

@@ -176,9 +176,6 @@ func (s *Session) complain(format string, args ...any) {
 // Signal sends the program a signal.
 func (s *Session) Signal(sig os.Signal) error { return s.process.Signal(sig) }
 
-// PID is the program's process.
-func (s *Session) PID() int { return s.process.PID }
-
 // Wait waits until the program has ended, and everything that it has started, and takes the devices away. It returns how the program
 // has ended. It may be called again, with the same result.
 func (s *Session) Wait() (syscall.WaitStatus, error) { return s.wait() }

@@ -29,7 +29,7 @@ func run(t *testing.T, cfg Config, script string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pid := s.PID()
+	pid := s.process.PID
 	late := time.AfterFunc(patience, func() {
 		t.Errorf("not over after %v", patience)
 		killTree(pid)

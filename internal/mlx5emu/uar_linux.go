@@ -13,9 +13,8 @@ import (
 
 // Where things lie in a UAR page.
 const (
-	uarArm      = 0x20  // a CQ's doorbell
-	uarSend     = 0x800 // the first of the send registers
-	sendRegs    = 4
+	uarArm      = 0x20          // a CQ's doorbell
+	uarSend     = 0x800         // the first of the send registers
 	sendRegStep = bfRegSize / 2 // each is two buffers, which take turns
 	sendBuffers = 4             // what is looked at: both buffers of the two registers that clients may use
 )

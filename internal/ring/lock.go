@@ -14,9 +14,6 @@ type SpinLock struct {
 	v uint32
 }
 
-// TryLock takes the lock if it is free.
-func (l *SpinLock) TryLock() bool { return atomic.CompareAndSwapUint32(&l.v, 0, 1) }
-
 // Lock takes the lock.
 func (l *SpinLock) Lock() {
 	if atomic.CompareAndSwapUint32(&l.v, 0, 1) {

@@ -20,7 +20,6 @@ const (
 	NakAccess       Syndrome = 0x62 // remote access error
 	NakOperation    Syndrome = 0x63 // remote operational error
 	NakInvalidRD    Syndrome = 0x64 // invalid RD request
-	maskSyndrome    Syndrome = 0x60
 	maskSyndromeLow Syndrome = 0x1f
 )
 

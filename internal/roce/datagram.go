@@ -8,9 +8,6 @@ import (
 // Headers of what AppendDatagram makes.
 const (
 	hops = 64
-
-	// MaxDatagramHeader is the length of the longest IP and UDP headers.
-	MaxDatagramHeader = ip6Len + udpLen
 )
 
 // AppendDatagram appends the IP packet that carries a UDP payload, as Linux sends it and the invariant CRC expects it: of IPv4 not

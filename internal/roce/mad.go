@@ -15,7 +15,6 @@ const (
 	GSIQKey = 0x80010000
 
 	madHeaderLen = 24
-	cmLen        = MADLen - madHeaderLen
 
 	madVersion = 1
 	classCM    = 0x07
@@ -51,9 +50,9 @@ func (a CMAttr) String() string {
 // A CMMessage is one of the structs below.
 type CMMessage interface {
 	Attr() CMAttr
-	// put writes the message to b, which has cmLen bytes and is zero.
+	// put writes the message to b, which is zero, and has MADLen-madHeaderLen bytes.
 	put(b []byte)
-	// get reads the message from b, which has cmLen bytes.
+	// get reads the message from b, of MADLen-madHeaderLen bytes.
 	get(b []byte)
 }
 

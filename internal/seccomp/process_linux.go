@@ -158,9 +158,6 @@ func receiveListener(sock int, path string) (int, error) {
 // Signal sends the program a signal.
 func (s *Process) Signal(sig os.Signal) error { return s.p.Signal(sig) }
 
-// Done is closed when the program has ended. What it has started may still be there: see Listener.
-func (s *Process) Done() <-chan struct{} { return s.done }
-
 // Wait waits for the end of the program and returns how it ended.
 func (s *Process) Wait() (syscall.WaitStatus, error) {
 	<-s.done

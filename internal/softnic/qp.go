@@ -127,10 +127,7 @@ type recvRec struct {
 	staged  *stageBuf
 }
 
-const (
-	maxQPs     = 1 << 18
-	maxUDDepth = 4096
-)
+const maxQPs = 1 << 18
 
 func pow2(n int) uint32 { return 1 << bits.Len32(uint32(max(n, 1)-1)) }
 

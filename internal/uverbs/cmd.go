@@ -27,7 +27,6 @@ const (
 	attrConst
 	attrHandle
 	attrNewHandle
-	attrFD
 	attrNewFD
 )
 
@@ -45,9 +44,6 @@ func Handle(id uint16, h uint32) Attr { return Attr{id: id, kind: attrHandle, va
 
 // NewHandle is where the handle of the object that the method makes is put.
 func NewHandle(id uint16, h *uint32) Attr { return Attr{id: id, kind: attrNewHandle, h: h} }
-
-// FD passes a file descriptor.
-func FD(id uint16, fd int) Attr { return Attr{id: id, kind: attrFD, value: uint64(fd)} }
 
 // NewFD is where the descriptor that the method opens is put.
 func NewFD(id uint16, fd *int) Attr { return Attr{id: id, kind: attrNewFD, fd: fd} }
@@ -113,7 +109,7 @@ func (b buffer) marshal(driver uint32, object, method uint16, attrs []Attr) (int
 		case attrConst:
 			le.PutUint16(p[2:], 8)
 			le.PutUint64(p[8:], a.value)
-		case attrHandle, attrFD:
+		case attrHandle:
 			le.PutUint64(p[8:], a.value)
 		}
 	}

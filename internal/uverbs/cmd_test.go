@@ -44,7 +44,6 @@ func TestMarshalGolden(t *testing.T) {
 		Const(4, 0x1122334455),
 		Handle(5, 7),
 		NewHandle(6, &h),
-		FD(7, -1),
 		NewFD(0x1001, &fd),
 	}
 	n, err := b.marshal(14, 4, 2, attrs)
@@ -52,29 +51,28 @@ func TestMarshalGolden(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := unhex(t, `
-		9800 0400 0200 0800 0000000000000000 0e000000 00000000
+		8800 0400 0200 0700 0000000000000000 0e000000 00000000
 		0100 0400 0100 0000 0102030400000000
-		0200 0f00 0100 0000 9800010000000000
-		0300 0400 0100 0000 a800010000000000
+		0200 0f00 0100 0000 8800010000000000
+		0300 0400 0100 0000 9800010000000000
 		0400 0800 0100 0000 5544332211000000
 		0500 0000 0100 0000 0700000000000000
 		0600 0000 0100 0000 0000000000000000
-		0700 0000 0100 0000 ffffffffffffffff
 		0110 0000 0100 0000 0000000000000000`)
 	if got := b.mem[:n]; !bytes.Equal(got, want) {
 		t.Errorf("got\n%swant\n%s", hex.Dump(got), hex.Dump(want))
 	}
-	if got := string(b.mem[0x98:][:15]); got != "more than eight" {
+	if got := string(b.mem[0x88:][:15]); got != "more than eight" {
 		t.Errorf("long data is %q", got)
 	}
-	if !bytes.Equal(b.mem[0xa8:][:4], make([]byte, 4)) {
+	if !bytes.Equal(b.mem[0x98:][:4], make([]byte, 4)) {
 		t.Error("room for a response is not cleared")
 	}
 
 	// The kernel answers.
-	copy(b.mem[0xa8:], []byte{9, 8, 7, 6})
+	copy(b.mem[0x98:], []byte{9, 8, 7, 6})
 	binary.NativeEndian.PutUint64(b.mem[hdrLen+attrLen*5+8:], 42)
-	binary.NativeEndian.PutUint64(b.mem[hdrLen+attrLen*7+8:], 11)
+	binary.NativeEndian.PutUint64(b.mem[hdrLen+attrLen*6+8:], 11)
 	if err := b.unmarshal(attrs); err != nil {
 		t.Fatal(err)
 	}

@@ -24,12 +24,6 @@ type Rate struct {
 // NsPerTick returns the length of a tick in nanoseconds.
 func (r Rate) NsPerTick() float64 { return r.nsPerTick }
 
-// Ns converts a difference of two readings to nanoseconds.
-func (r Rate) Ns(ticks uint64) float64 { return float64(ticks) * r.nsPerTick }
-
-// Ticks converts a duration to ticks.
-func (r Rate) Ticks(d time.Duration) uint64 { return uint64(float64(d) / r.nsPerTick) }
-
 // Check returns nil if the counter runs at one rate, on all processors alike and in sleep states too, as far as the
 // processor and the kernel say so; otherwise an error that matches ErrUnusable and says what is missing.
 func Check() error {
