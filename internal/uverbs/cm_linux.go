@@ -7,6 +7,9 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/rdmacm"
@@ -127,13 +130,18 @@ func (e *otherDeviceError) Unwrap() error { return driver.ErrUnreachable }
 
 // CMListen implements driver.ConnManager.
 func (c *Context) CMListen(addr netip.AddrPort, backlog int) (driver.CMListener, error) {
-	id, err := c.newID()
+	var l *rdmacm.Listener
+	err := portRetry(addr.Port(), func() error {
+		id, err := c.newID()
+		if err != nil {
+			return err
+		}
+		if l, err = c.listen(id, addr, backlog); err != nil {
+			id.Close()
+		}
+		return err
+	})
 	if err != nil {
-		return nil, err
-	}
-	l, err := c.listen(id, addr, backlog)
-	if err != nil {
-		id.Close()
 		return nil, err
 	}
 	return &cmListener{c, l}, nil
@@ -226,16 +234,49 @@ func (c *Context) CMDial(ctx context.Context, q driver.QP, src, dst netip.AddrPo
 	if err := connectable(q); err != nil { // before the network is bothered
 		return nil, err
 	}
-	id, err := c.newID()
+	var conn *cmConn
+	err := portRetry(src.Port(), func() error {
+		id, err := c.newID()
+		if err != nil {
+			return err
+		}
+		if conn, err = c.dial(ctx, id, q, src, dst, p); err != nil {
+			id.Close()
+		}
+		return err
+	})
 	if err != nil {
-		return nil, err
-	}
-	conn, err := c.dial(ctx, id, q, src, dst, p)
-	if err != nil {
-		id.Close()
 		return nil, err
 	}
 	return conn, nil
+}
+
+// maxPortTries bounds how often another port is tried. Where half of all are taken, as many are in vain once in 65,536 times.
+const maxPortTries = 16
+
+// portRetry calls f again, unless the port is one that was asked for, while it fails because of the one that the kernel has chosen.
+//
+// Over iWARP a connection of the connection manager's is one of TCP's, but the two have ports of their own: rdma_cm takes at random one
+// that none of its IDs has (cma_alloc_any_port), whatever TCP does with it. Where a connection between the same addresses and ports is not
+// over yet, as siw closes the socket in its own time when the ID has gone, TCP answers EADDRNOTAVAIL; where a socket of another kind has
+// the port, EADDRINUSE. TCP itself looks for another port then (__inet_hash_connect); who uses librdmacm has to begin again, too.
+func portRetry(port uint16, f func() error) error {
+	for try := 1; ; try++ {
+		err := f()
+		if err == nil || port != 0 || try == maxPortTries || !portTaken(err) {
+			return err
+		}
+	}
+}
+
+// portTaken reports whether it was the port that kept TCP from connecting or listening. Nothing has become of the queue pair then.
+func portTaken(err error) bool {
+	var op *rdmacm.OpError
+	if !errors.As(err, &op) || op.Op != "connect" && op.Op != "listen" {
+		return false
+	}
+	errno, ok := op.Err.(syscall.Errno) // else the kernel has said it of a connection later
+	return ok && (errno == unix.EADDRNOTAVAIL || errno == unix.EADDRINUSE)
 }
 
 func (c *Context) dial(ctx context.Context, id *rdmacm.ID, q driver.QP, src, dst netip.AddrPort, p *driver.CMParam) (*cmConn, error) {
@@ -257,7 +298,7 @@ func (c *Context) dial(ctx context.Context, id *rdmacm.ID, q driver.QP, src, dst
 	}
 	reply, err := id.Connect(ctx, connParam(q, p))
 	if err != nil {
-		if m, byKernel := q.(movedQP); byKernel {
+		if m, byKernel := q.(movedQP); byKernel && !portTaken(err) {
 			m.Moved(ib.Err) // it may be there, and can be nowhere else for long
 		}
 		return nil, err
