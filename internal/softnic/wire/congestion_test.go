@@ -146,6 +146,42 @@ func TestRandomLoss(t *testing.T) {
 	}
 }
 
+// The request of a READ is one packet, however many it asks for: that it is lost now and then does not slow the READs down.
+func TestLostReadRequests(t *testing.T) {
+	n := newNetwork(t, 1, func(c *Config) {
+		c.Selective, c.Congestion, c.AckTimeout = true, true, 67*time.Millisecond
+		c.MaxRdAtomic, c.MaxDestRdAtomic = 16, 16
+	})
+	a, b := n.nodes[0], n.nodes[1]
+	const reads, size = 1000, 60 * simMTU
+	asked, lost := 0, 0
+	n.drop = func(from *node, p *roce.Packet) bool {
+		if p.Opcode.Op() != roce.ReadRequest {
+			return false
+		}
+		if asked++; asked%100 != 0 {
+			return false
+		}
+		lost++
+		return true
+	}
+	for posted := 0; len(a.done) < reads; {
+		for ; posted < reads && a.req.Queued() < 32; posted++ {
+			a.post(Request{Op: ib.OpRDMARead, Len: size, RKey: roKey}, nil)
+		}
+		a.pump()
+		n.run(func() bool { return a.req.Queued() < 32 && posted < reads || len(a.done) == reads })
+	}
+	for i, st := range a.done {
+		if st != ib.WCSuccess || !bytes.Equal(a.sinks[i], b.readOnly[:size]) {
+			t.Fatalf("READ %d ends with %v, or other bytes", i, st)
+		}
+	}
+	if c := &a.req.Counters; c.Slowed != 0 || c.Again[SequenceNAK] < uint64(lost) || lost < 9 {
+		t.Errorf("%d requests of READs were lost, a window of %d, %+v", lost, a.req.cc.packets(), *c)
+	}
+}
+
 // What happens follows from the seed.
 func TestFabricRepeats(t *testing.T) {
 	run := func() string {

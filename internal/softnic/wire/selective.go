@@ -285,7 +285,11 @@ func (r *Requester) resend(now time.Duration, out Output) (full bool) {
 		if sent {
 			r.count()
 			r.Counters.Single++
-			if r.cc.lose(int(k), g.why, r.end) {
+			gone := int(k)
+			if e.response() && g.why == SequenceNAK {
+				gone = 1 // of what was sent: it is the request that the peer has missed, not what it asks for
+			}
+			if r.cc.lose(gone, g.why, r.end) {
 				r.Counters.Slowed++
 			}
 			r.sel.probing = false
