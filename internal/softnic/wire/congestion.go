@@ -22,8 +22,9 @@ import (
 // The window follows DCTCP (RFC 8257): it is cut by half the share of marked packets, at most once a round trip, and grows by a
 // packet a round trip otherwise, or by as many as were acknowledged until the first cut. Without marks there is only loss to go
 // by, and a network that loses one packet in a hundred for other reasons must not be taken for a full one: losses count when they
-// are more than lossTolerated of the latest lossSpan packets. A go-back-N connection does not slow down for losses: it repeats a
-// whole window for each, and who talks that to it (hardware, rxe) does not either.
+// are more than lossTolerated of each lossSpan packets, of the latest lossSpan that were acknowledged and those that were sent since.
+// A go-back-N connection does not slow down for losses: it repeats a whole window for each, and who talks that to it (hardware, rxe)
+// does not either.
 //
 // A window below one packet is a pause between packets, as long as the timers are fine enough for it: many senders to one
 // receiver would otherwise have one packet each in its queue.
@@ -142,21 +143,24 @@ func (c *congestion) mark(n int, nxt ib.PSN) bool {
 	return true
 }
 
-// lose notes that n packets are sent again. Those that somebody has missed were lost, and those that are still not there when the peer
-// has answered after a silence; as long as nothing is heard it may be away (see silence). It reports whether the window was cut.
-func (c *congestion) lose(n int, why Reason, nxt ib.PSN) bool {
+// lose notes that n packets are sent again, of open that were sent and are not acknowledged: behind a gap all losses among these are
+// found out about before any of them counts as arrived. Packets that somebody has missed were lost, and those that are still not there
+// when the peer has answered after a silence; as long as nothing is heard it may be away (see silence). It reports whether the window
+// was cut.
+func (c *congestion) lose(n, open int, why Reason, nxt ib.PSN) bool {
 	if !c.on || !c.losses || why == Timeout && (c.before == 0 || !c.answered) {
 		return false
 	}
 	c.lost = min(c.lost+n*one, lossSpan*one)
-	if c.lost < lossTolerated*one {
+	span := lossSpan + open
+	if c.lost*lossSpan < lossTolerated*one*span {
 		return false
 	}
 	c.before = 0
 	if c.cutted {
 		return false
 	}
-	c.shrink(min(one/2, c.lost*lossWeight/lossSpan), nxt)
+	c.shrink(min(one/2, c.lost*lossWeight/span), nxt)
 	c.lost = 0 // these have had their effect
 	return true
 }

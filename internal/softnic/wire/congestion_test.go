@@ -133,7 +133,11 @@ func TestRandomLoss(t *testing.T) {
 			goodput := func(loss float64, off bool) float64 {
 				f := newFabric(t, seed, bottleneckOf(2000, 0), flowConfig{delay: 20 * time.Microsecond, op: op, size: 60, loss: loss, off: off})
 				f.run(4 * time.Millisecond)
-				return f.measure(30 * time.Millisecond).goodput
+				got := f.measure(30 * time.Millisecond).goodput
+				if c := &f.flows[0].nodes[0].req.Counters; c.Slowed != 0 {
+					t.Errorf("%v, seed %d: %.0f %% of losses make the window smaller: %+v", op, seed, 100*loss, *c)
+				}
+				return got
 			}
 			for _, off := range []bool{false, true} {
 				lossy, clean := goodput(0.01, off), goodput(0, off)
@@ -325,14 +329,14 @@ func TestSilenceWithCongestion(t *testing.T) {
 	}{
 		{"nothing", func(c *congestion) {}, true},
 		{"a mark", func(c *congestion) { c.mark(1, 500) }, false},
-		{"some losses", func(c *congestion) { c.lose(lossTolerated-1, SequenceNAK, 500) }, true},
+		{"some losses", func(c *congestion) { c.lose(lossTolerated-1, 0, SequenceNAK, 500) }, true},
 		{"losses", func(c *congestion) {
 			for range lossTolerated {
-				c.lose(1, SequenceNAK, 500)
+				c.lose(1, 0, SequenceNAK, 500)
 			}
 		}, false},
-		{"what is sent again unanswered", func(c *congestion) { c.lose(2*lossTolerated, Timeout, 500) }, true},
-		{"what is missing when it has answered", func(c *congestion) { c.progress(1, 1, 600); c.lose(lossTolerated, Timeout, 500) }, false},
+		{"what is sent again unanswered", func(c *congestion) { c.lose(2*lossTolerated, 0, Timeout, 500) }, true},
+		{"what is missing when it has answered", func(c *congestion) { c.progress(1, 1, 600); c.lose(lossTolerated, 0, Timeout, 500) }, false},
 		{"a mark, and silence again", func(c *congestion) { c.mark(1, 500); c.silence(500, false) }, false},
 	} {
 		cfg := Config{Selective: true, Congestion: true}

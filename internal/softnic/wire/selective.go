@@ -289,7 +289,7 @@ func (r *Requester) resend(now time.Duration, out Output) (full bool) {
 			if e.response() && g.why == SequenceNAK {
 				gone = 1 // of what was sent: it is the request that the peer has missed, not what it asks for
 			}
-			if r.cc.lose(gone, g.why, r.end) {
+			if r.cc.lose(gone, int(distance(r.una, r.end)), g.why, r.end) {
 				r.Counters.Slowed++
 			}
 			r.sel.probing = false
