@@ -41,6 +41,43 @@ func TestProbeFlood(t *testing.T) {
 	}
 }
 
+// An acknowledgement waits for what is posted because of the message, and not for packets that are for nobody: a flood of them would hold it
+// back, and with it the sender, whose window is full.
+func TestFloodHoldsNoAcknowledgement(t *testing.T) {
+	x, y := newEnd(t, openNIC(t, true), endConfig{typ: ib.RC}), newEnd(t, openNIC(t, true), endConfig{typ: ib.RC})
+	joinUDP(t, x, y, 0)
+	y.recv(1, y.sge(0, 64))
+	p := y.q.(*QP).wire.port
+	raw, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(p.sock.Local()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer raw.Close()
+	nobodys := bytesOf(&roce.Packet{Opcode: roce.Op(roce.RC, roce.SendOnly), PKey: roce.DefaultPKey, DestQP: uint32(y.q.QPN()) ^ 0x5555}, 64)
+
+	p.mu.Lock() // the port is this test's, which does what pollers do
+	defer p.mu.Unlock()
+	x.send(ib.SendWR{Opcode: ib.OpSend, Flags: ib.SendSignaled, SGEs: x.sge(0, 64)})
+	for end := time.Now().Add(10 * time.Second); len(p.owing) == 0; {
+		if p.turn(true); time.Now().After(end) {
+			t.Fatal("no acknowledgement waits")
+		}
+	}
+	sent := p.sock.Stats().Sent
+	for range 3 {
+		if _, err := raw.Write(nobodys); err != nil {
+			t.Fatal(err)
+		}
+	}
+	was := p.drops.NoQP
+	if !p.turn(true) || p.drops.NoQP == was {
+		t.Fatal("the flood has not come")
+	}
+	if n := p.sock.Stats().Sent - sent; n != 1 || len(p.owing) != 0 {
+		t.Errorf("%d packets were sent, %d acknowledgements wait", n, len(p.owing))
+	}
+}
+
 // BenchmarkWrongPackets is what a packet costs that the port has no use for, from the socket's buffer on, in batches as they are received:
 // with what is sent to it.
 func BenchmarkWrongPackets(b *testing.B) {

@@ -60,6 +60,7 @@ type netPort struct {
 	lateAt  time.Duration // when that is to be done, if late is not empty
 	now     time.Duration // of this turn, or this part of it
 	putOff  int           // turns that timers have waited for packets that are left in the socket
+	took    bool          // something that came in this turn was for somebody
 	pkt     roce.Packet   // a datagram that is being sent
 
 	probes   map[uint32]*probe // on their way, by number
@@ -235,6 +236,7 @@ func (p *netPort) turn(receive bool) (some bool) {
 	if p.closed {
 		return false
 	}
+	p.took = false
 	p.now = p.sock.Now()
 	p.sendReady()
 	if len(p.late) > 0 && p.now >= p.lateAt {
@@ -273,7 +275,7 @@ func (p *netPort) turn(receive bool) (some bool) {
 		p.putOff = 0
 		p.timers.due(p.now, (*wireQP).expire)
 	}
-	if !some {
+	if !p.took { // what is for nobody has nobody post anything: a flood of it must not hold acknowledgements back
 		p.settle()
 	}
 	p.sock.Flush()
@@ -443,6 +445,7 @@ func (p *netPort) receive(src netip.AddrPort, pkt *roce.Packet) {
 
 // deliver takes the packet that expect has said yes to. Called with mu held.
 func (p *netPort) deliver(src netip.AddrPort, pkt *roce.Packet) {
+	p.took = true
 	if l := p.nic.taps.Load(); l != nil {
 		p.acceptTapped(*l, src, pkt)
 		return
