@@ -22,8 +22,8 @@ import (
 // The window follows DCTCP (RFC 8257): it is cut by half the share of marked packets, at most once a round trip, and grows by a
 // packet a round trip otherwise, or by as many as were acknowledged until the first cut. Without marks there is only loss to go
 // by, and a network that loses one packet in a hundred for other reasons must not be taken for a full one: losses count when they
-// are more than lossTolerated of each lossSpan packets, of the latest lossSpan that were acknowledged and those that were sent since.
-// A go-back-N connection does not slow down for losses: it repeats a whole window for each, and who talks that to it (hardware, rxe)
+// are more than lossTolerated of lossSpan packets: of the latest that were acknowledged, or of those that were sent since, if these
+// are more. A go-back-N connection does not slow down for losses: it repeats a whole window for each, and who talks that to it (hardware, rxe)
 // does not either.
 //
 // A window below one packet is a pause between packets, as long as the timers are fine enough for it: many senders to one
@@ -152,7 +152,7 @@ func (c *congestion) lose(n, open int, why Reason, nxt ib.PSN) bool {
 		return false
 	}
 	c.lost = min(c.lost+n*one, lossSpan*one)
-	span := lossSpan + open
+	span := max(lossSpan, open)
 	if c.lost*lossSpan < lossTolerated*one*span {
 		return false
 	}

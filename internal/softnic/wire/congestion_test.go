@@ -134,8 +134,8 @@ func TestRandomLoss(t *testing.T) {
 				f := newFabric(t, seed, bottleneckOf(2000, 0), flowConfig{delay: 20 * time.Microsecond, op: op, size: 60, loss: loss, off: off})
 				f.run(4 * time.Millisecond)
 				got := f.measure(30 * time.Millisecond).goodput
-				if c := &f.flows[0].nodes[0].req.Counters; c.Slowed != 0 {
-					t.Errorf("%v, seed %d: %.0f %% of losses make the window smaller: %+v", op, seed, 100*loss, *c)
+				if c := &f.flows[0].nodes[0].req.Counters; c.Slowed > 1 {
+					t.Errorf("%v, seed %d: %.0f %% of losses make the window smaller again and again: %+v", op, seed, 100*loss, *c)
 				}
 				return got
 			}
