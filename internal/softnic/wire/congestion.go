@@ -23,8 +23,8 @@ import (
 // packet a round trip otherwise, or by as many as were acknowledged until the first cut. Without marks there is only loss to go
 // by, and a network that loses one packet in a hundred for other reasons must not be taken for a full one: losses count when they
 // are more than lossTolerated of lossSpan packets: of the latest that were acknowledged, or of those that were sent since, if these
-// are more. A go-back-N connection does not slow down for losses: it repeats a whole window for each, and who talks that to it (hardware, rxe)
-// does not either.
+// are more. A go-back-N connection does not slow down for losses: it repeats a whole window for each, and who talks that to it
+// (hardware, rxe) does not either.
 //
 // A window below one packet is a pause between packets, as long as the timers are fine enough for it: many senders to one
 // receiver would otherwise have one packet each in its queue.
