@@ -30,9 +30,12 @@ var canPopulate = sync.OnceValue(func() bool {
 	return populate(uint64(uintptr(unsafe.Pointer(unsafe.SliceData(page)))), pageSize, unix.MADV_POPULATE_READ) == 0
 })
 
+// maxAddress is beyond the addresses of programs, of which some processors have 2^56, and leaves room to reckon with.
+const maxAddress = 1 << 56
+
 // checkOwn is Check for memory of this process.
 func checkOwn(start, length uint64, write bool) error {
-	if start == 0 || length == 0 || length > 1<<46 || start > 1<<47 {
+	if start == 0 || length == 0 || length > 1<<46 || start > maxAddress {
 		return unix.EFAULT
 	}
 	advice := unix.MADV_POPULATE_READ
