@@ -67,7 +67,7 @@ func TestExecInGoFlags(t *testing.T) {
 }
 
 func TestCommandEnv(t *testing.T) {
-	got := commandEnv([]string{"A=B", socketEnv + "=/s", "RINGSIDE_VM=1", placeEnv + "=x", "RINGSIDE_VMX=1"}, "vm")
+	got := commandEnv([]string{"A=B", "GOTMPDIR=/w", socketEnv + "=/s", "RINGSIDE_VM=1", placeEnv + "=x", "RINGSIDE_VMX=1"}, "vm")
 	if want := []string{"A=B", "RINGSIDE_VMX=1", placeEnv + "=vm"}; !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
 	}
