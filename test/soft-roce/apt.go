@@ -11,13 +11,18 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 )
 
 // apt is access to Debian's packages. They are downloaded into a folder of our own and extracted, not installed: that needs
 // no root, and does not change the host.
-type apt struct{ archives string }
+type apt struct {
+	arch     *arch
+	archives string
+	state    string // of an architecture that is not the host's: its lists, which the host's apt does not have
+}
 
 // A deb is a package as a file of the archives.
 type deb struct{ file string }
@@ -29,9 +34,11 @@ func (d deb) name() string {
 
 // argument is what apt-get download is told, to get this file and no newer one.
 func (d deb) argument() string {
-	name, version, _ := strings.Cut(strings.TrimSuffix(d.file, ".deb"), "_")
-	version = version[:max(strings.LastIndexByte(version, '_'), 0)] // less the architecture
-	return name + "=" + strings.ReplaceAll(version, "%3a", ":")
+	parts := strings.Split(strings.TrimSuffix(d.file, ".deb"), "_") // name, version, architecture
+	if parts[2] != "all" {
+		parts[0] += ":" + parts[2]
+	}
+	return parts[0] + "=" + strings.ReplaceAll(parts[1], "%3a", ":")
 }
 
 // command runs one of apt's commands with our own archives folder: a parallel apt-get may clean the shared one.
@@ -40,10 +47,24 @@ func (a *apt) command(ctx context.Context, dir, name string, args ...string) ([]
 		return nil, err
 	}
 	options := []string{"-o", "Dir::Cache::archives=" + a.archives, "-o", "APT::Sandbox::User=root", "-q"}
+	if a.arch.foreign() {
+		if err := os.MkdirAll(filepath.Join(a.state, "lists", "partial"), 0o755); err != nil {
+			return nil, err
+		}
+		options = append(options, "-o", "APT::Architecture="+a.arch.name, "-o", "APT::Architectures="+a.arch.name+","+runtime.GOARCH,
+			"-o", "Dir::State="+a.state, "-o", "Dir::State::status=/dev/null", "-o", "Dir::Cache="+a.state)
+	}
 	cmd := exec.CommandContext(ctx, name, append(options, args...)...)
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	return output(cmd)
+}
+
+// update brings fresh lists of packages. Those of the host's architecture are the host's, and take root.
+func (a *apt) update(ctx context.Context, log func(string, ...any)) error {
+	log("updating apt's lists of packages")
+	_, err := a.command(ctx, "", "apt-get", "update")
+	return err
 }
 
 // A plan is which packages an image is made from, in the versions that apt has now.
@@ -55,9 +76,9 @@ type plan struct {
 }
 
 func (a *apt) plan(ctx context.Context, track string) (*plan, error) {
-	meta := "linux-image-amd64"
+	meta := "linux-image-" + a.arch.name
 	if track != "6.1" { // what Debian 12 came with
-		meta = "linux-image-" + track + "-amd64"
+		meta = "linux-image-" + track + "-" + a.arch.name
 	}
 	text, err := a.command(ctx, "", "apt-cache", "depends", meta)
 	if err != nil {
@@ -72,7 +93,7 @@ func (a *apt) plan(ctx context.Context, track string) (*plan, error) {
 		return nil, withUpdate(err)
 	}
 	sources := append([]string{headers, "linux-source-" + track}, headerDependencies(string(text))...)
-	names := append([]string{"linux-image-" + release}, toolPackages...)
+	names := append([]string{"linux-image-" + release}, a.arch.toolPackages()...)
 	names = append(names, sources...)
 	if text, err = a.command(ctx, "", "apt-get", append([]string{"download", "--print-uris"}, names...)...); err != nil {
 		return nil, withUpdate(err)
@@ -83,7 +104,8 @@ func (a *apt) plan(ctx context.Context, track string) (*plan, error) {
 	}
 	p := &plan{release: release}
 	for _, n := range names {
-		d, ok := files[n]
+		name, _, _ := strings.Cut(n, ":")
+		d, ok := files[name]
 		switch {
 		case !ok:
 			return nil, withUpdate(fmt.Errorf("apt names no file for the package %s", n))
@@ -109,14 +131,19 @@ func kernelDependency(text string) string {
 
 var headerDepends = regexp.MustCompile(`(?m)^\s*Depends: (linux-(?:headers|kbuild)-\S+)$`)
 
+// headerDependencies are the packages that headers need to build modules: with programs for this host.
 func headerDependencies(text string) (names []string) {
 	for _, m := range headerDepends.FindAllStringSubmatch(text, -1) {
-		names = append(names, m[1])
+		name := m[1]
+		if strings.HasPrefix(name, "linux-kbuild-") {
+			name += ":" + runtime.GOARCH
+		}
+		names = append(names, name)
 	}
 	return names
 }
 
-var uriLine = regexp.MustCompile(`(?m)^'[^']*' (\S+\.deb) \d+`)
+var uriLine = regexp.MustCompile(`(?m)^'[^']*' ([^\s_]+_[^\s_]+_[^\s_]+\.deb) \d+`)
 
 // parseURIs reads the lines of apt-get --print-uris: 'URI' file size hash.
 func parseURIs(text string) (debs []deb) {

@@ -35,6 +35,12 @@ func bzPayload(image []byte) ([]byte, error) {
 	return image[start:end], nil
 }
 
+// isArm64Image is whether a kernel is what arm64's boot loaders start (Documentation/arm64/booting.rst).
+func isArm64Image(image []byte) bool {
+	const magic = 0x38
+	return len(image) >= magic+4 && string(image[magic:magic+4]) == "ARM\x64"
+}
+
 // splitPayload separates the compressed kernel from what the payload ends with: its uncompressed size.
 func splitPayload(payload []byte) (compressed []byte, size uint32, err error) {
 	n := len(payload) - 4

@@ -58,6 +58,13 @@ func TestPayloadEndsWithItsSize(t *testing.T) {
 	}
 }
 
+func TestArm64Image(t *testing.T) {
+	image := append(make([]byte, 0x38), "ARM\x64...."...)
+	if !isArm64Image(image) || isArm64Image(image[:0x3a]) || isArm64Image(image[1:]) {
+		t.Error("an Image is not known by its magic number")
+	}
+}
+
 func TestDecompressor(t *testing.T) {
 	for begin, want := range map[string]string{"\xfd7zXZ\x00...": "xz", "(\xb5/\xfd...": "zstd"} {
 		if c, err := decompressor([]byte(begin)); err != nil || c[0] != want {

@@ -13,22 +13,45 @@ import (
 	"strings"
 )
 
-// toolPackages are the packages whose programs commands find in the machine, and the libraries that a Debian without RDMA
-// lacks. The C library and its kin are the host's.
-var toolPackages = strings.Fields(`
+// rdmaPackages are the packages whose programs commands find in the machine, and the libraries that a Debian without RDMA
+// lacks.
+var rdmaPackages = strings.Fields(`
 	ibverbs-utils rdmacm-utils perftest rdma-core
 	ibverbs-providers libibverbs1 librdmacm1 libibumad3 libnl-3-200 libnl-route-3-200 libpci3
 	iproute2 libmnl0 libbpf1 libelf1 libcap2 libtirpc3 libxtables12 libbsd0 libmd0 libdb5.3 zlib1g
 	tcpdump libpcap0.8 libdbus-1-3 strace busybox-static`)
 
-// toolFolders are what the machine takes of these packages, in the layout of a merged /usr.
-var toolFolders = []string{"usr/bin/", "usr/sbin/", "usr/lib/x86_64-linux-gnu/", "etc/iproute2/"}
+// basePackages are those of any Debian, for machines that cannot run the host's: the C library and its kin, and what scripts need.
+var basePackages = strings.Fields(`
+	libc6 libgcc-s1 libselinux1 libpcre2-8-0 libacl1 libattr1 libgmp10 libtinfo6 libproc2-0 libsystemd0 libzstd1 liblzma5 liblz4-1
+	libgcrypt20 libgpg-error0 libssl3 libmount1 libblkid1 libuuid1 libsmartcols1 libgssapi-krb5-2 libkrb5-3 libk5crypto3
+	libkrb5support0 libkeyutils1 libcom-err2
+	dash bash coreutils diffutils findutils grep sed mawk procps util-linux`)
 
-// toolFiles are further files. Only the drivers of rxe and siw are configured: libibverbs would try all others.
-var toolFiles = []string{"etc/libibverbs.d/rxe.driver", "etc/libibverbs.d/siw.driver"}
+func (a *arch) toolPackages() []string {
+	if a.foreign() {
+		return slices.Concat(rdmaPackages, basePackages)
+	}
+	return rdmaPackages
+}
+
+// toolFolders are what the machine takes of these packages, in the layout of a merged /usr.
+func (a *arch) toolFolders() []string {
+	return []string{"usr/bin/", "usr/sbin/", "usr/lib/" + a.triplet + "/", "etc/iproute2/"}
+}
+
+// toolFiles are further files. Only the drivers of the devices that there are, or that "ringside emulate" has, are configured: libibverbs
+// would try all others.
+func (a *arch) toolFiles() []string {
+	files := []string{"etc/libibverbs.d/rxe.driver", "etc/libibverbs.d/siw.driver", "etc/libibverbs.d/mlx5.driver"}
+	if a.foreign() {
+		files = append(files, a.linker)
+	}
+	return files
+}
 
 // addTools adds the tools from the folder where the packages were extracted.
-func addTools(t tree, dir string) error {
+func addTools(t tree, dir string, a *arch) error {
 	return filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
@@ -38,9 +61,9 @@ func addTools(t tree, dir string) error {
 			return err
 		}
 		name = merged(name)
-		wanted := slices.Contains(toolFiles, name) ||
-			slices.ContainsFunc(toolFolders, func(f string) bool { return strings.HasPrefix(name, f) })
-		if !wanted || strings.HasSuffix(name, ".a") || strings.HasPrefix(name, "usr/lib/x86_64-linux-gnu/pkgconfig/") {
+		wanted := slices.Contains(a.toolFiles(), name) ||
+			slices.ContainsFunc(a.toolFolders(), func(f string) bool { return strings.HasPrefix(name, f) })
+		if !wanted || strings.HasSuffix(name, ".a") || strings.HasPrefix(name, "usr/lib/"+a.triplet+"/pkgconfig/") {
 			return nil
 		}
 		name = strings.TrimPrefix(guestTools, "/") + "/" + name
@@ -66,9 +89,9 @@ func addTools(t tree, dir string) error {
 	})
 }
 
-// merged is where a package's file is on a system whose /bin, /sbin and /lib lead to /usr, as Debian's do.
+// merged is where a package's file is on a system whose /bin, /sbin, /lib and /lib64 lead to /usr, as Debian's do.
 func merged(name string) string {
-	for _, top := range []string{"bin/", "sbin/", "lib/"} {
+	for _, top := range []string{"bin/", "sbin/", "lib/", "lib64/"} {
 		if strings.HasPrefix(name, top) {
 			return "usr/" + name
 		}
@@ -160,11 +183,15 @@ func readModule(ctx context.Context, path string) ([]byte, error) {
 	return pipe(ctx, ko, "xz", "-dc")
 }
 
-// extractKernel writes the kernel's ELF file from a bzImage.
+// extractKernel writes a kernel that is not compressed, which spares the machine seconds. Of a bzImage that is the ELF file in it, which
+// starts at its PVH entry; those of arm64 are as they should be.
 func extractKernel(ctx context.Context, from, to string) error {
 	bz, err := os.ReadFile(from)
 	if err != nil {
 		return err
+	}
+	if isArm64Image(bz) {
+		return os.WriteFile(to, bz, 0o644)
 	}
 	payload, err := bzPayload(bz)
 	if err != nil {

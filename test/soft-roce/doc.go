@@ -9,6 +9,6 @@
 //
 // The program has four roles, chosen when it starts: the command on the host; the program of go test -exec, which hands a
 // test binary to the command; the machine's process 1; and in the machine, the server that starts commands. Being one
-// program, they cannot differ in version. It must stay free of package net and os/user: without them it links statically
+// program, they cannot differ in version (for a machine of another architecture it builds itself once more). It must stay free of package net and os/user: without them it links statically
 // whatever CGO_ENABLED says, and can be the machine's /init as it is.
 package main

@@ -21,6 +21,7 @@ const (
 	guestConfigFile = "/ringside-soft-roce.json" // also tells process 1 that it is the machine's, and no container's
 	guestModules    = "/modules"                 // the modules and their modules.dep
 	guestTools      = "/tools"                   // a layer with programs and libraries of RDMA
+	guestHides      = "/hides"                   // a layer that hides what is the host's
 	guestHost       = "/host"                    // the host's root, read-only
 	guestRoot       = "/newroot"                 // the root that commands see
 	guestCgroups    = "/sys/fs/cgroup"

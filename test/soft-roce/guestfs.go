@@ -82,7 +82,7 @@ func mountRoot(config *guestConfig) error {
 		return err
 	}
 	overlay := mount{target: guestRoot, fstype: "overlay", source: "overlay",
-		data: "lowerdir=" + guestTools + ":" + guestHost + ",upperdir=" + layer + "/upper,workdir=" + layer + "/work"}
+		data: "lowerdir=" + guestTools + ":" + guestHides + ":" + guestHost + ",upperdir=" + layer + "/upper,workdir=" + layer + "/work"}
 	if err := overlay.do(); err != nil {
 		return err
 	}

@@ -8,18 +8,19 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
 )
 
 func TestOptions(t *testing.T) {
-	o, err := parseOptions([]string{"-kernel", "6.12", "-mem", "1024", "--", "go", "test", "-v", "./..."}, io.Discard)
-	if err != nil || o.track != "6.12" || o.memory != 1024 || !slices.Equal(o.command, []string{"go", "test", "-v", "./..."}) {
+	o, err := parseOptions([]string{"-kernel", "6.12", "-arch", "arm64", "-mem", "1024", "--", "go", "test", "-v", "./..."}, io.Discard)
+	if err != nil || o.track != "6.12" || o.arch.name != "arm64" || o.memory != 1024 || !slices.Equal(o.command, []string{"go", "test", "-v", "./..."}) {
 		t.Errorf("%+v, %v", o, err)
 	}
 	for _, args := range [][]string{
-		{}, {"-kernel", "5.4", "--", "true"}, {"-native", "-build"}, {"-native", "-host", "true"}, {"-build", "true"}, {"-native", "-out", "/tmp", "true"},
+		{}, {"-kernel", "5.4", "--", "true"}, {"-arch", "s390x", "true"}, {"-native", "-arch", "s390x", "true"}, {"-native", "-build"}, {"-native", "-host", "true"}, {"-build", "true"}, {"-native", "-out", "/tmp", "true"},
 		{"-mem", "3", "true"}, {"-out", "/no/such/folder", "true"}, {"-nonsense"},
 	} {
 		if o, err := parseOptions(args, io.Discard); err == nil {
@@ -44,11 +45,11 @@ func TestGoTestRunsOnTheHost(t *testing.T) {
 	if want := []string{"go", "test", "-exec", "'/tmp/a b/soft-roce'", "-v", "./..."}; !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
 	}
-	env := goTestEnv([]string{"A=B"}, "/s", "/w")
-	if want := []string{"A=B", socketEnv + "=/s", "GOTMPDIR=/w", "CGO_ENABLED=0"}; !slices.Equal(env, want) {
+	env := goTestEnv([]string{"A=B"}, arches[1], "/s", "/w")
+	if want := []string{"A=B", socketEnv + "=/s", "GOTMPDIR=/w", "GOARCH=arm64", "CGO_ENABLED=0"}; !slices.Equal(env, want) {
 		t.Errorf("got %q, want %q", env, want)
 	}
-	if env := goTestEnv([]string{"CGO_ENABLED=1"}, "/s", "/w"); slices.Contains(env, "CGO_ENABLED=0") {
+	if env := goTestEnv([]string{"CGO_ENABLED=1"}, arches[0], "/s", "/w"); slices.Contains(env, "CGO_ENABLED=0") {
 		t.Errorf("the user's choice is gone: %q", env)
 	}
 }
@@ -74,15 +75,22 @@ func TestCommandEnv(t *testing.T) {
 }
 
 func TestQEMUArgs(t *testing.T) {
-	c := machineConfig{kernel: "/k", initrd: "/i", socket: "/tmp/a,b/vm", work: "/w", memory: 512, cpus: 3}
+	c := machineConfig{arch: arches[0], kernel: "/k", initrd: "/i", socket: "/tmp/a,b/vm", work: "/w", memory: 512, cpus: 3}
 	line := strings.Join(qemuArgs(c), " ")
-	for _, want := range []string{"-smp 3 -m 512", "path=/tmp/a,,b/vm", "-accel tcg", "-cpu max,-erms,", "path=/,security_model=none,multidevs=remap,readonly=on"} {
+	for _, want := range []string{"-M pc", "-smp 3 -m 512", "path=/tmp/a,,b/vm", "-accel tcg", "-cpu max,-erms,", "console=ttyS0 ", "path=/,security_model=none,multidevs=remap,readonly=on"} {
 		if !strings.Contains(line, want) {
 			t.Errorf("%q is not in %s", want, line)
 		}
 	}
 	if strings.Contains(line, "mount_tag=out") {
 		t.Error("a folder is shared that nobody asked for")
+	}
+	c.arch = arches[1]
+	line = strings.Join(qemuArgs(c), " ")
+	for _, want := range []string{"-M virt", "console=ttyAMA0 "} {
+		if !strings.Contains(line, want) {
+			t.Errorf("%q is not in %s", want, line)
+		}
 	}
 	c.out, c.kvm = "/o", true
 	line = strings.Join(qemuArgs(c), " ")
@@ -122,12 +130,12 @@ func TestAptAnswers(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 	got := headerDependencies("h\n  Depends: linux-headers-6.1.0-56-common\n  Depends: linux-kbuild-6.1\n  Depends: linux-compiler-gcc-12-x86\n")
-	if want := []string{"linux-headers-6.1.0-56-common", "linux-kbuild-6.1"}; !slices.Equal(got, want) {
+	if want := []string{"linux-headers-6.1.0-56-common", "linux-kbuild-6.1:" + runtime.GOARCH}; !slices.Equal(got, want) {
 		t.Errorf("%q", got)
 	}
 	debs := parseURIs("Reading lists...\n'http://d/p/x_1%3a2-3_amd64.deb' x_1%3a2-3_amd64.deb 123 SHA256:00\n'http://d/p/y_1_all.deb' y_1_all.deb 5 MD5Sum:0\n")
-	if want := []deb{{"x_1%3a2-3_amd64.deb"}, {"y_1_all.deb"}}; !slices.Equal(debs, want) || debs[0].name() != "x" || debs[0].argument() != "x=1:2-3" {
-		t.Errorf("%q, %q", debs, debs[0].argument())
+	if want := []deb{{"x_1%3a2-3_amd64.deb"}, {"y_1_all.deb"}}; !slices.Equal(debs, want) || debs[0].name() != "x" || debs[0].argument() != "x:amd64=1:2-3" || debs[1].argument() != "y=1" {
+		t.Errorf("%q, %q, %q", debs, debs[0].argument(), debs[1].argument())
 	}
 }
 
@@ -142,7 +150,7 @@ func TestToolsAreChosen(t *testing.T) {
 	dir := t.TempDir()
 	for _, name := range []string{
 		"bin/ip", "usr/bin/rdma", "lib/x86_64-linux-gnu/libx.so.1.0", "usr/lib/x86_64-linux-gnu/libx.a", "usr/share/doc/x",
-		"etc/libibverbs.d/rxe.driver", "etc/libibverbs.d/mlx5.driver",
+		"etc/libibverbs.d/rxe.driver", "etc/libibverbs.d/mlx4.driver",
 	} {
 		path := filepath.Join(dir, name)
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -156,7 +164,7 @@ func TestToolsAreChosen(t *testing.T) {
 		t.Fatal(err)
 	}
 	tr := tree{}
-	if err := addTools(tr, dir); err != nil {
+	if err := addTools(tr, dir, arches[0]); err != nil {
 		t.Fatal(err)
 	}
 	want := []string{
@@ -173,8 +181,33 @@ func TestToolsAreChosen(t *testing.T) {
 	}
 }
 
+// Where the machine cannot run the host's programs, what has folders of them is hidden by its real name.
+func TestProgramsAreHidden(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Mkdir(dir+"/programs", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("programs", dir+"/link"); err != nil {
+		t.Fatal(err)
+	}
+	tr := tree{}
+	hidePrograms(tr, strings.Join([]string{dir + "/link", dir + "/none", "relative", "/", ""}, ":"))
+	if n, ok := tr["hides"+dir+"/programs"]; !ok || n.mode != typeDevice || n.major != 0 || n.minor != 0 {
+		t.Errorf("%+v, %v", n, ok)
+	}
+	if _, ok := tr["hides/usr/bin"]; !ok {
+		t.Error("/usr/bin is to be seen")
+	}
+	for name := range tr {
+		if strings.HasSuffix(name, "/link") || strings.HasSuffix(name, "/none") || strings.Contains(name, "relative") || name == "hides/" {
+			t.Errorf("%s is hidden", name)
+		}
+	}
+}
+
 // An image that another recipe made, or that is not complete, is not used.
 func TestCurrentImage(t *testing.T) {
+	a := arches[0]
 	c := &cache{dir: t.TempDir(), log: t.Logf}
 	img := &image{dir: filepath.Join(c.dir, "6.1.0-1-amd64", "image-x")}
 	if err := os.MkdirAll(img.dir, 0o755); err != nil {
@@ -185,23 +218,23 @@ func TestCurrentImage(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := c.current("6.1"); err == nil {
+	if _, err := c.current("6.1", a); err == nil {
 		t.Error("there is no link")
 	}
 	for range 2 { // it may be there already
-		if err := c.link("6.1", img); err != nil {
+		if err := c.link(c.linkTo("6.1", a), img); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := c.current("6.1"); err == nil {
+	if _, err := c.current("6.1", a); err == nil {
 		t.Error("there is no manifest")
 	}
 	manifest(`{"Recipe":"another"}`)
-	if _, err := c.current("6.1"); err == nil {
+	if _, err := c.current("6.1", a); err == nil {
 		t.Error("it is made by another recipe")
 	}
-	manifest(`{"Recipe":"` + recipe() + `","Release":"6.1.0-1-amd64"}`)
-	got, err := c.image(context.Background(), "6.1", false)
+	manifest(`{"Recipe":"` + a.recipe() + `","Release":"6.1.0-1-amd64"}`)
+	got, err := c.image(context.Background(), "6.1", a, false)
 	if err != nil || got.dir != img.dir || got.manifest.Release != "6.1.0-1-amd64" {
 		t.Errorf("%+v, %v", got, err)
 	}

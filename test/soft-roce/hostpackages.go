@@ -15,14 +15,12 @@ import (
 // A hostProgram is one that this program starts on the host, and the Debian package that has it.
 type hostProgram struct{ name, pkg string }
 
-// runPrograms are needed by every run with a machine.
-var runPrograms = []hostProgram{{"qemu-system-x86_64", "qemu-system-x86"}}
-
 // buildPrograms are needed to make an image.
-func buildPrograms(track string) []hostProgram {
+func buildPrograms(track string, a *arch) []hostProgram {
+	gcc, strip := a.compiler()
 	p := []hostProgram{
 		{"apt-get", "apt"}, {"apt-cache", "apt"}, {"dpkg", "dpkg"}, {"xz", "xz-utils"}, {"tar", "tar"},
-		{"make", "make"}, {"gcc", "gcc"}, {"strip", "binutils"},
+		{"make", "make"}, gcc, strip,
 	}
 	if track != "6.1" {
 		p = append(p, hostProgram{"zstd", "zstd"}) // what later kernels are compressed with

@@ -23,7 +23,8 @@ import (
 //	<cache>/debs/                      Debian packages, as downloaded
 //	<cache>/<release>/siw-<key>.ko     the module that Debian does not build
 //	<cache>/<release>/image-<key>/     an image; the key covers the recipe and the versions of all packages
-//	<cache>/<track>                    a link to the image in use; the track is what -kernel says
+//	<cache>/<track>-<arch>             a link to the image in use; the track is what -kernel says
+//	<cache>/apt-<arch>/                apt's lists of packages of an architecture that is not the host's
 //	<cache>/lock
 //
 // An image is made in a folder of another name and renamed when it is complete, so what has the name is whole.
@@ -47,7 +48,9 @@ const manifestName = "manifest.json"
 // recipeVersion changes with the code that makes images, when what it makes changes. (Lists have their own part in the key.)
 const recipeVersion = 1
 
-func recipe() string { return key(recipeVersion, wantedModules, toolPackages, toolFolders, toolFiles) }
+func (a *arch) recipe() string {
+	return key(recipeVersion, wantedModules, a.toolPackages(), a.toolFolders(), a.toolFiles())
+}
 
 // key is a short hash of values.
 func key(values ...any) string {
@@ -73,10 +76,10 @@ func openCache(log func(string, ...any)) (*cache, error) {
 	return c, os.MkdirAll(c.dir, 0o755)
 }
 
-// image returns the image of a track, built if there is none or if it was made by another recipe. With refresh it also asks
+// image returns the image of a track and architecture, built if there is none or if it was made by another recipe. With refresh it also asks
 // apt whether there are newer packages.
-func (c *cache) image(ctx context.Context, track string, refresh bool) (*image, error) {
-	if img, err := c.current(track); err == nil && !refresh {
+func (c *cache) image(ctx context.Context, track string, a *arch, refresh bool) (*image, error) {
+	if img, err := c.current(track, a); err == nil && !refresh {
 		return img, nil
 	}
 	unlock, err := c.lock()
@@ -84,15 +87,15 @@ func (c *cache) image(ctx context.Context, track string, refresh bool) (*image, 
 		return nil, err
 	}
 	defer unlock()
-	if img, err := c.current(track); err == nil && !refresh { // another run has built it meanwhile
+	if img, err := c.current(track, a); err == nil && !refresh { // another run has built it meanwhile
 		return img, nil
 	}
-	return c.build(ctx, track)
+	return c.build(ctx, track, a)
 }
 
 // current opens the image that the track's link leads to, if this program would build the same.
-func (c *cache) current(track string) (*image, error) {
-	dir, err := filepath.EvalSymlinks(filepath.Join(c.dir, track))
+func (c *cache) current(track string, a *arch) (*image, error) {
+	dir, err := filepath.EvalSymlinks(c.linkTo(track, a))
 	if err != nil {
 		return nil, err
 	}
@@ -104,7 +107,7 @@ func (c *cache) current(track string) (*image, error) {
 	if err := json.Unmarshal(text, &img.manifest); err != nil {
 		return nil, err
 	}
-	if img.manifest.Recipe != recipe() {
+	if img.manifest.Recipe != a.recipe() {
 		return nil, errors.New("made by another recipe")
 	}
 	return img, nil
@@ -133,15 +136,19 @@ func (c *cache) lock() (unlock func(), err error) {
 }
 
 // build makes the track's image from the packages that apt has now, or finds it made, and has the track lead to it.
-func (c *cache) build(ctx context.Context, track string) (*image, error) {
-	if err := needPrograms(ctx, c.log, buildPrograms(track)); err != nil {
+func (c *cache) build(ctx context.Context, track string, a *arch) (*image, error) {
+	if err := needPrograms(ctx, c.log, buildPrograms(track, a)); err != nil {
 		return nil, err
 	}
-	apt := &apt{archives: filepath.Join(c.dir, "debs")}
+	apt := &apt{arch: a, archives: filepath.Join(c.dir, "debs"), state: filepath.Join(c.dir, "apt-"+a.name)}
+	if a.foreign() { // nobody else keeps these lists up to date
+		if err := apt.update(ctx, c.log); err != nil {
+			return nil, err
+		}
+	}
 	p, err := apt.plan(ctx, track)
-	if errors.Is(err, errUpdate) && os.Geteuid() == 0 {
-		c.log("updating apt's lists of packages")
-		if err := aptGet(ctx, "update", "-q"); err != nil {
+	if errors.Is(err, errUpdate) && os.Geteuid() == 0 && !a.foreign() {
+		if err := apt.update(ctx, c.log); err != nil {
 			return nil, err
 		}
 		p, err = apt.plan(ctx, track)
@@ -149,7 +156,7 @@ func (c *cache) build(ctx context.Context, track string) (*image, error) {
 	if err != nil {
 		return nil, err
 	}
-	img := &image{manifest: manifest{Recipe: recipe(), Release: p.release}}
+	img := &image{manifest: manifest{Recipe: a.recipe(), Release: p.release}}
 	for _, d := range slices.Concat([]deb{p.kernel}, p.tools, p.sources) {
 		img.manifest.Packages = append(img.manifest.Packages, d.file)
 	}
@@ -163,21 +170,24 @@ func (c *cache) build(ctx context.Context, track string) (*image, error) {
 			return nil, fmt.Errorf("build the image of Linux %s: %w", p.release, err)
 		}
 	}
-	return img, c.link(track, img)
+	return img, c.link(c.linkTo(track, a), img)
 }
 
-// link has the track lead to the image, in one step.
-func (c *cache) link(track string, img *image) error {
+// linkTo is the link to a track's image.
+func (c *cache) linkTo(track string, a *arch) string { return filepath.Join(c.dir, track+"-"+a.name) }
+
+// link has the link lead to the image, in one step.
+func (c *cache) link(name string, img *image) error {
 	to, err := filepath.Rel(c.dir, img.dir)
 	if err != nil {
 		return err
 	}
-	next := filepath.Join(c.dir, "."+track)
+	next := name + ".new"
 	_ = os.Remove(next) // a run that was killed here has left it
 	if err := os.Symlink(to, next); err != nil {
 		return err
 	}
-	return os.Rename(next, filepath.Join(c.dir, track))
+	return os.Rename(next, name)
 }
 
 // make makes the image.
@@ -206,7 +216,7 @@ func (c *cache) make(ctx context.Context, apt *apt, img *image, p *plan) (err er
 	}
 	if buildSiw {
 		c.log("building the module siw for Linux %s: Debian has it in no package", p.release)
-		b := siwBuild{apt: apt, debs: p.sources, release: p.release, dir: filepath.Join(tmp, "siw"), libraries: toolsDir}
+		b := siwBuild{apt: apt, arch: apt.arch, debs: p.sources, release: p.release, dir: filepath.Join(tmp, "siw"), libraries: toolsDir}
 		if err := b.run(ctx, siw); err != nil {
 			return fmt.Errorf("build the module siw: %w", err)
 		}
@@ -227,7 +237,7 @@ func (c *cache) make(ctx context.Context, apt *apt, img *image, p *plan) (err er
 	if err := addModules(ctx, t, kernelDir, siw); err != nil {
 		return err
 	}
-	if err := addTools(t, toolsDir); err != nil {
+	if err := addTools(t, toolsDir, apt.arch); err != nil {
 		return err
 	}
 	if err := writeTree(t, filepath.Join(made, "base.cpio")); err != nil {

@@ -5,7 +5,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"debug/elf"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -37,9 +36,9 @@ const bootTimeout = 3 * time.Minute
 func bootVM(ctx context.Context, img *image, o *options, dir string) (*machine, error) {
 	config := machineConfig{
 		kernel: img.kernel(), initrd: filepath.Join(dir, "initrd"), socket: filepath.Join(dir, "vm"), work: workFolder(dir), out: o.out,
-		memory: o.memory, cpus: o.cpus, kvm: haveKVM(), verbose: o.verbose,
+		arch: o.arch, memory: o.memory, cpus: o.cpus, kvm: o.arch.haveKVM(), verbose: o.verbose,
 	}
-	program, err := ownProgram()
+	program, err := o.arch.program(ctx, dir)
 	if err != nil {
 		return nil, err
 	}
@@ -47,7 +46,7 @@ func bootVM(ctx context.Context, img *image, o *options, dir string) (*machine, 
 	if err != nil {
 		return nil, err
 	}
-	if err := writeInitrd(config.initrd, img.base(), program, guest); err != nil {
+	if err := writeInitrd(config, img.base(), program, guest); err != nil {
 		return nil, fmt.Errorf("write the machine's initramfs: %w", err)
 	}
 	defer os.Remove(config.initrd) // once the machine is ready it has been read
@@ -84,7 +83,7 @@ func bootVM(ctx context.Context, img *image, o *options, dir string) (*machine, 
 
 // start starts QEMU. Its death signal is bound to the thread that starts it, so that one must live as long as QEMU does.
 func (m *machine) start(c machineConfig) error {
-	cmd := exec.Command("qemu-system-x86_64", qemuArgs(c)...)
+	cmd := exec.Command(c.arch.qemu.name, qemuArgs(c)...)
 	cmd.Stdout, cmd.Stderr = m.console, m.console
 	// A group of its own: a terminal's Ctrl-C is for the command, and ends the machine by way of that.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
@@ -152,26 +151,4 @@ func (m *machine) stop() {
 	if m.conn != nil {
 		m.conn.Close()
 	}
-}
-
-// ownProgram returns this program's file, which serves as the machine's /init.
-func ownProgram() ([]byte, error) {
-	path, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	f, err := elf.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	if f.Machine != elf.EM_X86_64 {
-		return nil, fmt.Errorf("this program is built for %v, and the machine is an amd64 one: run it on amd64", f.Machine)
-	}
-	for _, p := range f.Progs {
-		if p.Type == elf.PT_INTERP {
-			return nil, errors.New("this program is linked dynamically (built with -race, perhaps), but has to be the machine's /init: build it with CGO_ENABLED=0")
-		}
-	}
-	return os.ReadFile(path)
 }

@@ -68,14 +68,14 @@ func run(o *options) (int, error) {
 		defer cancel()
 		return runNative(ctx, in, o)
 	}
-	if err := needPrograms(ctx, log, runPrograms); err != nil {
+	if err := needPrograms(ctx, log, []hostProgram{o.arch.qemu}); err != nil {
 		return 0, err
 	}
 	c, err := openCache(log)
 	if err != nil {
 		return 0, err
 	}
-	img, err := c.image(ctx, o.track, o.build)
+	img, err := c.image(ctx, o.track, o.arch, o.build)
 	if err != nil {
 		return 0, stopped(ctx, err)
 	}

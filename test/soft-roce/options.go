@@ -16,6 +16,7 @@ import (
 // Options are what the command line says.
 type options struct {
 	track   string
+	arch    *arch
 	memory  int
 	cpus    int
 	timeout time.Duration
@@ -32,7 +33,7 @@ const usage = `usage: soft-roce [flags] -- command [args...]
 
 Runs the command in a virtual machine with the RDMA devices rxe0, rxe1 (Soft-RoCE) and siw0, siw1 (soft iWARP), and exits
 with its status; 125 is a failure of soft-roce itself. Of "go test ...", only the test binaries run in the machine; with
--host that goes for every go test of the command.
+-host that goes for every go test of the command. -arch has machines of another architecture than the host's.
 
 `
 
@@ -41,6 +42,7 @@ func parseOptions(args []string, complain io.Writer) (*options, error) {
 	f := flag.NewFlagSet("soft-roce", flag.ContinueOnError)
 	f.SetOutput(complain)
 	f.StringVar(&o.track, "kernel", tracks[0], "the machine's Linux: 6.1 or 6.12")
+	archName := f.String("arch", runtime.GOARCH, "the machine's `architecture`: amd64 or arm64")
 	f.IntVar(&o.memory, "mem", 2048, "the machine's memory, in `MiB`")
 	f.IntVar(&o.cpus, "smp", min(max(runtime.NumCPU(), 2), 4), "the machine's processors")
 	f.DurationVar(&o.timeout, "timeout", 30*time.Minute, "for all of the run but building the image; 0: none")
@@ -64,12 +66,16 @@ func parseOptions(args []string, complain io.Writer) (*options, error) {
 		return nil, errors.New("no command to run")
 	case len(o.command) > 0 && o.build:
 		return nil, errors.New("-build runs no command")
-	case o.native && (o.build || o.bare || o.host || o.out != ""):
-		return nil, errors.New("-native has no machine: -build, -bare, -host and -out mean nothing with it")
+	case o.native && (o.build || o.bare || o.host || o.out != "" || *archName != runtime.GOARCH):
+		return nil, errors.New("-native has no machine: -build, -bare, -host, -out and -arch mean nothing with it")
 	case o.memory < 512 || o.cpus < 1:
 		return nil, errors.New("the machine needs a processor and 512 MiB")
 	}
 	if err := checkTrack(o.track); err != nil {
+		return nil, err
+	}
+	var err error
+	if o.arch, err = findArch(*archName); err != nil {
 		return nil, err
 	}
 	if o.out != "" {

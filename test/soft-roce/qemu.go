@@ -12,7 +12,8 @@ import (
 
 // A machineConfig is what a run wants of its machine.
 type machineConfig struct {
-	kernel  string // the ELF file
+	arch    *arch
+	kernel  string // not compressed
 	initrd  string
 	socket  string // where the machine's port connects to
 	work    string // shared for reading and writing
@@ -25,28 +26,22 @@ type machineConfig struct {
 
 // kernelOptions make the boot short: no probing, no self-tests, no mitigations in a machine that lives for one run, no security
 // module (without apparmor it is selinux), and no clearing of memory that is written anyway. A panic ends the machine.
-const kernelOptions = "console=ttyS0 panic=-1 nokaslr mitigations=off no_timer_check tsc=reliable random.trust_cpu=on " +
-	"cryptomgr.notests audit=0 apparmor=0 selinux=0 net.ifnames=0 init_on_alloc=0"
+const kernelOptions = "panic=-1 nokaslr mitigations=off random.trust_cpu=on cryptomgr.notests audit=0 apparmor=0 selinux=0 " +
+	"net.ifnames=0 init_on_alloc=0"
 
-// emulatedCPU leaves out what makes programs choose code that is slow to emulate: with erms, kernel and libraries copy and
-// clear byte by byte (by words without it: 64 KiB through a pipe in 0.15 ms instead of 0.5), and the carry-less
-// multiplication makes a CRC take half as long again as a table does.
-const emulatedCPU = "max,-erms,-pclmulqdq"
-
-// qemuArgs is the machine's command line. The kernel is an uncompressed ELF file that starts at its PVH entry, which spares
-// the machine seconds of decompression. The machine type is pc: microvm hangs in the calibration of its clock at times.
+// qemuArgs is the machine's command line.
 func qemuArgs(c machineConfig) []string {
-	accel, cpu := "tcg,thread=multi,tb-size=256", emulatedCPU
+	accel, cpu := "tcg,thread=multi,tb-size=256", c.arch.cpu
 	if c.kvm {
 		accel, cpu = "kvm", "host"
 	}
-	append_ := kernelOptions + " quiet loglevel=4"
+	append_ := kernelOptions + " console=" + c.arch.console + " " + c.arch.options + " quiet loglevel=4"
 	if c.verbose {
-		append_ = kernelOptions + " loglevel=6"
+		append_ += " loglevel=6" // the last counts
 	}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-M", "pc", "-accel", accel, "-cpu", cpu, "-smp", fmt.Sprint(c.cpus), "-m", fmt.Sprint(c.memory),
+		"-M", c.arch.machine, "-accel", accel, "-cpu", cpu, "-smp", fmt.Sprint(c.cpus), "-m", fmt.Sprint(c.memory),
 		"-kernel", c.kernel, "-initrd", c.initrd, "-append", append_,
 		"-serial", "stdio",
 		"-device", "virtio-serial-pci",
@@ -70,11 +65,14 @@ func qemuArgs(c machineConfig) []string {
 // optionValue writes a value for QEMU's lists of options, where a comma is written twice.
 func optionValue(s string) string { return strings.ReplaceAll(s, ",", ",,") }
 
-// haveKVM is whether the processor can run machines, and we may. A /dev/kvm alone says little: it is also there where the
+// haveKVM is whether the processor can run machines, and we may. On amd64 a /dev/kvm alone says little: it is also there where the
 // host is a machine itself and the processor's feature is hidden.
-func haveKVM() bool {
+func (a *arch) haveKVM() bool {
+	if a.foreign() {
+		return false
+	}
 	info, err := os.ReadFile("/proc/cpuinfo")
-	if err != nil || !regexp.MustCompile(`(?m)^flags\s*:.*\b(vmx|svm)\b`).Match(info) {
+	if err != nil || a.name == "amd64" && !regexp.MustCompile(`(?m)^flags\s*:.*\b(vmx|svm)\b`).Match(info) {
 		return false
 	}
 	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
@@ -87,8 +85,8 @@ func haveKVM() bool {
 
 // writeInitrd appends to the image's initramfs what belongs to this run: this program as /init, and its configuration. The
 // kernel unpacks archives that follow one another.
-func writeInitrd(name, base string, program []byte, config []byte) error {
-	f, err := os.Create(name)
+func writeInitrd(c machineConfig, base string, program []byte, config []byte) error {
+	f, err := os.Create(c.initrd)
 	if err != nil {
 		return err
 	}
@@ -108,8 +106,22 @@ func writeInitrd(name, base string, program []byte, config []byte) error {
 	for _, dir := range []string{"proc", "sys", "run", "layer", strings.TrimPrefix(guestHost, "/"), strings.TrimPrefix(guestRoot, "/")} {
 		t.folder(filepath.Clean(dir))
 	}
+	t.folder(strings.TrimPrefix(guestHides, "/"))
+	if c.arch.foreign() {
+		hidePrograms(t, os.Getenv("PATH"))
+	}
 	if err := t.writeTo(f); err != nil {
 		return err
 	}
 	return f.Close()
+}
+
+// hidePrograms hides the folders of the host's programs, and thereby tells the machine's commands that these are not there: it could not run
+// them. What the image has in such folders is over that.
+func hidePrograms(t tree, path string) {
+	for _, dir := range append(filepath.SplitList(path), defaultPath...) {
+		if dir, err := filepath.EvalSymlinks(dir); err == nil && filepath.IsAbs(dir) && dir != "/" {
+			t.device(guestHides[1:]+dir, 0, 0, 0) // what an overlay takes as "nothing here, nor below"
+		}
+	}
 }

@@ -47,7 +47,7 @@ func runInMachine(ctx context.Context, in *interrupt, m *machine, o *options, di
 		if err != nil {
 			return 0, err
 		}
-		argv, env := o.command, goTestEnv(os.Environ(), socket, workFolder(dir))
+		argv, env := o.command, goTestEnv(os.Environ(), o.arch, socket, workFolder(dir))
 		if o.host {
 			env, err = withExec(env, self)
 		} else {
@@ -102,8 +102,8 @@ func withExec(env []string, self string) ([]string, error) {
 
 // goTestEnv is the environment of the go command. Test binaries, and what they write for the go command, are in a folder
 // that host and machine share. Static binaries need nothing of the host; who says otherwise has a reason.
-func goTestEnv(env []string, socket, work string) []string {
-	env = append(env, socketEnv+"="+socket, "GOTMPDIR="+work)
+func goTestEnv(env []string, a *arch, socket, work string) []string {
+	env = append(env, socketEnv+"="+socket, "GOTMPDIR="+work, "GOARCH="+a.name)
 	for _, e := range env {
 		if strings.HasPrefix(e, "CGO_ENABLED=") {
 			return env

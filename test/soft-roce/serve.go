@@ -120,13 +120,16 @@ func (s *server) end(id uint32, status exitStatus) {
 	_ = s.out.send(kindStatus, id, status.encode())
 }
 
+// defaultPath are the folders of programs.
+var defaultPath = strings.Split("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", ":")
+
 // lookPath finds a command the way a shell with the environment env in the folder dir does: exec.LookPath would take the
 // server's own.
 func lookPath(name, dir string, env []string) (string, error) {
 	if strings.Contains(name, "/") {
 		return name, nil
 	}
-	path := "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+	path := strings.Join(defaultPath, ":")
 	for _, e := range env {
 		if p, ok := strings.CutPrefix(e, "PATH="); ok {
 			path = p + ":" + path // an ordinary user's has no sbin, and here one is root

@@ -17,6 +17,7 @@ import (
 // kernel. Headers and source are extracted, not installed, into dir.
 type siwBuild struct {
 	apt       *apt
+	arch      *arch
 	debs      []deb // headers, kbuild, source
 	release   string
 	dir       string
@@ -37,16 +38,17 @@ func (b *siwBuild) run(ctx context.Context, to string) error {
 		return err
 	}
 	make := exec.CommandContext(ctx, "make", fmt.Sprintf("-j%d", runtime.NumCPU()),
-		"-C", filepath.Join(b.dir, "usr/src/linux-headers-"+b.release), "M="+source, "CONFIG_RDMA_SIW=m",
+		"-C", filepath.Join(b.dir, "usr/src/linux-headers-"+b.release), "M="+source, "CONFIG_RDMA_SIW=m", "CROSS_COMPILE="+b.arch.triplet+"-",
 		"CONFIG_DEBUG_INFO_BTF_MODULES=", // nobody needs its type information, which takes a further program (pahole)
 		"modules")
 	make.Env = append(os.Environ(), "LC_ALL=C",
-		"LD_LIBRARY_PATH="+filepath.Join(b.libraries, "usr/lib/x86_64-linux-gnu")+":"+filepath.Join(b.libraries, "lib/x86_64-linux-gnu"))
+		"LD_LIBRARY_PATH="+filepath.Join(b.libraries, "usr/lib", b.arch.triplet)+":"+filepath.Join(b.libraries, "lib", b.arch.triplet))
 	if _, err := output(make); err != nil {
 		return err
 	}
 	ko := filepath.Join(source, "siw.ko")
-	if _, err := output(exec.CommandContext(ctx, "strip", "--strip-debug", ko)); err != nil {
+	_, strip := b.arch.compiler()
+	if _, err := output(exec.CommandContext(ctx, strip.name, "--strip-debug", ko)); err != nil {
 		return err
 	}
 	return os.Rename(ko, to)

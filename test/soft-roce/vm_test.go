@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -150,6 +151,23 @@ func TestMachine(t *testing.T) {
 		cmd.Dir = sampleModule(t)
 		stdout, stderr, code := finish(t, cmd)
 		contains(t, "stdout", stdout+stderr, fmt.Sprintf("%d \n", cmd.Process.Pid), "ok  \tsample/a", "ok  \tsample/b", "FAIL\tsample/fail", "status 1")
+		if code != 0 {
+			t.Errorf("status %d", code)
+		}
+	})
+
+	t.Run("another architecture", func(t *testing.T) {
+		t.Parallel()
+		other := arches[slices.IndexFunc(arches, (*arch).foreign)]
+		stdout, stderr, code := finish(t, run("-arch", other.name, "--", "sh", "-c", "uname -m; command -v go gcc; "+pingpong))
+		contains(t, "stdout", stdout, strings.TrimSuffix(other.triplet, "-linux-gnu")+"\n", "100 iters in")
+		if strings.Contains(stdout, "bin/") || code != 0 {
+			t.Errorf("status %d, and there are programs of the host:\n%s\n%s", code, stdout, stderr)
+		}
+		cmd := run("-arch", other.name, "--", "go", "test", "-p", "2", "./a", "./b")
+		cmd.Dir = sampleModule(t)
+		stdout, stderr, code = finish(t, cmd)
+		contains(t, "stdout", stdout+stderr, "ok  \tsample/a", "ok  \tsample/b")
 		if code != 0 {
 			t.Errorf("status %d", code)
 		}
