@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -70,6 +71,9 @@ var ErrClosed = driver.ErrClosed
 func NewDevice(cfg Config) (*Device, error) {
 	if cfg.Name == "" {
 		cfg.Name = "mlx5_0"
+	}
+	if n := os.Getpagesize(); n != pageSize { // arm64's kernels may be built for 16 or 64 KiB
+		return nil, fmt.Errorf("mlx5emu: %s has UAR pages of %d bytes, and this kernel pages of %d: %w", cfg.Name, pageSize, n, errors.ErrUnsupported)
 	}
 	nic, keys, err := openNIC(cfg.Numbered)
 	if err != nil {
