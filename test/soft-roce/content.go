@@ -25,7 +25,7 @@ var rdmaPackages = strings.Fields(`
 var basePackages = strings.Fields(`
 	libc6 libgcc-s1 libselinux1 libpcre2-8-0 libacl1 libattr1 libgmp10 libtinfo6 libproc2-0 libsystemd0 libzstd1 liblzma5 liblz4-1
 	libgcrypt20 libgpg-error0 libssl3 libmount1 libblkid1 libuuid1 libsmartcols1 libgssapi-krb5-2 libkrb5-3 libk5crypto3
-	libkrb5support0 libkeyutils1 libcom-err2
+	libkrb5support0 libkeyutils1 libcom-err2 libudev1
 	dash bash coreutils diffutils findutils grep sed mawk procps util-linux`)
 
 func (a *arch) toolPackages() []string {
