@@ -24,7 +24,7 @@ stage = @printf '\n=== %s\n' "$(1)"
 # Commands and examples, by folder name.
 PROGRAMS = $(notdir $(patsubst %/,%,$(dir $(wildcard cmd/*/main.go examples/*/main.go))))
 
-.PHONY: all test check build demo lint unit udp emulated race fuzz cross vm vm-6.12 in-vm-rxe in-vm-siw in-vm-6.12 conform-rxe conform-siw vm-conformance matrix pgo bench bench-vm bench-net bench-mlx5 bench-once bench-quick demo-check clean
+.PHONY: all test check build demo lint unit udp emulated race fuzz cross vm vm-6.12 vm-arm64 in-vm-rxe in-vm-siw in-vm-6.12 in-vm-arm64 conform-rxe conform-siw vm-conformance matrix pgo bench bench-vm bench-net bench-mlx5 bench-once bench-quick demo-check clean
 
 all: build
 
@@ -213,6 +213,28 @@ vm-6.12:
 in-vm-6.12:
 	$(VMTEST) ./internal/conformance -run 'TestInProcess/(warm-up|placement)' -device rxe0 -peer-device rxe1
 	$(VMTEST) ./internal/conformance -run 'TestSoftAndRXE/.*/(warm-up|placement)'
+
+# What an arm64 processor and its kernel have to do with: assembly, layouts, system calls, rings, and what is on top of these, with the
+# software NIC, the kernel's devices and the emulated ConnectX. All of it is emulated, which takes long, and is no part of test.
+vm-arm64:
+	$(call stage,vm-arm64: an arm64 machine)
+	.ci/setup go gcc
+	$(GO) run ./test/soft-roce -arch arm64 -timeout 90m -host -- $(MAKE) in-vm-arm64
+
+ARMTEST = $(GO) test -count=1 -p 1 -timeout 30m
+in-vm-arm64:
+	$(ARMTEST) ./internal/abi ./internal/ring ./internal/roce ./internal/mem ./internal/procmem ./internal/seccomp ./internal/netlink
+	$(ARMTEST) ./internal/mlx5emu ./internal/provider/mlx5
+	$(ARMTEST) -short ./internal/softnic ./internal/softnic/udp
+	$(ARMTEST) -short ./internal/conformance -run 'TestInProcess|TestProcesses$$|TestConnectX' -device soft0
+	$(ARMTEST) ./internal/conformance -run 'TestInProcess' -device rxe0 -peer-device rxe1
+	$(ARMTEST) ./internal/conformance -run 'TestInProcess' -device siw0 -peer-device siw1
+	$(ARMTEST) ./internal/nldev ./internal/uverbs ./internal/rdmacm ./internal/provider/rxe ./internal/provider/siw ./mr ./qp
+	RINGSIDE_DEVICE=soft0 $(ARMTEST) -short ./transport ./rpc
+	RINGSIDE_DEVICE=rxe0 $(ARMTEST) -short ./transport ./rpc
+	$(ARMTEST) -short ./internal/emulate
+	$(ARMTEST) -run 'Emulate|TestKernelDevices' ./cmd/ringside
+	$(GO) run ./cmd/ringside emulate -- /proc/self/exe doctor --selftest --device mlx5_0 --run '$(EMULATED)'
 
 CONFORM = ./internal/conformance -run 'TestInProcess|TestZMatrix'
 space := $(subst ,, )
