@@ -30,33 +30,44 @@ type compiler struct {
 	command string
 }
 
-// compilerFor finds the cross compiler, or the machine's own if that makes code for the architecture.
-func compilerFor(a arch) (*compiler, error) {
-	cross := a.triplet + "-gcc"
-	if p, err := exec.LookPath(cross); err == nil {
-		return &compiler{a, p}, nil
-	}
-	if p, err := exec.LookPath("gcc"); err == nil {
-		out, err := exec.Command(p, "-dumpmachine").Output()
-		if err != nil {
-			return nil, fmt.Errorf("%s -dumpmachine: %w", p, err)
+// compilerFor finds the cross compiler, or the machine's own if that makes code for the architecture. Without the kernel's
+// headers of the architecture, which are in a package of their own, it is none.
+func compilerFor(a arch, include string) (*compiler, error) {
+	command, err := exec.LookPath(a.triplet + "-gcc")
+	if err != nil {
+		if command, err = exec.LookPath("gcc"); err == nil {
+			out, failed := exec.Command(command, "-dumpmachine").Output()
+			if failed != nil {
+				return nil, fmt.Errorf("%s -dumpmachine: %w", command, failed)
+			}
+			if strings.TrimSpace(string(out)) != a.triplet {
+				err = exec.ErrNotFound
+			}
 		}
-		if strings.TrimSpace(string(out)) == a.triplet {
-			return &compiler{a, p}, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s-gcc is not here (apt-get install %s)", errNoCompiler, a.triplet, a.packages)
+	}
+	for _, dir := range a.headers(include) {
+		if _, err := os.Stat(filepath.Join(dir, "asm", "types.h")); err == nil {
+			return &compiler{a, command}, nil
 		}
 	}
-	return nil, fmt.Errorf("%w: %s is not here (apt-get install %s)", errNoCompiler, cross, a.packages)
+	return nil, fmt.Errorf("%w with the kernel's headers for %s (apt-get install %s)", errNoCompiler, a.goarch, a.packages)
+}
+
+// headers is where the native package and the cross package have the headers of the architecture.
+func (a arch) headers(include string) []string {
+	return []string{filepath.Join(include, a.triplet), filepath.Join("/usr", a.triplet, "include")}
 }
 
 // run calls the compiler on a C file. The C library's headers stay out: they have opinions of their own on what a
 // sockaddr_in is. The kernel's headers are those of include for every architecture, and only asm/ differs: it is found
 // where the native package or the cross package has it.
 func (c *compiler) run(include string, args ...string) ([]byte, error) {
-	base := []string{
-		"-std=gnu11", "-O0", "-nostdinc",
-		"-isystem", include,
-		"-isystem", filepath.Join(include, c.triplet),
-		"-isystem", filepath.Join("/usr", c.triplet, "include"),
+	base := []string{"-std=gnu11", "-O0", "-nostdinc", "-isystem", include}
+	for _, dir := range c.headers(include) {
+		base = append(base, "-isystem", dir)
 	}
 	cmd := exec.Command(c.command, append(base, args...)...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C")

@@ -62,7 +62,7 @@ func generate(include string) ([]output, error) {
 	var golden []output
 	for _, arch := range arches {
 		name := "testdata/layout_" + arch.goarch + ".txt"
-		cc, err := compilerFor(arch)
+		cc, err := compilerFor(arch, include)
 		if errors.Is(err, errNoCompiler) {
 			golden = append(golden, output{name: name, skipped: err})
 			continue
