@@ -18,7 +18,8 @@ import (
 // The C program has one buffer a connection, for all messages, sent and received. So those of a C server are all the same, and
 // a client, of either kind, sends back the last one that it has received, as often as there are messages.
 //
-// That the server sends first is against iWARP's rules (RFC 5044, section 7.1.2), but the C program does it, and siw bears it.
+// That the server sends first is against iWARP's rules (RFC 5044, section 7.1.2), but the C program does it, and siw bears it in most
+// cases: not where the first message comes with the reply to the request to connect, or before the client has looked at that.
 type ucmatose struct {
 	cmSide
 	connections int
