@@ -159,7 +159,7 @@ func (n *cmConn) dial(ctx context.Context, q *QP, gid int, port uint16, to netip
 // cmParams is what this side says.
 func cmParams(q *QP, p *driver.CMParam, psn ib.PSN) *cm.Params {
 	return &cm.Params{QPN: q.qpn, PSN: psn, ResponderResources: p.MaxDestRdAtomic, InitiatorDepth: p.MaxRdAtomic, RNRRetry: p.RNRRetry, SRQ: p.SRQ,
-		Private: p.PrivateData}
+		VendorID: cm.Vendor, VendorOptions: cm.OptionSelective, Private: p.PrivateData}
 }
 
 func randomPSN() ib.PSN {
@@ -315,6 +315,9 @@ func (n *cmConn) accept(ctx context.Context, dq driver.QP, p *driver.CMParam) er
 	err = n.port.manage(func(_ *cm.Engine, now time.Duration) error {
 		c := cmParams(q, p, a.rqPSN)
 		c.ResponderResources, c.InitiatorDepth = min(c.ResponderResources, m.InitiatorDepth), min(c.InitiatorDepth, m.ResponderResources)
+		if !n.c.Selective() {
+			c.VendorID, c.VendorOptions = 0, 0
+		}
 		return n.c.Accept(now, c)
 	})
 	if err == nil {
@@ -333,7 +336,7 @@ func (n *cmConn) accept(ctx context.Context, dq driver.QP, p *driver.CMParam) er
 
 // Reject implements driver.CMRequest.
 func (r *cmRequest) Reject(privateData []byte) error {
-	return r.port.manage(func(_ *cm.Engine, now time.Duration) error { return r.c.Reject(now, privateData) })
+	return r.port.manage(func(_ *cm.Engine, now time.Duration) error { return r.c.Reject(now, roce.RejectConsumer, privateData) })
 }
 
 // Close implements driver.CMRequest.

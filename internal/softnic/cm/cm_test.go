@@ -62,7 +62,7 @@ func TestMessages(t *testing.T) {
 	}
 	refused := a.dial(b, nil)
 	n.run(time.Millisecond)
-	if err := s.came[1].c.Reject(n.now, []byte("no")); err != nil {
+	if err := s.came[1].c.Reject(n.now, roce.RejectConsumer, []byte("no")); err != nil {
 		t.Error(err)
 	}
 	n.run(time.Second)
@@ -127,7 +127,7 @@ func TestLost(t *testing.T) {
 			n.run(2 * time.Second)
 			server := s.came[0]
 			if kind == roce.CMREJ {
-				if err := server.c.Reject(n.now, []byte("no")); err != nil {
+				if err := server.c.Reject(n.now, roce.RejectConsumer, []byte("no")); err != nil {
 					t.Error(err)
 				}
 				n.run(30 * time.Second)
@@ -337,7 +337,7 @@ func TestRefused(t *testing.T) {
 			return err
 		}(),
 		"accept": s.came[0].c.Accept(n.now, &Params{Private: make([]byte, MaxReply+1)}),
-		"reject": s.came[0].c.Reject(n.now, make([]byte, MaxReject+1)),
+		"reject": s.came[0].c.Reject(n.now, roce.RejectConsumer, make([]byte, MaxReject+1)),
 	} {
 		if err == nil {
 			t.Errorf("%s: too much private data", what)
@@ -452,7 +452,7 @@ func TestFlood(t *testing.T) {
 		roce.PutMAD(mad[:], uint64(i), &m)
 		b.e.Receive(a.addr, mad[:], n.now)
 		if i%2 == 0 && len(s.came) > 0 { // the program refuses what it gets
-			if err := s.came[0].c.Reject(n.now, nil); err != nil {
+			if err := s.came[0].c.Reject(n.now, roce.RejectConsumer, nil); err != nil {
 				t.Fatal(err)
 			}
 			s.came = s.came[1:]
@@ -497,5 +497,120 @@ func TestPorts(t *testing.T) {
 	a.e.Close()
 	if len(a.e.conns) != 0 || !errors.Is(last.end(), net.ErrClosed) {
 		t.Errorf("%d connections, %v", len(a.e.conns), last.end())
+	}
+}
+
+// Only what both sides want is agreed on.
+func TestSelectiveTakesBoth(t *testing.T) {
+	for _, x := range []struct{ offers, takes bool }{{true, true}, {true, false}, {false, true}, {false, false}} {
+		n, a, b, s := pairOf(t, 1)
+		vendor := map[bool]uint32{true: Vendor}
+		client := a.dial(b, func(p *Params) { p.VendorID = vendor[x.offers] })
+		n.run(time.Millisecond)
+		if s.came[0].c.Selective() != x.offers {
+			t.Errorf("%+v: the request offers %t", x, !x.offers)
+		}
+		p := &Params{QPN: 9, VendorID: vendor[x.takes], VendorOptions: OptionSelective}
+		if err := s.came[0].c.Accept(n.now, p); err != nil {
+			t.Fatal(err)
+		}
+		n.run(time.Millisecond)
+		if client.reply == nil || client.c.Selective() != (x.offers && x.takes) {
+			t.Errorf("%+v: selective %t", x, client.c.Selective())
+		}
+	}
+}
+
+// What a program says goes through as it is.
+func TestParams(t *testing.T) {
+	n, a, b, s := pairOf(t, 1)
+	client := a.dial(b, func(p *Params) {
+		p.FlowControl, p.VendorID, p.VendorOptions, p.FlowLabel, p.TrafficClass = true, 0x2c9, 0x10000001, 0x12345, 0x60
+	})
+	n.run(time.Millisecond)
+	if m := s.came[0].c.REQ(); !m.FlowControl || m.VendorID != 0x2c9 || m.VendorOptions != 0x10000001 || m.FlowLabel != 0x12345 || m.TrafficClass != 0x60 {
+		t.Errorf("%+v", m)
+	}
+	if err := s.came[0].c.Accept(n.now, &Params{QPN: 9, FlowControl: true, VendorID: 0x2c9, VendorOptions: 5}); err != nil {
+		t.Fatal(err)
+	}
+	n.run(time.Millisecond)
+	if m := client.reply; m == nil || !m.FlowControl || m.VendorID != 0x2c9 || m.VendorOptions != 5 || client.c.Selective() {
+		t.Errorf("%+v", m)
+	}
+}
+
+// The answer is refused: the passive side hears of it, and why.
+func TestRejectReply(t *testing.T) {
+	n, a, b, s := pairOf(t, 1)
+	client := a.dial(b, nil)
+	n.run(time.Millisecond)
+	s.came[0].accept()
+	n.run(time.Millisecond)
+	if err := client.c.Reject(n.now, roce.RejectUnsupported, []byte("no")); err != nil {
+		t.Fatal(err)
+	}
+	n.run(time.Second)
+	e, ok := s.came[0].end().(*RejectError)
+	if !ok || e.Reason != roce.RejectUnsupported || !bytes.HasPrefix(e.Private, []byte("no")) || client.end() != nil {
+		t.Errorf("%v, %v", s.came[0].end(), client.end())
+	}
+	if client.c.Reject(n.now, roce.RejectConsumer, nil) == nil {
+		t.Error("rejected twice")
+	}
+}
+
+// The peer's data says that it has confirmed, also if its RTU is lost.
+func TestHeard(t *testing.T) {
+	n, a, b, s := pairOf(t, 1)
+	n.lose = func(_, _ netip.Addr, m roce.CMMessage) bool { return m.Attr() == roce.CMRTU }
+	client := a.dial(b, nil)
+	n.run(time.Millisecond)
+	server := s.came[0]
+	if server.c.Heard() {
+		t.Error("before there was an answer")
+	}
+	server.accept()
+	n.run(time.Millisecond)
+	client.c.Ready()
+	n.run(time.Millisecond)
+	if !server.c.Heard() || server.c.Heard() {
+		t.Error("not heard, or twice")
+	}
+	n.lose = nil
+	n.run(time.Minute)
+	if b.count(roce.CMREP) != 1 || server.up != 0 || server.end() != nil {
+		t.Errorf("%d REP, up %d, %v", b.count(roce.CMREP), server.up, server.end())
+	}
+	server.c.Disconnect(n.now)
+	n.run(time.Second)
+	if client.end() != ErrDisconnected || server.end() != ErrDisconnected {
+		t.Errorf("%v, %v", client.end(), server.end())
+	}
+}
+
+// Both ends are at one address, and the active one's port is its caller's, who has a listener there as well.
+func TestLoopback(t *testing.T) {
+	n := newNetwork(t, 1)
+	a := n.node(0)
+	s := a.listen(1)
+	client := &side{x: a}
+	p := &Params{QPN: 5, MTU: ib.MTU1024, Bound: true}
+	var err error
+	if client.c, err = a.e.Connect(n.now, testPort, netip.AddrPortFrom(a.addr, testPort), p, client); err != nil {
+		t.Fatal(err)
+	}
+	n.run(time.Millisecond)
+	s.came[0].accept()
+	n.run(time.Millisecond)
+	client.c.Ready()
+	n.run(time.Millisecond)
+	if s.came[0].up != 1 {
+		t.Fatalf("%v, %v", client.end(), s.came[0].end())
+	}
+	client.c.Disconnect(n.now)
+	n.run(time.Minute)
+	if client.end() != ErrDisconnected || s.came[0].end() != ErrDisconnected || len(a.e.conns) != 0 || len(a.e.peers) != 0 || !a.e.PortInUse(testPort) {
+		t.Errorf("%v, %v, %d connections", client.end(), s.came[0].end(), len(a.e.conns))
 	}
 }

@@ -22,7 +22,7 @@ type Conn struct {
 	guid              uint64 // the peer's
 	qpn, peerQPN      uint32
 	bound             uint16 // the port that it has of the Engine's; 0: none
-	selective         bool
+	selective         bool   // OptionSelective was offered; active: and taken, once there is a reply
 
 	request *roce.REQ // passive
 	reply   *roce.REP // active
@@ -60,12 +60,18 @@ type Params struct {
 	PSN                                ib.PSN // that this side expects first
 	ResponderResources, InitiatorDepth uint8
 	RNRRetry                           uint8 // of the peer
-	SRQ                                bool
-	Private                            []byte // at most MaxRequest, MaxReply
+	SRQ, FlowControl                   bool
+	// VendorID and VendorOptions are as in roce.REQ: what is offered and, of who accepts, what is taken of an offer.
+	VendorID, VendorOptions uint32
+	Private                 []byte // at most MaxRequest, MaxReply
 
 	// Of who dials only.
-	RetryCount uint8  // of both
-	MTU        ib.MTU // of the path
+	RetryCount   uint8  // of both
+	MTU          ib.MTU // of the path
+	FlowLabel    uint32 // of the path
+	TrafficClass uint8  // of the path
+	// Bound says that the local port is the caller's: the Engine does not look who else has it, nor keeps it for this connection.
+	Bound bool
 }
 
 // Connect asks who listens on peer for a connection. With port 0 the local one is chosen. h hears what becomes of it.
@@ -78,20 +84,24 @@ func (e *Engine) Connect(now time.Duration, port uint16, peer netip.AddrPort, p 
 		if port = e.FreePort(); port == 0 {
 			return nil, ErrPortInUse
 		}
-	case e.PortInUse(port):
+	case !p.Bound && e.PortInUse(port):
 		return nil, ErrPortInUse
 	}
 	c := e.newConn(peer.Addr())
-	c.h, c.state, c.qpn, c.peer, c.bound = h, reqSent, uint32(p.QPN), peer, port
+	c.h, c.state, c.qpn, c.peer = h, reqSent, uint32(p.QPN), peer
 	c.local = netip.AddrPortFrom(e.cfg.Local, port)
-	e.bound[port] = true
+	if !p.Bound {
+		c.bound = port
+		e.bound[port] = true
+	}
+	c.selective = p.VendorID == Vendor && p.VendorOptions&OptionSelective != 0
 	c.tid = uint64(e.cfg.Rand())<<32 | uint64(c.localID)
-	m := &roce.REQ{LocalID: c.localID, VendorID: Vendor, VendorOptions: OptionSelective, ServiceID: roce.PortSpaceTCP.ServiceID(peer.Port()),
+	m := &roce.REQ{LocalID: c.localID, VendorID: p.VendorID, VendorOptions: p.VendorOptions, ServiceID: roce.PortSpaceTCP.ServiceID(peer.Port()),
 		CAGUID: uint64(e.cfg.GUID), QPN: uint32(p.QPN), ResponderResources: p.ResponderResources, InitiatorDepth: p.InitiatorDepth,
-		RemoteResponseTimeout: responseTimeout, LocalResponseTimeout: responseTimeout, Transport: roce.TransportRC, StartingPSN: p.PSN,
+		RemoteResponseTimeout: responseTimeout, LocalResponseTimeout: responseTimeout, Transport: roce.TransportRC, FlowControl: p.FlowControl, StartingPSN: p.PSN,
 		RetryCount: p.RetryCount, RNRRetryCount: p.RNRRetry, PKey: roce.DefaultPKey, MTU: p.MTU, SRQ: p.SRQ, MaxCMRetries: maxRetries,
 		LocalLID: permissiveLID, RemoteLID: permissiveLID, LocalGID: ib.GIDFromAddr(e.cfg.Local), RemoteGID: ib.GIDFromAddr(peer.Addr()),
-		PacketRate: rate10G, HopLimit: hopLimit, LocalAckTimeout: ackTimeout}
+		FlowLabel: p.FlowLabel, TrafficClass: p.TrafficClass, PacketRate: rate10G, HopLimit: hopLimit, LocalAckTimeout: ackTimeout}
 	(&roce.IPHello{Src: c.local, Dst: peer}).Put(m.Private[:])
 	copy(m.Private[roce.IPHelloLen:], p.Private)
 	c.send(now, c.tid, m, timeout(responseTimeout), maxRetries)
@@ -116,7 +126,7 @@ func (c *Conn) RemoteAddr() netip.AddrPort { return c.peer }
 // REQ is what the peer has asked for; nil: this side has.
 func (c *Conn) REQ() *roce.REQ { return c.request }
 
-// Selective reports whether both sides are of this library, once Replied was called or a request has come.
+// Selective reports whether the connection may leave plain go-back-N, once Replied was called; of a request, whether it offers that.
 func (c *Conn) Selective() bool { return c.selective }
 
 // AckTimeout is what the queue pair is to wait for acknowledgements: what the peer has said, in a request or a reply.
@@ -204,10 +214,8 @@ func (c *Conn) Accept(now time.Duration, p *Params) error {
 	}
 	c.state, c.qpn = repSent, uint32(p.QPN)
 	m := &roce.REP{LocalID: c.localID, RemoteID: c.remoteID, QPN: c.qpn, StartingPSN: p.PSN, ResponderResources: p.ResponderResources,
-		InitiatorDepth: p.InitiatorDepth, TargetAckDelay: ackDelay, RNRRetryCount: p.RNRRetry, SRQ: p.SRQ, CAGUID: uint64(c.e.cfg.GUID)}
-	if c.selective {
-		m.VendorID, m.VendorOptions = Vendor, OptionSelective
-	}
+		InitiatorDepth: p.InitiatorDepth, TargetAckDelay: ackDelay, FlowControl: p.FlowControl, RNRRetryCount: p.RNRRetry, SRQ: p.SRQ,
+		VendorID: p.VendorID, VendorOptions: p.VendorOptions, CAGUID: uint64(c.e.cfg.GUID)}
 	copy(m.Private[:], p.Private)
 	c.send(now, c.tid, m, timeout(c.request.LocalResponseTimeout), max(c.request.MaxCMRetries, minRetries))
 	return nil
@@ -216,17 +224,33 @@ func (c *Conn) Accept(now time.Duration, p *Params) error {
 // minRetries is how often an acceptance is sent again even if the peer says that less is enough.
 const minRetries = 5
 
-// Reject refuses a request. Nothing is heard of it any more.
-func (c *Conn) Reject(now time.Duration, private []byte) error {
+// Reject refuses a request, or the answer to one. Nothing is heard of it any more.
+func (c *Conn) Reject(now time.Duration, reason roce.RejectReason, private []byte) error {
 	if len(private) > MaxReject {
 		return tooLong("a rejection", private, MaxReject)
 	}
-	if c.state != reqReceived {
+	var message uint8
+	switch c.state {
+	case reqReceived:
+	case repReceived:
+		message = 1
+	default:
 		return ErrGivenUp
 	}
 	c.h = nil
-	c.reject(now, 0, roce.RejectConsumer, private)
+	c.reject(now, message, reason, private)
 	return nil
+}
+
+// Heard says that the peer's queue pair has sent: its confirmation is on the way, or lost, and no more waited for. It is for who has
+// called Accept, and false if nothing is waited for.
+func (c *Conn) Heard() bool {
+	if c.state != repSent {
+		return false
+	}
+	c.stop()
+	c.state = established
+	return true
 }
 
 // reject refuses a message, 0 a REQ and 1 a REP or what was to follow it, and remembers that for a while.

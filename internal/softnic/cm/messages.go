@@ -136,7 +136,7 @@ func (e *Engine) reply(from netip.Addr, tid uint64, m *roce.REP, now time.Durati
 	}
 	e.peers[c.qpKey()] = c
 	c.state = repReceived
-	c.selective = m.VendorID == Vendor && m.VendorOptions&OptionSelective != 0
+	c.selective = c.selective && m.VendorID == Vendor && m.VendorOptions&OptionSelective != 0
 	c.h.Replied(m)
 }
 

@@ -222,7 +222,7 @@ func (x *node) listen(backlog int) *service {
 
 func (x *node) dial(to *node, change func(*Params)) *side {
 	p := &Params{QPN: 0x100 + ib.QPN(x.net.r.Uint32N(1<<20)), PSN: 0x123456, ResponderResources: 4, InitiatorDepth: 5, RNRRetry: 6, RetryCount: 7,
-		MTU: ib.MTU1024, Private: []byte("hello")}
+		MTU: ib.MTU1024, VendorID: Vendor, VendorOptions: OptionSelective, Private: []byte("hello")}
 	if change != nil {
 		change(p)
 	}
@@ -236,6 +236,9 @@ func (x *node) dial(to *node, change func(*Params)) *side {
 
 func (s *side) accept() {
 	p := &Params{QPN: 0x400 + ib.QPN(s.x.net.r.Uint32N(1<<20)), PSN: 0x654321, ResponderResources: 2, InitiatorDepth: 3, RNRRetry: 5, Private: []byte("welcome")}
+	if s.c.Selective() {
+		p.VendorID, p.VendorOptions = Vendor, OptionSelective
+	}
 	if err := s.c.Accept(s.x.net.now, p); err != nil {
 		s.x.net.t.Error(err)
 	}
@@ -269,7 +272,7 @@ func TestNetworks(t *testing.T) {
 					t.Errorf("seed %d: request %+v", seed, s.c.REQ())
 				}
 				if answered%5 == 4 {
-					if err := s.c.Reject(n.now, []byte("no")); err != nil {
+					if err := s.c.Reject(n.now, roce.RejectConsumer, []byte("no")); err != nil {
 						t.Error(err)
 					}
 					continue
