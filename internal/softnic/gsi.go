@@ -120,6 +120,33 @@ func (n *NIC) cmPort(a netip.Addr) (*netPort, int, error) {
 	return p, index, nil
 }
 
+// A CMPort is the connection manager at one of the NIC's addresses, for those who connect their queue pairs themselves: CMDial and
+// CMListen do both. It is valid as long as the NIC is open.
+type CMPort struct {
+	port *netPort
+	gid  int
+}
+
+// CMPort returns the connection manager at an address. The error matches driver.ErrUnreachable, and syscall.EADDRINUSE if the NIC has
+// the address, but not the UDP port where connection managers look for each other.
+func (n *NIC) CMPort(a netip.Addr) (CMPort, error) {
+	p, index, err := n.cmPort(a)
+	return CMPort{p, index}, err
+}
+
+// Addr is the address.
+func (p CMPort) Addr() netip.Addr { return p.port.sock.Local().Addr() }
+
+// GIDIndex is the index of the address in the table of GIDs.
+func (p CMPort) GIDIndex() int { return p.gid }
+
+// MTU is the largest path MTU that the net device has room for.
+func (p CMPort) MTU() ib.MTU { return wireMTU(p.port.mtu) }
+
+// Manage has f do something with the connection manager, now. Services and handlers of the Engine are called with the locks held that
+// f is called with, by whoever moves the NIC's packets: neither may wait, nor call the NIC.
+func (p CMPort) Manage(f func(e *cm.Engine, now time.Duration) error) error { return p.port.manage(f) }
+
 // indexOf returns the index of an address; 0: there is none.
 func (t *gidTable) indexOf(a netip.Addr) int {
 	t.mu.Lock()
