@@ -129,6 +129,23 @@ type CMDestroyIDResp struct {
 	EventsReported uint32
 }
 
+// CMBindIP is struct rdma_ucm_bind_ip (rdma/rdma_user_cm.h).
+type CMBindIP struct {
+	_        structs.HostLayout
+	Response uint64
+	Addr     SockaddrIn6
+	ID       uint32
+}
+
+// CMResolveIP is struct rdma_ucm_resolve_ip (rdma/rdma_user_cm.h).
+type CMResolveIP struct {
+	_         structs.HostLayout
+	SrcAddr   SockaddrIn6
+	DstAddr   SockaddrIn6
+	ID        uint32
+	TimeoutMs uint32
+}
+
 // CMBind is struct rdma_ucm_bind (rdma/rdma_user_cm.h).
 type CMBind struct {
 	_        structs.HostLayout

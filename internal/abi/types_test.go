@@ -165,6 +165,8 @@ var types = []namedType{
 	{"rdma_ucm_create_id_resp", reflect.TypeFor[CMCreateIDResp]()},
 	{"rdma_ucm_destroy_id", reflect.TypeFor[CMDestroyID]()},
 	{"rdma_ucm_destroy_id_resp", reflect.TypeFor[CMDestroyIDResp]()},
+	{"rdma_ucm_bind_ip", reflect.TypeFor[CMBindIP]()},
+	{"rdma_ucm_resolve_ip", reflect.TypeFor[CMResolveIP]()},
 	{"rdma_ucm_bind", reflect.TypeFor[CMBind]()},
 	{"rdma_ucm_resolve_addr", reflect.TypeFor[CMResolveAddr]()},
 	{"rdma_ucm_resolve_route", reflect.TypeFor[CMResolveRoute]()},

@@ -121,7 +121,7 @@ var wanted = []goFile{
 		structs: []naming{
 			{"rdma_ucm_", "CM", `
 				rdma_ucm_cmd_hdr rdma_ucm_create_id rdma_ucm_create_id_resp rdma_ucm_destroy_id rdma_ucm_destroy_id_resp
-				rdma_ucm_bind rdma_ucm_resolve_addr rdma_ucm_resolve_route
+				rdma_ucm_bind_ip rdma_ucm_resolve_ip rdma_ucm_bind rdma_ucm_resolve_addr rdma_ucm_resolve_route
 				rdma_ucm_query rdma_ucm_query_route_resp rdma_ucm_query_addr_resp rdma_ucm_query_path_resp
 				rdma_ucm_conn_param rdma_ucm_ud_param rdma_ucm_ece
 				rdma_ucm_connect rdma_ucm_listen rdma_ucm_accept rdma_ucm_reject rdma_ucm_disconnect
