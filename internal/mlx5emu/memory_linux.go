@@ -19,6 +19,9 @@ type own struct{ pid int }
 
 func newOwn() own { return own{os.Getpid()} }
 
+// OwnMemory is the memory of this process, for a client within it.
+func OwnMemory() Memory { return newOwn() }
+
 // ReadAt implements Memory.
 func (o own) ReadAt(b []byte, va uint64) error { return o.move(b, va, unix.ProcessVMReadv) }
 

@@ -13,10 +13,7 @@ import (
 type device struct {
 	file *os.File // non-blocking, and with the runtime's poller
 	raw  syscall.RawConn
-
-	mu    sync.Mutex
-	free  []slot
-	pages [][]byte
+	slots
 }
 
 // newDevice takes over fd, which is non-blocking.
@@ -30,26 +27,43 @@ func newDevice(fd int, path string) (*device, error) {
 	return &device{file: f, raw: raw}, nil
 }
 
-// slot takes memory for a command; there are as many as there ever were commands at the same time.
-func (d *device) slot() (slot, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if len(d.free) == 0 {
+// slots is the memory of commands.
+type slots struct {
+	mu    sync.Mutex
+	free  []slot
+	pages [][]byte
+}
+
+// take takes memory for a command; there are as many as there ever were commands at the same time.
+func (l *slots) take() (slot, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.free) == 0 {
 		page, slots, err := mapSlots(os.Getpagesize())
 		if err != nil {
 			return slot{}, err
 		}
-		d.pages, d.free = append(d.pages, page), slots
+		l.pages, l.free = append(l.pages, page), slots
 	}
-	s := d.free[len(d.free)-1]
-	d.free = d.free[:len(d.free)-1]
+	s := l.free[len(l.free)-1]
+	l.free = l.free[:len(l.free)-1]
 	return s, nil
 }
 
-func (d *device) put(s slot) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.free = append(d.free, s)
+func (l *slots) put(s slot) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.free = append(l.free, s)
+}
+
+// unmap gives the memory back. No command is under way.
+func (l *slots) unmap() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, p := range l.pages {
+		unix.Munmap(p)
+	}
+	l.pages, l.free = nil, nil
 }
 
 func (d *device) do(c *command) error {
@@ -63,7 +77,7 @@ func (d *device) do(c *command) error {
 
 // write runs the command, from its bytes to the response.
 func (d *device) write(fd int, c *command) error {
-	s, err := d.slot()
+	s, err := d.take()
 	if err != nil {
 		return err
 	}
@@ -100,11 +114,67 @@ func (d *device) event(b []byte) error {
 // Close closes the file, on which the kernel destroys all IDs of it, and waits for calls in progress.
 func (d *device) Close() error {
 	err := d.file.Close() // returns when the last Control and Read have
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for _, p := range d.pages {
-		unix.Munmap(p)
+	d.unmap()
+	return err
+}
+
+// A Kernel takes the commands of one open channel in place of the kernel's own, which is behind Open: an emulated one. Its methods may
+// be called by several goroutines at a time.
+type Kernel interface {
+	// Write runs a command, which is what is written to the kernel's file; addresses in it are of this process. It does not wait:
+	// without an event, GET_EVENT is EAGAIN.
+	Write(cmd []byte) syscall.Errno
+	// Wait waits until there may be an event. It ends with Close.
+	Wait()
+	// Close destroys all that was made, and ends Wait.
+	Close() error
+}
+
+// OpenOn is Open, with another kernel, which the Channel closes.
+func OpenOn(k Kernel) *Channel { return newChannel(&other{k: k}) }
+
+// other is a Kernel as a Channel has it.
+type other struct {
+	k Kernel
+	slots
+
+	mu     sync.RWMutex // held for reading by commands, for writing by Close
+	closed bool
+}
+
+func (o *other) do(c *command) error {
+	o.mu.RLock()
+	defer o.mu.RUnlock()
+	if o.closed {
+		return errClosed
 	}
-	d.pages, d.free = nil, nil
+	s, err := o.take()
+	if err != nil {
+		return err
+	}
+	defer o.put(s)
+	n, ref := s.marshal(c)
+	if errno := o.k.Write(s.mem[:n]); errno != 0 {
+		return errno
+	}
+	s.unmarshal(c, ref)
+	return nil
+}
+
+func (o *other) event(b []byte) error {
+	for {
+		if err := o.do(getEvent(b)); err != unix.EAGAIN {
+			return err
+		}
+		o.k.Wait()
+	}
+}
+
+func (o *other) Close() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.closed = true
+	err := o.k.Close()
+	o.unmap()
 	return err
 }

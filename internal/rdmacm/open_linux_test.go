@@ -77,7 +77,7 @@ func TestSlots(t *testing.T) {
 	var all []slot
 	seen := map[uint64]bool{}
 	for range 9 {
-		s, err := d.slot()
+		s, err := d.take()
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -35,7 +35,8 @@ var arrows = map[string][]string{
 	"internal/provider/mlx5":   {"internal/uverbs", "internal/driver", "internal/ring", "internal/mem", "internal/abi"},
 	// An emulated device below uverbs: what drives it is a provider, or a C program.
 	"internal/mlx5emu": {"internal/softnic", "internal/driver", "internal/mem", "internal/abi"},
-	"internal/emulate": {"internal/mlx5emu", "internal/seccomp", "internal/procmem", "internal/softnic", "internal/driver", "internal/abi"},
+	"internal/cmemu":   {"internal/mlx5emu", "internal/softnic", "internal/driver", "internal/roce", "internal/abi"},
+	"internal/emulate": {"internal/cmemu", "internal/mlx5emu", "internal/seccomp", "internal/procmem", "internal/softnic", "internal/driver", "internal/abi"},
 	"internal/life":    {"internal/driver"}, // Close, once for all public objects
 
 	"verbs":                   {"internal/provider", "internal/driver", "internal/life"},

@@ -1,0 +1,126 @@
+package cmemu
+
+import (
+	"context"
+	"net/netip"
+	"testing"
+
+	"github.com/ringside-rdma/ringside/internal/mlx5emu"
+	"github.com/ringside-rdma/ringside/internal/rdmacm"
+	"github.com/ringside-rdma/ringside/internal/testutil"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+var loopback = netip.MustParseAddr("127.0.0.1")
+
+func patient(t testing.TB) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), testutil.Patience)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// newManager makes a manager with one device, both of which end with the test.
+func newManager(t testing.TB) *Manager {
+	t.Helper()
+	d, err := mlx5emu.NewDevice(mlx5emu.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := New([]*mlx5emu.Device{d})
+	t.Cleanup(func() {
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+		m.empty(t)
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return m
+}
+
+// empty says what is left of a manager that should have nothing.
+func (m *Manager) empty(t testing.TB) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.ids) != 0 || len(m.ports) != 0 || len(m.channels) != 0 {
+		t.Errorf("%d IDs, %d ports, %d channels are left", len(m.ids), len(m.ports), len(m.channels))
+	}
+}
+
+// open opens a channel of this project's own client.
+func (m *Manager) open(t testing.TB) *rdmacm.Channel {
+	t.Helper()
+	k, err := m.OpenKernel()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := rdmacm.OpenOn(k)
+	t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return c
+}
+
+func TestSmoke(t *testing.T) {
+	m := newManager(t)
+	c := m.open(t)
+	ctx := patient(t)
+	id, err := c.NewID(rdmacm.TCP)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := id.Bind(netip.AddrPortFrom(loopback, 0)); err != nil {
+		t.Fatal(err)
+	}
+	l, err := id.Listen(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := c.NewID(rdmacm.TCP)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.ResolveAddr(ctx, netip.AddrPort{}, l.Addr()); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.ResolveRoute(ctx); err != nil {
+		t.Fatal(err)
+	}
+	got := make(chan error, 1)
+	var r *rdmacm.Request
+	go func() {
+		var err error
+		if r, err = l.Accept(ctx); err == nil {
+			err = r.Accept(ctx, rdmacm.ConnParam{QPN: 77, PrivateData: []byte("answer")})
+		}
+		got <- err
+	}()
+	reply, err := a.Connect(ctx, rdmacm.ConnParam{QPN: 78, PrivateData: []byte("question"), ResponderResources: 1, InitiatorDepth: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%+v", reply)
+	for _, s := range []ib.QPState{ib.Init, ib.RTR, ib.RTS} {
+		at, mask, err := a.InitQPAttr(s)
+		t.Logf("%+v %v %v", at, mask, err)
+	}
+	if err := a.Establish(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-got; err != nil {
+		t.Fatal(err)
+	}
+	t.Log(a.QueryAddr())
+	t.Log(r.QueryAddr())
+	if err := a.Disconnect(); err != nil {
+		t.Fatal(err)
+	}
+	<-a.Done()
+	<-r.Done()
+	t.Log(a.Err(), r.Err())
+	<-a.TimewaitExit()
+	<-r.TimewaitExit()
+}
