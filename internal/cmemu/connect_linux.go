@@ -143,13 +143,14 @@ type service struct {
 	at place
 }
 
-// Request implements cm.Service: the request is an ID of its own, and an event of the listener.
-func (s *service) Request(c *cm.Conn) cm.Handler {
+// Request implements cm.Service: the request is an ID of its own, and an event of the listener. What there is no room for the kernel
+// refuses as a program would.
+func (s *service) Request(c *cm.Conn) (cm.Handler, roce.RejectReason) {
 	l, m := s.x, s.x.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if l.dead || l.state != listening || l.backlog == 0 || l.ch.full() {
-		return nil
+		return nil, roce.RejectConsumer
 	}
 	q := c.REQ()
 	x := newID(m, l.space, l.typ)
@@ -161,14 +162,14 @@ func (s *service) Request(c *cm.Conn) cm.Handler {
 	x.state, x.phase, x.conn = connecting, reqReceived, c
 	x.tos = q.TrafficClass
 	if m.add(x, l.ch) != 0 {
-		return nil
+		return nil, roce.RejectConsumer
 	}
 	l.backlog--
 	p := abi.CMConnParam{QPNum: q.QPN, PrivateDataLen: cm.MaxRequest, SRQ: bit(q.SRQ), ResponderResources: q.InitiatorDepth,
 		InitiatorDepth: q.ResponderResources, FlowControl: bit(q.FlowControl), RetryCount: q.RetryCount, RNRRetryCount: q.RNRRetryCount}
 	copy(p.PrivateData[:], q.Private[roce.IPHelloLen:])
 	l.ch.put(&event{of: l, made: x, resp: eventOf(l.uid, x.num, eventConnectRequest, 0, bytesOf(&p), eceOf(q.VendorID, q.VendorOptions))})
-	return x
+	return x, 0
 }
 
 func accept(w *call) syscall.Errno {

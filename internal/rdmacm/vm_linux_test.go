@@ -21,7 +21,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ringside-rdma/ringside/internal/abi"
+	"github.com/ringside-rdma/ringside/internal/cmemu"
 	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/mlx5emu"
 	"github.com/ringside-rdma/ringside/internal/netlink"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -33,11 +35,58 @@ var (
 	vmThere = netip.MustParseAddr("10.77.0.2")
 )
 
+// emulated, in the environment, has the tests of the kernel take that of package cmemu, at two addresses of this machine.
+const emulated = "RINGSIDE_TEST_EMULATED"
+
+// emulation is what plays the kernel in this test; nil: the kernel does.
+var emulation *cmemu.Manager
+
+// What the kernel's connection manager does, the emulated one does, too.
+func TestEmulated(t *testing.T) {
+	n := testutil.NewNetwork(t)
+	n.RunAgain(t, "^TestKernel", fmt.Sprintf("%s=%v,%v", emulated, n.Addrs[0], n.Second))
+}
+
+// startEmulation makes the emulated kernel, if the environment says so.
+func startEmulation(t *testing.T) {
+	t.Helper()
+	v := os.Getenv(emulated)
+	if v == "" {
+		return
+	}
+	here, there, _ := strings.Cut(v, ",")
+	vmHere, vmThere = netip.MustParseAddr(here), netip.MustParseAddr(there)
+	d, err := mlx5emu.NewDevice(mlx5emu.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	emulation = cmemu.New([]*mlx5emu.Device{d})
+	t.Cleanup(func() {
+		err := errors.Join(emulation.Close(), d.Close())
+		if emulation = nil; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// open opens the connection manager.
+func open() (*Channel, error) {
+	if emulation == nil {
+		return Open()
+	}
+	k, err := emulation.OpenKernel()
+	if err != nil {
+		return nil, err
+	}
+	return OpenOn(k), nil
+}
+
 // vmChannel opens the kernel's connection manager, in a machine that has RDMA devices at the addresses above.
 func vmChannel(t *testing.T) *Channel {
 	t.Helper()
+	startEmulation(t)
 	const how = "; go run ./test/soft-roce -- go test ./internal/rdmacm has one"
-	c, err := Open()
+	c, err := open()
 	if errors.Is(err, errors.ErrUnsupported) || errors.Is(err, os.ErrPermission) {
 		testutil.Skip(t, err.Error()+how)
 	}
@@ -132,15 +181,17 @@ func TestKernelResolve(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if !a.Bound || !a.HasDeviceIndex || a.Remote != netip.AddrPortFrom(dst, 7471) || a.Local.Port() == 0 ||
+			if !a.Bound || a.HasDeviceIndex == (emulation != nil) || a.Remote != netip.AddrPortFrom(dst, 7471) || a.Local.Port() == 0 ||
 				src.IsValid() && a.Local.Addr() != src.Addr() {
 				t.Errorf("%+v", a)
 			}
-			name, protocol := deviceName(t, a.DeviceIndex)
-			t.Logf("%v -> %v: %s (%s): %+v", src, dst, name, protocol, a)
-			guid, err := os.ReadFile(filepath.Join("/sys/class/infiniband", name, "node_guid"))
-			if err != nil || strings.TrimSpace(string(guid)) != a.NodeGUID.String() {
-				t.Errorf("node GUID %v, in sysfs %s (%v)", a.NodeGUID, guid, err)
+			if emulation == nil {
+				name, protocol := deviceName(t, a.DeviceIndex)
+				t.Logf("%v -> %v: %s (%s): %+v", src, dst, name, protocol, a)
+				guid, err := os.ReadFile(filepath.Join("/sys/class/infiniband", name, "node_guid"))
+				if err != nil || strings.TrimSpace(string(guid)) != a.NodeGUID.String() {
+					t.Errorf("node GUID %v, in sysfs %s (%v)", a.NodeGUID, guid, err)
+				}
 			}
 			attr, mask, err := id.InitQPAttr(ib.Init)
 			t.Logf("INIT: %+v, %v, %v", attr, mask, err)
@@ -162,14 +213,19 @@ func TestKernelResolve(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		name, _ := deviceName(t, a.DeviceIndex)
-		t.Logf("bound to %v: %s: %+v", bindTo, name, a)
+		if emulation == nil {
+			name, _ := deviceName(t, a.DeviceIndex)
+			t.Logf("bound to %v: %s: %+v", bindTo, name, a)
+		}
 	}
 }
 
 // skipIWARP skips a test of RoCE's CM where the kernel takes the siw device for the address.
 func skipIWARP(t *testing.T, id *ID) {
 	t.Helper()
+	if emulation != nil {
+		return
+	}
 	a, err := id.QueryAddr()
 	if err != nil {
 		t.Fatal(err)
@@ -363,8 +419,16 @@ func TestKernelListenerCloses(t *testing.T) {
 	}
 }
 
+// needsNeighbours skips a test of what becomes of hosts that are not there: the emulated kernel does not look for them.
+func needsNeighbours(t *testing.T) {
+	if emulation != nil {
+		t.Skip("an address is resolved whether its host is there or not")
+	}
+}
+
 func TestKernelUnreachable(t *testing.T) {
 	c := vmChannel(t)
+	needsNeighbours(t)
 	newID := func() *ID {
 		id, err := c.NewID(TCP)
 		if err != nil {
@@ -437,6 +501,7 @@ func TestKernelUnreachable(t *testing.T) {
 // The kernel's own verdict comes as an event, and another address can be tried with the same ID.
 func TestKernelAddressError(t *testing.T) {
 	c := vmChannel(t)
+	needsNeighbours(t)
 	id, err := c.NewID(TCP)
 	if err != nil {
 		t.Fatal(err)
@@ -527,6 +592,9 @@ func TestKernelOptions(t *testing.T) {
 // Datagrams: a connection only tells one side the other's QP.
 func TestKernelDatagrams(t *testing.T) {
 	c := vmChannel(t)
+	if emulation != nil {
+		t.Skip("only reliable connections are managed")
+	}
 	ctx := patient(t)
 	newID := func() *ID {
 		id, err := c.NewID(UDP)
@@ -718,7 +786,7 @@ func TestKernelParallel(t *testing.T) {
 // Closing the channel ends everything that waits in it.
 func TestKernelChannelCloses(t *testing.T) {
 	vmChannel(t)
-	c, err := Open()
+	c, err := open()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -732,7 +800,13 @@ func TestKernelChannelCloses(t *testing.T) {
 		_, err := l.Accept(patient(t))
 		errs <- err
 	}()
-	go func() { errs <- id.ResolveAddr(patient(t), netip.AddrPort{}, netip.MustParseAddrPort("10.77.0.97:1")) }()
+	go func() {
+		err := id.ResolveAddr(patient(t), netip.AddrPort{}, netip.MustParseAddrPort("10.77.0.97:1"))
+		if emulation != nil { // which has said something already
+			err = net.ErrClosed
+		}
+		errs <- err
+	}()
 	time.Sleep(50 * time.Millisecond)
 	if err := errors.Join(c.Close(), c.Close()); err != nil {
 		t.Error(err)

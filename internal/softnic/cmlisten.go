@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/roce"
 	"github.com/ringside-rdma/ringside/internal/softnic/cm"
 )
 
@@ -107,18 +108,18 @@ func (l *cmListener) unbind(from []*netPort, port uint16) {
 func (l *cmListener) Addr() netip.AddrPort { return l.addr }
 
 // Request implements cm.Service. Called with a port's mu held.
-func (l *cmListener) Request(c *cm.Conn) cm.Handler {
+func (l *cmListener) Request(c *cm.Conn) (cm.Handler, roce.RejectReason) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.over || len(l.queue) == l.backlog {
-		return nil
+		return nil, roce.RejectNoResources
 	}
 	i := slices.IndexFunc(l.ports, func(p *netPort) bool { return p.sock.Local().Addr() == c.LocalAddr().Addr() })
 	n := newCMConn(l.nic, l.ports[i])
 	n.c, n.local, n.remote, n.listener = c, c.LocalAddr(), c.RemoteAddr(), l
 	l.queue = append(l.queue, n)
 	l.signal()
-	return n
+	return n, 0
 }
 
 func (l *cmListener) signal() {

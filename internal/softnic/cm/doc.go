@@ -83,8 +83,8 @@ type Handler interface {
 
 // A Service takes requests for a port.
 type Service interface {
-	// Request returns who is to hear of the peer's request c; nil: there is no room. It must not call methods that take the time.
-	Request(c *Conn) Handler
+	// Request returns who is to hear of the peer's request c; nil: it is refused, and why. It must not call methods that take the time.
+	Request(c *Conn) (Handler, roce.RejectReason)
 }
 
 // An Output takes datagrams.

@@ -41,11 +41,13 @@ func (e *Engine) request(from netip.Addr, tid uint64, m *roce.REQ, now time.Dura
 	c.state, c.tid, c.request, c.remoteID, c.guid, c.peerQPN = reqReceived, tid, m, m.LocalID, m.CAGUID, m.QPN
 	c.local, c.peer = hello.Dst, hello.Src
 	c.selective = m.VendorID == Vendor && m.VendorOptions&OptionSelective != 0
-	if c.h = s.Request(c); c.h == nil {
+	h, reason := s.Request(c)
+	if h == nil {
 		c.forget()
-		e.refuse(from, tid, m, roce.RejectNoResources, nil)
+		e.refuse(from, tid, m, reason, nil)
 		return
 	}
+	c.h = h
 	e.requests[c.requestKey()] = c
 	e.peers[key] = c
 	c.wake(now + c.patience())

@@ -201,13 +201,13 @@ type service struct {
 	came    []*side
 }
 
-func (s *service) Request(c *Conn) Handler {
+func (s *service) Request(c *Conn) (Handler, roce.RejectReason) {
 	if len(s.came) == s.backlog {
-		return nil
+		return nil, roce.RejectNoResources
 	}
 	p := &side{x: s.x, c: c}
 	s.came = append(s.came, p)
-	return p
+	return p, 0
 }
 
 const testPort = 7471
