@@ -8,7 +8,6 @@ import (
 	"github.com/ringside-rdma/ringside/internal/mlx5emu"
 	"github.com/ringside-rdma/ringside/internal/rdmacm"
 	"github.com/ringside-rdma/ringside/internal/testutil"
-	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
 var loopback = netip.MustParseAddr("127.0.0.1")
@@ -62,65 +61,4 @@ func (m *Manager) open(t testing.TB) *rdmacm.Channel {
 		}
 	})
 	return c
-}
-
-func TestSmoke(t *testing.T) {
-	m := newManager(t)
-	c := m.open(t)
-	ctx := patient(t)
-	id, err := c.NewID(rdmacm.TCP)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := id.Bind(netip.AddrPortFrom(loopback, 0)); err != nil {
-		t.Fatal(err)
-	}
-	l, err := id.Listen(1)
-	if err != nil {
-		t.Fatal(err)
-	}
-	a, err := c.NewID(rdmacm.TCP)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := a.ResolveAddr(ctx, netip.AddrPort{}, l.Addr()); err != nil {
-		t.Fatal(err)
-	}
-	if err := a.ResolveRoute(ctx); err != nil {
-		t.Fatal(err)
-	}
-	got := make(chan error, 1)
-	var r *rdmacm.Request
-	go func() {
-		var err error
-		if r, err = l.Accept(ctx); err == nil {
-			err = r.Accept(ctx, rdmacm.ConnParam{QPN: 77, PrivateData: []byte("answer")})
-		}
-		got <- err
-	}()
-	reply, err := a.Connect(ctx, rdmacm.ConnParam{QPN: 78, PrivateData: []byte("question"), ResponderResources: 1, InitiatorDepth: 2})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Logf("%+v", reply)
-	for _, s := range []ib.QPState{ib.Init, ib.RTR, ib.RTS} {
-		at, mask, err := a.InitQPAttr(s)
-		t.Logf("%+v %v %v", at, mask, err)
-	}
-	if err := a.Establish(); err != nil {
-		t.Fatal(err)
-	}
-	if err := <-got; err != nil {
-		t.Fatal(err)
-	}
-	t.Log(a.QueryAddr())
-	t.Log(r.QueryAddr())
-	if err := a.Disconnect(); err != nil {
-		t.Fatal(err)
-	}
-	<-a.Done()
-	<-r.Done()
-	t.Log(a.Err(), r.Err())
-	<-a.TimewaitExit()
-	<-r.TimewaitExit()
 }
