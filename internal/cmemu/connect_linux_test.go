@@ -19,9 +19,11 @@ func patient(t testing.TB) context.Context {
 }
 
 // newManager makes a manager with one device, both of which end with the test.
-func newManager(t testing.TB) *Manager {
+func newManager(t testing.TB) *Manager { return newManagerOf(t, mlx5emu.Config{}) }
+
+func newManagerOf(t testing.TB, cfg mlx5emu.Config) *Manager {
 	t.Helper()
-	d, err := mlx5emu.NewDevice(mlx5emu.Config{})
+	d, err := mlx5emu.NewDevice(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
