@@ -147,6 +147,9 @@ func (x *id) resolve(src, dst sockaddr) syscall.Errno {
 	if x.ch.full() {
 		return unix.ENOMEM
 	}
+	if errno == 0 && !at.Standard() && from != dst.ip { // nobody there would find us
+		errno = unix.EADDRINUSE
+	}
 	if errno != 0 {
 		return x.queueMore(eventAddrError, -int32(errno))
 	}

@@ -94,11 +94,15 @@ func (x *id) listen(backlog uint32) syscall.Errno {
 		return unix.EPROTONOSUPPORT
 	}
 	at := []place{x.at}
-	if x.at.dev == nil {
-		var errno syscall.Errno
-		if at, errno = x.m.places(x.takes); errno != 0 {
-			return errno
-		}
+	var errno syscall.Errno
+	switch {
+	case x.at.dev == nil:
+		at, errno = x.m.places(x.takes)
+	case !x.at.Standard():
+		errno = unix.EADDRINUSE
+	}
+	if errno != 0 {
+		return errno
 	}
 	m := x.m
 	m.mu.Lock()
@@ -152,18 +156,19 @@ func (s *service) Request(c *cm.Conn) (cm.Handler, roce.RejectReason) {
 	if l.dead || l.state != listening || l.backlog == 0 || l.ch.full() {
 		return nil, roce.RejectConsumer
 	}
-	q := c.REQ()
 	x := newID(m, l.space, l.typ)
+	if m.add(x, l.ch) != 0 {
+		return nil, roce.RejectConsumer
+	}
+	q := c.REQ()
 	x.src, x.dst, x.at = sockaddrOf(c.LocalAddr()), sockaddrOf(c.RemoteAddr()), s.at
 	x.path = path{mtu: q.MTU, flow: q.FlowLabel, tclass: q.TrafficClass, hops: q.HopLimit, sl: q.SL, life: q.LocalAckTimeout}
 	if x.path.life > 0 {
 		x.path.life--
 	}
 	x.state, x.phase, x.conn = connecting, reqReceived, c
+	x.meet(q.QPN)
 	x.tos = q.TrafficClass
-	if m.add(x, l.ch) != 0 {
-		return nil, roce.RejectConsumer
-	}
 	l.backlog--
 	p := abi.CMConnParam{QPNum: q.QPN, PrivateDataLen: cm.MaxRequest, SRQ: bit(q.SRQ), ResponderResources: q.InitiatorDepth,
 		InitiatorDepth: q.ResponderResources, FlowControl: bit(q.FlowControl), RetryCount: q.RetryCount, RNRRetryCount: q.RNRRetryCount}

@@ -2,7 +2,10 @@ package cmemu
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
+	"os"
+	"strings"
 	"testing"
 
 	"github.com/ringside-rdma/ringside/internal/mlx5emu"
@@ -18,11 +21,36 @@ func patient(t testing.TB) context.Context {
 	return ctx
 }
 
+// inNetwork, in the environment, has two addresses of this machine, besides the loopback one.
+const inNetwork = "RINGSIDE_TEST_ADDRESSES"
+
+// TestNetwork runs the tests of this package that need a device in a network of their own: elsewhere, another process may have the UDP
+// port.
+func TestNetwork(t *testing.T) {
+	if os.Getenv(inNetwork) != "" {
+		return
+	}
+	n := testutil.NewNetwork(t)
+	n.RunAgain(t, "^Test", fmt.Sprintf("%s=%v,%v", inNetwork, n.Addrs[0], n.Second))
+}
+
+// twoAddresses returns the addresses, and skips a test that is not in such a network.
+func twoAddresses(t testing.TB) (here, there netip.Addr) {
+	t.Helper()
+	v := os.Getenv(inNetwork)
+	if v == "" {
+		t.Skip("TestNetwork runs it")
+	}
+	a, b, _ := strings.Cut(v, ",")
+	return netip.MustParseAddr(a), netip.MustParseAddr(b)
+}
+
 // newManager makes a manager with one device, both of which end with the test.
 func newManager(t testing.TB) *Manager { return newManagerOf(t, mlx5emu.Config{}) }
 
 func newManagerOf(t testing.TB, cfg mlx5emu.Config) *Manager {
 	t.Helper()
+	twoAddresses(t)
 	d, err := mlx5emu.NewDevice(cfg)
 	if err != nil {
 		t.Fatal(err)

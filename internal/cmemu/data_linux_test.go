@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -258,27 +257,6 @@ func TestConnection(t *testing.T) {
 	}
 }
 
-// inNetwork, in the environment, has two addresses of this machine: those of the tests below.
-const inNetwork = "RINGSIDE_TEST_ADDRESSES"
-
-// twoAddresses returns them, in a machine of the test's own.
-func twoAddresses(t *testing.T) (here, there netip.Addr) {
-	if v := os.Getenv(inNetwork); v != "" {
-		a, b, _ := strings.Cut(v, ",")
-		return netip.MustParseAddr(a), netip.MustParseAddr(b)
-	}
-	t.Skip("TestNetwork runs it")
-	return
-}
-
-func TestNetwork(t *testing.T) {
-	if os.Getenv(inNetwork) != "" {
-		return
-	}
-	n := testutil.NewNetwork(t)
-	n.RunAgain(t, "^TestPeer", fmt.Sprintf("%s=%v,%v", inNetwork, n.Addrs[0], n.Second))
-}
-
 // newNIC makes a software NIC.
 func newNIC(t testing.TB) *softnic.NIC {
 	t.Helper()
@@ -421,7 +399,7 @@ func TestPeerDials(t *testing.T) {
 
 // Another has the UDP port at an address.
 func TestPeerHasThePort(t *testing.T) {
-	_, there := twoAddresses(t)
+	here, there := twoAddresses(t)
 	nic := newNIC(t)
 	taken, err := nic.CMListen(netip.AddrPortFrom(there, 0), 1)
 	if err != nil {
@@ -429,12 +407,66 @@ func TestPeerHasThePort(t *testing.T) {
 	}
 	defer taken.Close()
 	m := newManager(t)
-	id := newClientID(t, m.open(t))
-	if err := id.Bind(netip.AddrPortFrom(there, 0)); !errors.Is(err, syscall.EADDRINUSE) {
+	c := m.open(t)
+	id := newClientID(t, c)
+	if err := id.Bind(netip.AddrPortFrom(there, 0)); err != nil {
+		t.Error(err)
+	}
+	if _, err := id.Listen(1); !errors.Is(err, syscall.EADDRINUSE) {
 		t.Error(err)
 	}
 	var e *rdmacm.EventError
-	if err := id.ResolveAddr(patient(t), netip.AddrPort{}, netip.AddrPortFrom(there, roce.Port)); !errors.As(err, &e) || !errors.Is(err, syscall.EADDRINUSE) {
+	if err := id.ResolveAddr(patient(t), netip.AddrPort{}, netip.AddrPortFrom(here, roce.Port)); !errors.As(err, &e) || !errors.Is(err, syscall.EADDRINUSE) {
+		t.Error(err)
+	}
+	// But who has it can be dialled there.
+	a, b := newClient(t, m), newEnd(t, nic)
+	done := make(chan error, 1)
+	go func() {
+		r, err := taken.Accept(patient(t))
+		if err == nil {
+			p := nicParam
+			_, err = r.Accept(patient(t), b.q, &p)
+		}
+		done <- err
+	}()
+	a.dial(c, taken.Addr())
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	a.to(b)
+	b.to(a)
+}
+
+// Two managers, as two processes have them, at one address: the second's clients dial the first's.
+func TestManagersAtOneAddress(t *testing.T) {
+	first, second := newManager(t), newManager(t)
+	b, a := newClient(t, first), newClient(t, second)
+	l := newListener(t, first.open(t), netip.AddrPortFrom(loopback, 0))
+	done := make(chan error, 1)
+	var r *rdmacm.Request
+	go func() {
+		var err error
+		r, err = b.accept(l)
+		done <- err
+	}()
+	id := a.dial(second.open(t), l.Addr())
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	a.to(b)
+	b.to(a)
+	if err := r.Disconnect(); err != nil {
+		t.Error(err)
+	}
+	<-id.Done()
+	<-r.Done()
+	if !errors.Is(id.Err(), rdmacm.ErrDisconnected) || !errors.Is(r.Err(), rdmacm.ErrDisconnected) {
+		t.Errorf("%v, %v", id.Err(), r.Err())
+	}
+	nobody := resolved(t, second.open(t), netip.AddrPortFrom(loopback, 1))
+	var no *rdmacm.RejectedError
+	if _, err := nobody.Connect(patient(t), rdmacm.ConnParam{QPN: 77}); !errors.As(err, &no) || no.Reason != rdmacm.ReasonInvalidServiceID {
 		t.Error(err)
 	}
 }

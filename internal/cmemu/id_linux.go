@@ -52,6 +52,7 @@ type id struct {
 	said     terms       // what this side has told the peer
 	reply    *roce.REP   // of the peer's
 	timewait *time.Timer // nil: no connection has ended
+	forget   func()      // what the device was told of the peer; nil: nothing
 }
 
 // state is what the kernel calls rdma_cm_state.
@@ -182,6 +183,9 @@ func (m *Manager) destroy(x *id) (reported uint32) {
 	if x.timewait != nil {
 		x.timewait.Stop()
 	}
+	if x.forget != nil {
+		x.forget()
+	}
 	m.mu.Unlock()
 	unlisten(x.listens, port)
 	m.mu.Lock()
@@ -248,10 +252,19 @@ func (x *id) Replied(r *roce.REP) {
 	x.m.mu.Lock()
 	defer x.m.mu.Unlock()
 	x.reply, x.phase = r, repReceived
+	x.meet(r.QPN)
 	p := abi.CMConnParam{QPNum: r.QPN, PrivateDataLen: uint8(len(r.Private)), SRQ: bit(r.SRQ), ResponderResources: r.InitiatorDepth,
 		InitiatorDepth: r.ResponderResources, FlowControl: bit(r.FlowControl), RNRRetryCount: r.RNRRetryCount}
 	copy(p.PrivateData[:], r.Private[:])
 	x.queue(eventConnectResponse, 0, bytesOf(&p), eceOf(r.VendorID, r.VendorOptions))
+}
+
+// meet has the device know where the peer's queue pair is. Called with m.mu held, in a handler of the Engine's.
+func (x *id) meet(qpn uint32) {
+	if x.dead {
+		return
+	}
+	x.forget = x.at.dev.Meet(x.dst.gid(), ib.QPN(qpn), x.conn.UDPPort(false))
 }
 
 // Established implements cm.Handler.

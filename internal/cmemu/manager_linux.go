@@ -86,22 +86,27 @@ type place struct {
 	softnic.CMPort
 }
 
-// placeAt returns the place of an address. It calls NICs.
-func (m *Manager) placeAt(a netip.Addr) (place, syscall.Errno) {
-	errno := unix.ENODEV
+// placeAt returns the place of an address: of several, one that peers find. It calls NICs.
+func (m *Manager) placeAt(a netip.Addr) (at place, errno syscall.Errno) {
 	if a.Is4In6() { // of family AF_INET6: no net device has it
-		return place{}, errno
+		return place{}, unix.ENODEV
 	}
 	for _, d := range m.devices {
 		p, err := d.CMPort(a)
-		if err == nil {
+		if err != nil {
+			continue
+		}
+		if p.Standard() {
 			return place{d, p}, 0
 		}
-		if errors.Is(err, unix.EADDRINUSE) {
-			errno = unix.EADDRINUSE
+		if at.dev == nil {
+			at = place{d, p}
 		}
 	}
-	return place{}, errno
+	if at.dev == nil {
+		return place{}, unix.ENODEV
+	}
+	return at, 0
 }
 
 // places returns the places of all addresses of a kind. It fails if there are addresses, and all are another's.
@@ -121,11 +126,12 @@ func (m *Manager) places(like func(netip.Addr) bool) ([]place, syscall.Errno) {
 			}
 			seen[a] = true
 			p, failed := m.placeAt(a)
-			if failed == unix.EADDRINUSE {
-				errno = failed
-			}
-			if failed == 0 {
+			switch {
+			case failed != 0:
+			case p.Standard():
 				l = append(l, p)
+			default:
+				errno = unix.EADDRINUSE
 			}
 		}
 	}

@@ -61,6 +61,7 @@ type Device struct {
 	qps      map[uint32]*qp // by number, but for raw packet queue pairs
 	flows    []*flow        // in the order in which they are looked at
 	inbox    inbox          // has a lock of its own
+	told     told           // likewise
 	engine   engine
 }
 

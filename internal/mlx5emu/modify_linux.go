@@ -70,7 +70,9 @@ func (c *Context) modifyQP(q *abi.ModifyQP) syscall.Errno {
 		if mask&ib.AttrDestQPN != 0 {
 			to = q.DestQPNum
 		}
-		c.dev.owner(to).reach(&a.AH)
+		if !c.dev.told.fill(&a.AH, to) {
+			c.dev.owner(to).reach(&a.AH)
+		}
 	}
 	mask &^= attrAltPath | attrMigState
 	if to == ib.Reset {

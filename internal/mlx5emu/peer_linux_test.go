@@ -489,3 +489,44 @@ func TestReceivesAreReadForMessages(t *testing.T) {
 		})
 	}
 }
+
+// Where a peer is, the device may be told; otherwise it guesses from whose number it is.
+func TestMeet(t *testing.T) {
+	c := connect(t, newDevice(t, Config{}))
+	gid := gidOf(t, c.dev, netip.MustParseAddr("127.0.0.1"))
+	cq := c.newCQ(64, -1)
+	own := c.newQP(cq, cq, qpOptions{srq: -1, uidx: 3})
+	port := func(qpn uint32) uint16 {
+		t.Helper()
+		q := c.newQP(cq, cq, qpOptions{srq: -1, uidx: 4})
+		for _, s := range []ib.QPState{ib.Init, ib.RTR} {
+			r := q.attrs(qpn)
+			r.State, r.AH = s, ib.AHAttr{DGID: gid.GID, SGIDIndex: gid.Index, HopLimit: 64, Port: 1}
+			q.modify(r, changes[ib.RC][[2]ib.QPState{s - 1, s}].need|ib.AttrState)
+		}
+		c.dev.mu.Lock()
+		defer c.dev.mu.Unlock()
+		a, err := c.dev.qps[q.qpn].soft.Query()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a.AH.UDPPort
+	}
+	guessed := port(own.qpn)
+	if guessed == 0 || port(0x123456) != 0 {
+		t.Errorf("guessed %d", guessed)
+	}
+	forget := c.dev.Meet(gid.GID, ib.QPN(own.qpn), 0)
+	if p := port(own.qpn); p != 0 {
+		t.Errorf("port %d, not 0", p)
+	}
+	again := c.dev.Meet(gid.GID, ib.QPN(own.qpn), 9)
+	forget()
+	if p := port(own.qpn); p != 9 {
+		t.Errorf("port %d, not 9", p)
+	}
+	again()
+	if p := port(own.qpn); p != guessed || len(c.dev.told.of) != 0 {
+		t.Errorf("port %d, not %d, %d peers", p, guessed, len(c.dev.told.of))
+	}
+}

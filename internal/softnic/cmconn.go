@@ -217,9 +217,7 @@ func (n *cmConn) connect(ctx context.Context, q *QP, p *driver.CMParam, a *cmAtt
 		MaxDestRdAtomic: min(p.MaxDestRdAtomic, a.responder), AH: ib.AHAttr{DGID: ib.GIDFromAddr(a.peer), SGIDIndex: a.gid, HopLimit: 64, Port: 1}}
 	rts := &ib.QPAttr{State: ib.RTS, CurState: ib.RTR, SQPSN: a.sqPSN, RetryCount: a.retryCount, RNRRetry: a.rnrRetry, MaxRdAtomic: min(p.MaxRdAtomic, a.initiator)}
 	n.port.mu.Lock()
-	if n.c.Selective() {
-		rtr.AH.UDPPort = roce.Port
-	}
+	rtr.AH.UDPPort = n.c.UDPPort(n.c.Selective())
 	rts.AckTimeout = n.c.AckTimeout()
 	n.port.unlock()
 	err := q.Modify(ctx, rtr, ib.AttrState|ib.AttrCurState|ib.AttrAV|ib.AttrPathMTU|ib.AttrDestQPN|ib.AttrRQPSN|ib.AttrMaxDestRdAtomic|ib.AttrMinRNRTimer)

@@ -21,15 +21,24 @@ type gsi struct {
 	psn    ib.PSN
 }
 
-// openGSI returns the port's queue pair 1. Only a port that has the standard UDP port has one: peers look for it nowhere else.
-// Called with mu held.
+// openGSI returns the port's queue pair 1. Called with mu held.
 func (p *netPort) openGSI() *gsi {
-	if p.gsi == nil && p.sock.Local().Port() == roce.Port {
+	if p.gsi == nil {
 		g := &gsi{port: p}
 		g.engine = cm.New(cm.Config{Local: p.sock.Local().Addr(), GUID: p.nic.guid, MTU: wireMTU(p.mtu), Rand: rand.Uint32, Out: g})
 		p.gsi = g
 	}
 	return p.gsi
+}
+
+// gsiFor reports whether a stranger finds queue pair 1: where peers look for it, it is there from the first of them on; elsewhere, once it
+// was used here, for others at the own address. Called with mu held.
+func (p *netPort) gsiFor(src netip.AddrPort) bool {
+	if at := p.sock.Local(); at.Port() != roce.Port {
+		return p.gsi != nil && src.Addr() == at.Addr()
+	}
+	p.openGSI()
+	return true
 }
 
 // receiveMAD takes a packet to queue pair 1. Called with mu held.
@@ -40,8 +49,18 @@ func (p *netPort) receiveMAD(src netip.AddrPort, pkt *roce.Packet) {
 	case pkt.SrcQP != roce.GSIQP:
 		p.drops.Source++
 	default:
-		g.engine.Receive(src.Addr(), pkt.Payload, p.now)
+		g.engine.Receive(p.managerOf(src), pkt.Payload, p.now)
 	}
+}
+
+// managerOf is where the answers to a datagram go: to the port where connection managers look for each other, whatever port the datagram
+// has left from. What comes from the own address can only be another software NIC's, which had to take another port, and sends from
+// there.
+func (p *netPort) managerOf(src netip.AddrPort) netip.AddrPort {
+	if src.Addr() == p.sock.Local().Addr() && src != p.sock.Local() {
+		return src
+	}
+	return netip.AddrPortFrom(src.Addr(), roce.Port)
 }
 
 // expire does what is due.
@@ -52,9 +71,9 @@ func (g *gsi) expire() {
 }
 
 // Send implements cm.Output. What the socket has no room for is lost, as it could be on the way.
-func (g *gsi) Send(to netip.Addr, b *[roce.MADLen]byte) {
+func (g *gsi) Send(to netip.AddrPort, b *[roce.MADLen]byte) {
 	sock := g.port.sock
-	peer, err := sock.Peer(netip.AddrPortFrom(to, roce.Port), false)
+	peer, err := sock.Peer(to, false)
 	if err != nil {
 		return
 	}
@@ -103,6 +122,20 @@ func (p *netPort) sayGoodbye(until time.Time) {
 
 // cmPort returns the port of an address for the connection manager, and the index of the GID.
 func (n *NIC) cmPort(a netip.Addr) (*netPort, int, error) {
+	p, index, err := n.gsiPort(a)
+	if err != nil {
+		return nil, 0, err
+	}
+	if p.sock.Local().Port() != roce.Port {
+		return nil, 0, fmt.Errorf("%w: UDP port %d at %v, where connection managers look for each other, belongs to another process or software NIC "+
+			"(the kernel's rxe has it on all addresses): use another address, or end who has it and open the device again: %w",
+			driver.ErrUnreachable, roce.Port, a, syscall.EADDRINUSE)
+	}
+	return p, index, nil
+}
+
+// gsiPort is cmPort, whichever UDP port the port has.
+func (n *NIC) gsiPort(a netip.Addr) (*netPort, int, error) {
 	index := n.gids.indexOf(a)
 	if index == 0 {
 		return nil, 0, fmt.Errorf("%w: %v is none of this software NIC's addresses, which are those of the host's interfaces but for link-local ones",
@@ -111,11 +144,6 @@ func (n *NIC) cmPort(a netip.Addr) (*netPort, int, error) {
 	p, err := n.netPortAt(index)
 	if err != nil {
 		return nil, 0, fmt.Errorf("%w: %w", driver.ErrUnreachable, err)
-	}
-	if p.sock.Local().Port() != roce.Port {
-		return nil, 0, fmt.Errorf("%w: UDP port %d at %v, where connection managers look for each other, belongs to another process or software NIC "+
-			"(the kernel's rxe has it on all addresses): use another address, or end who has it and open the device again: %w",
-			driver.ErrUnreachable, roce.Port, a, syscall.EADDRINUSE)
 	}
 	return p, index, nil
 }
@@ -127,12 +155,15 @@ type CMPort struct {
 	gid  int
 }
 
-// CMPort returns the connection manager at an address. The error matches driver.ErrUnreachable, and syscall.EADDRINUSE if the NIC has
-// the address, but not the UDP port where connection managers look for each other.
+// CMPort returns the connection manager at an address. The error matches driver.ErrUnreachable.
 func (n *NIC) CMPort(a netip.Addr) (CMPort, error) {
-	p, index, err := n.cmPort(a)
+	p, index, err := n.gsiPort(a)
 	return CMPort{p, index}, err
 }
+
+// Standard reports whether it has the UDP port where connection managers look for each other. Without, nobody finds it, and it can only
+// ask who has that port at the same address, if that is a software NIC.
+func (p CMPort) Standard() bool { return p.port.sock.Local().Port() == roce.Port }
 
 // Addr is the address.
 func (p CMPort) Addr() netip.Addr { return p.port.sock.Local().Addr() }

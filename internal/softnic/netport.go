@@ -409,7 +409,7 @@ func (p *netPort) find(src netip.AddrPort, pkt *roce.Packet) bool {
 	}
 	if pkt.Opcode.Service() == roce.UD {
 		p.ud = p.uds[qpn]
-		p.mad = p.ud == nil && qpn == roce.GSIQP && p.openGSI() != nil
+		p.mad = p.ud == nil && qpn == roce.GSIQP && p.gsiFor(src)
 		if p.ud == nil && !p.mad {
 			p.drops.NoQP++
 			return false

@@ -314,7 +314,7 @@ func TestRefused(t *testing.T) {
 		c.change(&m)
 		var mad [roce.MADLen]byte
 		roce.PutMAD(mad[:], 77, &m)
-		b.e.Receive(a.addr, mad[:], n.now)
+		b.e.Receive(managerAt(a.addr), mad[:], n.now)
 		r, ok := b.sent[0].(*roce.REJ)
 		if !ok || r.Reason != c.want || r.RemoteID != m.LocalID || len(b.e.conns) != 0 || len(s.came) != 0 {
 			t.Errorf("%s: %+v, %d connections, %d requests", name, b.sent[0], len(b.e.conns), len(s.came))
@@ -388,7 +388,7 @@ func TestStrangers(t *testing.T) {
 		before := len(b.sent)
 		var mad [roce.MADLen]byte
 		roce.PutMAD(mad[:], 99, m)
-		b.e.Receive(from, mad[:], n.now)
+		b.e.Receive(managerAt(from), mad[:], n.now)
 		if len(b.sent) == before {
 			return nil
 		}
@@ -430,8 +430,8 @@ func TestStrangers(t *testing.T) {
 	if r, ok := send(a.addr, &roce.REP{LocalID: 7, RemoteID: 12345, QPN: 9}).(*roce.REJ); !ok || r.Reason != roce.RejectInvalidCommID {
 		t.Errorf("REP: %+v", r)
 	}
-	b.e.Receive(a.addr, make([]byte, 100), n.now)
-	b.e.Receive(a.addr, make([]byte, roce.MADLen), n.now)
+	b.e.Receive(managerAt(a.addr), make([]byte, 100), n.now)
+	b.e.Receive(managerAt(a.addr), make([]byte, roce.MADLen), n.now)
 	if b.e.Counters.Malformed != 2 || b.e.Counters.Strange == 0 {
 		t.Errorf("%+v", b.e.Counters)
 	}
@@ -450,7 +450,7 @@ func TestFlood(t *testing.T) {
 	for i := range uint32(4 * maxMemory) {
 		m.LocalID, m.QPN = i+1, i+100
 		roce.PutMAD(mad[:], uint64(i), &m)
-		b.e.Receive(a.addr, mad[:], n.now)
+		b.e.Receive(managerAt(a.addr), mad[:], n.now)
 		if i%2 == 0 && len(s.came) > 0 { // the program refuses what it gets
 			if err := s.came[0].c.Reject(n.now, roce.RejectConsumer, nil); err != nil {
 				t.Fatal(err)

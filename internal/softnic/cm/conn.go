@@ -15,7 +15,7 @@ type Conn struct {
 	h     Handler // nil: nobody cares any more
 	state state
 
-	remote            netip.Addr // the peer's connection manager
+	remote            netip.AddrPort // the peer's connection manager: where its datagrams come from, and ours go
 	local, peer       netip.AddrPort
 	localID, remoteID uint32
 	tid               uint64 // of the handshake
@@ -87,7 +87,7 @@ func (e *Engine) Connect(now time.Duration, port uint16, peer netip.AddrPort, p 
 	case !p.Bound && e.PortInUse(port):
 		return nil, ErrPortInUse
 	}
-	c := e.newConn(peer.Addr())
+	c := e.newConn(netip.AddrPortFrom(peer.Addr(), roce.Port))
 	c.h, c.state, c.qpn, c.peer = h, reqSent, uint32(p.QPN), peer
 	c.local = netip.AddrPortFrom(e.cfg.Local, port)
 	if !p.Bound {
@@ -128,6 +128,16 @@ func (c *Conn) REQ() *roce.REQ { return c.request }
 
 // Selective reports whether the connection may leave plain go-back-N, once Replied was called; of a request, whether it offers that.
 func (c *Conn) Selective() bool { return c.selective }
+
+// UDPPort is what the address vector of the queue pair is to have as ib.AHAttr.UDPPort: where the peer receives, if it is a software NIC
+// of this library that the connection leaves plain go-back-N with. selective: that was agreed on. It need not be with peers at the own
+// address, which are software NICs always: no other RoCE device could share it. Otherwise it is 0.
+func (c *Conn) UDPPort(selective bool) uint16 {
+	if selective || c.remote.Addr() == c.e.cfg.Local {
+		return c.remote.Port()
+	}
+	return 0
+}
 
 // AckTimeout is what the queue pair is to wait for acknowledgements: what the peer has said, in a request or a reply.
 func (c *Conn) AckTimeout() ib.AckTimeout {

@@ -89,8 +89,8 @@ type Service interface {
 
 // An Output takes datagrams.
 type Output interface {
-	// Send sends a datagram to queue pair 1 at an address. It is the caller's again on return. Whether it arrives is open.
-	Send(to netip.Addr, b *[roce.MADLen]byte)
+	// Send sends a datagram to queue pair 1 at an address and UDP port. It is the caller's again on return. Whether it arrives is open.
+	Send(to netip.AddrPort, b *[roce.MADLen]byte)
 }
 
 // Why connections end.

@@ -45,7 +45,7 @@ type Counters struct {
 
 // requestKey is a request as the peer knows it.
 type requestKey struct {
-	from netip.Addr
+	from netip.AddrPort
 	guid uint64
 	id   uint32
 }
@@ -53,7 +53,7 @@ type requestKey struct {
 // qpKey is a queue pair of a peer.
 type qpKey struct {
 	guid uint64
-	at   netip.Addr
+	at   netip.AddrPort
 	qpn  uint32
 }
 
@@ -134,13 +134,13 @@ func (e *Engine) forgetOldest() {
 }
 
 // send sends a message that nothing is remembered of.
-func (e *Engine) send(to netip.Addr, tid uint64, m roce.CMMessage) {
+func (e *Engine) send(to netip.AddrPort, tid uint64, m roce.CMMessage) {
 	roce.PutMAD(e.b[:], tid, m)
 	e.cfg.Out.Send(to, &e.b)
 }
 
 // newConn makes a connection with a name of its own.
-func (e *Engine) newConn(remote netip.Addr) *Conn {
+func (e *Engine) newConn(remote netip.AddrPort) *Conn {
 	c := &Conn{e: e, remote: remote, timer: -1}
 	for c.localID == 0 || e.conns[c.localID] != nil {
 		c.localID = e.cfg.Rand()
@@ -149,8 +149,9 @@ func (e *Engine) newConn(remote netip.Addr) *Conn {
 	return c
 }
 
-// Receive takes the payload of a datagram that has come to queue pair 1.
-func (e *Engine) Receive(from netip.Addr, b []byte, now time.Duration) {
+// Receive takes the payload of a datagram that has come to queue pair 1. The UDP port of from is where answers go: that for RoCEv2,
+// whatever port the datagram has left from, unless the sender is known to receive elsewhere.
+func (e *Engine) Receive(from netip.AddrPort, b []byte, now time.Duration) {
 	tid, m, err := roce.DecodeMAD(b)
 	if err != nil {
 		e.Counters.Malformed++
@@ -184,7 +185,7 @@ func (e *Engine) Receive(from netip.Addr, b []byte, now time.Duration) {
 }
 
 // find returns the connection that a message is about. The peer's name of it may not be known yet: then it is 0.
-func (e *Engine) find(from netip.Addr, local, remote uint32) *Conn {
+func (e *Engine) find(from netip.AddrPort, local, remote uint32) *Conn {
 	c := e.conns[local]
 	if c == nil || c.remote != from || c.remoteID != 0 && c.remoteID != remote {
 		e.Counters.Strange++

@@ -47,7 +47,7 @@ func FuzzEngine(f *testing.F) {
 					}
 				}
 			}
-			b.e.Receive(addrs[choose(3)], mad, n.now)
+			b.e.Receive(managerAt(addrs[choose(3)]), mad, n.now)
 			switch choose(8) {
 			case 0:
 				if len(dialled) < 4 {

@@ -12,7 +12,7 @@ import (
 // What comes from peers.
 
 // request takes a REQ.
-func (e *Engine) request(from netip.Addr, tid uint64, m *roce.REQ, now time.Duration) {
+func (e *Engine) request(from netip.AddrPort, tid uint64, m *roce.REQ, now time.Duration) {
 	if old := e.requests[requestKey{from, m.CAGUID, m.LocalID}]; old != nil {
 		if old.tid == tid {
 			old.asked(now)
@@ -54,7 +54,7 @@ func (e *Engine) request(from netip.Addr, tid uint64, m *roce.REQ, now time.Dura
 }
 
 // check returns why a request cannot be a service's, and what is to be said to that; 0: it can.
-func (e *Engine) check(from netip.Addr, m *roce.REQ, hello *roce.IPHello) (roce.RejectReason, []byte) {
+func (e *Engine) check(from netip.AddrPort, m *roce.REQ, hello *roce.IPHello) (roce.RejectReason, []byte) {
 	local := ib.GIDFromAddr(e.cfg.Local)
 	switch {
 	case m.LocalID == 0:
@@ -65,7 +65,7 @@ func (e *Engine) check(from netip.Addr, m *roce.REQ, hello *roce.IPHello) (roce.
 		return roce.RejectInvalidTransport, nil
 	case m.RemoteGID != local:
 		return roce.RejectInvalidGID, local[:]
-	case m.LocalGID != ib.GIDFromAddr(from):
+	case m.LocalGID != ib.GIDFromAddr(from.Addr()):
 		return roce.RejectInvalidGID, nil
 	case m.QPN <= roce.GSIQP:
 		return roce.RejectNoQP, nil
@@ -73,14 +73,14 @@ func (e *Engine) check(from netip.Addr, m *roce.REQ, hello *roce.IPHello) (roce.
 		return roce.RejectInvalidMTU, []byte{byte(e.cfg.MTU)}
 	case hello.Decode(m.Private[:], m.ServiceID) != nil:
 		return roce.RejectUnsupported, nil
-	case hello.Dst.Addr() != e.cfg.Local || hello.Src.Addr() != from:
+	case hello.Dst.Addr() != e.cfg.Local || hello.Src.Addr() != from.Addr():
 		return roce.RejectInvalidGID, nil
 	}
 	return 0, nil
 }
 
 // refuse refuses a request that is not remembered. The same one is refused again.
-func (e *Engine) refuse(to netip.Addr, tid uint64, m *roce.REQ, reason roce.RejectReason, info []byte) {
+func (e *Engine) refuse(to netip.AddrPort, tid uint64, m *roce.REQ, reason roce.RejectReason, info []byte) {
 	e.Counters.Refused++
 	r := &roce.REJ{RemoteID: m.LocalID, Reason: reason}
 	r.InfoLen = uint8(copy(r.Info[:], info))
@@ -105,7 +105,7 @@ func (c *Conn) patience() time.Duration {
 }
 
 // reply takes a REP.
-func (e *Engine) reply(from netip.Addr, tid uint64, m *roce.REP, now time.Duration) {
+func (e *Engine) reply(from netip.AddrPort, tid uint64, m *roce.REP, now time.Duration) {
 	c := e.find(from, m.RemoteID, m.LocalID)
 	if c == nil || c.request != nil {
 		// What was asked for was given up. The peer does not wait for ever for its confirmation, but less if it is told.
@@ -143,7 +143,7 @@ func (e *Engine) reply(from netip.Addr, tid uint64, m *roce.REP, now time.Durati
 }
 
 // acknowledged takes an MRA: the peer has what was sent, and needs longer.
-func (e *Engine) acknowledged(from netip.Addr, m *roce.MRA, now time.Duration) {
+func (e *Engine) acknowledged(from netip.AddrPort, m *roce.MRA, now time.Duration) {
 	c := e.find(from, m.RemoteID, m.LocalID)
 	if c != nil && (c.state == reqSent && m.Received == 0 || c.state == repSent && m.Received == 1) {
 		c.wake(now + timeout(m.ServiceTimeout))
@@ -151,7 +151,7 @@ func (e *Engine) acknowledged(from netip.Addr, m *roce.MRA, now time.Duration) {
 }
 
 // rejected takes a REJ.
-func (e *Engine) rejected(from netip.Addr, m *roce.REJ, now time.Duration) {
+func (e *Engine) rejected(from netip.AddrPort, m *roce.REJ, now time.Duration) {
 	var c *Conn
 	if m.RemoteID == 0 && m.Reason == roce.RejectTimeout { // the peer has not heard this side's name of the request
 		c = e.requests[requestKey{from, infoGUID(m), m.LocalID}]
@@ -177,7 +177,7 @@ func (e *Engine) rejected(from netip.Addr, m *roce.REJ, now time.Duration) {
 }
 
 // disconnected takes a DREQ. Whether there is such a connection or not: there is none any more.
-func (e *Engine) disconnected(from netip.Addr, tid uint64, m *roce.DREQ, now time.Duration) {
+func (e *Engine) disconnected(from netip.AddrPort, tid uint64, m *roce.DREQ, now time.Duration) {
 	if c := e.conns[m.RemoteID]; c != nil && c.remote == from && c.remoteID == m.LocalID {
 		if c.qpn != m.RemoteQPN {
 			e.Counters.Strange++

@@ -107,8 +107,11 @@ func (n *network) node(i int) *node {
 }
 
 // Send implements Output.
-func (x *node) Send(to netip.Addr, b *[roce.MADLen]byte) {
-	n := x.net
+func (x *node) Send(at netip.AddrPort, b *[roce.MADLen]byte) {
+	n, to := x.net, at.Addr()
+	if at.Port() != roce.Port {
+		n.t.Errorf("%v sends to %v", x.addr, at)
+	}
 	_, m, err := roce.DecodeMAD(b[:])
 	if err != nil {
 		n.t.Fatalf("%v sends %x: %v", x.addr, b, err)
@@ -129,11 +132,13 @@ func (x *node) Send(to netip.Addr, b *[roce.MADLen]byte) {
 		b := bytes.Clone(b[:])
 		n.after(n.delay+time.Duration(n.r.Int64N(int64(n.jitter)+1)), func() {
 			if y := n.nodes[to]; y != nil {
-				y.e.Receive(x.addr, b, n.now)
+				y.e.Receive(managerAt(x.addr), b, n.now)
 			}
 		})
 	}
 }
+
+func managerAt(a netip.Addr) netip.AddrPort { return netip.AddrPortFrom(a, roce.Port) }
 
 // count is how many messages of a kind the node has sent.
 func (x *node) count(a roce.CMAttr) (n int) {
