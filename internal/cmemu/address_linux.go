@@ -49,8 +49,11 @@ func (x *id) bind(a sockaddr) syscall.Errno {
 	if !x.is(idle) {
 		return unix.EINVAL
 	}
-	if a.family == unix.AF_INET6 && a.ip.IsLinkLocalUnicast() && a.scope == 0 {
+	switch {
+	case a.family == unix.AF_INET6 && a.ip.IsLinkLocalUnicast() && a.scope == 0:
 		return unix.EINVAL
+	case a.family != afIB && x.space == abi.RDMA_PS_IB:
+		return unix.EPROTONOSUPPORT
 	}
 	var at place
 	if !a.isAny() {

@@ -295,6 +295,12 @@ func TestErrors(t *testing.T) {
 	migrate := func(fd uint32, id uint32) syscall.Errno {
 		return r.run(abi.RDMA_USER_CM_CMD_MIGRATE_ID, bytesOf(&abi.CMMigrateID{ID: id, FD: fd, Response: arenaAt}), 4)
 	}
+	spaceIB := func() syscall.Errno {
+		if errno := create(abi.RDMA_PS_IB, 4, arenaAt); errno != 0 {
+			return errno
+		}
+		return r.bind(native.Uint32(r.mem.b[:]), "127.0.0.1:0")
+	}
 	attr := func(id uint32, s ib.QPState) syscall.Errno {
 		_, errno := r.attr(id, s)
 		return errno
@@ -309,7 +315,8 @@ func TestErrors(t *testing.T) {
 		"header beyond the end":    {r.c.Write(bytesOf(&abi.CMCmdHdr{In: 1}), nil), unix.EINVAL},
 		"short":                    {r.run(abi.RDMA_USER_CM_CMD_LISTEN, make([]byte, 7), 0), unix.EINVAL},
 		"port space":               {create(0x107, 4, arenaAt), unix.EINVAL},
-		"datagrams":                {create(abi.RDMA_PS_UDP, 4, arenaAt), unix.EPROTONOSUPPORT},
+		"datagrams":                {create(abi.RDMA_PS_IPOIB, 4, arenaAt), unix.EPROTONOSUPPORT},
+		"bind, space of IB":        {spaceIB(), unix.EPROTONOSUPPORT},
 		"create, no room":          {create(abi.RDMA_PS_TCP, 3, arenaAt), unix.ENOSPC},
 		"create, no memory":        {create(abi.RDMA_PS_TCP, 4, 0), unix.EFAULT},
 		"no ID":                    {r.listen(99, 0), unix.ENOENT},

@@ -50,6 +50,9 @@ func connect(w *call) syscall.Errno {
 		return unix.EINVAL
 	}
 	return w.withDevice(q.ID, func(x *id) syscall.Errno {
+		if x.typ == ib.UD {
+			return x.ask(q.ConnParam.PrivateData[:q.ConnParam.PrivateDataLen])
+		}
 		p, fits := params(&q.ConnParam, &q.ECE, cm.MaxRequest)
 		if !x.is(routeResolved) || !fits || x.dst.ip.IsMulticast() {
 			return unix.EINVAL
@@ -68,6 +71,21 @@ func connect(w *call) syscall.Errno {
 			return nil
 		}))
 	})
+}
+
+// ask asks who takes the datagrams of the service at the peer.
+func (x *id) ask(private []byte) syscall.Errno {
+	if !x.is(routeResolved) || len(private) > cm.MaxQuestion || x.dst.ip.IsMulticast() {
+		return unix.EINVAL
+	}
+	return errnoOf(x.at.Manage(func(e *cm.Engine, now time.Duration) error {
+		c, err := e.Resolve(now, x.src.port, x.dst.addrPort(), private, x)
+		if err != nil {
+			return err
+		}
+		x.set(func() { x.conn, x.state, x.phase = c, connecting, reqSent })
+		return nil
+	}))
 }
 
 func listen(w *call) syscall.Errno {
@@ -90,7 +108,7 @@ func (x *id) listen(backlog uint32) syscall.Errno {
 			return errno
 		}
 	}
-	if x.src.family == afIB || x.space != abi.RDMA_PS_TCP {
+	if x.src.family == afIB || x.space == abi.RDMA_PS_IB {
 		return unix.EPROTONOSUPPORT
 	}
 	at := []place{x.at}
@@ -116,9 +134,14 @@ func (x *id) listen(backlog uint32) syscall.Errno {
 	x.state, x.backlog = listening, backlog // requests may come from now on
 	m.mu.Unlock()
 	for i, p := range at {
-		err := p.Manage(func(e *cm.Engine, _ time.Duration) error { return e.Listen(x.src.port, &service{x, p}) })
+		err := p.Manage(func(e *cm.Engine, _ time.Duration) error {
+			if x.typ == ib.UD {
+				return e.ListenDatagrams(x.src.port, &service{x, p})
+			}
+			return e.Listen(x.src.port, &service{x, p})
+		})
 		if err != nil {
-			unlisten(at[:i], x.src.port)
+			x.unlisten(at[:i], x.src.port)
 			x.set(func() { x.state, x.backlog = addrBound, 0 })
 			return errnoOf(err)
 		}
@@ -132,10 +155,14 @@ func (x *id) takes(a netip.Addr) bool {
 	return !x.afOnly || a.Is4() == (x.src.family == unix.AF_INET)
 }
 
-func unlisten(from []place, port uint16) {
+func (x *id) unlisten(from []place, port uint16) {
 	for _, p := range from {
 		p.Manage(func(e *cm.Engine, _ time.Duration) error { // if the device is closed, there is nothing to undo
-			e.Unlisten(port)
+			if x.typ == ib.UD {
+				e.UnlistenDatagrams(port)
+			} else {
+				e.Unlisten(port)
+			}
 			return nil
 		})
 	}
@@ -160,8 +187,17 @@ func (s *service) Request(c *cm.Conn) (cm.Handler, roce.RejectReason) {
 	if m.add(x, l.ch) != 0 {
 		return nil, roce.RejectConsumer
 	}
-	q := c.REQ()
 	x.src, x.dst, x.at = sockaddrOf(c.LocalAddr()), sockaddrOf(c.RemoteAddr()), s.at
+	l.backlog--
+	if q := c.Question(); q != nil {
+		x.path = path{mtu: s.at.MTU(), hops: hopLimit, life: packetLife}
+		x.state, x.phase, x.conn, x.qkey = connecting, reqReceived, c, defaultQKey
+		p := abi.CMUDParam{PrivateDataLen: cm.MaxQuestion}
+		copy(p.PrivateData[:], q.Private[roce.IPHelloLen:])
+		l.ch.put(&event{of: l, made: x, resp: eventOf(l.uid, x.num, eventConnectRequest, 0, bytesOf(&p), abi.CMECE{})})
+		return x, 0
+	}
+	q := c.REQ()
 	x.path = path{mtu: q.MTU, flow: q.FlowLabel, tclass: q.TrafficClass, hops: q.HopLimit, sl: q.SL, life: q.LocalAckTimeout}
 	if x.path.life > 0 {
 		x.path.life--
@@ -169,7 +205,6 @@ func (s *service) Request(c *cm.Conn) (cm.Handler, roce.RejectReason) {
 	x.state, x.phase, x.conn = connecting, reqReceived, c
 	x.meet(q.QPN)
 	x.tos = q.TrafficClass
-	l.backlog--
 	p := abi.CMConnParam{QPNum: q.QPN, PrivateDataLen: cm.MaxRequest, SRQ: bit(q.SRQ), ResponderResources: q.InitiatorDepth,
 		InitiatorDepth: q.ResponderResources, FlowControl: bit(q.FlowControl), RetryCount: q.RetryCount, RNRRetryCount: q.RNRRetryCount}
 	copy(p.PrivateData[:], q.Private[roce.IPHelloLen:])
@@ -186,6 +221,9 @@ func accept(w *call) syscall.Errno {
 	return w.withDevice(q.ID, func(x *id) syscall.Errno {
 		if !x.is(connecting) {
 			return unix.EINVAL
+		}
+		if x.typ == ib.UD {
+			return x.answer(&q)
 		}
 		var p *cm.Params // nil: the peer's answer is confirmed
 		fits := true
@@ -221,6 +259,39 @@ func accept(w *call) syscall.Errno {
 	})
 }
 
+// answer says which queue pair takes the service's datagrams, as a command says it.
+func (x *id) answer(q *abi.CMAccept) syscall.Errno {
+	p := &q.ConnParam
+	a := &cm.Answer{QPN: ib.QPN(p.QPNum) & ib.MaxQPN, QKey: x.qkey, Private: slices.Clone(p.PrivateData[:p.PrivateDataLen])}
+	if p.Valid == 0 {
+		return unix.EINVAL
+	}
+	return x.say(a, func() { x.uid = q.UID })
+}
+
+// say answers a question, and calls then if it was one, with m.mu held.
+func (x *id) say(a *cm.Answer, then func()) syscall.Errno {
+	err := x.at.Manage(func(_ *cm.Engine, now time.Duration) error {
+		if err := x.conn.Answer(now, a); err != nil {
+			return err
+		}
+		x.set(func() {
+			x.phase = over
+			if then != nil {
+				then()
+			}
+		})
+		return nil
+	})
+	switch {
+	case err == nil:
+		return 0
+	case errors.Is(err, driver.ErrClosed):
+		return unix.EIO
+	}
+	return unix.EINVAL
+}
+
 // ready confirms the peer's answer. Called as Manage calls.
 func (x *id) ready() error {
 	x.m.mu.Lock()
@@ -253,6 +324,9 @@ func reject(w *call) syscall.Errno {
 	return w.withDevice(q.ID, func(x *id) syscall.Errno {
 		if x.conn == nil {
 			return unix.EINVAL
+		}
+		if x.typ == ib.UD {
+			return x.say(&cm.Answer{Status: cm.StatusRejected, Private: q.PrivateData[:q.PrivateDataLen]}, nil)
 		}
 		err := x.at.Manage(func(_ *cm.Engine, now time.Duration) error {
 			return x.conn.Reject(now, reason, q.PrivateData[:q.PrivateDataLen])
@@ -318,6 +392,12 @@ func notify(w *call) syscall.Errno {
 // attributes fills in what the queue pair is to be modified with to come to the state of r.
 func (x *id) attributes(r *abi.QPAttr) syscall.Errno {
 	to := ib.QPState(r.QPState)
+	if x.typ == ib.UD {
+		x.m.mu.Lock()
+		defer x.m.mu.Unlock()
+		r.QPAttrMask, r.PortNum, r.QKey = uint32(ib.AttrState|ib.AttrPKeyIndex|ib.AttrPort|ib.AttrQKey), 1, x.qkey
+		return 0
+	}
 	if x.conn == nil {
 		r.QPAttrMask, r.PortNum = uint32(ib.AttrState|ib.AttrPKeyIndex|ib.AttrPort|ib.AttrAccess), 1
 		if to == ib.RTR {
@@ -365,8 +445,7 @@ func (x *id) attributes(r *abi.QPAttr) syscall.Errno {
 		r.QPAttrMask, r.PortNum, r.QPAccessFlags = uint32(ib.AttrState|ib.AttrPKeyIndex|ib.AttrPort|ib.AttrAccess), 1, uint32(access)
 	case ib.RTR:
 		r.QPAttrMask = uint32(ib.AttrState | ib.AttrAV | ib.AttrPathMTU | ib.AttrDestQPN | ib.AttrRQPSN | ib.AttrMaxDestRdAtomic | ib.AttrMinRNRTimer)
-		r.AHAttr = abi.AHAttr{IsGlobal: 1, PortNum: 1, SL: p.sl,
-			GRH: abi.GlobalRoute{DGID: x.dst.gid(), FlowLabel: p.flow, SGIDIndex: uint8(x.at.GIDIndex()), HopLimit: p.hops, TrafficClass: p.tclass}}
+		r.AHAttr = x.addressHandle()
 		r.PathMTU, r.DestQPNum, r.RQPSN, r.MaxDestRdAtomic = uint32(p.mtu), peer.qpn, uint32(x.psn), agreed.responder
 	case ib.RTS:
 		r.QPAttrMask = uint32(ib.AttrState | ib.AttrSQPSN | ib.AttrRetryCount | ib.AttrRNRRetry | ib.AttrMaxRdAtomic | ib.AttrAckTimeout)

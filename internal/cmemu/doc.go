@@ -6,8 +6,8 @@
 // A Manager stands for the rdma_cm of a host, a Channel for one open file of it. Where a program would see the kernel from its system
 // call, whoever has caught that call hands the command to Channel.Write.
 //
-// Everything that comes in is a client's or a peer's word, and what either can have the Manager keep is bounded. Only reliable
-// connections between IP addresses are managed (RDMA_PS_TCP). Different from the kernel: no hardware address is looked for when an
+// Everything that comes in is a client's or a peer's word, and what either can have the Manager keep is bounded. What is
+// managed are reliable connections and services of datagrams between IP addresses (RDMA_PS_TCP, RDMA_PS_UDP), no multicast groups. Different from the kernel: no hardware address is looked for when an
 // address is resolved, so that a host that is not there shows when it is connected to; a loopback address is one like all others; and
 // an address of which another process has UDP port 4791 is in use.
 package cmemu

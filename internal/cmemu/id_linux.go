@@ -51,6 +51,7 @@ type id struct {
 	phase    phase
 	said     terms       // what this side has told the peer
 	reply    *roce.REP   // of the peer's
+	qkey     uint32      // of datagrams
 	timewait *time.Timer // nil: no connection has ended
 	forget   func()      // what the device was told of the peer; nil: nothing
 }
@@ -116,14 +117,16 @@ func createID(w *call) syscall.Errno {
 	case abi.RDMA_PS_TCP:
 		typ = ib.RC
 	case abi.RDMA_PS_IB: // librdmacm makes one to see whether the kernel knows AF_IB
-	case abi.RDMA_PS_UDP, abi.RDMA_PS_IPOIB:
+	case abi.RDMA_PS_UDP:
+		typ = ib.UD
+	case abi.RDMA_PS_IPOIB:
 		return unix.EPROTONOSUPPORT
 	default:
 		return unix.EINVAL
 	}
 	m := w.c.m
 	x := newID(m, q.PS, typ)
-	x.uid = q.UID
+	x.uid, x.qkey = q.UID, defaultQKey
 	m.mu.Lock()
 	errno := m.add(x, w.c)
 	resp.ID = x.num
@@ -187,7 +190,7 @@ func (m *Manager) destroy(x *id) (reported uint32) {
 		x.forget()
 	}
 	m.mu.Unlock()
-	unlisten(x.listens, port)
+	x.unlisten(x.listens, port)
 	m.mu.Lock()
 	m.freePort(x)
 	m.mu.Unlock()
@@ -274,6 +277,32 @@ func (x *id) Established() {
 	x.phase = established
 	x.queue(eventEstablished, 0, nil, abi.CMECE{})
 }
+
+// Resolved implements cm.Handler.
+func (x *id) Resolved(r *roce.SIDRREP) {
+	x.m.mu.Lock()
+	defer x.m.mu.Unlock()
+	x.phase = over
+	p := abi.CMUDParam{PrivateDataLen: uint8(len(r.Private))}
+	copy(p.PrivateData[:], r.Private[:])
+	if r.Status != cm.StatusSuccess {
+		x.queue(eventUnreachable, int32(r.Status), bytesOf(&p), abi.CMECE{})
+		return
+	}
+	x.qkey = r.QKey
+	p.QPNum, p.QKey, p.AHAttr = r.QPN, r.QKey, x.addressHandle()
+	x.queue(eventEstablished, 0, bytesOf(&p), abi.CMECE{})
+}
+
+// addressHandle is where the peer is.
+func (x *id) addressHandle() abi.AHAttr {
+	p := &x.path
+	return abi.AHAttr{IsGlobal: 1, PortNum: 1, SL: p.sl,
+		GRH: abi.GlobalRoute{DGID: x.dst.gid(), FlowLabel: p.flow, SGIDIndex: uint8(x.at.GIDIndex()), HopLimit: p.hops, TrafficClass: p.tclass}}
+}
+
+// defaultQKey is the Q_Key of datagrams for which the program says none, RDMA_UDP_QKEY.
+const defaultQKey = 0x01234567
 
 // timewait is how long after a connection its queue pair should not have another: what is on the way may arrive until then.
 const timewait = time.Second

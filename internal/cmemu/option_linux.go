@@ -85,7 +85,7 @@ func (x *id) setPath(v []byte) syscall.Errno {
 	return unix.EINVAL
 }
 
-// joinMulticast is for datagrams, as in the kernel.
+// joinMulticast is for datagrams, as in the kernel, but not here.
 func joinMulticast(w *call) syscall.Errno {
 	q, ok := arg[abi.CMJoinMcast](w)
 	if !ok || q.JoinFlags > abi.RDMA_MC_JOIN_FLAG_SENDONLY_FULLMEMBER {
@@ -94,7 +94,12 @@ func joinMulticast(w *call) syscall.Errno {
 	if _, errno := sizedSockaddr(bytesOf(&q.Addr), q.AddrSize); errno != 0 {
 		return errno
 	}
-	return w.with(q.ID, func(*id) syscall.Errno { return unix.EINVAL })
+	return w.with(q.ID, func(x *id) syscall.Errno {
+		if x.typ == ib.UD {
+			return unix.ENOSYS
+		}
+		return unix.EINVAL
+	})
 }
 
 func leaveMulticast(w *call) syscall.Errno {

@@ -592,9 +592,6 @@ func TestKernelOptions(t *testing.T) {
 // Datagrams: a connection only tells one side the other's QP.
 func TestKernelDatagrams(t *testing.T) {
 	c := vmChannel(t)
-	if emulation != nil {
-		t.Skip("only reliable connections are managed")
-	}
 	ctx := patient(t)
 	newID := func() *ID {
 		id, err := c.NewID(UDP)

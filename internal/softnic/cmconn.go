@@ -49,6 +49,9 @@ func newCMConn(n *NIC, p *netPort) *cmConn {
 func (n *cmConn) Replied(m *roce.REP) { n.replied <- m }
 func (n *cmConn) Established()        { close(n.confirmed) }
 
+// Resolved implements cm.Handler, which asks for no datagrams.
+func (n *cmConn) Resolved(*roce.SIDRREP) {}
+
 func (n *cmConn) Ended(err error) {
 	n.endOnce.Do(func() {
 		n.endErr = err

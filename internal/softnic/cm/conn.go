@@ -24,8 +24,9 @@ type Conn struct {
 	bound             uint16 // the port that it has of the Engine's; 0: none
 	selective         bool   // OptionSelective was offered; active: and taken, once there is a reply
 
-	request *roce.REQ // passive
-	reply   *roce.REP // active
+	request  *roce.REQ     // passive
+	question *roce.SIDRREQ // likewise, of datagrams
+	reply    *roce.REP     // active
 
 	mad      [roce.MADLen]byte // what is sent again
 	at       time.Duration     // when expire is to be called, or (old) when it is forgotten
@@ -40,6 +41,7 @@ type Conn struct {
 //
 //	active:   reqSent -> repReceived -> established      passive:  reqReceived -> repSent -> established
 //	both:     established -> dreqSent -> over            refused: what a REJ was sent for    any -> forgotten
+//	of datagrams: active asking, passive asked -> refused, which is answered here
 type state uint8
 
 const (
@@ -51,6 +53,8 @@ const (
 	dreqSent
 	over    // in timewait
 	refused // a repeated message gets the same REJ
+	asking
+	asked
 	forgotten
 )
 
@@ -170,7 +174,7 @@ func (c *Conn) repeat() { c.e.cfg.Out.Send(c.remote, &c.mad) }
 
 // expire is called when nothing was heard for long enough.
 func (c *Conn) expire(now time.Duration) {
-	if c.state == reqReceived {
+	if c.state == reqReceived || c.state == asked {
 		c.stop()
 		c.forget()
 		c.ended(ErrGivenUp)
@@ -187,6 +191,9 @@ func (c *Conn) expire(now time.Duration) {
 	switch c.state {
 	case reqSent:
 		c.giveUp()
+		c.ended(ErrNoAnswer)
+	case asking:
+		c.forget()
 		c.ended(ErrNoAnswer)
 	case repSent:
 		c.reject(now, 1, roce.RejectTimeout, nil)
@@ -294,6 +301,10 @@ func (c *Conn) Abandon(now time.Duration) {
 		c.reject(now, 0, roce.RejectConsumer, nil)
 	case established:
 		c.Disconnect(now)
+	case asking:
+		c.forget()
+	case asked:
+		c.Answer(now, &Answer{Status: StatusRejected})
 	}
 }
 
@@ -328,8 +339,10 @@ func (c *Conn) forget() {
 	c.stop()
 	c.leave(forgotten)
 	delete(e.conns, c.localID)
-	if c.request != nil {
-		delete(e.requests, c.requestKey())
+	if c.request != nil || c.question != nil {
+		if k := c.requestKey(); e.requests[k] == c {
+			delete(e.requests, k)
+		}
 	}
 	if k := c.qpKey(); e.peers[k] == c {
 		delete(e.peers, k)
@@ -349,5 +362,7 @@ func (c *Conn) leave(s state) {
 	c.state = s
 }
 
-func (c *Conn) requestKey() requestKey { return requestKey{c.remote, c.guid, c.remoteID} }
-func (c *Conn) qpKey() qpKey           { return qpKey{c.guid, c.remote, c.peerQPN} }
+func (c *Conn) requestKey() requestKey {
+	return requestKey{c.remote, c.guid, c.remoteID, c.question != nil}
+}
+func (c *Conn) qpKey() qpKey { return qpKey{c.guid, c.remote, c.peerQPN} }

@@ -77,6 +77,8 @@ type Handler interface {
 	Replied(*roce.REP)
 	// Established says that the peer has confirmed. Only who has called Accept hears it.
 	Established()
+	// Resolved is the answer to a question, and the last that is heard. Only who has called Resolve hears it.
+	Resolved(*roce.SIDRREP)
 	// Ended says that the connection is over, or never was, and why. It is the last that is heard.
 	Ended(err error)
 }

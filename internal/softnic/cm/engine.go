@@ -21,16 +21,17 @@ type Config struct {
 
 // An Engine is the connection manager of an address.
 type Engine struct {
-	cfg      Config
-	services map[uint16]Service
-	bound    map[uint16]bool // ports of active sides
-	conns    map[uint32]*Conn
-	requests map[requestKey]*Conn // passive, by what the peer calls them
-	peers    map[qpKey]*Conn      // by the peer's queue pair
-	timers   timers
-	old      []*Conn // that are over or refused, oldest first; some are forgotten
-	leaving  int     // connections that wait for the answer to a DREQ
-	b        [roce.MADLen]byte
+	cfg       Config
+	services  map[uint16]Service
+	datagrams map[uint16]Service
+	bound     map[uint16]bool // ports of active sides
+	conns     map[uint32]*Conn
+	requests  map[requestKey]*Conn // passive, by what the peer calls them
+	peers     map[qpKey]*Conn      // by the peer's queue pair
+	timers    timers
+	old       []*Conn // that are over or refused, oldest first; some are forgotten
+	leaving   int     // connections that wait for the answer to a DREQ
+	b         [roce.MADLen]byte
 
 	Counters Counters
 }
@@ -45,9 +46,10 @@ type Counters struct {
 
 // requestKey is a request as the peer knows it.
 type requestKey struct {
-	from netip.AddrPort
-	guid uint64
-	id   uint32
+	from     netip.AddrPort
+	guid     uint64
+	id       uint32
+	datagram bool // a question
 }
 
 // qpKey is a queue pair of a peer.
@@ -59,7 +61,7 @@ type qpKey struct {
 
 // New makes an Engine.
 func New(cfg Config) *Engine {
-	return &Engine{cfg: cfg, services: map[uint16]Service{}, bound: map[uint16]bool{}, conns: map[uint32]*Conn{},
+	return &Engine{cfg: cfg, services: map[uint16]Service{}, datagrams: map[uint16]Service{}, bound: map[uint16]bool{}, conns: map[uint32]*Conn{},
 		requests: map[requestKey]*Conn{}, peers: map[qpKey]*Conn{}}
 }
 
@@ -103,6 +105,7 @@ func (e *Engine) Close() {
 		c.ended(net.ErrClosed)
 	}
 	clear(e.services)
+	clear(e.datagrams)
 }
 
 // Deadline returns when Expire is to be called; 0: there is nothing to wait for.
@@ -161,7 +164,9 @@ func (e *Engine) Receive(from netip.AddrPort, b []byte, now time.Duration) {
 	case *roce.REQ:
 		e.request(from, tid, m, now)
 	case *roce.SIDRREQ:
-		e.send(from, tid, &roce.SIDRREP{RequestID: m.RequestID, ServiceID: m.ServiceID, Status: 1}) // datagrams have no services here
+		e.asks(from, tid, m, now)
+	case *roce.SIDRREP:
+		e.answered(from, m)
 	case *roce.REP:
 		e.reply(from, tid, m, now)
 	case *roce.RTU:

@@ -13,7 +13,7 @@ import (
 
 // request takes a REQ.
 func (e *Engine) request(from netip.AddrPort, tid uint64, m *roce.REQ, now time.Duration) {
-	if old := e.requests[requestKey{from, m.CAGUID, m.LocalID}]; old != nil {
+	if old := e.requests[requestKey{from: from, guid: m.CAGUID, id: m.LocalID}]; old != nil {
 		if old.tid == tid {
 			old.asked(now)
 			return
@@ -154,7 +154,7 @@ func (e *Engine) acknowledged(from netip.AddrPort, m *roce.MRA, now time.Duratio
 func (e *Engine) rejected(from netip.AddrPort, m *roce.REJ, now time.Duration) {
 	var c *Conn
 	if m.RemoteID == 0 && m.Reason == roce.RejectTimeout { // the peer has not heard this side's name of the request
-		c = e.requests[requestKey{from, infoGUID(m), m.LocalID}]
+		c = e.requests[requestKey{from: from, guid: infoGUID(m), id: m.LocalID}]
 	} else {
 		c = e.find(from, m.RemoteID, m.LocalID)
 	}

@@ -165,11 +165,12 @@ func record(t testing.TB, w *pcap.Writer, now time.Duration, from, to netip.Addr
 
 // A side is a program's end of a connection.
 type side struct {
-	x     *node
-	c     *Conn
-	reply *roce.REP
-	up    int
-	ended []error
+	x      *node
+	c      *Conn
+	reply  *roce.REP
+	answer *roce.SIDRREP
+	up     int
+	ended  []error
 }
 
 func (s *side) Replied(m *roce.REP) {
@@ -177,6 +178,13 @@ func (s *side) Replied(m *roce.REP) {
 		s.x.net.t.Errorf("%v: replied to twice, or too late", s.x.addr)
 	}
 	s.reply = m
+}
+
+func (s *side) Resolved(m *roce.SIDRREP) {
+	if s.answer != nil || len(s.ended) > 0 {
+		s.x.net.t.Errorf("%v: answered twice, or too late", s.x.addr)
+	}
+	s.answer = m
 }
 
 func (s *side) Established() {
