@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -644,6 +645,26 @@ func TestPorts(t *testing.T) {
 	v4 = r.create(5)
 	r.must(r.bind(v4, "0.0.0.0:7473"))
 	r.must(r.listen(v4, 0))
+}
+
+// Who listens at all addresses does so at those that come later.
+func TestNewAddress(t *testing.T) {
+	m := newManager(t)
+	r := newRaw(t, m)
+	l := r.create(1)
+	r.must(r.bind(l, "0.0.0.0:7471"))
+	r.must(r.listen(l, 0))
+	shell(t, "ip address add 10.97.7.7/32 dev lo")
+	defer shell(t, "ip address delete 10.97.7.7/32 dev lo")
+	x := m.ids[l]
+	testutil.Eventually(t, "the listener is at the new address", func() bool {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		return slices.ContainsFunc(x.listens, func(p place) bool { return p.Addr() == netip.MustParseAddr("10.97.7.7") })
+	})
+	id := r.routed(2, "10.97.7.7:7471")
+	r.must(r.connect(id, nil))
+	r.event(1, eventConnectRequest, 0)
 }
 
 // An ID goes to another channel with the events that were not delivered.

@@ -134,20 +134,36 @@ func (x *id) listen(backlog uint32) syscall.Errno {
 	x.state, x.backlog = listening, backlog // requests may come from now on
 	m.mu.Unlock()
 	for i, p := range at {
-		err := p.Manage(func(e *cm.Engine, _ time.Duration) error {
-			if x.typ == ib.UD {
-				return e.ListenDatagrams(x.src.port, &service{x, p})
-			}
-			return e.Listen(x.src.port, &service{x, p})
-		})
-		if err != nil {
+		if err := x.listenAt(p); err != nil {
 			x.unlisten(at[:i], x.src.port)
 			x.set(func() { x.state, x.backlog = addrBound, 0 })
 			return errnoOf(err)
 		}
 	}
 	x.set(func() { x.listens = at })
+	if x.at.dev == nil {
+		x.m.followAddresses()
+	}
 	return 0
+}
+
+func (x *id) listenAt(p place) error {
+	return p.Manage(func(e *cm.Engine, _ time.Duration) error {
+		if x.typ == ib.UD {
+			return e.ListenDatagrams(x.src.port, &service{x, p})
+		}
+		return e.Listen(x.src.port, &service{x, p})
+	})
+}
+
+// listenMore listens at the addresses that there are now, and were not.
+func (x *id) listenMore() {
+	at, _ := x.m.places(x.takes)
+	for _, p := range at {
+		if !slices.Contains(x.listens, p) && x.listenAt(p) == nil {
+			x.set(func() { x.listens = append(x.listens, p) })
+		}
+	}
 }
 
 // takes reports whether a listener at any address takes requests at that one.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 
@@ -43,6 +44,15 @@ func twoAddresses(t testing.TB) (here, there netip.Addr) {
 	}
 	a, b, _ := strings.Cut(v, ",")
 	return netip.MustParseAddr(a), netip.MustParseAddr(b)
+}
+
+// shell runs a command that changes this machine's network.
+func shell(t testing.TB, line string) {
+	t.Helper()
+	f := strings.Fields(line)
+	if out, err := exec.Command(f[0], f[1:]...).CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v: %s", line, err, out)
+	}
 }
 
 // newManager makes a manager with one device, both of which end with the test.

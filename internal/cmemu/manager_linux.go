@@ -17,11 +17,14 @@ import (
 // A Manager is the rdma_cm of a host whose devices are emulated. It is safe for concurrent use.
 type Manager struct {
 	devices []*mlx5emu.Device
+	over    chan struct{} // closed by Close
+	follows sync.WaitGroup
 
 	// mu guards all that follows, and the channels and IDs but for what they say. It is taken where a software NIC calls us with its
 	// locks held: no NIC is called with it.
 	mu       sync.Mutex
 	closed   bool
+	follow   bool // the devices' addresses are followed
 	channels map[*Channel]bool
 	ids      map[uint32]*id // by number, which all channels share
 	free     uint32         // all numbers below have an ID
@@ -47,7 +50,7 @@ var ErrTooMany = errors.New("cmemu: too many channels")
 // New makes the manager of a host with these devices: of several at an address it takes the first that has the UDP port for it. The
 // devices stay the caller's, and are closed after the Manager.
 func New(devices []*mlx5emu.Device) *Manager {
-	return &Manager{devices: slices.Clone(devices), channels: map[*Channel]bool{}, ids: map[uint32]*id{}, ports: map[portKey][]*id{}}
+	return &Manager{devices: slices.Clone(devices), over: make(chan struct{}), channels: map[*Channel]bool{}, ids: map[uint32]*id{}, ports: map[portKey][]*id{}}
 }
 
 // Open makes a channel whose client's memory is mem.
@@ -68,7 +71,10 @@ func (m *Manager) Open(mem Memory) (*Channel, error) {
 // Close closes all channels, and lets no new ones be opened. It may be called again.
 func (m *Manager) Close() error {
 	m.mu.Lock()
-	m.closed = true
+	if !m.closed {
+		m.closed = true
+		close(m.over)
+	}
 	open := make([]*Channel, 0, len(m.channels))
 	for c := range m.channels {
 		open = append(open, c)
@@ -77,7 +83,52 @@ func (m *Manager) Close() error {
 	for _, c := range open {
 		c.Close()
 	}
+	m.follows.Wait()
 	return nil
+}
+
+// followAddresses has those who listen at all addresses do so at new ones, too, from the first of them on.
+func (m *Manager) followAddresses() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed || m.follow {
+		return
+	}
+	m.follow = true
+	for _, d := range m.devices {
+		m.follows.Go(func() {
+			for {
+				select {
+				case <-d.GIDsChanged():
+					m.listenAnew()
+				case <-m.over:
+					return
+				}
+			}
+		})
+	}
+}
+
+// listenAnew has who listens at all addresses look which there are.
+func (m *Manager) listenAnew() {
+	m.mu.Lock()
+	var all []*id
+	for _, x := range m.ids {
+		if x.state == listening && x.at.dev == nil {
+			all = append(all, x)
+		}
+	}
+	m.mu.Unlock()
+	for _, x := range all {
+		x.run.Lock()
+		m.mu.Lock()
+		dead := x.dead
+		m.mu.Unlock()
+		if !dead {
+			x.listenMore()
+		}
+		x.run.Unlock()
+	}
 }
 
 // A place is an address of a device that connections are managed at. The zero value is none.

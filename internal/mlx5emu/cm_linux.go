@@ -19,6 +19,9 @@ func (d *Device) CMPort(a netip.Addr) (softnic.CMPort, error) {
 	return d.nic.CMPort(a)
 }
 
+// GIDsChanged returns a channel that has something when GIDs has, since it was looked at, or may have: for one who waits for that.
+func (d *Device) GIDsChanged() <-chan struct{} { return d.gidsChanged }
+
 // told is what connection managers have said of peers.
 type told struct {
 	sync.Mutex // a leaf

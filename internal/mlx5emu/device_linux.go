@@ -45,6 +45,8 @@ type Device struct {
 	guid  ib.GUID
 	began time.Time
 
+	gidsChanged chan struct{}
+
 	// mu guards all that follows, and what is in contexts and objects unless it says otherwise. It may be held while the
 	// software NIC is called, but not where that waits for a peer: the change of a QP's state, and the end of an object.
 	mu       sync.Mutex
@@ -89,7 +91,7 @@ func NewDevice(cfg Config) (*Device, error) {
 	if err != nil {
 		return nil, errors.Join(err, nic.Close())
 	}
-	d := &Device{cfg: cfg, nic: nic, attr: attr, guid: attr.NodeGUID, began: time.Now(), numbers: keys,
+	d := &Device{cfg: cfg, nic: nic, attr: attr, guid: attr.NodeGUID, began: time.Now(), numbers: keys, gidsChanged: make(chan struct{}, 1),
 		windows: map[uint32]*mw{}, qps: map[uint32]*qp{}}
 	if cfg.Numbered {
 		d.guid = numberedGUID

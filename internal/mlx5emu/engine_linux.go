@@ -232,7 +232,7 @@ func (c *Context) raise(about object, user uint64, count *uint32, t ib.EventType
 	c.async.send(b, about)
 }
 
-// asyncEvents passes on what the software NIC has to say of queue pairs and shared receive queues.
+// asyncEvents passes on what the software NIC has to say of queue pairs, shared receive queues and addresses.
 func (d *Device) asyncEvents() (some bool) {
 	for {
 		ev, err := d.nic.AsyncEvent(alreadyOver)
@@ -241,6 +241,11 @@ func (d *Device) asyncEvents() (some bool) {
 		}
 		some = true
 		switch {
+		case ev.Type == ib.EventGIDChange:
+			select {
+			case d.gidsChanged <- struct{}{}:
+			default:
+			}
 		case ev.QP != nil:
 			if n := d.qps[uint32(ev.QP.QPN())]; n != nil && driver.QP(n.soft) == ev.QP {
 				n.c.raise(n, n.user, &n.events, ev.Type)
