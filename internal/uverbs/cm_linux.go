@@ -100,13 +100,17 @@ func (c *Context) newID() (*rdmacm.ID, error) {
 
 // takes checks that the connection manager has chosen this context's device for an ID.
 func (c *Context) takes(a *rdmacm.Addr) error {
-	if c.index == nil || !a.Bound || !a.HasDeviceIndex || a.DeviceIndex == *c.index {
+	switch {
+	case !a.Bound, a.HasDeviceIndex && (c.index == nil || a.DeviceIndex == *c.index), !a.HasDeviceIndex && (c.guid == 0 || a.NodeGUID == c.guid):
 		return nil
 	}
 	other := fmt.Sprintf("the RDMA device with index %d", a.DeviceIndex)
+	if !a.HasDeviceIndex { // of an old kernel, or an emulated one
+		other = fmt.Sprintf("the RDMA device with node GUID %v", a.NodeGUID)
+	}
 	if list, err := Devices(); err == nil {
 		for i := range list {
-			if list[i].Index == a.DeviceIndex {
+			if a.HasDeviceIndex && list[i].Index == a.DeviceIndex || !a.HasDeviceIndex && ib.GUID(list[i].NodeGUID) == a.NodeGUID {
 				other = list[i].Name
 			}
 		}

@@ -39,3 +39,26 @@ func TestPortRetry(t *testing.T) {
 		}
 	}
 }
+
+// A context takes only what is for its device, by whatever the connection manager says of that.
+func TestTakes(t *testing.T) {
+	index := uint32(5)
+	c := &Context{File: &File{device: "mlx5_0"}, index: &index, guid: 7}
+	for _, x := range []struct {
+		a    rdmacm.Addr
+		want bool
+	}{
+		{rdmacm.Addr{}, true},
+		{rdmacm.Addr{Bound: true, HasDeviceIndex: true, DeviceIndex: 5, NodeGUID: 9}, true},
+		{rdmacm.Addr{Bound: true, HasDeviceIndex: true, DeviceIndex: 6, NodeGUID: 7}, false},
+		{rdmacm.Addr{Bound: true, NodeGUID: 7}, true},
+		{rdmacm.Addr{Bound: true, NodeGUID: 9}, false},
+	} {
+		if err := c.takes(&x.a); (err == nil) != x.want {
+			t.Errorf("%+v: %v", x.a, err)
+		}
+	}
+	if err := (&Context{}).takes(&rdmacm.Addr{Bound: true, HasDeviceIndex: true, DeviceIndex: 5}); err != nil {
+		t.Error(err)
+	}
+}

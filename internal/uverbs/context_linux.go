@@ -30,6 +30,7 @@ type Context struct {
 	caps     atomic.Uint64 // deviceCaps' answer
 
 	index *uint32 // the device's, in the kernel's list; nil if it is not known
+	guid  ib.GUID // the node's; 0 if it is not known
 	cm    connManager
 
 	async  *EventFile
@@ -77,7 +78,7 @@ func OpenContext(d *Device, uhwIn, uhwOut []byte) (*Context, error) {
 		stop()
 		return nil, ExplainOpen(d, err)
 	}
-	c.index = &d.Index
+	c.index, c.guid = &d.Index, ib.GUID(d.NodeGUID)
 	c.stop = stop
 	w.arm(c)
 	return c, nil
