@@ -170,8 +170,9 @@ func granted(c *C) {
 			}
 			continue
 		}
-		if got.DestQPN != l.b.QPN || got.PathMTU != o.mtu || got.AH.DGID != c.B.dev.GID {
-			c.Errorf("%v: Query says destination %#x, MTU %v, GID %v; want %#x, %v, %v", typ, got.DestQPN, got.PathMTU, got.AH.DGID, l.b.QPN, o.mtu, c.B.dev.GID)
+		if to := c.A.ahTo(c.B); got.DestQPN != l.b.QPN || got.PathMTU != o.mtu || got.AH.DGID != to.DGID || c.A.dev.Port.LinkLayer == ib.LinkInfiniBand && got.AH.DLID != to.DLID {
+			c.Errorf("%v: Query says destination %#x, MTU %v, GID %v, LID %d; want %#x, %v, %v, %d", typ, got.DestQPN, got.PathMTU, got.AH.DGID, got.AH.DLID,
+				l.b.QPN, o.mtu, to.DGID, to.DLID)
 		}
 		if typ == ib.RC {
 			if got.RetryCount != o.retry || got.RNRRetry != o.rnrRetry || got.MinRNRTimer != o.minRNR || got.AckTimeout != 14 ||

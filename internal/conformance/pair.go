@@ -216,6 +216,9 @@ func (e *end) toRTS(o linkOpts) {
 
 // ahTo is the address of a side's port, as seen from s.
 func (s *Side) ahTo(to *Side) ib.AHAttr {
+	if to.dev.Port.LinkLayer == ib.LinkInfiniBand { // within a subnet the LID suffices
+		return ib.AHAttr{DLID: to.dev.Port.LID, Port: 1}
+	}
 	return ib.AHAttr{DGID: to.dev.GID, SGIDIndex: s.dev.GIDIndex, HopLimit: 64, Port: 1, DLID: to.dev.Port.LID, UDPPort: to.dev.UDPPort}
 }
 

@@ -59,8 +59,14 @@ func (k *ahKey) attr() ib.AHAttr {
 func writeCreateAH(w *writeCmd) (response, syscall.Errno) {
 	c, q := w.c, structOf[abi.CreateAH](w.core)
 	g := &q.Attr.GRH
-	if q.Attr.PortNum != 1 || q.Attr.IsGlobal == 0 || g.SGIDIndex >= gidSlots {
+	global := q.Attr.IsGlobal != 0
+	if q.Attr.PortNum != 1 || global && g.SGIDIndex >= gidSlots || !global && !c.dev.cfg.InfiniBand {
 		return response{}, unix.EINVAL
+	}
+	if !global {
+		to := avSeg{lid: ib.LID(q.Attr.DLID)}
+		c.dev.routeDatagram(&to)
+		*g = abi.GlobalRoute{DGID: to.gid}
 	}
 	if errno := c.room(objectAH); errno != 0 {
 		return response{}, errno

@@ -96,6 +96,9 @@ func (n *qp) completeRecv(wc *ib.WC) {
 	n.c.dev.traceRecv(n, wc)
 	var e cqe
 	e.responder(wc, n.qpn, uint16(wc.ID))
+	if n.typ == ib.UD && wc.Status == ib.WCSuccess && n.c.dev.cfg.InfiniBand {
+		be.PutUint16(e[cqeSLID:], uint16(n.c.dev.source(wc.SrcQPN)))
+	}
 	n.stamp(&e)
 	n.rcq.complete(&e, wc.Status != ib.WCSuccess || wc.Flags&wcSolicited != 0)
 }

@@ -13,6 +13,7 @@ type cqe [64]byte
 const (
 	cqeRight     = 28 // u8: of a frame, which checksums are right
 	cqeHeaders   = 29 // u8: of a frame, what headers it has
+	cqeSLID      = 22 // u16: of a datagram
 	cqeRemoteQPN = 24 // u32: 24 bits of it, above them SL and GRH
 	cqeUserIndex = 32 // u32: 24 bits
 	cqeImm       = 36 // u32

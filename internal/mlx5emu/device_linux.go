@@ -27,6 +27,9 @@ type Config struct {
 	// HostOnly leaves the host's addresses out of the GID table: peers are then met through memory only. Without it, of several devices
 	// on a host only the first can be reached at an address from elsewhere, since only one can have UDP port 4791 there.
 	HostOnly bool
+	// InfiniBand makes it a device of that link layer. Its peers are the process's other InfiniBand devices, by LID, and whoever is met
+	// through memory, by GID.
+	InfiniBand bool
 	// L2Inline makes it a device that wants the first 18 bytes of an Ethernet frame in the WQE, as ConnectX-4 does.
 	L2Inline bool
 	// Faults are what happens to packets that come in over UDP, as softnic.EnvFaults says it; empty: what the environment says.
@@ -44,6 +47,8 @@ type Device struct {
 	attr  ib.DeviceAttr
 	guid  ib.GUID
 	began time.Time
+	lid   ib.LID // of an InfiniBand device; constant
+	gid   ib.GID // likewise
 
 	gidsChanged chan struct{}
 
@@ -75,6 +80,7 @@ func NewDevice(cfg Config) (*Device, error) {
 	if cfg.Name == "" {
 		cfg.Name = "mlx5_0"
 	}
+	cfg.HostOnly = cfg.HostOnly || cfg.InfiniBand
 	if n := os.Getpagesize(); n != pageSize { // arm64's kernels may be built for 16 or 64 KiB
 		return nil, fmt.Errorf("mlx5emu: %s has UAR pages of %d bytes, and this kernel pages of %d: %w", cfg.Name, pageSize, n, errors.ErrUnsupported)
 	}
@@ -96,6 +102,11 @@ func NewDevice(cfg Config) (*Device, error) {
 	if cfg.Numbered {
 		d.guid = numberedGUID
 	}
+	if cfg.InfiniBand {
+		if err := d.joinSubnet(); err != nil {
+			return nil, errors.Join(err, nic.Close())
+		}
+	}
 	d.register()
 	d.start()
 	return d, nil
@@ -116,6 +127,7 @@ func (d *Device) Close() error {
 	d.mu.Unlock()
 	d.stop()
 	d.unregister()
+	d.leaveSubnet()
 	for _, c := range open {
 		c.Close()
 	}

@@ -50,7 +50,7 @@ func (c *Context) modifyQP(q *abi.ModifyQP) syscall.Errno {
 		return unix.EINVAL
 	}
 	mask := ib.QPAttrMask(q.AttrMask)
-	if errno := checkModify(q, mask, &now); errno != 0 {
+	if errno := c.dev.checkModify(q, mask, &now); errno != 0 {
 		return errno
 	}
 	to := now.State
@@ -73,6 +73,7 @@ func (c *Context) modifyQP(q *abi.ModifyQP) syscall.Errno {
 		if !c.dev.told.fill(&a.AH, to) {
 			c.dev.owner(to).reach(&a.AH)
 		}
+		c.dev.route(&q.Dest, &a)
 	}
 	mask &^= attrAltPath | attrMigState
 	if to == ib.Reset {
@@ -84,6 +85,14 @@ func (c *Context) modifyQP(q *abi.ModifyQP) syscall.Errno {
 	if err := n.soft.Modify(context.Background(), &a, mask); err != nil {
 		return modifyErrno(err)
 	}
+	if mask&ib.AttrAV != 0 {
+		c.dev.mu.Lock()
+		n.dest = q.Dest
+		if mask&ib.AttrDestQPN != 0 {
+			n.destQPN = q.DestQPNum
+		}
+		c.dev.mu.Unlock()
+	}
 	if mask&ib.AttrRNRRetry != 0 && n.typ == ib.RC {
 		c.dev.mu.Lock()
 		n.hasty = a.RNRRetry != ib.RNRRetryForever
@@ -93,7 +102,7 @@ func (c *Context) modifyQP(q *abi.ModifyQP) syscall.Errno {
 }
 
 // checkModify checks values, as far as the kernel's core does.
-func checkModify(q *abi.ModifyQP, mask ib.QPAttrMask, now *ib.QPAttr) syscall.Errno {
+func (d *Device) checkModify(q *abi.ModifyQP, mask ib.QPAttrMask, now *ib.QPAttr) syscall.Errno {
 	switch {
 	case mask&ib.AttrPort != 0 && q.PortNum != 1:
 		return unix.EINVAL
@@ -117,7 +126,7 @@ func checkModify(q *abi.ModifyQP, mask ib.QPAttrMask, now *ib.QPAttr) syscall.Er
 		return unix.EINVAL
 	case mask&ib.AttrPort != 0 && q.PortNum != q.Dest.PortNum:
 		return unix.EINVAL
-	case q.Dest.IsGlobal == 0 || q.Dest.SGIDIndex >= gidSlots:
+	case q.Dest.IsGlobal != 0 && q.Dest.SGIDIndex >= gidSlots, q.Dest.IsGlobal == 0 && !d.cfg.InfiniBand:
 		return unix.EINVAL
 	}
 	return 0
@@ -203,6 +212,9 @@ func writeQueryQP(w *writeCmd) (response, syscall.Errno) {
 	if n.typ != ib.UD && !n.raw() && a.State >= ib.RTR {
 		r.Dest = abi.QPDest{DGID: a.AH.DGID, FlowLabel: a.AH.FlowLabel, SGIDIndex: uint8(a.AH.SGIDIndex), HopLimit: a.AH.HopLimit,
 			TrafficClass: a.AH.TrafficClass, SL: a.AH.SL, IsGlobal: 1, PortNum: a.AH.Port}
+		if c.dev.cfg.InfiniBand {
+			r.Dest, r.DestQPNum = n.dest, n.destQPN
+		}
 	}
 	return response{core: bytesOf(&r)}, 0
 }

@@ -48,6 +48,9 @@ type qp struct {
 	sqBuf   uint64
 
 	modify sync.Mutex // one change at a time
+	// Of a connection, as the client has said it; guarded by the device's mu.
+	dest    abi.QPDest
+	destQPN uint32
 
 	// The data path's.
 	frozen      bool   // it is being reset, or has gone
@@ -102,6 +105,9 @@ func (c *Context) createQP(q *qpRequest) (*qp, uint32, syscall.Errno) {
 	switch q.typ {
 	case ib.RC, ib.UC, ib.UD:
 	case ib.RawPacket:
+		if c.dev.cfg.InfiniBand {
+			return nil, 0, unix.EOPNOTSUPP
+		}
 		if known |= selfFlags; q.hasSRQ || len(q.uhw) < 48 || u.SQBufAddr%pageSize != 0 || c.cqeVersion == 0 {
 			return nil, 0, unix.EINVAL
 		}

@@ -20,7 +20,8 @@ const (
 	maxMTU       = ib.MTU4096
 	portActive   = 4 // enum ib_port_state
 	linkUp       = 5 // phys_state
-	ethernet     = 2 // enum rdma_link_layer
+	infiniband   = 1 // enum rdma_link_layer
+	ethernet     = 2
 )
 
 // FirmwareVersion is what the device calls its firmware.
@@ -36,14 +37,16 @@ const Modalias = "pci:v000015B3d0000101Dsv000015B3sd00000001bc02sc00i00"
 func (d *Device) GUID() ib.GUID { return d.guid }
 
 // GIDs is the GID table of the device's only port, as it is now: used entries, by index. Entry 0 is the address by which
-// devices of the host find each other through memory; like all others it is told as RoCE v2.
+// devices of the host find each other through memory; like all others it is told as RoCE v2, or, on InfiniBand, as that.
 func (d *Device) GIDs() ([]ib.GIDEntry, error) {
 	l, err := d.nic.GIDs(1)
 	if d.cfg.HostOnly && len(l) > 0 {
 		l = l[:1]
 	}
 	for i := range l {
-		l[i].Type = ib.GIDRoCEv2
+		if l[i].Type = ib.GIDRoCEv2; d.cfg.InfiniBand {
+			l[i].Type = ib.GIDInfiniBand
+		}
 	}
 	return l, err
 }
@@ -67,11 +70,18 @@ func (d *Device) activeMTU() ib.MTU {
 }
 
 func (d *Device) portResp() abi.QueryPortRespEx {
-	return abi.QueryPortRespEx{LegacyResp: abi.QueryPortResp{
-		PortCapFlags: abi.IB_UVERBS_PCF_CM_SUP | abi.IB_UVERBS_PCF_IP_BASED_GIDS, MaxMsgSz: 1 << 30, GIDTblLen: gidSlots, PKeyTblLen: 1,
+	p := abi.QueryPortResp{
+		PortCapFlags: abi.IB_UVERBS_PCF_CM_SUP, MaxMsgSz: 1 << 30, GIDTblLen: gidSlots, PKeyTblLen: 1,
 		State: portActive, MaxMTU: uint8(maxMTU), ActiveMTU: uint8(d.activeMTU()), MaxVLNum: 1, ActiveWidth: 2, ActiveSpeed: 64,
-		PhysState: linkUp, LinkLayer: ethernet, Flags: abi.IB_UVERBS_QPF_GRH_REQUIRED,
-	}}
+		PhysState: linkUp,
+	}
+	if d.cfg.InfiniBand {
+		p.LinkLayer, p.LID, p.SMLID = infiniband, uint16(d.lid), uint16(firstLID)
+	} else {
+		p.LinkLayer, p.Flags = ethernet, abi.IB_UVERBS_QPF_GRH_REQUIRED
+		p.PortCapFlags |= abi.IB_UVERBS_PCF_IP_BASED_GIDS
+	}
+	return abi.QueryPortRespEx{LegacyResp: p}
 }
 
 func queryPort(r *call) syscall.Errno {
@@ -92,6 +102,9 @@ func (d *Device) gidEntries() ([]abi.GIDEntry, syscall.Errno) {
 	for _, e := range l {
 		if e.Index < gidSlots {
 			t = append(t, abi.GIDEntry{GID: e.GID, GIDIndex: uint32(e.Index), PortNum: 1, GIDType: abi.IB_UVERBS_GID_TYPE_ROCE_V2, NetdevIfindex: ifIndex(e.NetDev)})
+			if d.cfg.InfiniBand {
+				t[len(t)-1].GIDType = abi.IB_UVERBS_GID_TYPE_IB
+			}
 		}
 	}
 	return t, 0
@@ -142,13 +155,16 @@ func queryGIDEntry(r *call) syscall.Errno {
 func (d *Device) deviceResp() abi.QueryDeviceResp {
 	const hcaAtomics = 1 // enum ib_atomic_cap: atomic among the device's own
 	a := &d.attr
+	ethernetCaps := uint32(abi.IB_UVERBS_DEVICE_RAW_IP_CSUM | abi.IB_UVERBS_DEVICE_MANAGED_FLOW_STEERING)
+	if d.cfg.InfiniBand {
+		ethernetCaps = 0
+	}
 	return abi.QueryDeviceResp{
 		FWVer: 22<<32 | 31<<16 | 1014, NodeGUID: abi.ToBE64(uint64(d.guid)), SysImageGUID: abi.ToBE64(uint64(d.guid)),
 		MaxMRSize: a.MaxMRSize, PageSizeCap: 0xfffff000, VendorID: vendorID, VendorPartID: partID,
 		MaxQP: uint32(maxObjects[objectQP]), MaxQPWR: maxSendWQEBB, MaxSGE: maxSGE, MaxSGERd: maxSGE, MaxCQ: uint32(maxObjects[objectCQ]), MaxCQE: maxCQE,
 		DeviceCapFlags: abi.IB_UVERBS_DEVICE_CHANGE_PHY_PORT | abi.IB_UVERBS_DEVICE_PORT_ACTIVE_EVENT | abi.IB_UVERBS_DEVICE_SYS_IMAGE_GUID |
-			abi.IB_UVERBS_DEVICE_RC_RNR_NAK_GEN | abi.IB_UVERBS_DEVICE_MEM_WINDOW_TYPE_2B | abi.IB_UVERBS_DEVICE_RAW_IP_CSUM |
-			abi.IB_UVERBS_DEVICE_MANAGED_FLOW_STEERING,
+			abi.IB_UVERBS_DEVICE_RC_RNR_NAK_GEN | abi.IB_UVERBS_DEVICE_MEM_WINDOW_TYPE_2B | ethernetCaps,
 		MaxMR: uint32(maxObjects[objectMR]), MaxPD: uint32(maxObjects[objectPD]), MaxQPRdAtom: maxRdAtomic, MaxQPInitRdAtom: maxRdAtomic,
 		MaxResRdAtom: uint32(maxObjects[objectQP]) * maxRdAtomic, AtomicCap: hcaAtomics, MaxMW: uint32(maxObjects[objectMW]), MaxAH: uint32(maxObjects[objectAH]),
 		MaxSRQ: uint32(maxObjects[objectSRQ]), MaxSRQWR: maxSRQWR, MaxSRQSGE: maxSGE, MaxPKeys: 1, LocalCaAckDelay: 16, PhysPortCnt: 1,

@@ -167,6 +167,7 @@ func (d *Device) request(n *qp, w *sendWQE) ib.WCStatus {
 		return d.bindRequest(w, wr)
 	}
 	if n.typ == ib.UD {
+		d.routeDatagram(&w.av)
 		num, ok := n.address(&w.av)
 		if !ok {
 			return ib.WCLocalQPOpErr

@@ -86,6 +86,8 @@ type avSeg struct {
 	tclass    uint8
 	hopLimit  uint8
 	sgidIndex uint8
+	lid       ib.LID // on InfiniBand; on Ethernet, the UDP source port
+	global    bool   // on InfiniBand: there is a global route
 	flowLabel uint32
 	gid       ib.GID
 }
@@ -246,7 +248,8 @@ func (a *avSeg) decode(b []byte) {
 	a.qkey, a.qpn = be32(b), be32(b[8:])&uint32(ib.MaxQPN)
 	a.tclass, a.hopLimit = b[26], b[27]
 	v := be32(b[28:])
-	a.sgidIndex, a.flowLabel = uint8(v>>20), v&(1<<20-1)
+	a.sgidIndex, a.flowLabel, a.global = uint8(v>>20), v&(1<<20-1), v>>30&1 != 0
+	a.lid = ib.LID(be.Uint16(b[14:]))
 	copy(a.gid[:], b[32:])
 }
 
