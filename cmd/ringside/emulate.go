@@ -12,6 +12,7 @@ type emulateConfig struct {
 	numbered bool
 	trace    string
 	loss     string
+	link     string
 	quiet    bool
 	program  []string
 }
@@ -50,6 +51,7 @@ The exit status is the program's; if it ends by a signal, so does emulate.`,
 	f.IntVar(&o.devices, "devices", 1, "how many devices there are")
 	f.StringVar(&o.trace, "trace", "", "write a line for each doorbell, WQE and CQE to this `FILE`")
 	f.StringVar(&o.loss, "loss", "0", "lose this share of the packets that come in over UDP, such as 1%")
+	f.StringVar(&o.link, "link", "ethernet", "link layer of the devices: ethernet, or infiniband, where those of this emulate are on one subnet")
 	f.BoolVar(&o.numbered, "numbered", false, "number queue pairs and keys the same in each run, as traces that are compared need it")
 	f.BoolVar(&o.quiet, "quiet", false, "say nothing about calls that cannot be answered")
 	return cmd

@@ -28,6 +28,13 @@ func emulateProgram(cmd *cobra.Command, o *emulateConfig) error {
 	if cfg.Loss, err = share(o.loss); err != nil {
 		return usage(cmd, fmt.Errorf("--loss: %w", err))
 	}
+	switch o.link {
+	case "ethernet":
+	case "infiniband":
+		cfg.InfiniBand = true
+	default:
+		return usage(cmd, fmt.Errorf("--link: %q is neither ethernet nor infiniband", o.link))
+	}
 	if !o.quiet {
 		cfg.Log = cmd.ErrOrStderr()
 	}

@@ -25,6 +25,8 @@ type Config struct {
 	Manual bool
 	// L2Inline makes them devices that want the first 18 bytes of an Ethernet frame inline, as ConnectX-4 does.
 	L2Inline bool
+	// InfiniBand makes them devices of that link layer, on one subnet.
+	InfiniBand bool
 	// Trace, if it is not nil, gets a line for each doorbell, WQE and CQE, which begins with the device's name if there are several.
 	// Writes do not overlap.
 	Trace io.Writer
@@ -98,7 +100,7 @@ func (s *Session) makeDevices() error {
 	}
 	var lines sync.Mutex
 	for i := range s.cfg.Devices {
-		cfg := mlx5emu.Config{Name: fmt.Sprintf("mlx5_%d", i), Numbered: s.cfg.Numbered, Manual: s.cfg.Manual, L2Inline: s.cfg.L2Inline, Faults: faults}
+		cfg := mlx5emu.Config{Name: fmt.Sprintf("mlx5_%d", i), Numbered: s.cfg.Numbered, Manual: s.cfg.Manual, L2Inline: s.cfg.L2Inline, InfiniBand: s.cfg.InfiniBand, Faults: faults}
 		switch {
 		case s.cfg.Trace != nil && s.cfg.Devices > 1:
 			cfg.Trace = &labelled{mu: &lines, w: s.cfg.Trace, label: cfg.Name + " "}

@@ -77,7 +77,13 @@ func freePort(t *testing.T) string {
 // not listen yet.
 func between(t *testing.T, command string) string {
 	t.Helper()
-	return run(t, Config{Devices: 2}, command+` -d mlx5_0 >/dev/null & server=$!
+	return betweenOn(t, Config{Devices: 2}, command)
+}
+
+// betweenOn is between on devices of a kind, two at least.
+func betweenOn(t *testing.T, cfg Config, command string) string {
+	t.Helper()
+	return run(t, cfg, command+` -d mlx5_0 >/dev/null & server=$!
 		for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
 			kill -0 $server || exit 3
 			sleep 0.2
@@ -97,6 +103,31 @@ func TestDevinfo(t *testing.T) {
 	}
 	if strings.Contains(out, "ailed") {
 		t.Errorf("it complains:\n%s", out)
+	}
+}
+
+// On InfiniBand nobody needs a GID: ports have LIDs.
+func TestInfiniBand(t *testing.T) {
+	two := Config{Devices: 2, InfiniBand: true}
+	t.Run("devinfo", func(t *testing.T) {
+		need(t, "ibv_devinfo")
+		out := run(t, two, "ibv_devinfo -v -d mlx5_1")
+		for _, want := range []string{"link_layer:\t\tInfiniBand", "port_lid:\t\t2", "sm_lid:\t\t\t1", "GID[  0]:"} {
+			if !strings.Contains(out, want) {
+				t.Errorf("there is no %q in\n%s", want, out)
+			}
+		}
+	})
+	for command, want := range map[string]string{
+		"ibv_rc_pingpong -n 20 -s 1000": "20 iters in", "ibv_uc_pingpong -n 20 -e": "20 iters in", "ibv_ud_pingpong -n 20 -s 1000": "20 iters in",
+		"ibv_srq_pingpong -n 20": "20 iters in", "ib_send_lat -n 20 -F": "t_avg", "ib_send_lat -n 20 -F -c UD": "t_avg", "ib_write_bw -n 50 -F": "BW average",
+	} {
+		t.Run(command, func(t *testing.T) {
+			need(t, strings.Fields(command)[0])
+			if out := betweenOn(t, two, command+" -p "+freePort(t)); !strings.Contains(out, want) || !strings.Contains(out, "LID") {
+				t.Errorf("it prints\n%s", out)
+			}
+		})
 	}
 }
 

@@ -103,9 +103,13 @@ func (w *writer) device(at string, d *mlx5emu.Device) {
 	w.file(at+"state", "4: ACTIVE")
 	w.file(at+"phys_state", "5: LinkUp")
 	w.file(at+"rate", "100 Gb/sec (4X EDR)")
-	w.file(at+"link_layer", ib.LinkEthernet.String())
-	w.file(at+"lid", "0x0")
-	w.file(at+"sm_lid", "0x0")
+	link, gidType, sm := ib.LinkEthernet, ib.GIDRoCEv2.String(), 0
+	if d.LID() != 0 {
+		link, gidType, sm = ib.LinkInfiniBand, "IB/RoCE v1", 1
+	}
+	w.file(at+"link_layer", link.String())
+	w.file(at+"lid", fmt.Sprintf("%#x", uint16(d.LID())))
+	w.file(at+"sm_lid", fmt.Sprintf("%#x", sm))
 	w.file(at+"lid_mask_count", "0")
 	w.file(at+"cap_mask", "0x04010000")
 	w.file(at+"pkeys/0", "0xffff")
@@ -126,7 +130,7 @@ func (w *writer) device(at string, d *mlx5emu.Device) {
 			continue
 		}
 		w.file(name, fullGID(g.GID))
-		w.file(at+"gid_attrs/types/"+strconv.Itoa(i), "RoCE v2")
+		w.file(at+"gid_attrs/types/"+strconv.Itoa(i), gidType)
 		if g.NetDev != "" {
 			w.file(at+"gid_attrs/ndevs/"+strconv.Itoa(i), g.NetDev)
 		}
