@@ -140,10 +140,13 @@ func attrOf(q *abi.ModifyQP) ib.QPAttr {
 		SQPSN: ib.PSN(q.SQPSN) & ib.MaxPSN, MaxDestRdAtomic: q.MaxDestRdAtomic, MaxRdAtomic: q.MaxRdAtomic,
 		MinRNRTimer: ib.RNRTimer(q.MinRNRTimer), AckTimeout: ib.AckTimeout(q.Timeout), RetryCount: q.RetryCnt, RNRRetry: q.RNRRetry,
 		SQDNotify: q.EnSqdAsyncNotify != 0,
-		AH: ib.AHAttr{DGID: d.DGID, SGIDIndex: int(d.SGIDIndex), HopLimit: d.HopLimit, TrafficClass: d.TrafficClass, FlowLabel: d.FlowLabel,
+		AH: ib.AHAttr{DGID: d.DGID, SGIDIndex: int(d.SGIDIndex), HopLimit: routeHops, TrafficClass: d.TrafficClass, FlowLabel: d.FlowLabel,
 			DLID: ib.LID(d.DLID), SL: d.SL, Port: d.PortNum},
 	}
 }
+
+// routeHops is the hop limit of connections. The kernel takes it from the route, not from the program, and routes have the system's, which is this.
+const routeHops = 64
 
 // modifyErrno is why the software NIC has refused a change, as the kernel would say it.
 func modifyErrno(err error) syscall.Errno {

@@ -40,6 +40,10 @@ type Packet struct {
 	// IETH
 	InvKey uint32
 
+	// IP is what the IP header said of a packet that was received, as far as whoever received it knows. Decode and PutHeader leave
+	// it alone.
+	IP IP
+
 	// Payload is a part of the buffer that was decoded, without the padding.
 	Payload []byte
 }

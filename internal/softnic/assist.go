@@ -3,6 +3,7 @@ package softnic
 import (
 	"encoding/binary"
 
+	"github.com/ringside-rdma/ringside/internal/roce"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -174,11 +175,12 @@ func (l *link) doAssist(m, answer *ctl) ib.WCStatus {
 	return st
 }
 
-// grh builds the header that a datagram's receive buffer starts with: an IPv6 header with both GIDs (IBA 8.3).
-func grh(b *[ib.GRHLen]byte, src, dst ib.GID, payload int) {
-	b[0] = 6 << 4
+// grh builds the header that a datagram's receive buffer starts with: an IPv6 header with both GIDs (IBA 8.3), and what the address handle
+// says.
+func grh(b *[ib.GRHLen]byte, src, dst ib.GID, ip *roce.IP, payload int) {
+	binary.BigEndian.PutUint32(b[:], 6<<28|uint32(ip.Class)<<20|ip.Flow&(1<<20-1))
 	binary.BigEndian.PutUint16(b[4:], uint16(payload))
-	b[6], b[7] = 0x1b, 1
+	b[6], b[7] = 0x1b, ip.Hops
 	copy(b[8:24], src[:])
 	copy(b[24:40], dst[:])
 }

@@ -30,6 +30,8 @@ type socket interface {
 	// Wait waits for packets or the deadline; it may return early. An error says that the socket was closed.
 	Wait() error
 	Close() error
+	// TellIP has packets that are received come with all of roce.Packet.IP that can be had, or no longer.
+	TellIP(on bool)
 	// Stats are what the socket has counted.
 	Stats() *udp.Counters
 }
@@ -40,6 +42,9 @@ type netPeer interface {
 	Addr() netip.AddrPort
 	// Move has packets go elsewhere, once those that were committed have been flushed.
 	Move(to netip.AddrPort)
+	// SetIP sets the traffic class, but for its ECN bits, and the hop limit (0: the system's) of packets; IP returns them.
+	SetIP(class, hops uint8)
+	IP() roce.IP
 	// Last returns the packet that the last Commit was for, with its invariant CRC, until the next Packet or Flush.
 	Last() []byte
 }

@@ -2,6 +2,7 @@ package softnic
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
@@ -27,6 +28,9 @@ func (q *QP) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) er
 	}
 	if err := q.checkAttr(attr, mask); err != nil {
 		return err
+	}
+	if mask&ib.AttrAV != 0 && cur == ib.SQD && (attr.AH.DGID != q.attr.AH.DGID || attr.AH.SGIDIndex != q.attr.AH.SGIDIndex) {
+		return fmt.Errorf("modify QP %d: %w: the software NIC does not take a connection elsewhere", q.qpn, errors.ErrUnsupported)
 	}
 	switch {
 	case next == ib.Reset:
@@ -67,6 +71,9 @@ func (q *QP) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) er
 	q.sq.Unlock()
 	if w != nil && mask&(ib.AttrMinRNRTimer|ib.AttrMaxDestRdAtomic) != 0 {
 		w.changeResponder(&a)
+	}
+	if w != nil && mask&ib.AttrAV != 0 {
+		w.setIP(&a.AH)
 	}
 	if mask&(ib.AttrAccess|ib.AttrQKey|ib.AttrMaxDestRdAtomic|ib.AttrMinRNRTimer) != 0 {
 		q.eachInbound(func(in *inbound) { in.setRights(q) })

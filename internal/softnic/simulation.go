@@ -61,6 +61,9 @@ func (s *simSocket) Peer(to netip.AddrPort, own bool) (netPeer, error) {
 	return p, nil
 }
 
+// TellIP implements socket: it always does.
+func (s *simSocket) TellIP(bool) {}
+
 func (s *simSocket) Stats() *udp.Counters { return &s.stats }
 
 // catchUp does what was put off, and reports whether there was anything.

@@ -41,6 +41,15 @@ func (s *streamSocket) Peer(netip.AddrPort, bool) (netPeer, error) { return s, n
 // Move implements netPeer.
 func (s *streamSocket) Move(netip.AddrPort) {}
 
+// SetIP implements netPeer: whoever has made the connection says what TCP's packets are to be like.
+func (s *streamSocket) SetIP(uint8, uint8) {}
+
+// IP implements netPeer.
+func (s *streamSocket) IP() roce.IP { return roce.IP{} }
+
+// TellIP implements socket.
+func (s *streamSocket) TellIP(bool) {}
+
 // Receive implements socket. Its error is why nothing comes any more.
 func (s *streamSocket) Receive(fn func(netip.AddrPort, *roce.Packet)) (int, bool, error) {
 	n, more := s.Socket.Receive(func(p *roce.Packet) error {

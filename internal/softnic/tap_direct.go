@@ -63,13 +63,14 @@ func (q *QP) render(wr *ib.SendWR, at int64) (x rendering, ok bool) {
 	}
 	x = rendering{q: q, to: *l, wr: wr, svc: roce.RC, mtu: maxUDMTU}
 	to, peer := q.link, q.attr.DestQPN
+	head := roce.IP{Class: q.attr.AH.TrafficClass, Hops: q.attr.AH.HopLimit}
 	switch q.typ {
 	case ib.UD:
 		a := q.nic.ah(wr.AH)
 		if a == nil || a.link == nil {
 			return x, false
 		}
-		x.svc, to, peer = roce.UD, a.link, wr.RemoteQPN&ib.MaxQPN
+		x.svc, to, peer, head = roce.UD, a.link, wr.RemoteQPN&ib.MaxQPN, a.ip
 	case ib.UC:
 		x.svc = roce.UC
 	}
@@ -82,7 +83,7 @@ func (q *QP) render(wr *ib.SendWR, at int64) (x rendering, ok bool) {
 	if !q.shown.begun {
 		q.shown = shown{begun: true, psn: q.attr.SQPSN}
 	}
-	x.rec = observe.Record{Time: at, Out: true, Path: observe.Shm, QPN: uint32(q.qpn), PeerQPN: uint32(peer),
+	x.rec = observe.Record{Time: at, Out: true, Path: observe.Shm, QPN: uint32(q.qpn), PeerQPN: uint32(peer), IP: head,
 		Src: netip.AddrPortFrom(netip.AddrFrom16(q.nic.gid), roce.SourcePort(uint32(q.qpn), uint32(peer))),
 		Dst: netip.AddrPortFrom(netip.AddrFrom16(to.peer), roce.Port)}
 	if to.path == pathInproc {

@@ -15,7 +15,7 @@ import (
 // tapSent shows them the packet that has been committed to o. Called with the port's mu held.
 func (o *output) tapSent(l taps) {
 	pkt := o.netPeer.Last()
-	r := observe.Record{Time: time.Now().UnixNano(), Out: true, Src: o.port.sock.Local(), Dst: o.netPeer.Addr(), Length: len(pkt)}
+	r := observe.Record{Time: time.Now().UnixNano(), Out: true, Src: o.port.sock.Local(), Dst: o.netPeer.Addr(), IP: o.netPeer.IP(), Length: len(pkt)}
 	if w := o.w; w != nil {
 		r.QPN, r.PeerQPN = uint32(w.q.qpn), w.cfg.DestQP
 		if w.req != nil && !roce.Opcode(pkt[0]).IsResponse() {
@@ -57,7 +57,7 @@ func (p *netPort) acceptTapped(l taps, src netip.AddrPort, pkt *roce.Packet) {
 // came, but for its bits that mean nothing, the IPv4 identification, which is 0, and the invariant CRC of one that nobody expects, which
 // was not looked at. Called with mu held.
 func (p *netPort) show(l taps, src netip.AddrPort, pkt *roce.Packet, v observe.Verdict) {
-	r := observe.Record{Time: time.Now().UnixNano(), Src: src, Dst: p.sock.Local(), QPN: pkt.DestQP, Verdict: v}
+	r := observe.Record{Time: time.Now().UnixNano(), Src: src, Dst: p.sock.Local(), QPN: pkt.DestQP, IP: pkt.IP, Verdict: v}
 	if pkt.Opcode.Service() == roce.UD {
 		r.PeerQPN = pkt.SrcQP
 	} else if w := p.qps[ib.QPN(pkt.DestQP)]; w != nil {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/ring"
+	"github.com/ringside-rdma/ringside/internal/roce"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -18,8 +19,9 @@ type AH struct {
 	nic  *NIC
 	pd   *PD
 	num  ib.AHNum
-	link *link    // nil for a destination on a network:
-	port *netPort // from where
+	link *link    // nil for a destination on a network
+	ip   roce.IP  // of the headers of what goes by link
+	port *netPort // for one on a network: from where
 	out  output   // and where to
 	once sync.Once
 }
@@ -64,7 +66,7 @@ func (a *AH) resolve(attr *ib.AHAttr, linkTo func(context.Context, ib.GID) (*lin
 	ctx, cancel := context.WithTimeout(context.Background(), linkTimeout)
 	defer cancel()
 	l, err := linkTo(ctx, attr.DGID)
-	a.link = l
+	a.link, a.ip = l, roce.IP{Class: attr.TrafficClass, Hops: max(1, attr.HopLimit), Flow: attr.FlowLabel}
 	return err
 }
 
@@ -230,7 +232,7 @@ func (q *QP) deliverUD(v *peerView, a *AH, wr *ib.SendWR, b []byte, n uint32) st
 		}
 		if bad == ib.WCSuccess {
 			var h [ib.GRHLen]byte
-			grh(&h, q.nic.gid, a.link.peer, int(n))
+			grh(&h, q.nic.gid, a.link.peer, &a.ip, int(n))
 			head, skip := h[:], uint32(0)
 			for i := range np {
 				p := &parts[i]

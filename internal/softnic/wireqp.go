@@ -61,6 +61,7 @@ func (q *QP) toRTRWire(attr *ib.QPAttr, mask ib.QPAttrMask) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", driver.ErrUnreachable, err)
 	}
+	peer.SetIP(attr.AH.TrafficClass, attr.AH.HopLimit)
 	return q.connectWire(p, peer, attr, mask, wire.Config{Selective: attr.AH.UDPPort != 0, Congestion: p.congestion})
 }
 
@@ -158,6 +159,13 @@ func (w *wireQP) changeResponder(a *ib.QPAttr) {
 	if w.resp != nil {
 		w.resp.Change(w.cfg)
 	}
+}
+
+// setIP takes a traffic class and hop limit that have changed since the QP was connected. Called with cfg held, and nothing else.
+func (w *wireQP) setIP(ah *ib.AHAttr) {
+	w.port.mu.Lock()
+	w.out.SetIP(ah.TrafficClass, ah.HopLimit)
+	w.port.unlock()
 }
 
 // toRTS makes the requester, with the attributes of the QP, or has it take those that have changed. Called with sq held.

@@ -1,7 +1,6 @@
 package softnic
 
 import (
-	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"sync/atomic"
@@ -48,6 +47,9 @@ func (q *QP) attachPort(p *netPort) error {
 		return err
 	}
 	p.mu.Lock()
+	if len(p.uds) == 0 { // for the headers that datagrams come with
+		p.sock.TellIP(true)
+	}
 	p.uds[q.qpn] = &wireUD{port: p, q: q, v: q.ownView(in)}
 	p.users.Add(1)
 	p.unlock()
@@ -79,7 +81,9 @@ func (q *QP) detachNet() {
 	for _, p := range *ports {
 		p.mu.Lock()
 		if p.uds[q.qpn] != nil {
-			delete(p.uds, q.qpn)
+			if delete(p.uds, q.qpn); len(p.uds) == 0 {
+				p.sock.TellIP(false)
+			}
 			p.users.Add(-1)
 		}
 		p.unlock()
@@ -96,6 +100,7 @@ func (a *AH) resolveNet(attr *ib.AHAttr) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", driver.ErrUnreachable, err)
 	}
+	peer.SetIP(attr.TrafficClass, attr.HopLimit)
 	a.port, a.out = p, output{netPeer: peer, port: p}
 	return nil
 }
@@ -156,7 +161,7 @@ func (u *wireUD) receive(src netip.AddrPort, pkt *roce.Packet) {
 		}
 	}
 	u.grh = [ib.GRHLen]byte{}
-	netGRH(&u.grh, src.Addr(), u.port.sock.Local().Addr(), int(n))
+	netGRH(&u.grh, src.Addr(), u.port.sock.Local().Addr(), pkt)
 	st := u.q.nic.putSlot(&v.slot, 0, u.grh[:])
 	if st == ib.WCSuccess {
 		st = u.q.nic.putSlot(&v.slot, ib.GRHLen, pkt.Payload)
@@ -172,21 +177,13 @@ func (u *wireUD) receive(src netip.AddrPort, pkt *roce.Packet) {
 	v.port.notify(pkt.Solicited || st != ib.WCSuccess)
 }
 
-// netGRH builds what a datagram's receive buffer starts with: the IP header, an IPv4 one in the last 20 bytes (IBA A17.4.5.1). Of
-// it, the socket has told us the addresses.
-func netGRH(b *[ib.GRHLen]byte, src, dst netip.Addr, payload int) {
-	if !src.Is4() {
-		grh(b, src.As16(), dst.As16(), payload)
-		b[6] = protoUDP
+// netGRH builds what a datagram's receive buffer starts with: the IP header, an IPv4 one in the last 20 bytes (IBA A17.4.5.1). It is
+// as it came but for IPv4's identification, of which the socket does not tell, and with it the checksum, which is right for 0.
+func netGRH(b *[ib.GRHLen]byte, src, dst netip.Addr, pkt *roce.Packet) {
+	n := pkt.Opcode.Datagram(len(pkt.Payload))
+	if src.Is4() {
+		pkt.IP.Put4((*[20]byte)(b[ib.GRHLen-20:]), src, dst, n)
 		return
 	}
-	h := b[ib.GRHLen-20:]
-	h[0] = 4<<4 | 5
-	binary.BigEndian.PutUint16(h[2:], uint16(20+payload))
-	h[9] = protoUDP
-	s, d := src.As4(), dst.As4()
-	copy(h[12:], s[:])
-	copy(h[16:], d[:])
+	pkt.IP.Put6(b, src, dst, n)
 }
-
-const protoUDP = 17

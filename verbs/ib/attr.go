@@ -148,6 +148,10 @@ type PortAttr struct {
 }
 
 // AHAttr is the address of a UD destination, or of an RC or UC peer's port (IBA 11.2.2.1).
+//
+// Over UDP, the software NIC's packets have the HopLimit (0: the system's) and the TrafficClass in their IP headers, without its two lowest
+// bits, which are ECN's. The FlowLabel, which chooses a ConnectX's UDP source port, has no effect: a software NIC sends from one port. The
+// kernel takes the hop limit of RC and UC queue pairs over Ethernet from the route.
 type AHAttr struct {
 	DGID         GID
 	SGIDIndex    int

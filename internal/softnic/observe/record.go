@@ -20,7 +20,8 @@ type Record struct {
 	PeerQPN uint32
 	Src     netip.AddrPort
 	Dst     netip.AddrPort
-	Length  int // bytes of the whole packet: from the BTH to the invariant CRC
+	IP      roce.IP // its traffic class and hop limit, as far as they are known
+	Length  int     // bytes of the whole packet: from the BTH to the invariant CRC
 	// Data is the start of the packet. That of one that was never on a wire lacks the invariant CRC.
 	Data []byte
 }
@@ -49,7 +50,7 @@ const (
 )
 
 // A record is, little-endian, its length (a multiple of 8), its kind, path, reason and verdict; the time; both queue pairs; the
-// lengths of the packet and of Data; both ports, 4 bytes of nothing; both addresses, IPv4 ones mapped to IPv6; and Data.
+// lengths of the packet and of Data; both ports, traffic class, hop limit, 2 bytes of nothing; both addresses, IPv4 ones mapped to IPv6; and Data.
 
 var errRecord = errors.New("the software NIC has written a record that makes no sense")
 
@@ -72,7 +73,7 @@ func (r *Record) put(b []byte, n int) {
 	le.PutUint32(b[28:], uint32(n))
 	le.PutUint16(b[32:], r.Src.Port())
 	le.PutUint16(b[34:], r.Dst.Port())
-	le.PutUint32(b[36:], 0)
+	b[36], b[37], b[38], b[39] = r.IP.Class, r.IP.Hops, 0, 0
 	src, dst := r.Src.Addr().As16(), r.Dst.Addr().As16()
 	copy(b[40:], src[:])
 	copy(b[56:], dst[:])
@@ -86,7 +87,7 @@ func (r *Record) Decode(b []byte) error {
 	le := binary.LittleEndian
 	length, n := le.Uint32(b[24:]), le.Uint32(b[28:])
 	d := Record{Time: int64(le.Uint64(b[8:])), Out: b[5]&recordOut != 0, Path: Path(b[5] &^ recordOut), Again: wire.Reason(b[6]), Verdict: Verdict(b[7]),
-		QPN: le.Uint32(b[16:]), PeerQPN: le.Uint32(b[20:])}
+		QPN: le.Uint32(b[16:]), PeerQPN: le.Uint32(b[20:]), IP: roce.IP{Class: b[36], Hops: b[37]}}
 	d.Src = netip.AddrPortFrom(netip.AddrFrom16([16]byte(b[40:])).Unmap(), le.Uint16(b[32:]))
 	d.Dst = netip.AddrPortFrom(netip.AddrFrom16([16]byte(b[56:])).Unmap(), le.Uint16(b[34:]))
 	switch {

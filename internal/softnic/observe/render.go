@@ -33,7 +33,7 @@ func (x *Renderer) Render(r *Record) (ip []byte, length int, comment string) {
 	if r.Verdict != Taken {
 		notes = append(notes, r.Verdict.String())
 	}
-	id, right := uint16(0), false
+	head, right := r.IP, false
 	switch {
 	case !whole:
 		x.udp = append(x.udp, make([]byte, r.Length-len(x.udp))...)
@@ -44,7 +44,7 @@ func (x *Renderer) Render(r *Record) (ip []byte, length int, comment string) {
 		}
 	default:
 		x.icrc.Init(src, dst)
-		id, right = x.icrc.ID(x.udp)
+		head.ID, right = x.icrc.ID(x.udp)
 	}
 	if src.Port() != roce.Port && dst.Port() != roce.Port && !x.KeepPorts {
 		notes = append(notes, fmt.Sprintf("UDP port %d", dst.Port()))
@@ -56,7 +56,7 @@ func (x *Renderer) Render(r *Record) (ip []byte, length int, comment string) {
 			binary.LittleEndian.PutUint32(x.udp[n:], x.icrc.Sum(x.udp[:n])^was)
 		}
 	}
-	x.out = roce.AppendDatagram(x.out[:0], src, dst, id, x.udp)
+	x.out = head.AppendDatagram(x.out[:0], src, dst, x.udp)
 	length = len(x.out)
 	if !whole {
 		x.out = x.out[:length-(r.Length-len(r.Data))]

@@ -35,14 +35,16 @@ type Host struct {
 
 type datagram struct {
 	src netip.AddrPort
+	ip  roce.IP
 	b   []byte
 }
 
 // outgoing is a packet that waits for a Flush.
 type outgoing struct {
 	to        netip.AddrPort
-	b, traced []byte
-	kept      bool
+	ip        roce.IP
+	b, traced []byte // traced: what of it the checksum of the network covers
+	kept      bool   // nothing happens to it
 }
 
 // Attach takes an address. turn is called when packets have come or the deadline has; work, which reports whether there was any,
@@ -108,7 +110,7 @@ func (h *Host) Flush() bool {
 	for i := range h.tx {
 		o := &h.tx[i]
 		if !h.closed {
-			h.net.send(h.local, o.to, o.b, o.traced, o.kept)
+			h.net.send(h.local, o)
 		}
 	}
 	h.tx = h.tx[:0]
@@ -132,6 +134,7 @@ func (h *Host) Receive(fn func(netip.AddrPort, *roce.Packet)) (packets int, more
 			h.net.mu.Unlock()
 			continue
 		}
+		h.pkt.IP = d.ip
 		fn(d.src, &h.pkt)
 	}
 	return len(list), false, nil
@@ -155,6 +158,7 @@ func (h *Host) Peer(to netip.AddrPort) (*Peer, error) {
 		return nil, fmt.Errorf("simnet: packets do not go from %v to %v", h.local, to)
 	}
 	p := &Peer{host: h, addr: a}
+	p.SetIP(0, 0)
 	p.icrc.Init(h.local, a)
 	return p, nil
 }
@@ -163,6 +167,7 @@ func (h *Host) Peer(to netip.AddrPort) (*Peer, error) {
 type Peer struct {
 	host   *Host
 	addr   netip.AddrPort
+	ip     roce.IP
 	icrc   roce.ICRC
 	head   [roce.MaxHeaderLen]byte // without addresses of memory
 	b      []byte                  // of the packet that is being made
@@ -189,7 +194,7 @@ func (p *Peer) Packet(h *roce.Packet, n int) ([]byte, bool) {
 // Commit implements wire.Output.
 func (p *Peer) Commit() {
 	traced := append(slices.Clone(p.head[:p.header]), p.b[p.header:]...)
-	p.host.tx = append(p.host.tx, outgoing{p.addr, p.icrc.Put(p.b), traced, p.kept})
+	p.host.tx = append(p.host.tx, outgoing{p.addr, p.ip, p.icrc.Put(p.b), traced, p.kept})
 	p.b = nil
 }
 
@@ -201,6 +206,20 @@ func (p *Peer) Move(to netip.AddrPort) {
 	p.addr = to
 	p.icrc.Init(p.host.local, to)
 }
+
+// hops is the hop limit of packets that are given none.
+const hops = 64
+
+// SetIP sets the traffic class and the hop limit of packets from now on; 0: 64. Nobody marks congestion, so the ECN bits are 0.
+func (p *Peer) SetIP(class, limit uint8) {
+	p.ip = roce.IP{Class: class &^ 3, Hops: limit}
+	if limit == 0 {
+		p.ip.Hops = hops
+	}
+}
+
+// IP returns what the IP headers of packets say.
+func (p *Peer) IP() roce.IP { return p.ip }
 
 // Last returns the packet that the last Commit was for, until the next Packet or Flush.
 func (p *Peer) Last() []byte { return p.host.tx[len(p.host.tx)-1].b }

@@ -320,11 +320,12 @@ func (n *Network) cut(at time.Duration) bool {
 	return at >= from && at < from+n.faults.For
 }
 
-// send has a packet go its way. traced is what of it the checksum covers; kept, that nothing happens to it. Called with mu held.
-func (n *Network) send(src, dst netip.AddrPort, pkt, traced []byte, kept bool) {
+// send has a packet go its way. Called with mu held.
+func (n *Network) send(src netip.AddrPort, o *outgoing) {
+	dst := o.to
 	n.count.Sent++
 	f := &n.faults
-	kept = kept && f.KeepRefusals
+	kept := o.kept && f.KeepRefusals
 	var to *Host
 	if i := slices.IndexFunc(n.hosts, func(h *Host) bool { return h.local == dst }); i >= 0 {
 		to = n.hosts[i]
@@ -339,10 +340,10 @@ func (n *Network) send(src, dst netip.AddrPort, pkt, traced []byte, kept bool) {
 	case x < f.Loss+f.Duplicate:
 		copies, n.count.Repeated = 2, n.count.Repeated+1
 	}
-	n.note(n.now, src, dst, traced)
+	n.note(n.now, src, dst, o.traced)
 	for range copies {
 		at, changed := n.arrival(src, dst, kept), 0
-		b := slices.Clone(pkt)
+		b := slices.Clone(o.b)
 		if !kept && n.fate.Float64() < f.Corrupt {
 			changed = n.corrupt(b)
 		}
@@ -351,7 +352,7 @@ func (n *Network) send(src, dst netip.AddrPort, pkt, traced []byte, kept bool) {
 			at = never
 		}
 		if binary.Write(n.trace, binary.LittleEndian, [2]int64{int64(at), int64(changed)}); at != never {
-			n.schedule(&event{at: at, to: to, pkt: datagram{src, b}})
+			n.schedule(&event{at: at, to: to, pkt: datagram{src, o.ip, b}})
 		}
 	}
 }

@@ -9,6 +9,8 @@ import (
 	"os"
 	"sync/atomic"
 	"time"
+
+	"github.com/ringside-rdma/ringside/internal/roce"
 )
 
 // txBatch is packets that are sent one by one.
@@ -45,7 +47,14 @@ type rxBatch struct {
 
 func (b *rxBatch) init(int, bool) { b.mem = make([]byte, slotLen) }
 
-func (b *rxBatch) get(int) ([]byte, int, netip.AddrPort, bool) { return b.mem[:b.n], b.n, b.src, false }
+func (b *rxBatch) get(int) ([]byte, int, netip.AddrPort, roce.IP) {
+	return b.mem[:b.n], b.n, b.src, roce.IP{}
+}
+
+// ipControl is nothing: what is sent has the system's traffic class and hop limit.
+type ipControl struct{}
+
+func (*ipControl) of(*sysSocket, bool, uint8, uint8) {}
 
 func again(error) bool { return false } // a write waits for room
 
@@ -95,6 +104,8 @@ func (y *sysSocket) waiting() int { return -1 }
 func (y *sysSocket) room() int { return 0 }
 
 func (y *sysSocket) allowECN(bool) error { return errors.ErrUnsupported }
+
+func (y *sysSocket) tellIP(bool, int) error { return errors.ErrUnsupported }
 
 func (y *sysSocket) setDeadline(t time.Time) {
 	if t.IsZero() {

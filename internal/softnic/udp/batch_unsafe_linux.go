@@ -9,6 +9,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ringside-rdma/ringside/internal/roce"
 )
 
 // message is struct mmsghdr of sendmmsg(2) and recvmmsg(2).
@@ -20,16 +22,52 @@ type message struct {
 // sockaddr has room for struct sockaddr_in and sockaddr_in6, in words so that it is aligned for them.
 type sockaddr [unix.SizeofSockaddrInet6 / 4]uint32
 
-// segment has room for a control message with the length of the packets that are sent or received in one piece (UDP_SEGMENT of
-// 2 bytes, UDP_GRO of 4), in words so that it is aligned for it.
-type segment struct {
-	hdr  unix.Cmsghdr
-	data [8]byte
+// sendControl has room for the control messages of what is sent: UDP_SEGMENT, and what ipControl has. In words, so that it is aligned for
+// them.
+type sendControl [9]uint64
+
+func (g *sendControl) bytes() []byte {
+	// Safe: the bytes of an array.
+	return unsafe.Slice((*byte)(unsafe.Pointer(g)), unsafe.Sizeof(*g))
 }
 
-func (g *segment) bytes() *byte {
-	// Safe: the bytes of a struct without pointers.
-	return (*byte)(unsafe.Pointer(g))
+// ipControl is the control messages with which packets leave with another traffic class or hop limit than the socket's others.
+type ipControl struct {
+	mem [6]uint64
+	n   int // bytes; 0: none is needed
+}
+
+// set makes them: class and hops, if they are not negative.
+func (c *ipControl) set(v4 bool, class, hops int) {
+	level, typeClass, typeHops := unix.IPPROTO_IPV6, unix.IPV6_TCLASS, unix.IPV6_HOPLIMIT
+	if v4 {
+		level, typeClass, typeHops = unix.IPPROTO_IP, unix.IP_TOS, unix.IP_TTL
+	}
+	// Safe: the bytes of an array.
+	b := unsafe.Slice((*byte)(unsafe.Pointer(&c.mem)), unsafe.Sizeof(c.mem))
+	c.n = 0
+	for _, o := range [...]struct{ typ, value int }{{typeClass, class}, {typeHops, hops}} {
+		if o.value >= 0 {
+			binary.NativeEndian.PutUint32(b[c.n+unix.CmsgLen(0):], uint32(o.value))
+			c.n += putControl(b[c.n:], level, o.typ, 4)
+		}
+	}
+}
+
+// put copies them, and returns how long they are.
+func (c *ipControl) put(b []byte) int {
+	// Safe: the bytes of an array.
+	return copy(b, unsafe.Slice((*byte)(unsafe.Pointer(&c.mem)), c.n))
+}
+
+// putControl makes the header of a control message with n bytes of data at b, which is aligned for it, and returns how much room the message takes.
+func putControl(b []byte, level, typ, n int) int {
+	_ = b[unix.CmsgSpace(n)-1]
+	// Safe: there are so many bytes, aligned, as the caller says.
+	h := (*unix.Cmsghdr)(unsafe.Pointer(&b[0]))
+	h.Level, h.Type = int32(level), int32(typ)
+	h.SetLen(unix.CmsgLen(n))
+	return unix.CmsgSpace(n)
 }
 
 // bytes is the bytes of an address.
@@ -73,12 +111,12 @@ type txBatch struct {
 	msgs   []message
 	counts []int // packets of each message
 	names  []sockaddr
-	segs   []segment
+	ctls   []sendControl
 }
 
 func (b *txBatch) init(n int) {
 	*b = txBatch{mem: make([]byte, n*slotLen), peers: make([]*Peer, n), iovs: make([]unix.Iovec, n), msgs: make([]message, n),
-		counts: make([]int, n), names: make([]sockaddr, n), segs: make([]segment, n)}
+		counts: make([]int, n), names: make([]sockaddr, n), ctls: make([]sendControl, n)}
 	for i := range n {
 		b.iovs[i].Base = &b.slot(i)[0]
 		// Safe: the array is of as many bytes as the length that is set with it says, and lives as long as the header that points to it.
@@ -130,17 +168,18 @@ func (b *txBatch) group(first, n int, pieces bool) (messages int) {
 		m.Namelen = b.names[messages].set(to.addr)
 		m.Iov = &b.iovs[i]
 		m.SetIovlen(k)
-		if k > 1 {
-			g := &b.segs[messages]
-			g.hdr.Level, g.hdr.Type = unix.SOL_UDP, unix.UDP_SEGMENT
-			g.hdr.SetLen(unix.CmsgLen(2))
-			binary.NativeEndian.PutUint16(g.data[:], uint16(size))
-			m.Control = g.bytes()
-			m.SetControllen(unix.CmsgSpace(2))
-		} else {
-			m.Control = nil
-			m.SetControllen(0)
+		n := 0
+		m.Control = nil
+		if k > 1 || to.ip.n > 0 {
+			g := b.ctls[messages].bytes()
+			m.Control = &g[0]
+			if k > 1 {
+				n = putControl(g, unix.SOL_UDP, unix.UDP_SEGMENT, 2)
+				binary.NativeEndian.PutUint16(g[unix.CmsgLen(0):], uint16(size))
+			}
+			n += to.ip.put(g[n:])
 		}
+		m.SetControllen(n)
 		b.counts[messages] = k
 		i += k
 	}
@@ -186,29 +225,29 @@ func (b *rxBatch) clean() {
 	b.dirty = 0
 }
 
-// get returns message i, the length of the packets that it is made of (of all but the last), where they came from, and whether
-// the network has marked them: they have met congestion.
-func (b *rxBatch) get(i int) (piece []byte, size int, src netip.AddrPort, marked bool) {
+// get returns message i, the length of the packets that it is made of (of all but the last), where they came from, and what their
+// IP headers say, in which all of them are alike.
+func (b *rxBatch) get(i int) (piece []byte, size int, src netip.AddrPort, ip roce.IP) {
 	m := &b.msgs[i]
 	piece = b.mem[i*pieceLen:][:min(m.n, pieceLen)]
-	size, marked = b.ctls[i].read(int(m.hdr.Controllen))
+	size, ip = b.ctls[i].read(int(m.hdr.Controllen))
 	if size == 0 {
 		size = len(piece)
 	}
-	return piece, size, b.names[i].get(b.v4), marked
+	return piece, size, b.names[i].get(b.v4), ip
 }
 
-// control has room for the control messages of what was received: UDP_GRO, and IP_TOS or IPV6_TCLASS. In words, so that it is
-// aligned for them.
-type control [8]uint64
+// control has room for the control messages of what was received: UDP_GRO, IP_TOS and IP_TTL, or IPV6_TCLASS, IPV6_HOPLIMIT and
+// IPV6_FLOWINFO. In words, so that it is aligned for them.
+type control [12]uint64
 
 func (c *control) bytes() []byte {
 	// Safe: the bytes of an array.
 	return unsafe.Slice((*byte)(unsafe.Pointer(c)), unsafe.Sizeof(*c))
 }
 
-// read returns what n bytes of control messages say: the length of the packets in the piece (0: nothing), and whether they are marked.
-func (c *control) read(n int) (size int, marked bool) {
+// read returns what n bytes of control messages say: the length of the packets in the piece (0: nothing), and of their IP headers.
+func (c *control) read(n int) (size int, ip roce.IP) {
 	b := c.bytes()
 	for b = b[:min(max(n, 0), len(b))]; len(b) >= unix.SizeofCmsghdr; {
 		// Safe: there are so many bytes, aligned: control is, and CmsgSpace keeps it.
@@ -221,13 +260,17 @@ func (c *control) read(n int) (size int, marked bool) {
 		case h.Level == unix.SOL_UDP && h.Type == unix.UDP_GRO && len(data) >= 4:
 			size = max(0, int(int32(binary.NativeEndian.Uint32(data))))
 		case h.Level == unix.IPPROTO_IP && h.Type == unix.IP_TOS && len(data) >= 1:
-			marked = data[0]&maskECN == markCE
+			ip.Class = data[0]
 		case h.Level == unix.IPPROTO_IPV6 && h.Type == unix.IPV6_TCLASS && len(data) >= 4:
-			marked = binary.NativeEndian.Uint32(data)&maskECN == markCE
+			ip.Class = uint8(binary.NativeEndian.Uint32(data))
+		case h.Level == unix.IPPROTO_IP && h.Type == unix.IP_TTL && len(data) >= 4, h.Level == unix.IPPROTO_IPV6 && h.Type == unix.IPV6_HOPLIMIT && len(data) >= 4:
+			ip.Hops = uint8(binary.NativeEndian.Uint32(data))
+		case h.Level == unix.IPPROTO_IPV6 && h.Type == ipv6FlowInfo && len(data) >= 4:
+			ip.Flow = binary.BigEndian.Uint32(data) & (1<<20 - 1)
 		}
 		b = b[min(unix.CmsgSpace(len(data)), len(b)):]
 	}
-	return size, marked
+	return size, ip
 }
 
 // waiting returns how much of the socket's buffer is used, as the system counts it; -1: it does not say.

@@ -34,9 +34,10 @@ type Socket struct {
 	qued  int
 	flows []flow // by hash of the address: who makes up addresses costs no memory
 	pkt   roce.Packet
-	ask   int // how many messages to receive next
-	most  int // of the socket's buffer: packets behind so much count as marked; 0: none do
-	ahead int // bytes that were received since the buffer was empty
+	ask   int   // how many messages to receive next
+	most  int   // of the socket's buffer: packets behind so much count as marked; 0: none do
+	ahead int   // bytes that were received since the buffer was empty
+	ecn   uint8 // the bits of what is sent
 
 	// Expect, if it is set, is asked of each packet before its invariant CRC is computed, which costs more than the rest: false
 	// drops the packet, and whoever said so counts it. It is set before the first Receive.
@@ -130,7 +131,10 @@ type Peer struct {
 	// pieces: packets may leave in one piece, and be taken apart on their way. The IPv4 identifications count up then, of which the
 	// invariant CRC knows nothing. This library does not mind; others do.
 	pieces bool
-	n      int // bytes of the packet that is being made
+	class  uint8     // as SetIP was given it, without the ECN bits
+	hops   uint8     // the same
+	ip     ipControl // that have the system do it
+	n      int       // bytes of the packet that is being made
 }
 
 // Peer returns the peer at an address, which is of the family of the socket's.
@@ -149,6 +153,16 @@ func (p *Peer) Move(addr netip.AddrPort) {
 	p.addr = addr
 	p.icrc.Init(p.s.local, addr)
 }
+
+// SetIP sets the traffic class and the hop limit of packets that have not been flushed yet. The class' ECN bits mean nothing: they are the
+// socket's. A hop limit of 0 is the system's. Only Linux can be told.
+func (p *Peer) SetIP(class, hops uint8) {
+	p.class, p.hops = class&^maskECN, hops
+	p.ip.of(&p.s.sys, p.s.local.Addr().Is4(), p.class|p.s.ecn, hops)
+}
+
+// IP returns the traffic class and the hop limit of the packets, as far as they were set.
+func (p *Peer) IP() roce.IP { return roce.IP{Class: p.class | p.s.ecn, Hops: p.hops} }
 
 // AllowPieces says that the peer is one of this library's.
 func (p *Peer) AllowPieces() { p.pieces = true }
@@ -216,8 +230,28 @@ func (s *Socket) Flush() bool {
 }
 
 // AllowECN has networks mark packets that they would otherwise drop later: whoever sends must slow down for it. Where the system
-// cannot say so, nothing changes.
-func (s *Socket) AllowECN() { s.sys.allowECN(s.local.Addr().Is4()) }
+// cannot say so, nothing changes. It is called before there are peers.
+func (s *Socket) AllowECN() {
+	if s.sys.allowECN(s.local.Addr().Is4()) == nil {
+		s.ecn = capable
+	}
+}
+
+// TellIP has Receive tell the hop limits and flow labels of packets from now on, or no longer, where the system can; it always tells their traffic classes.
+func (s *Socket) TellIP(on bool) {
+	n := 0
+	if on {
+		n = 1
+	}
+	s.sys.tellIP(s.local.Addr().Is4(), n)
+}
+
+// The ECN bits of a traffic class (RFC 3168).
+const (
+	maskECN = 3
+	capable = 2 // ECT(0)
+	markCE  = 3
+)
 
 // skbLen is about what a message takes in the socket's buffer besides its bytes.
 const skbLen = 1024
@@ -258,7 +292,9 @@ func (s *Socket) Receive(deadline time.Time, fn func(src netip.AddrPort, p *roce
 		}
 	}
 	for i := range n {
-		piece, size, src, marked := s.rx.get(i)
+		piece, size, src, ip := s.rx.get(i)
+		s.pkt.IP = ip
+		marked := ip.Class&maskECN == markCE
 		if s.waited(len(piece)) {
 			s.Counters.Late++
 			marked = true

@@ -2,6 +2,7 @@ package udp
 
 import (
 	"errors"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -14,8 +15,9 @@ import (
 
 // A sysSocket is the socket's descriptor. It is none of the Go runtime's poller: see package readiness.
 type sysSocket struct {
-	fd    int  // -1: closed
-	whole bool // the network device does not take pieces
+	fd    int   // -1: closed
+	whole bool  // the network device does not take pieces
+	hops  uint8 // the hop limit of what is sent, as far as the route does not say otherwise; 0: not known
 	wait  *readiness.Waiter
 }
 
@@ -49,6 +51,11 @@ func (y *sysSocket) open(a netip.AddrPort) (local netip.AddrPort, err error) {
 		local = netip.AddrPortFrom(netip.AddrFrom4(n.Addr), uint16(n.Port))
 	case *unix.SockaddrInet6:
 		local = netip.AddrPortFrom(a.Addr(), uint16(n.Port))
+	}
+	if a.Addr().Is4() {
+		y.setHops(unix.GetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_TTL))
+	} else {
+		y.setHops(unix.GetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_UNICAST_HOPS))
 	}
 	y.wait, err = readiness.New(fd)
 	return local, err
@@ -101,12 +108,11 @@ func (y *sysSocket) room() (n int) {
 	return n
 }
 
-// The ECN bits of IP headers (RFC 3168).
-const (
-	maskECN = 3
-	capable = 2 // ECT(0)
-	markCE  = 3
-)
+func (y *sysSocket) setHops(n int, err error) {
+	if err == nil && n > 0 && n <= math.MaxUint8 {
+		y.hops = uint8(n)
+	}
+}
 
 // allowECN has what is sent say that it can be marked.
 func (y *sysSocket) allowECN(v4 bool) error {
@@ -114,6 +120,31 @@ func (y *sysSocket) allowECN(v4 bool) error {
 		return unix.SetsockoptInt(y.fd, unix.IPPROTO_IP, unix.IP_TOS, capable)
 	}
 	return unix.SetsockoptInt(y.fd, unix.IPPROTO_IPV6, unix.IPV6_TCLASS, capable)
+}
+
+// ipv6FlowInfo is IPV6_FLOWINFO of linux/in6.h, the option and its control message.
+const ipv6FlowInfo = 11
+
+// tellIP has what is received come with its hop limit, and its flow label, or no longer.
+func (y *sysSocket) tellIP(v4 bool, on int) error {
+	if v4 {
+		return unix.SetsockoptInt(y.fd, unix.IPPROTO_IP, unix.IP_RECVTTL, on)
+	}
+	return errors.Join(unix.SetsockoptInt(y.fd, unix.IPPROTO_IPV6, unix.IPV6_RECVHOPLIMIT, on),
+		unix.SetsockoptInt(y.fd, unix.IPPROTO_IPV6, ipv6FlowInfo, on))
+}
+
+// of makes the control messages for a traffic class and a hop limit (0: the socket's) of what the socket sends. What the socket's others have
+// needs none.
+func (c *ipControl) of(y *sysSocket, v4 bool, class, hops uint8) {
+	k, h := -1, -1
+	if class&^maskECN != 0 {
+		k = int(class)
+	}
+	if hops != 0 && hops != y.hops {
+		h = int(hops)
+	}
+	c.set(v4, k, h)
 }
 
 func (y *sysSocket) setDeadline(t time.Time) { y.wait.SetDeadline(t) }
