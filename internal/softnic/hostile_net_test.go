@@ -24,6 +24,7 @@ type hostileNet struct {
 	raw       *net.UDPConn // the peer
 	other     *net.UDPConn // a stranger; nil: this host has no other address
 	bystander *netVictim   // an RC connection that must not mind
+	selective bool         // connections are as between two of this library's NICs; else go-back-N
 }
 
 // A netVictim is a QP of the NIC's, connected to the queue pair peerQPN of the test's.
@@ -102,7 +103,7 @@ func (x *hostileNet) victim(typ ib.QPType, peerQPN uint32) *netVictim {
 	case ib.RC:
 		v.init()
 		set(rtr, conn|ib.AttrMaxDestRdAtomic|ib.AttrMinRNRTimer)
-		if peerQPN != bystanderQPN {
+		if peerQPN != bystanderQPN && !x.selective {
 			v.q.(*QP).wire.plain()
 		}
 		set(rts, ib.AttrMaxRdAtomic|ib.AttrAckTimeout|ib.AttrRetryCount|ib.AttrRNRRetry|ib.AttrSQPSN)
@@ -241,6 +242,8 @@ type wrongPacket struct {
 	ends    bool        // the connection: its QP goes to ERR
 	recv    ib.WCStatus // how the receive ends, if it does with this
 	early   bool        // it is dropped before its CRC is looked at
+	kept    bool        // a selective connection keeps it until those before it have come
+	silent  bool        // a selective connection does not answer it, and counts it as dropped, too
 }
 
 // with is a packet with a change.
@@ -296,6 +299,9 @@ var wrongPackets = func() (rows []wrongPacket) {
 		rc(name, "refused: remote access error", roce.NakAccess, true, make)
 	}
 	rc("PSN ahead", "resp_out_of_sequence", roce.NakPSN, false, with(roce.SendOnly, 8, func(p *roce.Packet) { p.PSN = p.PSN.Add(3) }))
+	rows[len(rows)-1].kept = true
+	rc("PSN farther ahead than anything is kept", "resp_out_of_sequence", roce.NakPSN, false, with(roce.SendOnly, 8, func(p *roce.Packet) { p.PSN = p.PSN.Add(100_000) }))
+	rows[len(rows)-1].silent = true
 	rc("PSN of long ago", "resp_duplicates", roce.Ack, false, with(roce.SendOnly, 8, func(p *roce.Packet) { p.PSN = p.PSN.Add(-30) }))
 	rc("PSN half the space away", "resp_duplicates", roce.Ack, false, with(roce.SendOnly, 8, func(p *roce.Packet) { p.PSN = p.PSN.Add(-1 << 23) }))
 	rc("READ that was never asked for, again", "resp_dropped", 0, false, with(roce.ReadRequest, 0, func(p *roce.Packet) { p.PSN = p.PSN.Add(-20); p.Len = 64 }))
@@ -382,9 +388,13 @@ var wrongPackets = func() (rows []wrongPacket) {
 // harms nobody else; and neither its victim, unless it comes from its peer and is the end of the connection. With a CRC that
 // does not match it does nothing at all.
 func TestWrongPackets(t *testing.T) {
-	for _, where := range []struct{ name, local, stranger string }{{"IPv4", "127.0.0.1", "127.0.0.2"}, {"IPv6", "::1", ""}} {
+	for _, where := range []struct {
+		name, local, stranger string
+		selective             bool
+	}{{"IPv4", "127.0.0.1", "127.0.0.2", false}, {"IPv6", "::1", "", false}, {"IPv4, selective", "127.0.0.1", "127.0.0.2", true}} {
 		t.Run(where.name, func(t *testing.T) {
 			x := newHostileNet(t, where.local, where.stranger)
+			x.selective = where.selective
 			victims := map[ib.QPType]*netVictim{}
 			for _, row := range wrongPackets {
 				if row.from != nil && row.from(x) == nil {
@@ -397,7 +407,7 @@ func TestWrongPackets(t *testing.T) {
 						victims[row.typ] = v
 					}
 					row.run(x, v, wrongCRC)
-					if row.ends && !wrongCRC {
+					if (row.ends || row.kept && x.selective) && !wrongCRC {
 						v.close()
 						delete(victims, row.typ)
 					}
@@ -425,6 +435,10 @@ func (row *wrongPacket) run(x *hostileNet, v *netVictim, wrongCRC bool) {
 	replies := x.mark()
 
 	counter, reply, ends := row.counter, row.reply, row.ends
+	silent := row.silent && x.selective
+	if silent {
+		reply = 0
+	}
 	if wrongCRC {
 		reply, ends = 0, false
 		if !row.early {
@@ -437,6 +451,14 @@ func (row *wrongPacket) run(x *hostileNet, v *netVictim, wrongCRC bool) {
 	if reply == 0 && len(replies) > 0 {
 		t.Errorf("%s: answered with %+v", row.name, replies)
 	}
+	if row.kept && x.selective && !wrongCRC {
+		// The NAK says where the gap begins, and how long it is; the acknowledgement that was asked for, how far behind it packets have come.
+		if len(replies) != 2 || replies[0].MSN != 0<<12|3 || replies[1].Syndrome != roce.Ack || replies[1].MSN != 4<<12 || replies[1].PSN != v.psn.Add(-1) {
+			t.Errorf("%s: answered with %+v", row.name, replies)
+			return
+		}
+		replies = replies[:1]
+	}
 	if reply != 0 && (len(replies) != 1 || replies[0].DestQP != v.peerQPN || replies[0].Opcode != roce.Op(roce.RC, roce.Acknowledge) || replies[0].Syndrome != reply) {
 		t.Errorf("%s: answered with %+v, want %v", row.name, replies, reply)
 	}
@@ -445,7 +467,7 @@ func (row *wrongPacket) run(x *hostileNet, v *netVictim, wrongCRC bool) {
 		t.Errorf("%s: %s counted %d times", row.name, counter, now[counter]-was[counter])
 	}
 	for name, n := range now {
-		also := name == "resp_duplicates" && counter == "resp_dropped" || name == "resp_dropped" && counter == "resp_out_of_sequence" && row.typ == ib.UC
+		also := name == "resp_duplicates" && counter == "resp_dropped" || name == "resp_dropped" && counter == "resp_out_of_sequence" && (row.typ == ib.UC || silent)
 		if d := n - was[name]; name != counter && d != 0 && !also {
 			t.Errorf("%s: %s counted %d times, and %s is what should count", row.name, name, d, counter)
 		}
