@@ -132,8 +132,19 @@ func everyOpcode(t *testing.T, a, b *end) {
 		a.buf[i], b.buf[i] = 0xee, 0xdd
 	}
 	remote := func(off int) uint64 { return addrOf(b.buf) + uint64(off) }
-	for i := range uint64(4) {
+	for i := range uint64(5) {
 		b.recv(i, b.sge(4096, 1024))
+	}
+	w, err := b.pd.(*PD).AllocMW() // for a key to invalidate
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	key := w.RKey() ^ 1
+	b.send(ib.SendWR{Opcode: ib.OpBindMW, Flags: ib.SendSignaled, Bind: &ib.BindMW{Window: w.Handle(), MRLKey: b.mr.LKey(), RKey: key,
+		Addr: addrOf(b.buf), Length: 100, Access: ib.AccessRemoteWrite}})
+	if wc := b.poll(); wc.Status != ib.WCSuccess {
+		t.Fatalf("bind: %+v", wc)
 	}
 	ops := []ib.SendWR{
 		{Opcode: ib.OpSend, SGEs: a.sge(0, n)},
@@ -144,6 +155,7 @@ func everyOpcode(t *testing.T, a, b *end) {
 		{Opcode: ib.OpAtomicFetchAdd, CompareAdd: 1, SGEs: a.sge(4096, 8), RemoteAddr: remote(2048), RKey: b.mr.RKey()},
 		{Opcode: ib.OpAtomicCmpSwap, CompareAdd: 1, Swap: 2, SGEs: a.sge(4096, 8), RemoteAddr: remote(2048), RKey: b.mr.RKey()},
 		{Opcode: ib.OpSend},
+		{Opcode: ib.OpSendWithInv, InvalidateRKey: key, SGEs: a.sge(0, n)},
 	}
 	for i, wr := range ops {
 		wr.ID, wr.Flags = uint64(i), wr.Flags|ib.SendSignaled
@@ -152,8 +164,8 @@ func everyOpcode(t *testing.T, a, b *end) {
 			t.Fatalf("%v: %+v", wr.Opcode, wc)
 		}
 	}
-	for range 4 {
-		if wc := b.poll(); wc.Status != ib.WCSuccess {
+	for i := range uint64(5) {
+		if wc := b.poll(); wc.Status != ib.WCSuccess || wc.ID != i || (wc.Flags&ib.WCWithInv != 0) != (i == 4) {
 			t.Fatalf("%+v", wc)
 		}
 	}
@@ -165,6 +177,7 @@ var everyPacket = []string{
 	">RC_RDMA_WRITE_FIRST", ">RC_RDMA_WRITE_MIDDLE", ">RC_RDMA_WRITE_LAST", "<RC_ACKNOWLEDGE", ">RC_RDMA_WRITE_ONLY_WITH_IMMEDIATE", "<RC_ACKNOWLEDGE",
 	">RC_RDMA_READ_REQUEST", "<RC_RDMA_READ_RESPONSE_FIRST", "<RC_RDMA_READ_RESPONSE_MIDDLE", "<RC_RDMA_READ_RESPONSE_LAST",
 	">RC_FETCH_ADD", "<RC_ATOMIC_ACKNOWLEDGE", ">RC_COMPARE_SWAP", "<RC_ATOMIC_ACKNOWLEDGE", ">RC_SEND_ONLY", "<RC_ACKNOWLEDGE",
+	">RC_SEND_FIRST", ">RC_SEND_MIDDLE", ">RC_SEND_LAST_WITH_INVALIDATE", "<RC_ACKNOWLEDGE",
 }
 
 // join connects a QP to a peer with a path MTU of 256, at the GID with the index.
@@ -261,10 +274,10 @@ func TestCaptureOperations(t *testing.T) {
 			opcodes := o.end()
 			check(t, path, opcodes, o.seen)
 			c := a.q.(*QP).counters()
-			if c.Path != path.String() || c.Requests != (observe.Traffic{Messages: 8, Bytes: 3*522 + 20 + 21 + 16}) || c.PeerQPN != uint32(b.q.QPN()) {
+			if c.Path != path.String() || c.Requests != (observe.Traffic{Messages: 9, Bytes: 4*522 + 20 + 21 + 16}) || c.PeerQPN != uint32(b.q.QPN()) {
 				t.Errorf("%+v", c)
 			}
-			if d := b.q.(*QP).counters(); d.Receives != (observe.Traffic{Messages: 4, Bytes: 522 + 20 + 21}) {
+			if d := b.q.(*QP).counters(); d.Receives != (observe.Traffic{Messages: 5, Bytes: 2*522 + 20 + 21}) {
 				t.Errorf("%+v", d)
 			}
 		})
@@ -489,9 +502,28 @@ func TestCaptureUnreliable(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	ua.send(ib.SendWR{Opcode: ib.OpRDMAWrite, SGEs: ua.sge(0, 500), RemoteAddr: addrOf(ub.buf), RKey: ub.mr.RKey(), Flags: ib.SendSignaled})
-	ua.poll()
-	want := []string{">UD_SEND_ONLY_WITH_IMMEDIATE", ">UD_SEND_ONLY_WITH_IMMEDIATE", "<UD_SEND_ONLY_WITH_IMMEDIATE", ">UC_RDMA_WRITE_FIRST", ">UC_RDMA_WRITE_LAST"}
+	for i, wr := range []ib.SendWR{
+		{Opcode: ib.OpRDMAWrite, SGEs: ua.sge(0, 500), RemoteAddr: addrOf(ub.buf), RKey: ub.mr.RKey()},
+		{Opcode: ib.OpSend, SGEs: ua.sge(0, 522)},
+		{Opcode: ib.OpSendWithImm, Imm: 3, SGEs: ua.sge(0, 500)},
+		{Opcode: ib.OpRDMAWriteWithImm, Imm: 4, SGEs: ua.sge(0, 20), RemoteAddr: addrOf(ub.buf), RKey: ub.mr.RKey()},
+	} {
+		if i > 0 {
+			ub.recv(uint64(i), ub.sge(4096, 1024))
+		}
+		wr.Flags |= ib.SendSignaled
+		ua.send(wr)
+		if wc := ua.poll(); wc.Status != ib.WCSuccess {
+			t.Fatalf("%v: %+v", wr.Opcode, wc)
+		}
+		if i > 0 {
+			if wc := ub.poll(); wc.Status != ib.WCSuccess || wc.ID != uint64(i) || (wc.Flags&ib.WCWithImm != 0) != (i > 1) {
+				t.Fatalf("%v: %+v", wr.Opcode, wc)
+			}
+		}
+	}
+	want := []string{">UD_SEND_ONLY_WITH_IMMEDIATE", ">UD_SEND_ONLY_WITH_IMMEDIATE", "<UD_SEND_ONLY_WITH_IMMEDIATE", ">UC_RDMA_WRITE_FIRST", ">UC_RDMA_WRITE_LAST",
+		">UC_SEND_FIRST", ">UC_SEND_MIDDLE", ">UC_SEND_LAST", ">UC_SEND_FIRST", ">UC_SEND_LAST_WITH_IMMEDIATE", ">UC_RDMA_WRITE_ONLY_WITH_IMMEDIATE"}
 	if got := o.end(); !slices.Equal(got, want) {
 		t.Errorf("captured %q, want %q", got, want)
 	}
