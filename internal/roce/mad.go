@@ -84,16 +84,36 @@ func vendorOptions(m CMMessage) *uint32 {
 	return nil
 }
 
-// DecodeMAD takes a datagram apart. Private data has its full length always: the message does not say how much was meant.
+// A MADError is why a management datagram is not a message of the connection manager. Like a Drop, it costs no memory.
+type MADError uint8
+
+const (
+	MADLength  MADError = iota + 1 // other than MADLen
+	MADClass                       // of another class, version or method
+	MADUnknown                     // a message that is not known
+)
+
+func (e MADError) Error() string {
+	switch e {
+	case MADLength:
+		return "roce: management datagram of a wrong length"
+	case MADClass:
+		return "roce: management datagram that is not the connection manager's"
+	}
+	return "roce: message of the connection manager that is not known"
+}
+
+// DecodeMAD takes a datagram apart. Private data has its full length always: the message does not say how much was meant. The error
+// is a MADError.
 func DecodeMAD(b []byte) (tid uint64, m CMMessage, err error) {
 	if len(b) != MADLen {
-		return 0, nil, fmt.Errorf("roce: management datagram of %d bytes, want %d", len(b), MADLen)
+		return 0, nil, MADLength
 	}
 	if b[0] != madVersion || b[1] != classCM || b[2] != cmVersion || b[3] != methodSend {
-		return 0, nil, fmt.Errorf("roce: management datagram of version %d, class %#x version %d, method %#x is not the connection manager's", b[0], b[1], b[2], b[3])
+		return 0, nil, MADClass
 	}
 	tid = binary.BigEndian.Uint64(b[8:])
-	switch a := CMAttr(binary.BigEndian.Uint16(b[16:])); a {
+	switch CMAttr(binary.BigEndian.Uint16(b[16:])) {
 	case CMREQ:
 		m = new(REQ)
 	case CMMRA:
@@ -113,7 +133,7 @@ func DecodeMAD(b []byte) (tid uint64, m CMMessage, err error) {
 	case CMSIDRREP:
 		m = new(SIDRREP)
 	default:
-		return tid, nil, fmt.Errorf("roce: %v is not known", a)
+		return tid, nil, MADUnknown
 	}
 	m.get(b[madHeaderLen:])
 	if o := vendorOptions(m); o != nil {

@@ -93,8 +93,12 @@ func TestDecodeMADRefuses(t *testing.T) {
 		"path change, which is not spoken": func(b []byte) []byte { b[17] = 0x19; return b },
 	} {
 		b := good
-		if _, m, err := DecodeMAD(change(b[:])); err == nil || m != nil || !strings.HasPrefix(err.Error(), "roce: ") {
+		bad := change(b[:])
+		if _, m, err := DecodeMAD(bad); err == nil || m != nil || !strings.HasPrefix(err.Error(), "roce: ") {
 			t.Errorf("%s: %v, %v", name, m, err)
+		}
+		if n := testing.AllocsPerRun(10, func() { DecodeMAD(bad) }); n != 0 {
+			t.Errorf("%s: %v allocations", name, n)
 		}
 	}
 }
