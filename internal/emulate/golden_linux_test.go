@@ -20,7 +20,8 @@ import (
 	"github.com/ringside-rdma/ringside/internal/testutil"
 )
 
-// What golden.c and golden do, and the trace of stock libmlx5 44.0 doing it, as `ringside emulate --numbered --trace` writes it.
+// What golden.c and golden do, and the trace of stock libmlx5 44.0 doing it, as `ringside emulate --numbered --trace` writes it, behind the
+// GIDs of the device that was there.
 const (
 	goldenLists = "testdata/golden.lists"
 	goldenTrace = "testdata/golden.txt.gz"
@@ -53,14 +54,14 @@ func stream(line string) string {
 }
 
 // What the two programs may do differently, and does not count, is masked in both traces.
-func mask(line string) string {
+func mask(line string, gids gidTable) string {
 	f := strings.Fields(line)
 	switch {
 	case len(f) == 5 && f[1] == "DB":
 		// Which UAR page it is: a driver asks for pages as it likes.
-		return "DB " + f[2][strings.Index(f[2], "+"):] + " " + request(register(f))
+		return "DB " + f[2][strings.Index(f[2], "+"):] + " " + request(register(f), gids)
 	case len(f) > 5 && f[1] == "WQE":
-		return strings.Join(f[1:5], " ") + " " + request(strings.ReplaceAll(strings.Join(f[5:], ""), "|", ""))
+		return strings.Join(f[1:5], " ") + " " + request(strings.ReplaceAll(strings.Join(f[5:], ""), "|", ""), gids)
 	case len(f) > 13 && f[1] == "CQE":
 		f[13] = "UIDX" // the number by which a driver finds its queue pair, of its own choice
 	}
@@ -81,7 +82,7 @@ func wide(db, wqe []string) bool {
 }
 
 // request is a request in hexadecimal, without what lies behind it, and without the fields below.
-func request(words string) string {
+func request(words string, gids gidTable) string {
 	units := 0
 	fmt.Sscanf(words[14:16], "%02x", &units)
 	b := []byte(words[:min(len(words), 32*(units&0x3f))])
@@ -105,10 +106,8 @@ func request(words string) string {
 		}
 		return string(b)
 	case "0a", "0b":
-		if len(b) >= 2*64 && string(b[32:40]) == fmt.Sprintf("%08x", goldenQKey) { // a datagram, to a device with a random GID
-			drop(30, 32) // the UDP source port, which is anything
-			drop(36, 42) // MAC address
-			drop(48, 64) // GID
+		if len(b) >= 2*64 && string(b[32:40]) == fmt.Sprintf("%08x", goldenQKey) { // a datagram
+			gids.name(b)
 		}
 	}
 	words = string(b)
@@ -123,6 +122,47 @@ func request(words string) string {
 	return words
 }
 
+// A gidTable has GIDs in hexadecimal, by index. The first is at random, the others are the host's.
+type gidTable map[uint32]string
+
+// tableOf is a device's, as the lines that stand before its trace: those that lists use.
+func tableOf(t *testing.T, s *Session) string {
+	t.Helper()
+	list, err := s.devices[0].GIDs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b strings.Builder
+	for _, e := range list {
+		if e.Index < goldenGIDs {
+			fmt.Fprintf(&b, "GID %d %x\n", e.Index, e.GID[:])
+		}
+	}
+	return b.String()
+}
+
+// name has names in the place of a datagram's GID and MAC address, if they are the device's own at the index that the request has, and of
+// the UDP source port if it may be any, as there is no flow label. What is wrong stays as it is, and so makes a difference.
+func (g gidTable) name(request []byte) {
+	put := func(from, to int, what, is string) {
+		if b := request[2*from : 2*to]; string(b) == is {
+			copy(b, strings.Repeat(".", len(b)))
+			copy(b, what)
+		}
+	}
+	var global uint32
+	fmt.Sscanf(string(request[2*44:2*48]), "%08x", &global)
+	gid := g[global>>20&0xff]
+	if gid == "" {
+		return
+	}
+	put(48, 64, "GID", gid)
+	put(36, 42, "MAC", "02"+gid[2*11:]) // as the device makes it of the GID
+	if port := string(request[2*30 : 2*32]); global&0xfffff == 0 && port >= "c000" {
+		put(30, 32, "PORT", port)
+	}
+}
+
 // A trace is its lines by stream, masked.
 type trace map[string][]string
 
@@ -133,8 +173,15 @@ func readTrace(t *testing.T, r io.Reader) trace {
 	var in string
 	rung := map[string][]string{} // the last DB line of a stream, by what it rang for
 	at := map[string]int{}        // and where it is
+	gids := gidTable{}
 	for s.Scan() {
 		line := s.Text()
+		var index uint32
+		var gid string
+		if n, _ := fmt.Sscanf(line, "GID %d %s", &index, &gid); n == 2 {
+			gids[index] = gid
+			continue
+		}
 		if k := stream(line); k != "" { // else it belongs to the line before
 			in = k
 		}
@@ -147,7 +194,7 @@ func readTrace(t *testing.T, r io.Reader) trace {
 			}
 			rung[in] = nil
 		}
-		tr[in] = append(tr[in], mask(line))
+		tr[in] = append(tr[in], mask(line, gids))
 	}
 	if err := s.Err(); err != nil {
 		t.Fatal(err)
@@ -235,8 +282,10 @@ func play(t *testing.T, file string, change ...func(*Config)) trace {
 	for _, f := range change {
 		f(&cfg)
 	}
-	end(t, start(t, cfg, "golden", file), 0)
-	return readTrace(t, &b)
+	s := start(t, cfg, "golden", file)
+	table := tableOf(t, s)
+	end(t, s, 0)
+	return readTrace(t, io.MultiReader(strings.NewReader(table), &b))
 }
 
 // playC returns libmlx5's, as it is, and as it is compared.
@@ -247,8 +296,10 @@ func playC(t *testing.T, program, file string, change ...func(*Config)) (raw []b
 	for _, f := range change {
 		f(&cfg)
 	}
-	run(t, cfg, program+" "+file)
-	return b.Bytes(), readTrace(t, bytes.NewReader(b.Bytes()))
+	var table string
+	runWith(t, cfg, program+" "+file, func(s *Session) { table = tableOf(t, s) })
+	raw = append([]byte(table), b.Bytes()...)
+	return raw, readTrace(t, bytes.NewReader(raw))
 }
 
 // goldenC returns a program that does lists with stock libmlx5.

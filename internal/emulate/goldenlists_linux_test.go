@@ -50,6 +50,11 @@ func (w *lister) list() {
 	w.bound, w.fenced, w.armed = [2]bool{}, [2]bool{}, [2]bool{}
 	bit := map[bool]int{true: 1}
 	w.say("list %s %d %d %d %d %d %d %d %d", w.typ, w.sges, w.inline, w.depth, w.rsges, w.rdepth, bit[w.srq], bit[w.sigall], bit[w.windows])
+	for x := range 2 {
+		if w.typ == "ud" && w.chance(70) {
+			w.address(x)
+		}
+	}
 	for range w.between(3, 20) {
 		x := 0
 		if w.chance(30) {
@@ -67,6 +72,8 @@ func (w *lister) list() {
 			w.batch(x, w.between(1, 3))
 		case w.windows && w.chance(25):
 			w.window(x)
+		case w.typ == "ud" && w.chance(15):
+			w.address(x)
 		case w.typ == "rc" && w.chance(6):
 			w.failure(x)
 			w.say("reset")
@@ -75,6 +82,18 @@ func (w *lister) list() {
 		}
 	}
 	w.say("end")
+}
+
+// address has a side's datagrams go another way.
+func (w *lister) address(side int) {
+	gid, label := 0, w.r.IntN(1<<20)
+	if w.chance(30) {
+		gid = w.r.IntN(goldenGIDs)
+	}
+	if w.chance(20) {
+		label = 0
+	}
+	w.say("to %s %d %d %d %d %d", name(side), gid, label, w.r.IntN(8), w.r.IntN(256), w.r.IntN(256))
 }
 
 // parts splits n bytes of one side's memory into at most most pieces.

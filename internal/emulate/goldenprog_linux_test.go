@@ -27,6 +27,8 @@ import (
 //	wait a|b N                             polls N completions
 //	arm a|b 0|1                            arms the CQ; 1: for solicited ones only
 //	resize a|b N                           resizes the CQ
+//	to a|b SGID LABEL SL TC HOP            sends datagrams with another address handle from now on: index of the device's GID that they go from and
+//	                                       to, flow label, service level, traffic class and hop limit; before, that is 0 0 0 0 1
 //	reset                                  takes both queue pairs to RESET and connects them again
 //	end                                    destroys what the list has made
 //
@@ -37,6 +39,7 @@ import (
 const (
 	goldenSize = 8192
 	goldenQKey = ib.QKey(0x11111111)
+	goldenGIDs = 2 // as many of the table are used: the device's own, and the first address of the host
 )
 
 // A goldenSide is one end of a list.
@@ -58,7 +61,7 @@ type goldenSide struct {
 type player struct {
 	ctx   driver.Context
 	pd    driver.PD
-	gid   ib.GID
+	gids  []ib.GIDEntry
 	sides [2]goldenSide
 	typ   ib.QPType
 	least int // bytes of a frame that have to be inline
@@ -116,11 +119,9 @@ func newPlayer() (*player, error) {
 		return nil, err
 	}
 	p.least = attr.MinFrameInline
-	gids, err := p.ctx.GIDs(1)
-	if err != nil {
+	if p.gids, err = p.ctx.GIDs(1); err != nil {
 		return nil, err
 	}
-	p.gid = gids[0].GID
 	a, b, err := goldenMemory()
 	if err != nil {
 		return nil, err
@@ -187,6 +188,11 @@ func (p *player) line(line string) error {
 	s := p.side(&rest)
 	var n int
 	switch word {
+	case "to":
+		if err := s.ah.Close(); err != nil {
+			return err
+		}
+		return p.to(s, rest)
 	case "recv":
 		defer func() { p.rrs = nil }()
 		post := s.q.PostRecv
@@ -252,12 +258,26 @@ func (p *player) begin(line string) error {
 			s.key = s.mw.RKey()
 		}
 		if p.typ == ib.UD {
-			if s.ah, err = p.pd.CreateAH(ib.AHAttr{DGID: p.gid, Port: 1, HopLimit: 1}); err != nil {
+			if err := p.to(s, "0 0 0 0 1"); err != nil {
 				return err
 			}
 		}
 	}
 	return p.joinBoth()
+}
+
+// to makes the side's address handle.
+func (p *player) to(s *goldenSide, line string) (err error) {
+	a := ib.AHAttr{Port: 1}
+	if _, err := fmt.Sscan(line, &a.SGIDIndex, &a.FlowLabel, &a.SL, &a.TrafficClass, &a.HopLimit); err != nil {
+		return err
+	}
+	if a.SGIDIndex >= len(p.gids) || p.gids[a.SGIDIndex].Index != a.SGIDIndex {
+		return fmt.Errorf("there is no GID %d", a.SGIDIndex)
+	}
+	a.DGID = p.gids[a.SGIDIndex].GID
+	s.ah, err = p.pd.CreateAH(a)
+	return err
 }
 
 var goldenMACs = [2]ib.MAC{{2, 5: 0xa}, {2, 5: 0xb}}
@@ -278,7 +298,7 @@ func (p *player) joinBoth() error {
 
 func (p *player) join(s, to *goldenSide) error {
 	init := ib.QPAttr{State: ib.Init, Port: 1, QKey: goldenQKey, Access: goldenRights}
-	rtr := ib.QPAttr{State: ib.RTR, AH: ib.AHAttr{DGID: p.gid, Port: 1, HopLimit: 1}, PathMTU: ib.MTU1024, DestQPN: to.q.QPN(), MaxDestRdAtomic: 4, MinRNRTimer: 1}
+	rtr := ib.QPAttr{State: ib.RTR, AH: ib.AHAttr{DGID: p.gids[0].GID, Port: 1, HopLimit: 1}, PathMTU: ib.MTU1024, DestQPN: to.q.QPN(), MaxDestRdAtomic: 4, MinRNRTimer: 1}
 	rts := ib.QPAttr{State: ib.RTS, MaxRdAtomic: 4, AckTimeout: 18, RetryCount: 7, RNRRetry: 7}
 	if p.typ == ib.RawPacket {
 		return joinRaw(s.q)

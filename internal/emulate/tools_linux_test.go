@@ -23,6 +23,12 @@ const patience = 5 * testutil.Patience
 // run runs a script of the shell with devices, and returns what it has printed. It is killed after patience.
 func run(t *testing.T, cfg Config, script string) string {
 	t.Helper()
+	return runWith(t, cfg, script, func(*Session) {})
+}
+
+// runWith is run, which shows the session to a function when it has begun.
+func runWith(t *testing.T, cfg Config, script string, begun func(*Session)) string {
+	t.Helper()
 	out := filepath.Join(t.TempDir(), "out")
 	cfg.Log = t.Output()
 	s, err := Start(cfg, "/bin/sh", []string{"sh", "-c", "exec >'" + out + "' 2>&1 </dev/null; " + script})
@@ -34,6 +40,7 @@ func run(t *testing.T, cfg Config, script string) string {
 		t.Errorf("not over after %v", patience)
 		killTree(pid)
 	})
+	begun(s)
 	st, err := s.Wait()
 	late.Stop()
 	b, _ := os.ReadFile(out)

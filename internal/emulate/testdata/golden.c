@@ -97,6 +97,16 @@ static void reset(struct side *s)
 	CHECK(!ibv_modify_qp(s->qp, &a, IBV_QP_STATE));
 }
 
+static void address(struct side *s, int sgid, unsigned label, int sl, int tc, int hop)
+{
+	struct ibv_ah_attr h = { .is_global = 1, .port_num = 1, .sl = sl,
+		.grh = { .flow_label = label, .sgid_index = sgid, .hop_limit = hop, .traffic_class = tc } };
+	CHECK(!ibv_query_gid(ctx, 1, sgid, &h.grh.dgid));
+	if (s->ah)
+		CHECK(!ibv_destroy_ah(s->ah));
+	CHECK(s->ah = ibv_create_ah(pd, &h));
+}
+
 static void begin(const char *line)
 {
 	char kind[8];
@@ -121,9 +131,8 @@ static void begin(const char *line)
 			CHECK(s->mw = ibv_alloc_mw(pd, IBV_MW_TYPE_2));
 			s->key = s->mw->rkey;
 		}
-		struct ibv_ah_attr h = { .is_global = 1, .port_num = 1, .grh = { .dgid = gid, .hop_limit = 1 } };
 		if (type == IBV_QPT_UD)
-			CHECK(s->ah = ibv_create_ah(pd, &h));
+			address(s, 0, 0, 0, 0, 1);
 	}
 	join(&sides[0], &sides[1]);
 	join(&sides[1], &sides[0]);
@@ -255,7 +264,8 @@ int main(int argc, char **argv)
 	char line[1024];
 	while (line_number++, fgets(line, sizeof line, f)) {
 		char who;
-		int n, used;
+		int n, used, sl, tc, hop;
+		unsigned label;
 		if (line[0] == '#') {
 		} else if (!strncmp(line, "list ", 5)) {
 			begin(line);
@@ -282,6 +292,8 @@ int main(int argc, char **argv)
 			wait_for(&sides[who == 'b'], n);
 		} else if (sscanf(line, "arm %c %d", &who, &n) == 2) {
 			CHECK(!ibv_req_notify_cq(sides[who == 'b'].cq, n));
+		} else if (sscanf(line, "to %c %d %u %d %d %d", &who, &n, &label, &sl, &tc, &hop) == 6) {
+			address(&sides[who == 'b'], n, label, sl, tc, hop);
 		} else if (sscanf(line, "resize %c %d", &who, &n) == 2) {
 			CHECK(!ibv_resize_cq(sides[who == 'b'].cq, n));
 		} else {
