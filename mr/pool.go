@@ -18,10 +18,11 @@ import (
 
 // Errors of pools.
 var (
-	// ErrPoolExhausted: all memory that the pool may have is in use. Release buffers, or raise PoolConfig.Limit.
+	// ErrPoolExhausted: all memory that the pool may have is in use, or in slabs with buffers that are; see Pool. Release
+	// buffers, or raise PoolConfig.Limit.
 	ErrPoolExhausted = errors.New("mr: pool is exhausted: all of its memory is in use; release buffers or raise PoolConfig.Limit")
-	// ErrTooLarge: no buffer of the pool is that large; use Alloc, or raise PoolConfig.MaxBuffer.
-	ErrTooLarge = errors.New("mr: larger than the pool's largest buffer: use Alloc or raise PoolConfig.MaxBuffer")
+	// ErrTooLarge: no buffer of the pool is that large; use Alloc, or raise PoolConfig.MaxBuffer or Limit.
+	ErrTooLarge = errors.New("mr: larger than the pool's largest buffer: use Alloc or raise PoolConfig.MaxBuffer or Limit")
 )
 
 const (
@@ -34,9 +35,10 @@ const (
 type PoolConfig struct {
 	// Access is what may be done to the buffers. Default ib.AccessLocalWrite: sends, receives, and the results of reads.
 	Access ib.Access
-	// Limit is how many bytes of memory the pool may take; default 256 MiB.
+	// Limit is how many bytes of memory the pool may take; default 256 MiB, at least 64.
 	Limit int
-	// MaxBuffer is the size of the largest buffer in bytes, rounded up to a power of two; default 1 MiB, at most 1 GiB.
+	// MaxBuffer is the size of the largest buffer in bytes, rounded up to a power of two; default 1 MiB, at most 1 GiB. It is
+	// at most Limit, so that a pool without a buffer in use can always hand out one of any size that it has.
 	MaxBuffer int
 	// SlabSize is how many bytes are registered at a time once a size class is busy, rounded up to a power of two; default
 	// 2 MiB. Classes start with smaller slabs; buffers that are larger get a slab each.
@@ -49,8 +51,15 @@ type PoolConfig struct {
 }
 
 // A Pool hands out buffers of registered memory: in size classes, powers of two from 64 bytes on, carved from slabs that
-// are allocated as needed and kept until Close. In steady state Get and Release make no system call, no garbage and
-// take no lock.
+// are allocated as needed. In steady state Get and Release make no system call, no garbage and take no lock.
+//
+// Registering memory is dear, so slabs are kept, also those that nobody uses at the moment. Only when Limit leaves no room
+// for a buffer of another size are slabs given back for it: such that have no buffer in use, the oldest first. Get then
+// waits for the device, as MR.Close does. A slab stays as long as one of its buffers is in use, or a window on it or a region
+// that was made of it (MR.Sub) is open. So a few small buffers that are held for long can keep much memory from the other
+// sizes, and a large one may have to wait for as long as small ones keep all slabs busy. What is certain: when all buffers
+// are released, there is room for one of any size up to MaxBuffer. If no room can be made, a larger buffer than asked for
+// is handed out if one is free.
 //
 // A Pool is safe for concurrent use, and goroutines keep out of each other's way where they can.
 type Pool struct {
@@ -61,10 +70,11 @@ type Pool struct {
 	hints   []hints      // a power of two
 	waiting atomic.Int32 // waiters in wait
 
-	mu     sync.Mutex // growing and closing take turns
-	bytes  int
-	slabs  []*MR
-	closed bool // hands out nothing any more
+	mu       sync.Mutex // growing, giving back and closing take turns
+	bytes    int
+	slabs    []slab // oldest first
+	returned int    // slabs given back
+	closed   bool   // hands out nothing any more
 
 	waitMu sync.Mutex
 	wait   []*waiter
@@ -79,6 +89,13 @@ type class struct {
 	slabs int // how many there are; guarded by Pool.mu
 }
 
+// slab is a region that buffers of one class are carved from.
+type slab struct {
+	class int
+	mr    *MR
+	words []*word // nil: no buffer of it will be handed out any more, but the region could not be closed yet
+}
+
 // word keeps up to 64 buffers: a set bit is a free buffer. So taking one is a compare-and-swap, giving one back is an
 // atomic or, whose old value tells a double release, and there is no list to tear.
 type word struct {
@@ -86,6 +103,9 @@ type word struct {
 	bufs []Buffer
 	_    [96]byte // own pair of cache lines: adjacent-line prefetch makes neighbours collide
 }
+
+// all is the value of free when no buffer is in use.
+func (w *word) all() uint64 { return ^uint64(0) >> (64 - len(w.bufs)) }
 
 // hints are, for each class, the index of the word where a goroutine found a buffer last. Goroutines that collide on a
 // word part ways.
@@ -125,11 +145,11 @@ func NewPool(pd *verbs.PD, cfg PoolConfig) (*Pool, error) {
 	def(&cfg.Limit, 256<<20)
 	def(&cfg.MaxBuffer, 1<<20)
 	def(&cfg.SlabSize, 2<<20)
-	if cfg.Limit < 0 || cfg.MaxBuffer < 0 || cfg.MaxBuffer > 1<<maxClassBits || cfg.SlabSize < 0 || cfg.SlabSize > 1<<maxClassBits {
-		return nil, opErr("new_pool", dev, fmt.Errorf("invalid size: Limit %d, MaxBuffer %d (at most %d), SlabSize %d (at most %d)",
-			cfg.Limit, cfg.MaxBuffer, 1<<maxClassBits, cfg.SlabSize, 1<<maxClassBits))
+	if cfg.Limit < 1<<minClassBits || cfg.MaxBuffer < 0 || cfg.MaxBuffer > 1<<maxClassBits || cfg.SlabSize < 0 || cfg.SlabSize > 1<<maxClassBits {
+		return nil, opErr("new_pool", dev, fmt.Errorf("invalid size: Limit %d (at least %d), MaxBuffer %d (at most %d), SlabSize %d (at most %d)",
+			cfg.Limit, 1<<minClassBits, cfg.MaxBuffer, 1<<maxClassBits, cfg.SlabSize, 1<<maxClassBits))
 	}
-	cfg.MaxBuffer = 1 << ceilLog2(max(cfg.MaxBuffer, 1<<minClassBits))
+	cfg.MaxBuffer = min(1<<ceilLog2(max(cfg.MaxBuffer, 1<<minClassBits)), cfg.Limit&^(1<<minClassBits-1))
 	cfg.SlabSize = 1 << ceilLog2(max(cfg.SlabSize, minSlab))
 	p := &Pool{pd: pd, cfg: cfg}
 	// More hints than processors, because goroutines are spread over them by chance.
@@ -137,7 +157,7 @@ func NewPool(pd *verbs.PD, cfg PoolConfig) (*Pool, error) {
 	p.classes = make([]class, ceilLog2(cfg.MaxBuffer)-minClassBits+1)
 	for i := range p.classes {
 		c := &p.classes[i]
-		c.size = 1 << (minClassBits + i)
+		c.size = min(1<<(minClassBits+i), cfg.MaxBuffer)
 		c.words.Store(&[]*word{})
 	}
 	if err := p.life.Attach(pd.Life()); err != nil {
@@ -152,9 +172,10 @@ func ceilLog2(n int) int { return bits.Len(uint(n - 1)) }
 // classFor returns the index of the smallest class for n bytes; it may be past the end.
 func classFor(n int) int { return max(bits.Len(uint(n-1)), minClassBits) - minClassBits }
 
-// Get returns a buffer with Len n and at least that capacity; its content is arbitrary. It does not wait: if the pool
-// may not grow any more, and larger classes have none free either, it fails with ErrPoolExhausted; if n is more than
-// MaxBuffer, with ErrTooLarge. It may allocate memory from the system; TryGet never does.
+// Get returns a buffer with Len n and at least that capacity; its content is arbitrary. It does not wait for a Release: if the
+// pool may not grow any more, nothing can be given back, and larger classes have none free either, it fails with
+// ErrPoolExhausted; if n is more than MaxBuffer, with ErrTooLarge. It may allocate memory from the system, and give some
+// back; TryGet never does.
 func (p *Pool) Get(n int) (*Buffer, error) {
 	if uint(n-1) < uint(p.cfg.MaxBuffer) { // n in [1, MaxBuffer]
 		if b := p.pop(classFor(n), p.hint()); b != nil {
@@ -182,13 +203,14 @@ func (p *Pool) TryGet(n int) *Buffer {
 	return nil
 }
 
-// GetContext is Get, but waits for a Release while the pool is exhausted. It ends with ctx.
+// GetContext is Get, but waits for a Release while the pool is exhausted. It ends with ctx. Those who wait are tried in the
+// order in which they came, but one that asks for less than there is does not wait for one that asks for more.
 func (p *Pool) GetContext(ctx context.Context, n int) (*Buffer, error) {
 	b, err := p.Get(n)
 	if err == nil || !errors.Is(err, ErrPoolExhausted) {
 		return b, err
 	}
-	w := &waiter{size: n, wake: make(chan struct{}, 1)}
+	w := &waiter{class: classFor(max(n, 1)), wake: make(chan struct{}, 1)}
 	p.waitMu.Lock()
 	p.wait = append(p.wait, w)
 	p.waiting.Add(1)
@@ -199,6 +221,9 @@ func (p *Pool) GetContext(ctx context.Context, n int) (*Buffer, error) {
 		if b, err = p.Get(n); err == nil || !errors.Is(err, ErrPoolExhausted) {
 			return b, err
 		}
+		p.waitMu.Lock()
+		p.wakeLocked(slices.Index(p.wait, w)+1, w.class) // there may be enough for those who ask for less
+		p.waitMu.Unlock()
 		select {
 		case <-w.wake:
 		case <-ctx.Done():
@@ -209,34 +234,39 @@ func (p *Pool) GetContext(ctx context.Context, n int) (*Buffer, error) {
 
 // waiter is a GetContext that waits.
 type waiter struct {
-	size int
-	wake chan struct{} // holds one wake-up
+	class int
+	wake  chan struct{} // holds one wake-up
 }
 
-// leave ends a wait. A wake-up that it did not use goes to the next.
+// leave ends a wait. What w leaves of the memory that it was woken for, all or some, is for those behind it.
 func (p *Pool) leave(w *waiter) {
 	p.waitMu.Lock()
-	p.wait = slices.DeleteFunc(p.wait, func(v *waiter) bool { return v == w })
+	i := slices.Index(p.wait, w)
+	p.wait = slices.Delete(p.wait, i, i+1) // w is not woken after that, so no wake-up is lost
 	p.waiting.Add(-1)
+	p.wakeLocked(i, len(p.classes))
 	p.waitMu.Unlock()
-	select {
-	case <-w.wake:
-		p.wakeOne(p.cfg.MaxBuffer) // whichever size was released
-	default:
-	}
 }
 
-// wakeOne wakes the first waiter that a buffer of that size is enough for.
-func (p *Pool) wakeOne(size int) {
+// released wakes the first who waits.
+func (p *Pool) released() {
 	p.waitMu.Lock()
-	defer p.waitMu.Unlock()
-	for _, w := range p.wait {
-		if w.size <= size {
-			select {
-			case w.wake <- struct{}{}:
-				return
-			default: // woken already
-			}
+	p.wakeLocked(0, len(p.classes))
+	p.waitMu.Unlock()
+}
+
+// wakeLocked wakes the first waiter, from p.wait[from] on, whose class is below class. It finds out whether there is enough for it,
+// and wakes the next: a release may help any of them, since it may have made a slab free, and with it room for another size; and
+// it may help several. One in vain goes on to those who ask for less only, so a release does not wake everybody.
+func (p *Pool) wakeLocked(from, class int) {
+	for _, w := range p.wait[from:] {
+		if w.class >= class {
+			continue
+		}
+		select {
+		case w.wake <- struct{}{}:
+			return
+		default: // woken already, and has not looked yet
 		}
 	}
 }
@@ -284,13 +314,13 @@ func (p *Pool) getSlow(n int) (*Buffer, error) {
 // growLocked adds a slab to class i and returns one of its buffers.
 func (p *Pool) growLocked(i int, h *hints) (*Buffer, error) {
 	c := &p.classes[i]
+	if !p.makeRoomLocked(i, c.size) {
+		return nil, ErrPoolExhausted
+	}
 	// Slabs double from 64 KiB, or what holds two buffers, to SlabSize: a class that is hardly used costs little.
 	size := max(min(max(minSlab, 2*c.size)<<min(c.slabs, 10), p.cfg.SlabSize), c.size)
-	for size > c.size && size > p.cfg.Limit-p.bytes {
-		size /= 2
-	}
-	if size > p.cfg.Limit-p.bytes {
-		return nil, ErrPoolExhausted
+	for size > p.cfg.Limit-p.bytes {
+		size = max(size/2, c.size)
 	}
 	m, err := AllocOptions(p.pd, size, p.cfg.Access, p.cfg.Options)
 	if err != nil {
@@ -298,10 +328,10 @@ func (p *Pool) growLocked(i int, h *hints) (*Buffer, error) {
 	}
 	words := slices.Clone(*c.words.Load())
 	mine := len(words)
-	slab := make([]Buffer, size/c.size)
-	per := min(max(len(slab)/16, 1), 64) // words for many goroutines, rather than full ones
-	for first := 0; first < len(slab); first += per {
-		w := &word{bufs: slab[first:min(first+per, len(slab))]}
+	bufs := make([]Buffer, size/c.size)
+	per := min(max(len(bufs)/16, 1), 64) // words for many goroutines, rather than full ones
+	for first := 0; first < len(bufs); first += per {
+		w := &word{bufs: bufs[first:min(first+per, len(bufs))]}
 		for i := range w.bufs {
 			off := (first + i) * c.size
 			w.bufs[i] = Buffer{mem: m.buf[off : off+c.size : off+c.size], addr: m.base + uint64(off), lkey: m.lkey, off: off, mr: m,
@@ -310,7 +340,7 @@ func (p *Pool) growLocked(i int, h *hints) (*Buffer, error) {
 				w.bufs[i].poison()
 			}
 		}
-		w.free.Store(^uint64(0) >> (64 - len(w.bufs)))
+		w.free.Store(w.all())
 		words = append(words, w)
 	}
 	b := &words[mine].bufs[0]
@@ -319,8 +349,88 @@ func (p *Pool) growLocked(i int, h *hints) (*Buffer, error) {
 	h.word[i].Store(uint32(mine))
 	c.slabs++
 	p.bytes += size
-	p.slabs = append(p.slabs, m)
+	p.slabs = append(p.slabs, slab{class: i, mr: m, words: slices.Clone(words[mine:])})
 	return b, nil
+}
+
+// makeRoomLocked makes sure that the pool may take n bytes for class i, by giving back slabs of other classes of which no buffer is
+// in use. It gives back none if that would not be enough.
+func (p *Pool) makeRoomLocked(i, n int) bool {
+	room := p.cfg.Limit - p.bytes
+	for k := 0; k < len(p.slabs) && room < n; k++ {
+		if s := &p.slabs[k]; s.class != i && s.idle() {
+			room += s.mr.Len()
+		}
+	}
+	if room < n {
+		return false
+	}
+	for k := 0; k < len(p.slabs) && p.cfg.Limit-p.bytes < n; {
+		if s := &p.slabs[k]; s.class == i || !s.claim() || !p.giveBackLocked(k) {
+			k++
+		}
+	}
+	return p.cfg.Limit-p.bytes >= n // not if somebody else was faster
+}
+
+// idle reports whether no buffer of the slab is in use at the moment.
+func (s *slab) idle() bool {
+	for _, w := range s.words {
+		if w.free.Load() != w.all() {
+			return false
+		}
+	}
+	return s.words != nil
+}
+
+// claim takes all buffers of the slab, so that nobody else gets one, or none.
+func (s *slab) claim() bool {
+	for i, w := range s.words {
+		if !w.free.CompareAndSwap(w.all(), 0) { // acquire; pairs with the Or in Release
+			unclaim(s.words[:i])
+			return false
+		}
+	}
+	return s.words != nil
+}
+
+func unclaim(words []*word) {
+	for _, w := range words {
+		w.free.Store(w.all()) // all of its buffers are ours
+	}
+}
+
+// gone is the word of buffers whose slab was given back: to Release, they are all released.
+var gone word
+
+func init() { gone.free.Store(^uint64(0)) }
+
+// giveBackLocked closes slab k, which is claimed. False: it has to stay.
+func (p *Pool) giveBackLocked(k int) bool {
+	s := &p.slabs[k]
+	if s.mr.Close() != nil && !s.mr.withdrawn {
+		unclaim(s.words) // a window is bound to it, or a region made of it is open
+		return false
+	}
+	c := &p.classes[s.class]
+	words := slices.Clone(*c.words.Load()) // who still looks at the old slice finds nothing in the slab's words, for ever
+	first := slices.Index(words, s.words[0])
+	words = slices.Delete(words, first, first+len(s.words))
+	c.words.Store(&words)
+	c.slabs--
+	for _, w := range s.words {
+		for i := range w.bufs {
+			w.bufs[i].word, w.bufs[i].mem = &gone, nil
+		}
+	}
+	s.words = nil
+	if !s.mr.life.Closed() { // the device has let go of it, and the system has not: Close tries again
+		return false
+	}
+	p.bytes -= s.mr.Len()
+	p.returned++
+	p.slabs = slices.Delete(p.slabs, k, k+1)
+	return true
 }
 
 // hint returns the hints of the calling goroutine, which it may share with others.
@@ -332,6 +442,9 @@ func (p *Pool) pop(i int, h *hints) *Buffer {
 	words := *p.classes[i].words.Load()
 	hint := &h.word[i]
 	start := uint(hint.Load())
+	if start >= uint(len(words)) { // slabs were given back since
+		start = 0
+	}
 	for {
 		raced := false
 		for j := range uint(len(words)) {
@@ -362,7 +475,6 @@ func (p *Pool) pop(i int, h *hints) *Buffer {
 // panics if the buffer was released already.
 func (b *Buffer) Release() {
 	p := b.pool
-	size := len(b.mem)
 	if p.cfg.Poison {
 		if b.word.free.Load()&b.bit != 0 {
 			panic(doubleRelease)
@@ -373,7 +485,7 @@ func (b *Buffer) Release() {
 		panic(doubleRelease)
 	}
 	if p.waiting.Load() != 0 {
-		p.wakeOne(size)
+		p.released()
 	}
 }
 
@@ -442,13 +554,16 @@ type PoolStats struct {
 	Bytes int // bytes it has taken
 	Slabs int // regions they are in
 	InUse int // buffers that are not released
+	// Returned is how many slabs were given back so far because Limit left no room for other sizes. If it grows all the time, the
+	// pool registers memory again and again: raise Limit.
+	Returned int
 }
 
 // Stats counts. It looks at every buffer, and while others Get and Release the result is approximate.
 func (p *Pool) Stats() PoolStats {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	s := PoolStats{Limit: p.cfg.Limit, Bytes: p.bytes, Slabs: len(p.slabs)}
+	s := PoolStats{Limit: p.cfg.Limit, Bytes: p.bytes, Slabs: len(p.slabs), Returned: p.returned}
 	for i := range p.classes {
 		for _, w := range *p.classes[i].words.Load() {
 			s.InUse += len(w.bufs) - bits.OnesCount64(w.free.Load())
@@ -486,8 +601,8 @@ func (p *Pool) teardown() error {
 		p.waitMu.Unlock()
 	}
 	var errs []error
-	for _, m := range p.slabs {
-		errs = append(errs, m.Close())
+	for _, s := range p.slabs {
+		errs = append(errs, s.mr.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -511,7 +626,7 @@ func (p *Pool) drainLocked() error {
 		w.free.Or(free)
 	}
 	if p.waiting.Load() != 0 {
-		p.wakeOne(p.cfg.MaxBuffer)
+		p.released()
 	}
 	return fmt.Errorf("%w (%d buffers are not released)", verbs.ErrBusy, missing)
 }

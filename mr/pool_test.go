@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math"
+	"math/bits"
 	"math/rand/v2"
 	"net"
 	"runtime"
@@ -72,7 +73,7 @@ func TestPoolClasses(t *testing.T) {
 
 func TestPoolBadConfig(t *testing.T) {
 	pd, _ := newPD(t)
-	for _, c := range []PoolConfig{{Limit: -1}, {MaxBuffer: -1}, {MaxBuffer: 1<<30 + 1}, {SlabSize: -1}, {Access: 1 << 30}, {Access: ib.AccessRemoteWrite}} {
+	for _, c := range []PoolConfig{{Limit: -1}, {Limit: 63}, {MaxBuffer: -1}, {MaxBuffer: 1<<30 + 1}, {SlabSize: -1}, {Access: 1 << 30}, {Access: ib.AccessRemoteWrite}} {
 		if _, err := NewPool(pd, c); err == nil {
 			t.Errorf("%+v was taken", c)
 		}
@@ -304,19 +305,245 @@ func TestPoolGetContextCancelRace(t *testing.T) {
 	}
 }
 
+// A Close that comes when the last buffer was released, and a waiter did not take it yet, ends the wait.
 func TestPoolCloseEndsWaiting(t *testing.T) {
 	pd, _ := newPD(t)
-	p := must(NewPool(pd, PoolConfig{Limit: 1, MaxBuffer: 64})) // can never hold anything
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		if _, err := p.GetContext(t.Context(), 1); !errors.Is(err, net.ErrClosed) {
-			t.Error(err)
+	for range 100 {
+		p := must(NewPool(pd, PoolConfig{Limit: 64 << 10, MaxBuffer: 64 << 10}))
+		only := must(p.Get(1))
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			b, err := p.GetContext(t.Context(), 64<<10)
+			if err == nil {
+				b.Release()
+			} else if !errors.Is(err, net.ErrClosed) {
+				t.Error(err)
+			}
+		})
+		testutil.Eventually(t, "waiting", func() bool { return p.waiting.Load() == 1 })
+		only.Release()
+		for errors.Is(p.Close(), verbs.ErrBusy) { // the waiter was faster
+			runtime.Gosched()
 		}
-	})
-	testutil.Eventually(t, "waiting", func() bool { return p.waiting.Load() == 1 })
+		wg.Wait()
+	}
+}
+
+// Memory that one size has left is there for all others.
+func TestPoolSizesTakeTurns(t *testing.T) {
+	for _, c := range []struct {
+		limit int
+		sizes []int
+	}{
+		{1 << 20, []int{100_000, 600_000, 100_000, 1 << 20, 64, 1 << 20, 5000, 600_000}},
+		{3 << 20, []int{5 << 19, 100, 3 << 20, 1 << 20, 3 << 20}}, // the largest class is no power of two
+		{1<<20 + 100, []int{1<<20 + 64, 1, 1 << 20}},
+		{64, []int{64, 0, 1}},
+	} {
+		p := newPool(t, PoolConfig{Limit: c.limit, MaxBuffer: 1 << 30, SlabSize: 4 << 20, Poison: true})
+		if want := c.limit &^ 63; p.MaxBuffer() != want {
+			t.Errorf("limit %d: MaxBuffer is %d, want %d", c.limit, p.MaxBuffer(), want)
+		}
+		for i, n := range c.sizes {
+			b, err := p.Get(n)
+			if err != nil {
+				t.Fatalf("limit %d: %d bytes after %v: %v, %+v", c.limit, n, c.sizes[:i], err, p.Stats())
+			}
+			if b.Len() != n || b.Cap() < n || b.Cap() > c.limit {
+				t.Errorf("limit %d: %d bytes: len %d, cap %d", c.limit, n, b.Len(), b.Cap())
+			}
+			b.SetLen(b.Cap())
+			b.Bytes()[b.Cap()-1] = 1
+			b.Release()
+			if s := p.Stats(); s.Bytes > s.Limit || s.InUse != 0 {
+				t.Fatalf("limit %d: %d bytes after %v: %+v", c.limit, n, c.sizes[:i], s)
+			}
+		}
+		if _, err := p.Get(p.MaxBuffer() + 1); !errors.Is(err, ErrTooLarge) {
+			t.Errorf("limit %d: more than MaxBuffer: %v", c.limit, err)
+		}
+	}
+}
+
+// Whatever sizes come, as long as there is room for what is in use there is a buffer when nothing else is, and no more than the
+// limit is ever taken.
+func TestPoolRandomSizes(t *testing.T) {
+	rng := rand.New(rand.NewPCG(23, 1))
+	for range 20 {
+		limit := 64<<10 + rng.IntN(4<<20)
+		p := newPool(t, PoolConfig{Limit: limit, MaxBuffer: 1 << 30, SlabSize: 64 << 10 << rng.IntN(5)})
+		var held []*Buffer
+		for range 200 {
+			n := 1 + rng.IntN(1<<rng.IntN(bits.Len(uint(p.MaxBuffer()))))
+			if rng.IntN(8) == 0 {
+				n = p.MaxBuffer() - rng.IntN(1000)
+			}
+			b, err := p.Get(n)
+			switch {
+			case err == nil:
+				held = append(held, b)
+			case !errors.Is(err, ErrPoolExhausted) || len(held) == 0:
+				t.Fatalf("limit %d: %d bytes: %v, %+v", limit, n, err, p.Stats())
+			}
+			if s := p.Stats(); s.Bytes > limit || s.InUse != len(held) {
+				t.Fatalf("limit %d: %+v, %d held", limit, s, len(held))
+			}
+			if err != nil || rng.IntN(8) == 0 {
+				for _, b := range held {
+					b.Release()
+				}
+				held = held[:0]
+			}
+		}
+		for _, b := range held {
+			b.Release()
+		}
+	}
+}
+
+// What is in use stays, and so does the rest of its slab; what is given back is the oldest, and no more than needed.
+func TestPoolGivesBackWhatIsFree(t *testing.T) {
+	p := newPool(t, PoolConfig{Limit: 256 << 10, MaxBuffer: 128 << 10, SlabSize: 64 << 10})
+	a, b, c := must(p.Get(100)), must(p.Get(1000)), must(p.Get(5000)) // a slab of 64 KiB each
+	oldest := a.mr
+	if s := p.Stats(); s.Bytes != 192<<10 || s.Slabs != 3 {
+		t.Fatalf("%+v", s)
+	}
+	b.Release()
+	if _, err := p.Get(129 << 10); !errors.Is(err, ErrTooLarge) {
+		t.Error(err)
+	}
+	large := must(p.Get(100_000)) // b's slab makes room
+	if s := p.Stats(); s.Bytes != 256<<10 || s.Slabs != 3 || s.Returned != 1 || s.InUse != 3 {
+		t.Fatalf("%+v", s)
+	}
+	a.Bytes()[99], c.Bytes()[4999] = 1, 1 // these are still there
+	if _, err := p.Get(1000); err != nil {
+		t.Error("c's class has free buffers to lend")
+	}
+	// Nothing is given back if that would not be enough.
+	a.Release()
+	if _, err := p.Get(128 << 10); !errors.Is(err, ErrPoolExhausted) {
+		t.Error(err)
+	}
+	if s := p.Stats(); s.Returned != 1 {
+		t.Errorf("given back for nothing: %+v", s)
+	}
+	if a = must(p.Get(100)); a.mr != oldest {
+		t.Error("the slab was registered anew")
+	}
+	a.Release()
+	c.Release()
+	for _, w := range *p.classes[classFor(5000)].words.Load() { // the one that was lent above
+		for i := range w.bufs {
+			if b := &w.bufs[i]; w.free.Load()&b.bit == 0 {
+				b.Release()
+			}
+		}
+	}
+	large.Release()
+}
+
+// A region that the program has made of a slab, or a device that does not let go of it, keeps it; the pool goes on.
+func TestPoolSlabThatStays(t *testing.T) {
+	pd, dev := newPD(t)
+	p := must(NewPool(pd, PoolConfig{Limit: 128 << 10, MaxBuffer: 128 << 10}))
+	b := must(p.Get(60_000))
+	m, off := b.Region()
+	sub := must(m.Sub(off, 100, 0))
+	b.Release()
+	if _, err := p.Get(128 << 10); !errors.Is(err, ErrPoolExhausted) {
+		t.Error(err)
+	}
+	if err := sub.Close(); err != nil {
+		t.Fatal(err)
+	}
+	dev.Fail("close_mr", verbs.ErrBusy)
+	if _, err := p.Get(128 << 10); !errors.Is(err, ErrPoolExhausted) {
+		t.Error(err)
+	}
+	dev.Fail("close_mr", nil)
+	if s := p.Stats(); s.Returned != 0 || s.Bytes != 128<<10 || s.InUse != 0 {
+		t.Errorf("%+v", s)
+	}
+	b = must(p.Get(60_000))
+	b.Release()
+	must(p.Get(128 << 10)).Release()
+	if s := p.Stats(); s.Returned != 1 || s.Bytes != 128<<10 {
+		t.Errorf("%+v", s)
+	}
+	// A buffer of a slab that was given back is a released one.
+	if v := panics(t, b.Release); v != doubleRelease {
+		t.Error(v)
+	}
+	panics(t, func() { _ = b.Bytes() })
 	if err := p.Close(); err != nil {
 		t.Error(err)
 	}
+}
+
+// A small Release can be what a large buffer waits for.
+func TestPoolWaitForAnotherSize(t *testing.T) {
+	p := newPool(t, PoolConfig{Limit: 1 << 20, MaxBuffer: 1 << 20})
+	ctx, cancel := context.WithTimeout(t.Context(), testutil.Patience)
+	defer cancel()
+	var small []*Buffer
+	for {
+		b, err := p.Get(100_000)
+		if err != nil {
+			break
+		}
+		small = append(small, b)
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		b, err := p.GetContext(ctx, 600_000)
+		if err != nil {
+			t.Error(err, p.Stats())
+			return
+		}
+		b.Release()
+	})
+	testutil.Eventually(t, "waiting", func() bool { return p.waiting.Load() == 1 })
+	for _, b := range small {
+		b.Release()
+	}
+	wg.Wait()
+}
+
+// One Release can be enough for several that wait, and for those behind one that it is not enough for.
+func TestPoolReleaseWakesAll(t *testing.T) {
+	p := newPool(t, PoolConfig{Limit: 2 << 20, MaxBuffer: 2 << 20, SlabSize: 64 << 10})
+	ctx, cancel := context.WithTimeout(t.Context(), testutil.Patience)
+	defer cancel()
+	first, second := must(p.Get(1<<20)), must(p.Get(1<<20))
+	var wg sync.WaitGroup
+	var all sync.WaitGroup // nobody releases before everybody has one
+	wait := func(n int, together bool) {
+		before := p.waiting.Load()
+		wg.Go(func() {
+			b, err := p.GetContext(ctx, n)
+			if err != nil {
+				t.Errorf("%d bytes: %v, %+v", n, err, p.Stats())
+			}
+			if together {
+				all.Done()
+				all.Wait()
+			}
+			if err == nil {
+				b.Release()
+			}
+		})
+		testutil.Eventually(t, "waiting", func() bool { return p.waiting.Load() == before+1 })
+	}
+	wait(2<<20, false) // not before the very end
+	all.Add(4)
+	for range 4 {
+		wait(100_000, true)
+	}
+	first.Release()
+	all.Wait()
+	second.Release()
 	wg.Wait()
 }
 
