@@ -18,6 +18,10 @@ import (
 // producer that dies leaves no hole, and a peer can only write to the rings of its own QPs.
 //
 // With few QPs Poll looks at each ring (scan mode). Beyond scanLimit a bitmap of QPs with news is kept instead.
+//
+// Nobody counts completions as they come. If the members could have more of them outstanding than the CQ has entries, Poll counts, before it
+// takes any: so an overrun is noticed by the next Poll. In bitmap mode it looks at those that have news only, and keeps those that have
+// something in a queue of its own, so that a completion is counted once, and a long queue costs no more than a short one.
 type CQ struct {
 	nic *NIC
 
@@ -27,6 +31,7 @@ type CQ struct {
 	entries int           // capacity
 	sumCap  int           // completions that the members could have outstanding in all
 	useBits bool          // bitmap mode
+	counted bool          // bitmap mode, and sumCap is more than entries
 	ports   []*port       // on every link that members are connected over
 	ready   readySet      // members with news from this process; bitmap mode
 	// single is the only member, if whether it has news can be seen without the lock; else nil. Replaced under mu.
@@ -41,6 +46,11 @@ type CQ struct {
 	// armedLocal is the armed word for completions of this process: set by Arm, cleared by CAS by whoever completes.
 	armedLocal atomic.Uint32
 	channel    *CompChannel
+
+	// Guarded by mu.
+	shared  map[*SRQ]int // how much of sumCap the members of each shared receive queue would be, but for the queue's own limit
+	queued  int          // completions that members had when each was last counted
+	backlog backlog      // members with completions that were counted; bitmap mode
 }
 
 // scanLimit is the number of QPs up to which Poll looks at each of them.
@@ -112,7 +122,7 @@ func (c *CQ) Poll(wcs []ib.WC) int {
 	}
 	var n int
 	if !c.useBits {
-		if c.sumCap > c.entries && c.overrun() {
+		if c.sumCap > c.entries && c.recount() > c.entries && c.overrun() {
 			c.mu.Unlock()
 			return -1
 		}
@@ -150,6 +160,9 @@ func (c *CQ) pollReady(wcs []ib.WC) int {
 	for _, p := range c.ports {
 		p.collect(&c.ready)
 	}
+	if c.counted {
+		return c.pollCounted(wcs)
+	}
 	n := 0
 	for n < len(wcs) {
 		k, ok := c.ready.pop()
@@ -169,15 +182,60 @@ func (c *CQ) pollReady(wcs []ib.WC) int {
 	return n
 }
 
-// overrun counts what is queued when more could be queued than the capacity allows, and fails the CQ if it is.
-func (c *CQ) overrun() bool {
-	sum := 0
-	for _, q := range c.members {
-		if q != nil {
-			sum += q.pending(c)
+// pollCounted is pollReady where the CQ could overrun; -1: it has.
+func (c *CQ) pollCounted(wcs []ib.WC) int {
+	for range c.members { // what else comes meanwhile is for the next Poll
+		k, ok := c.ready.pop()
+		if !ok {
+			break
+		}
+		if k < len(c.members) && c.members[k] != nil {
+			c.queued += c.members[k].recount(c)
+			c.backlog.push(k)
 		}
 	}
-	if sum <= c.entries {
+	if c.queued > c.entries && c.overrun() {
+		return -1
+	}
+	n := 0
+	for n < len(wcs) {
+		k, ok := c.backlog.pop()
+		if !ok {
+			break
+		}
+		if k >= len(c.members) || c.members[k] == nil {
+			continue
+		}
+		q := c.members[k]
+		n += q.poll(c, wcs[n:])
+		c.queued += q.recount(c)
+		if n == len(wcs) {
+			c.backlog.push(k) // perhaps not empty
+		}
+	}
+	return n
+}
+
+// recount looks at all members, and returns how many completions are queued. Called with mu held.
+func (c *CQ) recount() int {
+	for _, q := range c.members {
+		if q != nil {
+			c.queued += q.recount(c)
+		}
+	}
+	return c.queued
+}
+
+// overrun fails the CQ if more is queued than it has room for, as it seems. A peer can claim to have completed what it has not: such a
+// one costs itself its link, not the others the CQ. Called with mu held.
+func (c *CQ) overrun() bool {
+	seen := map[srqSlot]bool{}
+	for _, q := range c.members {
+		if q != nil && q.rcq == c && !q.flushing.Load() {
+			q.eachInbound(func(in *inbound) { in.checkSeen(seen) })
+		}
+	}
+	if c.recount() <= c.entries {
 		return false
 	}
 	c.fail(errOverrun)
@@ -212,17 +270,11 @@ func (c *CQ) Resize(entries int) error {
 	if c.closed {
 		return driver.ErrClosed
 	}
-	sum := 0
-	for _, q := range c.members {
-		if q != nil {
-			sum += q.pending(c)
-		}
-	}
-	if sum > entries {
-		return fmt.Errorf("%w: %d completions are queued, more than %d: poll first", driver.ErrBusy, sum, entries)
+	if n := c.recount(); n > entries {
+		return fmt.Errorf("%w: %d completions are queued, more than %d: poll first", driver.ErrBusy, n, entries)
 	}
 	c.entries = entries
-	c.findSingle()
+	c.changed()
 	return nil
 }
 
@@ -259,7 +311,7 @@ func (c *CQ) Close() error {
 }
 
 // attach makes q a member and returns its index.
-func (c *CQ) attach(q *QP, capacity int) (int, error) {
+func (c *CQ) attach(q *QP) (int, error) {
 	c.mu.Lock()
 	if c.closed {
 		c.mu.Unlock()
@@ -279,22 +331,54 @@ func (c *CQ) attach(q *QP, capacity int) (int, error) {
 	}
 	members[k] = q
 	c.members = members
-	c.sumCap += capacity
-	c.findSingle()
 	goBits := !c.useBits && len(members) > scanLimit
 	c.ready.grow(len(members))
+	c.backlog.grow(len(members))
 	if goBits {
 		c.useBits = true
 		for _, p := range c.ports {
 			p.setBitsMode()
 		}
 	}
+	c.addCap(q, 1)
+	c.changed()
 	c.mu.Unlock()
 	if goBits {
 		heavyBarrier() // whoever still published without a bit is seen by the full look below
 		c.readyAll()
 	}
 	return k, nil
+}
+
+// addCap counts what q could have outstanding, sign times. Called with mu held.
+func (c *CQ) addCap(q *QP, sign int) {
+	if q.scq == c {
+		c.sumCap += sign * q.cap.MaxSendWR
+	}
+	switch s := q.srq; {
+	case q.rcq != c:
+	case s == nil || q.ownSRQ:
+		c.sumCap += sign * q.cap.MaxRecvWR
+	default: // of all, no more than the queue has receives
+		before := c.shared[s]
+		now := before + sign*int(min(s.ring, srqRingMax))
+		c.sumCap += min(now, s.max) - min(before, s.max)
+		if c.shared == nil {
+			c.shared = map[*SRQ]int{}
+		}
+		if c.shared[s] = now; now == 0 {
+			delete(c.shared, s)
+		}
+	}
+}
+
+// changed finds out how the CQ is to be polled, after its members or its size have changed. Called with mu held.
+func (c *CQ) changed() {
+	c.findSingle()
+	if counted := c.useBits && c.sumCap > c.entries; counted != c.counted {
+		c.counted = counted
+		c.setAll() // members are in the backlog, or were not counted
+	}
 }
 
 // findSingle sets single. Called with mu held.
@@ -317,24 +401,30 @@ func (c *CQ) findSingle() {
 
 func (c *CQ) readyAll() {
 	c.mu.Lock()
+	c.setAll()
+	c.mu.Unlock()
+}
+
+// setAll is readyAll with mu held.
+func (c *CQ) setAll() {
 	for i, m := range c.members {
 		if m != nil {
 			c.ready.set(i)
 		}
 	}
-	c.mu.Unlock()
 }
 
-func (c *CQ) detach(k, capacity int) {
+func (c *CQ) detach(k int) {
 	c.mu.Lock()
 	members := append([]*QP(nil), c.members...)
+	q := members[k]
 	members[k] = nil
 	for len(members) > 0 && members[len(members)-1] == nil {
 		members = members[:len(members)-1]
 	}
 	c.members = members
-	c.sumCap -= capacity
-	c.findSingle()
+	c.addCap(q, -1)
+	c.changed()
 	c.mu.Unlock()
 }
 
@@ -533,6 +623,54 @@ func (r *readySet) pop() (int, bool) {
 		}
 	}
 	return 0, false
+}
+
+// backlog is a queue of members, each of which is in it once at most.
+type backlog struct {
+	ring  []int
+	in    []bool // by member
+	first int
+	n     int
+}
+
+// grow makes room for n members.
+func (b *backlog) grow(n int) {
+	if n <= len(b.in) {
+		return
+	}
+	n = max(n, 2*len(b.in))
+	r := make([]int, n)
+	for i := range b.n {
+		r[i] = b.ring[(b.first+i)%len(b.ring)]
+	}
+	b.ring, b.first = r, 0
+	b.in = append(b.in, make([]bool, n-len(b.in))...)
+}
+
+func (b *backlog) push(k int) {
+	if b.in[k] {
+		return
+	}
+	b.in[k] = true
+	i := b.first + b.n
+	if i >= len(b.ring) {
+		i -= len(b.ring)
+	}
+	b.ring[i] = k
+	b.n++
+}
+
+func (b *backlog) pop() (int, bool) {
+	if b.n == 0 {
+		return 0, false
+	}
+	k := b.ring[b.first]
+	b.in[k] = false
+	if b.first++; b.first == len(b.ring) {
+		b.first = 0
+	}
+	b.n--
+	return k, true
 }
 
 // CompChannel implements driver.CompChannel. Producers of this process and of peers wake it through its waker.

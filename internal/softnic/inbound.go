@@ -31,6 +31,7 @@ type inbound struct {
 	sges   []uint64
 	mask   uint32
 	head   uint32 // completions consumed; guarded by rcq.mu
+	seen   uint32 // completions counted, if the CQ counts; guarded by rcq.mu
 	told   uint32 // handle that the peer was told of last; guarded by rq
 	broken bool   // the peer wrote nonsense; guarded by rcq.mu
 }
@@ -307,25 +308,84 @@ func (q *QP) pollSend(wcs []ib.WC) int {
 	return n
 }
 
-// pending counts what is queued for c. Called with c.mu held.
-func (q *QP) pending(c *CQ) int {
-	n := 0
+// recount looks how many completions are queued for c, and returns how many more these are than when it looked last. Called with c.mu
+// held.
+func (q *QP) recount(c *CQ) (more int) {
 	if q.scq == c {
-		n += int(atomic.LoadUint32(&q.scTail) - q.scHead)
+		n := int(atomic.LoadUint32(&q.scTail) - q.scHead)
+		more = n - q.sQueued
+		q.sQueued = n
 	}
 	if q.rcq == c {
-		q.eachInbound(func(in *inbound) {
-			h := in.head
-			for in.at(h) == h+1 && h-in.head <= in.mask {
-				h++
-			}
-			n += int(h - in.head)
-		})
-		if q.flushing.Load() {
-			n += int(atomic.LoadUint32(&q.posted) - q.head)
+		n := q.countReceives()
+		more += n - q.rQueued
+		q.rQueued = n
+	}
+	return more
+}
+
+// countReceives counts the completions of receives that are queued, as far as peers can be believed. Called with rcq.mu held.
+func (q *QP) countReceives() int {
+	if q.flushing.Load() { // every receive is completed, or counts as that
+		switch {
+		case q.srq == nil:
+			return int(atomic.LoadUint32(&q.posted) - q.head)
+		case q.ownSRQ:
+			return q.srq.outstanding()
+		}
+	}
+	if in := q.in.Load(); in != nil {
+		return in.count()
+	}
+	n := 0
+	if ins := q.ins.Load(); ins != nil {
+		for _, in := range *ins {
+			n += in.count()
 		}
 	}
 	return n
+}
+
+// count counts what the peer has completed and was not polled. Called with rcq.mu held.
+func (in *inbound) count() int {
+	if in.broken {
+		return 0
+	}
+	if int32(in.seen-in.head) < 0 {
+		in.seen = in.head
+	}
+	for in.seen-in.head <= in.mask && in.at(in.seen) == in.seen+1 {
+		in.seen++
+	}
+	return int(in.seen - in.head)
+}
+
+// srqSlot is a receive of a shared queue.
+type srqSlot struct {
+	srq  *SRQ
+	slot uint32
+}
+
+// checkSeen looks whether the receives that count has counted can have been completed, each once, and gives the link up if not. Called with
+// rcq.mu held.
+func (in *inbound) checkSeen(seen map[srqSlot]bool) {
+	n := in.count()
+	if !in.geo.srq {
+		if posted := atomic.LoadUint32(&in.q.posted) - in.head; uint32(n) > posted {
+			in.broken = true
+			in.link.fault("%d completions for %d receives of QP %d", n, posted, in.q.qpn)
+		}
+		return
+	}
+	for h := in.head; h != in.seen; h++ {
+		at := srqSlot{in.q.srq, uint32(in.cqes[(h&in.mask)*cqeWordsSRQ+2])}
+		if seen[at] || !in.q.srq.holds(at.slot) {
+			in.broken = true
+			in.link.fault("impossible completion for SRQ entry %d of QP %d", at.slot, in.q.qpn)
+			return
+		}
+		seen[at] = true
+	}
 }
 
 // at returns the sequence number of completion h, acquired.

@@ -88,6 +88,8 @@ type QP struct {
 	lastWQE  bool
 	commEst  bool
 	got      observe.Traffic // receives whose completions were polled; guarded by rcq.mu
+
+	sQueued, rQueued int // completions that were queued when the CQs last counted them; guarded by scq.mu and rcq.mu
 }
 
 // drain is how far a QP in SQD is.
@@ -193,22 +195,14 @@ func (pd *PD) CreateQP(cfg driver.QPConfig) (driver.QP, error) {
 			return fail(err)
 		}
 	}
-	recvCap := c.MaxRecvWR
-	if q.srq != nil {
-		recvCap = 0 // shared: what the QPs of an SRQ complete together is bounded by the SRQ, not by each
-	}
 	var err error
-	if scq == rcq {
-		if q.sIdx, err = scq.attach(q, c.MaxSendWR+recvCap); err != nil {
-			return fail(err)
-		}
-		q.rIdx = q.sIdx
-	} else {
-		if q.sIdx, err = scq.attach(q, c.MaxSendWR); err != nil {
-			return fail(err)
-		}
-		if q.rIdx, err = rcq.attach(q, recvCap); err != nil {
-			scq.detach(q.sIdx, c.MaxSendWR)
+	if q.sIdx, err = scq.attach(q); err != nil {
+		return fail(err)
+	}
+	q.rIdx = q.sIdx
+	if scq != rcq {
+		if q.rIdx, err = rcq.attach(q); err != nil {
+			scq.detach(q.sIdx)
 			return fail(err)
 		}
 	}
@@ -219,20 +213,11 @@ func (pd *PD) CreateQP(cfg driver.QPConfig) (driver.QP, error) {
 	return q, nil
 }
 
-func (q *QP) recvCap() int {
-	if q.srq != nil {
-		return 0
-	}
-	return q.cap.MaxRecvWR
-}
-
 func (q *QP) detachCQs() {
-	if q.scq == q.rcq {
-		q.scq.detach(q.sIdx, q.cap.MaxSendWR+q.recvCap())
-		return
+	q.scq.detach(q.sIdx)
+	if q.scq != q.rcq {
+		q.rcq.detach(q.rIdx)
 	}
-	q.scq.detach(q.sIdx, q.cap.MaxSendWR)
-	q.rcq.detach(q.rIdx, q.recvCap())
 }
 
 // QPN implements driver.QP.

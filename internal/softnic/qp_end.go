@@ -149,6 +149,7 @@ func (q *QP) reset() {
 	q.flushing.Store(false)
 	q.lastWQE, q.commEst, q.got = false, false, observe.Traffic{}
 	q.rq.Unlock()
+	q.rcq.queued += q.recount(q.rcq)
 	q.rcq.mu.Unlock()
 
 	q.scq.mu.Lock()
@@ -157,6 +158,7 @@ func (q *QP) reset() {
 	atomic.StoreUint32(&q.scTail, 0)
 	atomic.StoreUint32(&q.scHead, 0)
 	q.sq.Unlock()
+	q.scq.queued += q.recount(q.scq)
 	q.scq.mu.Unlock()
 
 	if q.srq != nil {

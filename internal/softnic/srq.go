@@ -259,6 +259,20 @@ func (s *SRQ) complete(slot uint32, wc *ib.WC, q *QP, in *inbound, a, b uint64) 
 	return true
 }
 
+// outstanding counts the receives that are posted and not completed, those included whose completions were not polled.
+func (s *SRQ) outstanding() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.used
+}
+
+// holds reports whether there is a receive in a slot that can be completed.
+func (s *SRQ) holds(slot uint32) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slot <= s.mask && s.recs[slot].state == recPosted
+}
+
 // pollSRQ takes completions of receives that came from a shared queue. Called with rcq.mu held.
 func (in *inbound) pollSRQ(wcs []ib.WC) int {
 	if in.broken {
