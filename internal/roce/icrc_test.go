@@ -8,6 +8,8 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"testing"
+
+	"github.com/ringside-rdma/ringside/internal/testutil"
 )
 
 var (
@@ -45,6 +47,9 @@ func addresses(b []byte) (src, dst netip.AddrPort, id uint16, udp []byte) {
 func TestGoldenICRC(t *testing.T) {
 	for name, packet := range goldenICRC {
 		src, dst, id, udp := addresses(unhex(t, packet))
+		if !testutil.HasICRC(unhex(t, packet)) {
+			t.Errorf("%s: testutil wants another", name)
+		}
 		var c ICRC
 		c.Init(src, dst)
 		pkt, err := c.Split(udp, id != 0)

@@ -88,6 +88,9 @@ const (
 	mask24 = 1<<24 - 1
 )
 
+// FECN reports whether a packet of at least BTHLen bytes says that it has met congestion.
+func FECN(b []byte) bool { return b[4]&bitFECN != 0 }
+
 // Decode takes a packet apart. b is what stands between the UDP header and the invariant CRC; p.Payload refers to it.
 // Decode checks that the packet is one. What is wrong with one that a responder has to answer, such as a packet in the middle of a
 // message that is not full, it leaves to that. Its error is a Drop; p is then as it was.

@@ -26,6 +26,7 @@ type faults struct {
 	loss, duplicate, reorder float64
 	rnd                      *rand.Rand
 	held                     []heldPacket // that come later
+	came                     []byte       // the one of these that comes now; nil: none
 	free                     [][]byte
 }
 
@@ -37,6 +38,7 @@ const (
 
 type heldPacket struct {
 	pkt  roce.Packet
+	came []byte // what it was decoded from
 	src  netip.AddrPort
 	left int // packets that come before it
 }
@@ -97,8 +99,8 @@ func (n *NIC) portFaults() (*faults, error) {
 	return faultsOf(os.Getenv(EnvFaults))
 }
 
-// pass hands on what becomes of a packet: nothing, itself, or itself and others.
-func (f *faults) pass(src netip.AddrPort, pkt *roce.Packet, to func(netip.AddrPort, *roce.Packet)) {
+// pass hands on what becomes of a packet, which came as these bytes: nothing, itself, or itself and others.
+func (f *faults) pass(src netip.AddrPort, pkt *roce.Packet, came []byte, to func(netip.AddrPort, *roce.Packet)) {
 	switch x := f.rnd.Float64(); {
 	case pkt.Opcode == roce.Op(roce.RC, roce.Acknowledge) && pkt.Syndrome.Status() != ib.WCSuccess:
 		to(src, pkt)
@@ -109,7 +111,8 @@ func (f *faults) pass(src netip.AddrPort, pkt *roce.Packet, to func(netip.AddrPo
 		if n := len(f.free); n > 0 {
 			b, f.free = f.free[n-1], f.free[:n-1]
 		}
-		h.pkt.Payload = append(b[:0], pkt.Payload...)
+		h.came = append(b[:0], came...)
+		h.pkt.Payload = h.came[pkt.Opcode.HeaderLen():][:len(pkt.Payload)]
 		f.held = append(f.held, h)
 		return
 	default:
@@ -130,8 +133,9 @@ func (f *faults) late(all bool, to func(netip.AddrPort, *roce.Packet)) {
 			keep = append(keep, *h)
 			continue
 		}
+		f.came = h.came
 		to(h.src, &h.pkt)
-		f.free = append(f.free, h.pkt.Payload)
+		f.free = append(f.free, h.came)
 	}
-	f.held = keep
+	f.came, f.held = nil, keep
 }

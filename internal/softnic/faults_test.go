@@ -43,8 +43,13 @@ func TestFaults(t *testing.T) {
 		}
 		for i := range ib.PSN(n) {
 			payload := bytes.Repeat([]byte{byte(i)}, int(i%50))
-			f.pass(netip.AddrPortFrom(netip.IPv4Unspecified(), uint16(i)), &roce.Packet{Opcode: roce.Op(roce.RC, roce.SendOnly), PSN: i, Payload: payload}, to)
-			clear(payload) // the buffer is the next packet's
+			p := roce.Packet{Opcode: roce.Op(roce.RC, roce.SendOnly), PSN: i}
+			came := make([]byte, roce.BTHLen, roce.BTHLen+len(payload))
+			p.PutHeader(came, len(payload))
+			came = append(came, payload...)
+			p.Payload = came[roce.BTHLen:]
+			f.pass(netip.AddrPortFrom(netip.IPv4Unspecified(), uint16(i)), &p, came, to)
+			clear(came) // the buffer is the next packet's
 		}
 		f.late(true, to)
 		if len(f.held) != 0 {
@@ -88,7 +93,7 @@ func TestFaults(t *testing.T) {
 	}
 	f, _ := faultsOf("loss=100%")
 	heard := false
-	f.pass(netip.AddrPort{}, &roce.Packet{Opcode: roce.Op(roce.RC, roce.Acknowledge), Syndrome: roce.NakAccess}, func(netip.AddrPort, *roce.Packet) { heard = true })
+	f.pass(netip.AddrPort{}, &roce.Packet{Opcode: roce.Op(roce.RC, roce.Acknowledge), Syndrome: roce.NakAccess}, nil, func(netip.AddrPort, *roce.Packet) { heard = true })
 	if !heard {
 		t.Error("a refusal is lost")
 	}

@@ -105,7 +105,7 @@ func startPort(n *NIC, sock *udp.Socket, mtu int) (p *netPort, err error) {
 		sock.AllowECN()
 	}
 	if p.faults != nil {
-		p.recv = func(src netip.AddrPort, pkt *roce.Packet) { p.faults.pass(src, pkt, p.receive) }
+		p.recv = func(src netip.AddrPort, pkt *roce.Packet) { p.faults.pass(src, pkt, sock.Received(), p.receive) }
 	}
 	go p.drive()
 	return p, nil

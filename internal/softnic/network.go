@@ -19,6 +19,8 @@ type socket interface {
 	Peer(to netip.AddrPort, own bool) (netPeer, error)
 	// Receive hands packets to fn, which may use them until it returns, and says how many these were, and whether there may be more.
 	Receive(fn func(netip.AddrPort, *roce.Packet)) (n int, more bool, err error)
+	// Received returns, within fn and what the socket asks before it, the packet in question as it came, with its invariant CRC.
+	Received() []byte
 	// Flush sends what was committed, and reports whether all is gone; Queued is what is left, Room what fits besides.
 	Flush() bool
 	Queued() int

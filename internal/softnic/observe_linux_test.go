@@ -77,7 +77,8 @@ func observeNICs(t testing.TB, nics ...*NIC) *observed {
 	return o
 }
 
-// end ends the capture, and has tshark look at it. Every packet must have the ICRC that belongs to its headers.
+// end ends the capture, and has tshark look at it. Every packet must have the ICRC that belongs to its headers: one that was received, the one
+// that it came with.
 func (o *observed) end() (opcodes []string) {
 	o.t.Helper()
 	if err := o.stop(); err != nil {
@@ -90,15 +91,8 @@ func (o *observed) end() (opcodes []string) {
 	var crcs []string
 	for i := range o.seen {
 		ip, _, _ := x.Render(&o.seen[i])
-		src, dst, head := o.seen[i].Src.Addr(), o.seen[i].Dst.Addr(), 28
-		if src.Is6() {
-			head = 48
-		}
-		var c roce.ICRC
-		h := ip[head-8:]
-		c.Init(netip.AddrPortFrom(src, binary.BigEndian.Uint16(h)), netip.AddrPortFrom(dst, binary.BigEndian.Uint16(h[2:])))
-		if _, err := c.Split(ip[head:], false); err != nil {
-			o.t.Errorf("packet %d: %v", i, err)
+		if !testutil.HasICRC(ip) {
+			o.t.Errorf("packet %d has a wrong ICRC: % x", i, ip)
 		}
 		crcs = append(crcs, fmt.Sprintf("0x%08x", binary.BigEndian.Uint32(ip[len(ip)-4:])))
 	}
@@ -568,6 +562,70 @@ func TestCaptureDrops(t *testing.T) {
 	}
 	if len(r.Ports) != 1 || fmt.Sprint(r.Ports[0].Dropped) != "map[icrc:1 opcode:1 pkey:1]" || len(r.QPs) != 1 || r.QPs[0].Path != pathUDP || r.PID == 0 {
 		t.Errorf("%+v", r)
+	}
+}
+
+// What is received is captured as it came, whatever becomes of it: bits that mean nothing, padding, and the invariant CRC, right or wrong.
+func TestCaptureAsReceived(t *testing.T) {
+	for _, faults := range []string{"", "reorder=100%"} {
+		t.Run(faults, func(t *testing.T) {
+			t.Setenv(EnvFaults, faults)
+			x := newHostileNet(t, "127.0.0.1", "")
+			if x.n.sharedE != nil {
+				testutil.Skip(t, x.n.sharedE.Error())
+			}
+			src, dst := x.raw.LocalAddr().(*net.UDPAddr).AddrPort(), x.port.sock.Local()
+			ud := x.victim(ib.UD, 97)
+			ud.post(victimRecv)
+			good := bytesOf(ud.packet(roce.SendOnly), 61)
+			good[1] |= 0x40               // M
+			good[4], good[8] = 0x3f, 0x7f // reserved
+			good[len(good)-1] = 0xa5      // padding
+			nobody := bytes.Clone(good)   // in another partition
+			nobody[2] = 0x12
+			const id = 0x1234
+			o := observeNICs(t, x.n)
+			rows := []struct {
+				pkt     []byte
+				damaged bool
+				verdict observe.Verdict
+				udp     []byte
+			}{{pkt: nobody, verdict: observe.PKey}, {pkt: nobody, damaged: true, verdict: observe.PKey}, {pkt: good, damaged: true, verdict: observe.Dropped(roce.DropICRC)},
+				{pkt: good, verdict: observe.Taken}}
+			for i := range rows {
+				r := &rows[i]
+				r.udp = append(bytes.Clone(r.pkt), 0, 0, 0, 0)
+				crc := testutil.ICRC(roce.AppendDatagram(nil, src, dst, id, r.udp))
+				if r.damaged {
+					crc ^= 1
+				}
+				binary.LittleEndian.PutUint32(r.udp[len(r.pkt):], crc)
+				if _, err := x.raw.WriteToUDPAddrPort(r.udp, dst); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if wc := ud.poll(); wc.Status != ib.WCSuccess {
+				t.Fatalf("%+v", wc)
+			}
+			if err := o.stop(); err != nil {
+				t.Fatal(err)
+			}
+			if len(o.seen) != len(rows) {
+				t.Fatalf("captured %d packets, want %d", len(o.seen), len(rows))
+			}
+			var render observe.Renderer
+			for i, r := range rows {
+				got := &o.seen[i]
+				if !bytes.Equal(got.Data, r.udp) || got.Verdict != r.verdict {
+					t.Errorf("packet %d: captured % x, %v, want % x, %v", i, got.Data, got.Verdict, r.udp, r.verdict)
+				}
+				render.KeepPorts = true
+				ip, _, _ := render.Render(got)
+				if !bytes.HasSuffix(ip, r.udp) || testutil.HasICRC(ip) == r.damaged || (binary.BigEndian.Uint16(ip[4:]) == id) == r.damaged {
+					t.Errorf("packet %d: shown as % x", i, ip)
+				}
+			}
+		})
 	}
 }
 

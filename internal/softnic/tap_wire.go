@@ -53,9 +53,8 @@ func (p *netPort) acceptTapped(l taps, src netip.AddrPort, pkt *roce.Packet) {
 	p.show(l, src, pkt, v)
 }
 
-// show shows observers a packet that was received. It is made again of what was read of it: as it
-// came, but for its bits that mean nothing, the IPv4 identification, which is 0, and the invariant CRC of one that nobody expects, which
-// was not looked at. Called with mu held.
+// show shows observers a packet that was received, as it came: the invariant CRC of one that nobody expects was not looked at. Called with
+// mu held.
 func (p *netPort) show(l taps, src netip.AddrPort, pkt *roce.Packet, v observe.Verdict) {
 	r := observe.Record{Time: time.Now().UnixNano(), Src: src, Dst: p.sock.Local(), QPN: pkt.DestQP, IP: pkt.IP, Verdict: v}
 	if pkt.Opcode.Service() == roce.UD {
@@ -63,14 +62,18 @@ func (p *netPort) show(l taps, src netip.AddrPort, pkt *roce.Packet, v observe.V
 	} else if w := p.qps[ib.QPN(pkt.DestQP)]; w != nil {
 		r.PeerQPN = w.cfg.DestQP
 	}
-	n := len(pkt.Payload)
-	b := make([]byte, pkt.Opcode.HeaderLen()+n+roce.Pad(n), roce.MaxPacket+roce.ICRCLen)
-	copy(b[pkt.PutHeader(b, n):], pkt.Payload)
-	var icrc roce.ICRC
-	icrc.Init(src, r.Dst)
-	b = icrc.Put(b)
+	b := p.received()
 	r.Length = len(b)
+	r.Marked = pkt.FECN && !roce.FECN(b)
 	l.put(&r, b)
+}
+
+// received is the packet that is being received, as it came. Called with mu held.
+func (p *netPort) received() []byte {
+	if p.faults != nil && p.faults.came != nil {
+		return p.faults.came
+	}
+	return p.sock.Received()
 }
 
 // tapNone shows observers what was received and is no packet. Called with mu held.

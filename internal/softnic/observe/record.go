@@ -16,6 +16,7 @@ type Record struct {
 	Path    Path
 	Again   wire.Reason // why it was sent again
 	Verdict Verdict     // what became of it
+	Marked  bool        // it has met congestion, which its bytes do not say: an ECN mark, or the socket's buffer was filling up
 	QPN     uint32      // the NIC's queue pair, and the other one; 0: unknown
 	PeerQPN uint32
 	Src     netip.AddrPort
@@ -46,7 +47,8 @@ const (
 
 	recordPacket = 1
 	recordPad    = 2      // what fills the ring's end
-	recordOut    = 1 << 7 // bit of the path
+	recordOut    = 1 << 7 // bits of the path
+	recordMarked = 1 << 6
 )
 
 // A record is, little-endian, its length (a multiple of 8), its kind, path, reason and verdict; the time; both queue pairs; the
@@ -63,6 +65,9 @@ func (r *Record) put(b []byte, n int) {
 	path := byte(r.Path)
 	if r.Out {
 		path |= recordOut
+	}
+	if r.Marked {
+		path |= recordMarked
 	}
 	le.PutUint32(b, uint32(len(b)))
 	b[4], b[5], b[6], b[7] = recordPacket, path, byte(r.Again), byte(r.Verdict)
@@ -86,7 +91,7 @@ func (r *Record) Decode(b []byte) error {
 	}
 	le := binary.LittleEndian
 	length, n := le.Uint32(b[24:]), le.Uint32(b[28:])
-	d := Record{Time: int64(le.Uint64(b[8:])), Out: b[5]&recordOut != 0, Path: Path(b[5] &^ recordOut), Again: wire.Reason(b[6]), Verdict: Verdict(b[7]),
+	d := Record{Time: int64(le.Uint64(b[8:])), Out: b[5]&recordOut != 0, Marked: b[5]&recordMarked != 0, Path: Path(b[5] &^ (recordOut | recordMarked)), Again: wire.Reason(b[6]), Verdict: Verdict(b[7]),
 		QPN: le.Uint32(b[16:]), PeerQPN: le.Uint32(b[20:]), IP: roce.IP{Class: b[36], Hops: b[37]}}
 	d.Src = netip.AddrPortFrom(netip.AddrFrom16([16]byte(b[40:])).Unmap(), le.Uint16(b[32:]))
 	d.Dst = netip.AddrPortFrom(netip.AddrFrom16([16]byte(b[56:])).Unmap(), le.Uint16(b[34:]))

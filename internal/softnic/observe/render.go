@@ -33,6 +33,9 @@ func (x *Renderer) Render(r *Record) (ip []byte, length int, comment string) {
 	if r.Verdict != Taken {
 		notes = append(notes, r.Verdict.String())
 	}
+	if r.Marked {
+		notes = append(notes, "has met congestion")
+	}
 	head, right := r.IP, false
 	switch {
 	case !whole:

@@ -28,7 +28,7 @@ func newRing(t testing.TB) (mem []byte, p *Producer, c *Consumer) {
 }
 
 func example(n int) *Record {
-	return &Record{Time: 1e18 + int64(n), Out: n%2 == 0, Path: UDP, Again: wire.SequenceNAK, Verdict: Early, QPN: 5, PeerQPN: maxQPN, Length: n + 10,
+	return &Record{Time: 1e18 + int64(n), Out: n%2 == 0, Path: UDP, Again: wire.SequenceNAK, Verdict: Early, Marked: n%3 == 0, QPN: 5, PeerQPN: maxQPN, Length: n + 10,
 		Src: netip.MustParseAddrPort("10.0.0.1:4791"), Dst: netip.MustParseAddrPort("10.0.0.2:50000")}
 }
 

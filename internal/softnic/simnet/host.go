@@ -21,6 +21,7 @@ type Host struct {
 	local netip.AddrPort
 	tx    []outgoing
 	pkt   roce.Packet
+	came  []byte // what pkt was decoded from
 	flows map[netip.AddrPort]*roce.ICRC
 
 	// What Step calls: to receive and to look at timers, and to do what was put off.
@@ -135,10 +136,14 @@ func (h *Host) Receive(fn func(netip.AddrPort, *roce.Packet)) (packets int, more
 			continue
 		}
 		h.pkt.IP = d.ip
+		h.came = d.b
 		fn(d.src, &h.pkt)
 	}
 	return len(list), false, nil
 }
+
+// Received returns, within the fn of Receive, the packet that it is called with as it came.
+func (h *Host) Received() []byte { return h.came }
 
 // flow returns what checks packets from src.
 func (h *Host) flow(src netip.AddrPort) *roce.ICRC {

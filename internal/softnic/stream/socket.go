@@ -49,11 +49,13 @@ type Socket struct {
 	deaf bool  // nothing can be sent any more; what is committed is dropped
 	fate error // what the system has said when it would not send any more
 	icrc roce.ICRC
-	last []byte // what Last has returned
+	last []byte // what Last or Received has returned
 
 	rx  []byte // what has come: the first got bytes
 	got int
 	pkt roce.Packet
+	cur []byte // what pkt was decoded from
+	in  roce.ICRC
 	err error // why nothing comes any more
 
 	Counters Counters
@@ -97,6 +99,7 @@ func New(c *net.TCPConn) (*Socket, error) {
 func newSocket(sys system, local, remote netip.AddrPort) *Socket {
 	s := &Socket{sys: sys, local: plain(local), remote: plain(remote), tx: make([]byte, sendLen), rx: make([]byte, receiveLen)}
 	s.icrc.Init(s.local, s.remote)
+	s.in.Init(s.remote, s.local)
 	return s
 }
 
@@ -136,7 +139,7 @@ func (s *Socket) Commit() {
 func (s *Socket) Abort() {}
 
 // Last returns the packet that the last Commit was for, as it would be on the wire, with an invariant CRC. It is valid until the next
-// call of Last, which comes before that of Packet or Flush.
+// call of Last or Received; it is called before Packet or Flush is.
 func (s *Socket) Last() []byte {
 	s.last = s.icrc.Put(append(s.last[:0], s.tx[s.tail-s.n:s.tail]...))
 	return s.last
@@ -198,7 +201,8 @@ func (s *Socket) Receive(fn func(*roce.Packet) error) (packets int, more bool) {
 		if len(b) < headLen+size {
 			break
 		}
-		err := s.pkt.Decode(b[headLen : headLen+size])
+		s.cur = b[headLen : headLen+size]
+		err := s.pkt.Decode(s.cur)
 		b = b[headLen+size:]
 		if err != nil {
 			s.fail(fmt.Errorf("%w: %w", ErrProtocol, err))
@@ -213,6 +217,13 @@ func (s *Socket) Receive(fn func(*roce.Packet) error) (packets int, more bool) {
 	}
 	s.got = copy(s.rx, b)
 	return packets, more
+}
+
+// Received returns, within the fn of Receive, the packet that it is called with, as it would have been on the wire, with an invariant CRC. It
+// is valid until the next call of Last or Received.
+func (s *Socket) Received() []byte {
+	s.last = s.in.Put(append(s.last[:0], s.cur...))
+	return s.last
 }
 
 // ended says how the stream has ended, with so many bytes of a packet left over.

@@ -34,10 +34,11 @@ type Socket struct {
 	qued  int
 	flows []flow // by hash of the address: who makes up addresses costs no memory
 	pkt   roce.Packet
-	ask   int   // how many messages to receive next
-	most  int   // of the socket's buffer: packets behind so much count as marked; 0: none do
-	ahead int   // bytes that were received since the buffer was empty
-	ecn   uint8 // the bits of what is sent
+	came  []byte // what pkt was decoded from
+	ask   int    // how many messages to receive next
+	most  int    // of the socket's buffer: packets behind so much count as marked; 0: none do
+	ahead int    // bytes that were received since the buffer was empty
+	ecn   uint8  // the bits of what is sent
 
 	// Expect, if it is set, is asked of each packet before its invariant CRC is computed, which costs more than the rest: false
 	// drops the packet, and whoever said so counts it. It is set before the first Receive.
@@ -315,6 +316,7 @@ func (s *Socket) Receive(deadline time.Time, fn func(src netip.AddrPort, p *roce
 // take takes one packet. What is cheap to see is looked at first: a flood of packets for nobody, or of none, is to cost little.
 func (s *Socket) take(b []byte, src netip.AddrPort, marked bool, fn func(src netip.AddrPort, p *roce.Packet)) {
 	s.Counters.Received++
+	s.came = b
 	err := s.pkt.Decode(b[:max(0, len(b)-roce.ICRCLen)])
 	if err == nil {
 		if s.Expect != nil && !s.Expect(src, &s.pkt) {
@@ -334,6 +336,10 @@ func (s *Socket) take(b []byte, src netip.AddrPort, marked bool, fn func(src net
 	s.pkt.FECN = s.pkt.FECN || marked
 	fn(src, &s.pkt)
 }
+
+// Received returns, within Expect and the fn of Receive, the packet that they are called with, byte by byte as it came, with its invariant
+// CRC. It is valid until they return. A mark of the network or the socket's buffer is not in it.
+func (s *Socket) Received() []byte { return s.came }
 
 // flow returns what checks packets from src.
 func (s *Socket) flow(src netip.AddrPort) *roce.ICRC {
