@@ -54,9 +54,10 @@ func TestUDPLossy(t *testing.T) {
 	}
 	for seed := range seeds {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			before := lossy
+			t.Cleanup(func() { lossy = before })
 			lossy = fmt.Sprintf("loss=2%%,duplicate=2%%,reorder=5%%,seed=%d", seed)
 			t.Setenv("RINGSIDE_SOFT_FAULTS", lossy)
-			defer func() { lossy = os.Getenv("RINGSIDE_SOFT_FAULTS") }()
 			runUDP(t, pathUDP)
 		})
 	}
