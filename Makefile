@@ -3,6 +3,8 @@
 #   make test    everything that CI promises         make demo    the parameter server with three workers
 #   make bench   side by side with grpc-go and UCX   make build   the programs, into bin/
 #   make check   the quick part: build, lint, unit tests
+#
+# With STRICT=1, as in CI, a test that is skipped fails, unless for a reason of .ci/skips.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -31,9 +33,9 @@ all: build
 test:
 	@start=$$SECONDS
 	.ci/setup go gcc infiniband/verbs.h
-	.ci/setup -optional ucx_perftest
-	.ci/setup -optional tshark
-	.ci/setup -optional ibv_rc_pingpong ib_write_bw
+	for tool in ucx_perftest tshark ibv_rc_pingpong ib_write_bw rping ip; do
+		.ci/setup $(if $(STRICT),,-optional) $$tool
+	done
 	for target in build lint cross unit udp emulated race fuzz bench-once demo-check bench-quick vm; do
 		t=$$SECONDS
 		$(MAKE) $$target
@@ -88,6 +90,10 @@ summary = awk '/^ *--- PASS/{p++} /^ *--- FAIL/{f++} /^ *--- SKIP/{s++} /^ok /{k
 	END{printf "%d passed, %d failed, %d skipped in %d packages\n", p, f, s, k}' $(1); \
 	grep -B1 -E '^ *--- SKIP' $(1) || true
 
+# checked LOG fails with STRICT if something was skipped that may not be. What it looks at are verbose logs.
+checked = $(if $(STRICT),.ci/allowed $(1))
+verbose = $(if $(STRICT),-v)
+
 unit:
 	$(call stage,unit: all tests$(comma) without cgo)
 	.ci/setup go
@@ -98,6 +104,7 @@ unit:
 		$(MAKE) bin/vm/soft.json; } 2>&1 | tee bin/test.log || { $(call summary,bin/test.log); exit 1; }
 	$(GO) -C bench test -count=1 ./...
 	$(call summary,bin/test.log)
+	$(call checked,bin/test.log)
 
 # The same programs where software NICs do not share memory, nor meet over UDP; then on a network that loses packets. What makes
 # networks of its own, unit has run.
@@ -105,9 +112,12 @@ NETWORKS = TestBottleneck|TestUDPBlocked|TestNarrowLink|TestTCPWhereUDPIsBlocked
 udp:
 	$(call stage,udp: transport$(comma) rpc and the examples over RoCEv2 on UDP$(comma) and on TCP)
 	.ci/setup go
-	RINGSIDE_PATH=udp $(GO) test -skip '$(NETWORKS)' -count=1 ./transport ./rpc ./examples/...
-	RINGSIDE_PATH=tcp $(GO) test -short -skip '$(NETWORKS)' -count=1 ./transport ./rpc
-	RINGSIDE_PATH=udp RINGSIDE_SOFT_FAULTS=loss=0.5%,duplicate=0.5%,reorder=2% $(GO) test -short -skip 'Alloc|$(NETWORKS)' -count=1 ./transport ./rpc ./examples/kv
+	mkdir -p bin
+	{ RINGSIDE_PATH=udp $(GO) test $(verbose) -skip '$(NETWORKS)' -count=1 ./transport ./rpc ./examples/... && \
+		RINGSIDE_PATH=tcp $(GO) test $(verbose) -short -skip '$(NETWORKS)' -count=1 ./transport ./rpc && \
+		RINGSIDE_PATH=udp RINGSIDE_SOFT_FAULTS=loss=0.5%,duplicate=0.5%,reorder=2% $(GO) test $(verbose) -short -skip 'Alloc|$(NETWORKS)' -count=1 \
+			./transport ./rpc ./examples/kv; } 2>&1 | tee bin/udp.log
+	$(call checked,bin/udp.log)
 
 # The driver for ConnectX by the emulator's other front door, as for any program: the conformance suite, all of it in two minutes with
 # make emulated EMULATED=., and some of what is built on it.
@@ -122,8 +132,9 @@ emulated:
 	./bin/ringside emulate -- ./bin/ringside doctor --selftest --device mlx5_0 --run '$(EMULATED)'
 	$(GO) test -c -o bin/transport.test ./transport
 	$(GO) test -c -o bin/rpc.test ./rpc
-	(cd transport; RINGSIDE_DEVICE=mlx5_0 ../bin/ringside emulate -- ../bin/transport.test -test.short -test.run '$(EMULATED_TRANSPORT)')
-	(cd rpc; RINGSIDE_DEVICE=mlx5_0 ../bin/ringside emulate -- ../bin/rpc.test -test.short -test.run '$(EMULATED_RPC)')
+	{ (cd transport; RINGSIDE_DEVICE=mlx5_0 ../bin/ringside emulate -- ../bin/transport.test $(verbose:-v=-test.v) -test.short -test.run '$(EMULATED_TRANSPORT)') && \
+		(cd rpc; RINGSIDE_DEVICE=mlx5_0 ../bin/ringside emulate -- ../bin/rpc.test $(verbose:-v=-test.v) -test.short -test.run '$(EMULATED_RPC)'); } 2>&1 | tee bin/emulated.log
+	$(call checked,bin/emulated.log)
 	$(GO) build -o bin/ ./examples/quickstart ./examples/filecp ./examples/kv ./examples/paramserver
 	RINGSIDE_DEVICE=mlx5_0 ./bin/ringside emulate -- ./bin/quickstart
 	RINGSIDE_DEVICE=mlx5_0 ./bin/ringside emulate -- ./bin/kv
