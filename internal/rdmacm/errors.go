@@ -62,7 +62,7 @@ func (e *OpError) hint() string {
 	errno, _ := e.Err.(syscall.Errno)
 	binds := e.Op == "bind" || e.Op == "resolve_addr" || e.Op == "listen"
 	switch {
-	case e.Remote.Addr().IsLoopback() && e.Err != errClosed:
+	case e.Remote.Addr().IsLoopback() && e.Err != errClosed && e.Err != ErrDisconnected: // which can be, where the kernel is an emulated one
 		return "the loopback address does not work with RDMA: take an interface's own address"
 	case errno == syscall.EACCES && binds && e.Local.Port() > 0 && e.Local.Port() < 1024:
 		return "ports below 1024 need CAP_NET_BIND_SERVICE; or this process has changed its credentials since it opened the channel"
