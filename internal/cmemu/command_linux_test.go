@@ -2,6 +2,7 @@ package cmemu
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"flag"
@@ -665,6 +666,34 @@ func TestNewAddress(t *testing.T) {
 	id := r.routed(2, "10.97.7.7:7471")
 	r.must(r.connect(id, nil))
 	r.event(1, eventConnectRequest, 0)
+}
+
+// librdmacm binds an address of InfiniBand's to see which commands the kernel has.
+func TestInfiniBandAddress(t *testing.T) {
+	m := newManager(t)
+	r := newRaw(t, m)
+	r.must(r.run(abi.RDMA_USER_CM_CMD_CREATE_ID, bytesOf(&abi.CMCreateID{UID: 1, Response: arenaAt, PS: abi.RDMA_PS_IB, QPType: uint8(ib.RC)}), 4))
+	id := native.Uint32(r.mem.b[:])
+	bind := abi.CMBind{ID: id, AddrSize: sizeofSockaddrIB}
+	b := bytesOf(&bind.Addr)
+	native.PutUint16(b, afIB)
+	binary.BigEndian.PutUint64(b[24:], abi.RDMA_PS_TCP<<16)
+	binary.BigEndian.PutUint64(b[32:], 0xffffffffffff0000)
+	r.must(r.run(abi.RDMA_USER_CM_CMD_BIND, bytesOf(&bind), 0))
+	q := structOf[abi.CMQueryAddrResp](r.query(id, abi.RDMA_USER_CM_QUERY_ADDR, 280))
+	if q.SrcSize != 48 || q.DstSize != 48 || q.SrcAddr.SSFamily != afIB || q.DstAddr.SSFamily != afIB || q.NodeGUID != 0 {
+		t.Errorf("%+v", q)
+	}
+	r.query(id, abi.RDMA_USER_CM_QUERY_GID, 280)
+	r.queryRoute(id)
+	if errno := r.listen(id, 0); errno != unix.EPROTONOSUPPORT {
+		t.Error(errno)
+	}
+	resolve := abi.CMResolveAddr{ID: id, TimeoutMs: 1, DstSize: sizeofSockaddrIB}
+	native.PutUint16(bytesOf(&resolve.DstAddr), afIB)
+	if errno := r.run(abi.RDMA_USER_CM_CMD_RESOLVE_ADDR, bytesOf(&resolve), 0); errno != unix.ENODEV {
+		t.Error(errno)
+	}
 }
 
 // An ID goes to another channel with the events that were not delivered.

@@ -105,7 +105,9 @@ func (s *sockaddr) put(b []byte) int {
 		return 0
 	}
 	if s.family == afIB {
-		return copy(b, s.ib[:])
+		copy(b, s.ib[:])
+		native.PutUint16(b, s.family)
+		return n
 	}
 	native.PutUint16(b, s.family)
 	binary.BigEndian.PutUint16(b[2:], s.port)

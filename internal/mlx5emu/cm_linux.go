@@ -16,7 +16,11 @@ func (d *Device) CMPort(a netip.Addr) (softnic.CMPort, error) {
 	if d.cfg.HostOnly {
 		return softnic.CMPort{}, fmt.Errorf("mlx5emu: %w: %s has no addresses of the host", driver.ErrUnreachable, d.cfg.Name)
 	}
-	return d.nic.CMPort(a)
+	p, err := d.nic.CMPort(a)
+	if err == nil && p.GIDIndex() >= gidSlots {
+		err = fmt.Errorf("mlx5emu: %w: the GID table of %s has no room for %v", driver.ErrUnreachable, d.cfg.Name, a)
+	}
+	return p, err
 }
 
 // GIDsChanged returns a channel that has something when GIDs has, since it was looked at, or may have: for one who waits for that.
