@@ -568,18 +568,16 @@ func TestBacklog(t *testing.T) {
 	m := newManager(t)
 	r := newRaw(t, m)
 	_, at := r.listener(1)
-	ids := []uint32{r.routed(2, at), r.routed(3, at)}
-	for _, id := range ids {
-		r.must(r.connect(id, nil))
-	}
-	rejected := r.event(1, eventConnectRequest, 0)
-	testutil.Eventually(t, "the other is refused", func() bool {
-		e, errno := r.poll()
-		return errno == 0 && e.Event == eventRejected && e.Status == 28
-	})
+	first, second := r.routed(2, at), r.routed(3, at)
+	r.must(r.connect(first, nil))
+	r.waiting(1)
+	r.must(r.connect(second, nil))
+	r.waiting(2)
+	taken := r.event(1, eventConnectRequest, 0)
+	r.event(3, eventRejected, 28)
 	again := r.routed(4, at)
 	r.must(r.connect(again, nil))
-	if e := r.event(1, eventConnectRequest, 0); e.ID == rejected.ID {
+	if e := r.event(1, eventConnectRequest, 0); e.ID == taken.ID {
 		t.Errorf("%+v", e)
 	}
 }
