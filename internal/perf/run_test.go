@@ -107,6 +107,11 @@ func TestRun(t *testing.T) {
 		{"read rate by TCP, 3 QPs", Spec{Op: OpRead, Kind: Rate, Path: PathTCP, QPs: 3}, []int{64}},
 		{"send bw by TCP", Spec{Op: OpSend, Kind: BW, Path: PathTCP, QPs: 2}, []int{65536}},
 		{"rpc lat by TCP", Spec{Op: OpRPC, Kind: Lat, Path: PathTCP}, []int{8}},
+		{"send lat by UDP", Spec{Op: OpSend, Kind: Lat, Path: PathUDP, Inline: InlineAuto}, []int{1, 5000}},
+		{"write bw by UDP", Spec{Op: OpWrite, Kind: BW, Path: PathUDP, QPs: 2}, []int{65536}},
+		{"rpc lat by UDP", Spec{Op: OpRPC, Kind: Lat, Path: PathUDP}, []int{8}},
+		{"send lat through memory", Spec{Op: OpSend, Kind: Lat, Path: PathMemory}, []int{8}},
+		{"rpc lat through memory", Spec{Op: OpRPC, Kind: Lat, Path: PathMemory}, []int{8}},
 		{"rpc lat", Spec{Op: OpRPC, Kind: Lat}, []int{8, 20000}},
 		{"rpc lat adaptive", Spec{Op: OpRPC, Kind: Lat, Poll: PollAdaptive}, []int{8}},
 		{"rpc lat by events", Spec{Op: OpRPC, Kind: Lat, Poll: PollEvent}, []int{8}},
@@ -132,8 +137,9 @@ func TestRun(t *testing.T) {
 				t.Fatal(err)
 			}
 			checkReport(t, rep, cfg)
-			if cfg.Spec.Path == PathTCP && rep.Path != "tcp" {
-				t.Errorf("path %q", rep.Path)
+			// Client and server are of one process. By default, that is the path through memory.
+			if want := map[Path]string{PathUDP: "udp", PathTCP: "tcp"}[cfg.Spec.Path]; want == "" && rep.Path != "inproc" || want != "" && rep.Path != want {
+				t.Errorf("%v: path %q", cfg.Spec.Path, rep.Path)
 			}
 		})
 	}
