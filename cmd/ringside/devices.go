@@ -5,9 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"text/tabwriter"
 
+	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/transport"
 	"github.com/ringside-rdma/ringside/verbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 	"github.com/spf13/cobra"
@@ -19,6 +22,8 @@ type deviceReport struct {
 	Devices []deviceJSON `json:"devices"`
 	// Choice is what programs that name no device get; missing if nothing could be opened.
 	Choice *choiceJSON `json:"choice,omitempty"`
+	// Path is what RINGSIDE_PATH says; missing if it is not set.
+	Path string `json:"path,omitempty"`
 	// Problems are what went wrong in the search, with the remedy.
 	Problems []string `json:"problems"`
 }
@@ -98,6 +103,11 @@ type gidJSON struct {
 	Type   string `json:"type"`
 	Addr   string `json:"address,omitempty"` // the GID as an IP address, on RoCE
 	NetDev string `json:"netdev,omitempty"`
+
+	// Of software NICs only: how peers are met from there ("memory", or "udp" and "tcp"), by which UDP port, or why there is none.
+	Paths   []string `json:"paths,omitempty"`
+	UDPPort uint16   `json:"udp_port,omitempty"`
+	Problem string   `json:"problem,omitempty"`
 }
 
 func newDevices() *cobra.Command {
@@ -110,7 +120,11 @@ which of them a program gets that names none, and why no better one; the
 environment variable ` + verbs.EnvDevice + ` decides otherwise.
 
 With -v, limits, capabilities and GID tables too, as ibv_devinfo -v does, and
-the character devices that a container needs to be given to use the device.`,
+the character devices that a container needs to be given to use the device. Of
+the software NIC's GIDs it then says by which paths others are met from there,
+and at which UDP port a program that begins now receives: 4791, or another if a
+program has that. RINGSIDE_PATH, if it is set, decides for connections of
+package transport.`,
 		Example: "  ringside devices\n  ringside devices -v soft0\n  ringside devices -o json | jq .choice",
 		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 			var names []string
@@ -124,7 +138,7 @@ the character devices that a container needs to be given to use the device.`,
 	output := outputFlag(cmd)
 	verbose := cmd.Flags().BoolP("verbose", "v", false, "limits, capabilities, GID tables and character devices too")
 	cmd.RunE = func(cmd *cobra.Command, names []string) error {
-		r, err := inspect(names)
+		r, err := inspect(names, *verbose || *output == "json")
 		if err != nil {
 			return err
 		}
@@ -138,9 +152,15 @@ the character devices that a container needs to be given to use the device.`,
 	return cmd
 }
 
-// inspect looks at the named devices, or at all.
-func inspect(names []string) (*deviceReport, error) {
-	r := &deviceReport{Schema: devicesSchema, Devices: []deviceJSON{}, Problems: []string{}}
+// inspect looks at the named devices, or at all. full: also at what has a software NIC open its UDP ports.
+func inspect(names []string, full bool) (*deviceReport, error) {
+	r := &deviceReport{Schema: devicesSchema, Devices: []deviceJSON{}, Path: os.Getenv("RINGSIDE_PATH"), Problems: []string{}}
+	switch transport.Path(r.Path) {
+	case transport.PathAny, transport.PathMemory, transport.PathUDP, transport.PathTCP:
+	default:
+		r.Problems = append(r.Problems, fmt.Sprintf("RINGSIDE_PATH is %q, which package transport refuses: there are %q, %q and %q", r.Path,
+			transport.PathMemory, transport.PathUDP, transport.PathTCP))
+	}
 	devs, err := verbs.Devices()
 	for _, e := range unjoin(err) {
 		r.Problems = append(r.Problems, e.Error())
@@ -165,7 +185,7 @@ func inspect(names []string) (*deviceReport, error) {
 			continue
 		}
 		delete(wanted, d.Name)
-		j := inspectDevice(d)
+		j := inspectDevice(d, full)
 		j.Chosen = r.Choice != nil && r.Choice.Device == d.Name
 		r.Devices = append(r.Devices, j)
 	}
@@ -200,7 +220,7 @@ func automatic() (verbs.Choice, error) {
 	return c.Choice(), nil
 }
 
-func inspectDevice(d verbs.DeviceInfo) deviceJSON {
+func inspectDevice(d verbs.DeviceInfo, full bool) deviceJSON {
 	j := deviceJSON{Name: d.Name, Provider: d.Provider, Tier: d.Tier.String(), GUID: d.GUID.String(), NetDevs: d.NetDevs, CharDevs: d.CharDevs}
 	if j.NetDevs == nil {
 		j.NetDevs = []string{}
@@ -221,7 +241,7 @@ func inspectDevice(d verbs.DeviceInfo) deviceJSON {
 	}
 	j.Attr = attrOf(&a)
 	for n := 1; n <= a.Ports; n++ {
-		p, err := inspectPort(c, uint8(n))
+		p, err := inspectPort(c, uint8(n), full)
 		if err != nil {
 			j.Error = err.Error()
 			return j
@@ -231,7 +251,7 @@ func inspectDevice(d verbs.DeviceInfo) deviceJSON {
 	return j
 }
 
-func inspectPort(c *verbs.Context, n uint8) (portJSON, error) {
+func inspectPort(c *verbs.Context, n uint8, full bool) (portJSON, error) {
 	p, err := c.QueryPort(n)
 	if err != nil {
 		return portJSON{}, err
@@ -247,9 +267,42 @@ func inspectPort(c *verbs.Context, n uint8) (portJSON, error) {
 		if g.Type == ib.GIDRoCEv1 || g.Type == ib.GIDRoCEv2 {
 			e.Addr = g.GID.Addr().String()
 		}
+		if full && c.Provider() == "soft" {
+			e.softPaths(c, n)
+		}
 		j.GIDs = append(j.GIDs, e)
 	}
 	return j, nil
+}
+
+// softPaths says how a software NIC's peers are met from a GID.
+func (e *gidJSON) softPaths(c *verbs.Context, port uint8) {
+	if e.Addr == "" {
+		e.Paths = []string{string(transport.PathMemory)}
+		return
+	}
+	e.Paths = []string{string(transport.PathTCP)}
+	var err error
+	if e.UDPPort, err = c.UDPPort(port, e.Index); err != nil {
+		e.Problem = err.Error()
+		return
+	}
+	e.Paths = []string{string(transport.PathUDP), string(transport.PathTCP)}
+}
+
+// paths is the same in words.
+func (e *gidJSON) paths() string {
+	switch {
+	case len(e.Paths) == 0:
+		return ""
+	case e.Problem != "":
+		return ": by TCP; not by UDP: " + e.Problem
+	case e.Addr == "":
+		return ": through memory, on this host"
+	case e.UDPPort != roce.Port:
+		return fmt.Sprintf(": by UDP port %d and TCP; a program has port %d, by which rxe, hardware and connection managers are met", e.UDPPort, roce.Port)
+	}
+	return fmt.Sprintf(": by UDP port %d and TCP", e.UDPPort)
 }
 
 func attrOf(a *ib.DeviceAttr) *attrJSON {
@@ -315,6 +368,9 @@ func (r *deviceReport) writeText(w io.Writer, verbose bool) error {
 		for _, p := range c.Passed {
 			fmt.Fprintf(&b, "  not %s\n", p)
 		}
+	}
+	if r.Path != "" {
+		fmt.Fprintf(&b, "connections of package transport: RINGSIDE_PATH=%s\n", r.Path)
 	}
 	for _, p := range r.Problems {
 		fmt.Fprintf(&b, "problem: %s\n", p)
@@ -392,7 +448,7 @@ func (d *deviceJSON) writeText(w io.Writer, verbose bool) {
 			if g.NetDev != "" {
 				more += ", " + g.NetDev
 			}
-			row(fmt.Sprintf("  GID %d", g.Index), "%s (%s%s)", g.GID, g.Type, more)
+			row(fmt.Sprintf("  GID %d", g.Index), "%s (%s%s)%s", g.GID, g.Type, more, g.paths())
 		}
 	}
 	if d.Error != "" {

@@ -115,7 +115,7 @@ self-test fails, and 0 whatever problems are found without it.`,
 
 // examine looks at the host.
 func examine() (*doctorReport, error) {
-	devices, err := inspect(nil)
+	devices, err := inspect(nil, false)
 	if err != nil {
 		return nil, err
 	}

@@ -175,7 +175,15 @@ func sampleDevices() *deviceReport {
 				}}}},
 			{Name: "ib0", Provider: "mlx5", Tier: "hardware", GUID: ib.GUID(2).String(), NetDevs: []string{}, CharDevs: []string{}, Attr: attrOf(&ib.DeviceAttr{}), Ports: []portJSON{{
 				Port: 1, State: "DOWN", LinkLayer: "InfiniBand", LID: 4, SMLID: 1, GIDs: []gidJSON{}}}},
+			{Name: "soft0", Provider: "soft", Tier: "software NIC", GUID: ib.GUID(3).String(), NetDevs: []string{}, CharDevs: []string{}, Attr: attrOf(&ib.DeviceAttr{}), Ports: []portJSON{{
+				Port: 1, State: "ACTIVE", LinkLayer: "Ethernet", MaxMTU: 4096, ActiveMTU: 4096, GIDs: []gidJSON{
+					{Index: 0, GID: ib.GID{15: 9}.String(), Type: "software NIC", Paths: []string{"memory"}},
+					{Index: 1, GID: v4.String(), Type: "RoCE v2", Addr: v4.Addr().String(), NetDev: "eth1", Paths: []string{"udp", "tcp"}, UDPPort: 4791},
+					{Index: 2, GID: v4.String(), Type: "RoCE v2", Addr: v4.Addr().String(), NetDev: "eth1", Paths: []string{"udp", "tcp"}, UDPPort: 50000},
+					{Index: 3, GID: v4.String(), Type: "RoCE v2", Addr: v4.Addr().String(), NetDev: "eth1", Paths: []string{"tcp"}, Problem: "bind: no"},
+				}}}},
 		},
+		Path: "udp",
 		Choice: &choiceJSON{Device: "rxe0", Reason: "the best device that works", Passed: []verbs.Passed{
 			{Tier: verbs.TierHardware, Provider: "mlx5", Device: "mlx5_0", Reason: "permission denied: add the user to the group rdma"}}},
 		Problems: []string{"provider siw: rdma netlink is not available"},
@@ -217,6 +225,29 @@ func TestDevices(t *testing.T) {
 			t.Errorf("%q is missing from:\n%s", want, text)
 		}
 	}
+	t.Setenv("RINGSIDE_PATH", "tin cans")
+	_, text, _ = ringside("devices", "-o", "json", "soft0")
+	var paths struct {
+		Path     string
+		Problems []string
+		Devices  []struct{ Ports []portJSON }
+	}
+	if err := json.Unmarshal([]byte(text), &paths); err != nil {
+		t.Fatal(err)
+	}
+	if paths.Path != "tin cans" || !strings.Contains(strings.Join(paths.Problems, " "), "RINGSIDE_PATH") || len(paths.Devices) != 1 {
+		t.Fatalf("%+v", paths)
+	}
+	for i, g := range paths.Devices[0].Ports[0].GIDs {
+		switch {
+		case i == 0 && slices.Equal(g.Paths, []string{"memory"}):
+		case i > 0 && slices.Equal(g.Paths, []string{"udp", "tcp"}) && g.UDPPort != 0:
+		case i > 0 && slices.Equal(g.Paths, []string{"tcp"}) && g.Problem != "":
+		default:
+			t.Errorf("GID %d: %+v", i, g)
+		}
+	}
+	t.Setenv("RINGSIDE_PATH", "")
 	_, text, _ = ringside("devices", "-o", "json")
 	var loose struct {
 		Devices []struct {
