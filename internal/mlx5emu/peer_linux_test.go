@@ -117,10 +117,10 @@ func TestDatagramsBetweenDevices(t *testing.T) {
 				av := make([]byte, avSize)
 				be.PutUint32(av, 0x1111)
 				be.PutUint32(av[8:], 1<<31|to.qpn)
-				av[27] = 64
+				n++
+				av[26], av[27] = 4*n, 64+n // DSCP, and hop limit
 				be.PutUint32(av[28:], uint32(gid.Index)<<20)
 				copy(av[32:], gid.GID[:])
-				n++
 				from.send(opSend, ceUpdate, 0, av, segInline([]byte{n}))
 				if i == k { // its two completions come in either order
 					cqs[i].wait()
@@ -131,6 +131,10 @@ func TestDatagramsBetweenDevices(t *testing.T) {
 				}
 				if bufs[k][40] != n {
 					t.Errorf("from %d to %d: received %d, not %d", i, k, bufs[k][40], n)
+				}
+				// The second half of a GRH is the IPv4 header, whose ECN bits are congestion control's.
+				if ip := bufs[k][20:]; ip[1]&^3 != 4*n || ip[8] != 64+n {
+					t.Errorf("from %d to %d: the IP header is % x, want traffic class %d and time to live %d", i, k, ip[:20], 4*n, 64+n)
 				}
 			}
 		}

@@ -1,6 +1,7 @@
 package softnic
 
 import (
+	"errors"
 	"testing"
 	"time"
 
@@ -119,6 +120,41 @@ func TestZeroBasedWindow(t *testing.T) {
 		if wc := a.poll(); wc.Status != ib.WCSuccess || string(b.buf[4106:4112]) != "window" {
 			t.Fatalf("write: %+v, %q", wc, b.buf[4106:4112])
 		}
+	})
+}
+
+// In SQD, the traffic class and hop limit of a connection may change, and where it goes may not.
+func TestDestinationStays(t *testing.T) {
+	paths(t, func(t *testing.T, na, nb *NIC) {
+		a, b := newEnd(t, na, endConfig{typ: ib.RC}), newEnd(t, nb, endConfig{typ: ib.RC})
+		a.connect(b)
+		b.connect(a)
+		to, err := a.q.Query()
+		if err != nil {
+			t.Fatal(err)
+		}
+		modify := func(ah ib.AHAttr) error {
+			return a.q.Modify(t.Context(), &ib.QPAttr{State: ib.SQD, AH: ah}, ib.AttrState|ib.AttrAV)
+		}
+		if err := a.q.Modify(t.Context(), &ib.QPAttr{State: ib.SQD}, ib.AttrState); err != nil {
+			t.Fatal(err)
+		}
+		other := to.AH
+		other.DGID[15]++
+		if err := modify(other); !errors.Is(err, errors.ErrUnsupported) {
+			t.Errorf("another destination: %v", err)
+		}
+		to.AH.TrafficClass, to.AH.HopLimit = 184, 7
+		if err := modify(to.AH); err != nil {
+			t.Error(err)
+		}
+		if now, err := a.q.Query(); err != nil || now.AH != to.AH {
+			t.Errorf("%+v, %v; want %+v", now.AH, err, to.AH)
+		}
+		if err := a.q.Modify(t.Context(), &ib.QPAttr{State: ib.RTS}, ib.AttrState); err != nil {
+			t.Fatal(err)
+		}
+		exchange(a, b)
 	})
 }
 
