@@ -22,7 +22,9 @@ type Config struct {
 	Poller   *Poller
 	PollMode PollMode // of a poller made here; default Adaptive
 
-	MaxMessage int // bytes of the longest message; default 16 MiB, at most 1 GiB; the smaller of both peers' counts
+	// MaxMessage is the longest message in bytes; the smaller of both peers' counts. Default 16 MiB; at most 1 GiB, and not more than
+	// the memory that Poller has for such messages, PollerConfig.BufferLimit, which also bounds the default.
+	MaxMessage int
 	// EagerSize is the payload in bytes of a receive slot: longer messages go by rendezvous. Default 8 KiB, 1 KiB with
 	// SharedReceive; 256 B to 1 MiB.
 	EagerSize int
@@ -92,7 +94,14 @@ func (cfg *Config) populate() (*Config, error) {
 	default:
 		return nil, fmt.Errorf("transport: Config.Path (or RINGSIDE_PATH) is %q: want %q, %q, %q, or nothing for whichever is best", c.Path, PathMemory, PathUDP, PathTCP)
 	}
-	orDefault(&c.MaxMessage, defaultMaxMessage)
+	largest := maxMaxMessage
+	if c.Poller != nil { // else there will be one that can hold any
+		largest = c.Poller.pool.MaxBuffer()
+	}
+	orDefault(&c.MaxMessage, min(defaultMaxMessage, largest))
+	if c.MaxMessage > largest && c.MaxMessage <= maxMaxMessage {
+		return nil, fmt.Errorf("transport: Config.MaxMessage is %d, and the memory of Config.Poller holds messages of %d bytes: raise its BufferLimit", c.MaxMessage, largest)
+	}
 	orDefault(&c.MaxHandshakes, 64)
 	if c.SharedReceive {
 		orDefault(&c.SendDepth, 32)

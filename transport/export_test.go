@@ -48,3 +48,13 @@ func (c *Conn) HasCorked() bool {
 	defer c.snd.mu.Unlock()
 	return c.snd.cork != nil
 }
+
+// Received is how many long messages that came are held in the poller's memory.
+func Received(p *Poller) int { return p.received.Stats().InUse }
+
+// Stalled is how many of the connection's messages wait for memory.
+func Stalled(c *Conn) int {
+	n := make(chan int)
+	go c.p.do(func() { n <- len(c.rcv.stalled) })
+	return <-n
+}

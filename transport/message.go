@@ -102,5 +102,6 @@ func (m *Message) dropBig() {
 	if big := m.big; big != nil {
 		m.big = nil
 		big.Release()
+		m.c.p.unstall()
 	}
 }

@@ -60,7 +60,11 @@ type PollerConfig struct {
 	SharedSize  int // payload bytes of a shared receive slot; default 1 KiB. Config.EagerSize must not exceed it
 	// MaxConns is the number of connections that the poller takes; default and limit 1<<20.
 	MaxConns int
-	// BufferLimit is the memory in bytes for messages above EagerSize, sent and received; default 1 GiB.
+	// BufferLimit is the memory in bytes that the messages above EagerSize which are under way to peers may take, and again that
+	// which those may take that have come; default 1 GiB, at least 64 KiB. No message can be longer (Config.MaxMessage). Memory is taken
+	// as messages come, in sizes that are powers of two, see mr.Pool. While there is none, messages wait at their sender; those that
+	// the program does not fetch, or keeps (Message.Take), hold up others when they are so many. What is sent and what has come are
+	// kept apart because peers that send to each other would otherwise wait for each other to receive.
 	BufferLimit int
 }
 
@@ -81,11 +85,14 @@ type Poller struct {
 	pd     *verbs.PD
 	ch     *verbs.CompChannel
 	cq     *verbs.CQ
-	pool   *mr.Pool
-	cfg    PollerConfig
-	attr   ib.DeviceAttr
-	mode   PollMode
-	yield  int // empty polls between two looks at who else wants to run, less one; 2^n-1
+	pool   *mr.Pool // of what is sent
+	// received is the pool of rendezvous that come. It has its own limit, so that what waits to be read by peers never keeps us from
+	// reading what they wait to have read.
+	received *mr.Pool
+	cfg      PollerConfig
+	attr     ib.DeviceAttr
+	mode     PollMode
+	yield    int // empty polls between two looks at who else wants to run, less one; 2^n-1
 
 	_ [64]byte
 	// role is odd while a goroutine polls, and grows by two with every spell: the driver sees whether anybody does.
@@ -153,8 +160,8 @@ type Poller struct {
 	hubs    map[netip.Addr]*cmHub // guarded by hubMu
 	hubWork sync.WaitGroup
 
-	nstalled atomic.Int32
-	stalled  []*Conn // with rendezvous that wait for memory; guarded by role
+	stalled []*Conn     // with rendezvous that wait for memory; guarded by role
+	hungry  atomic.Bool // some may be stalled, and are to be told of memory that comes back
 
 	refMu     sync.Mutex
 	refs      int
@@ -225,13 +232,14 @@ func (p *Poller) open() (err error) {
 		return err
 	}
 	p.cqSize = p.cq.Entries()
-	maxBuf := 1
-	for maxBuf < p.cfg.BufferLimit {
-		maxBuf <<= 1
+	pc := mr.PoolConfig{
+		Access: ib.AccessLocalWrite | ib.AccessRemoteRead, Limit: p.cfg.BufferLimit, MaxBuffer: min(p.cfg.BufferLimit, maxMaxMessage), Poison: poison,
 	}
-	p.pool, err = mr.NewPool(p.pd, mr.PoolConfig{
-		Access: ib.AccessLocalWrite | ib.AccessRemoteRead, Limit: p.cfg.BufferLimit, MaxBuffer: min(maxBuf, maxMaxMessage), Poison: poison,
-	})
+	if p.pool, err = mr.NewPool(p.pd, pc); err != nil {
+		return err
+	}
+	pc.Access = ib.AccessLocalWrite
+	p.received, err = mr.NewPool(p.pd, pc)
 	return err
 }
 
@@ -242,7 +250,7 @@ func (p *Poller) Context() *verbs.Context { return p.vctx }
 // registered in it.
 func (p *Poller) PD() *verbs.PD { return p.pd }
 
-// Pool is where the poller takes memory for messages above EagerSize. Buffers for Conn.SendBuffer come from it.
+// Pool is where the poller takes memory for messages above EagerSize that it sends. Buffers for Conn.SendBuffer come from it.
 func (p *Poller) Pool() *mr.Pool { return p.pool }
 
 // Mode is the poller's policy.
@@ -358,8 +366,10 @@ func (p *Poller) release() error {
 	if p.sync != nil {
 		keep(p.sync.Close())
 	}
-	if p.pool != nil {
-		keep(p.pool.Close())
+	for _, pool := range []*mr.Pool{p.pool, p.received} {
+		if pool != nil {
+			keep(pool.Close())
+		}
 	}
 	if p.pd != nil {
 		keep(p.pd.Close())

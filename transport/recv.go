@@ -492,7 +492,6 @@ func (c *Conn) giveBack(m *Message, taken bool) {
 			c.creditCheck()
 		}
 	}
-	c.p.unstall()
 	if closed {
 		go c.p.unref() // the message kept the poller; not here: a Handler may be calling
 	}

@@ -4,41 +4,45 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// stall remembers a connection that waits for memory of the pool. The role is held.
+// stall remembers a connection that waits for memory. The role is held.
 func (p *Poller) stall(c *Conn) {
-	for _, o := range p.stalled {
-		if o == c {
-			return
-		}
+	if !slices.Contains(p.stalled, c) {
+		p.stalled = append(p.stalled, c)
 	}
-	p.stalled = append(p.stalled, c)
-	p.nstalled.Store(int32(len(p.stalled)))
+	p.hungry.Store(true)
 }
 
-// unstall is called when memory was given back to the pool.
+// unstall is called whenever memory of received messages was given back, under whatever locks.
 func (p *Poller) unstall() {
-	if p.nstalled.Load() == 0 {
-		return
+	// Looking comes after the Release, and in readInto after the Store in stall comes another Get: one of the two sees the other.
+	if p.hungry.Load() && p.hungry.CompareAndSwap(true, false) {
+		go p.do(p.readStalled) // not here: the caller may hold locks that the polling goroutine takes
 	}
-	go p.do(func() { // not here: the caller may hold locks that the polling goroutine takes
-		conns := p.stalled
-		p.stalled = nil
-		p.nstalled.Store(0)
-		for _, c := range conns {
-			msgs := c.rcv.stalled
-			c.rcv.stalled = nil
-			for _, m := range msgs {
-				if !c.ended.Load() {
-					c.readInto(m)
-				}
-			}
+}
+
+// readStalled lets all connections that wait for memory try again, in the order in which they came. The role is held.
+func (p *Poller) readStalled() {
+	conns := p.stalled
+	p.stalled = nil
+	for _, c := range conns {
+		c.readStalled()
+	}
+}
+
+func (c *Conn) readStalled() {
+	msgs := c.rcv.stalled
+	c.rcv.stalled = nil
+	for _, m := range msgs {
+		if !c.ended.Load() {
+			c.readInto(m)
 		}
-	})
+	}
 }
 
 // rndvOut is a rendezvous whose source the peer may be reading.
@@ -232,12 +236,12 @@ func (c *Conn) readInto(m *Message) {
 		c.p.stall(c)
 		return
 	}
-	big, err := c.p.pool.Get(int(m.key.Len))
+	big, err := c.p.received.Get(int(m.key.Len))
 	if errors.Is(err, mr.ErrPoolExhausted) {
 		r.stalled = append(r.stalled, m)
 		c.p.stall(c)
 		// Memory that was given back since found nobody stalled, and nobody will say so again: look once more.
-		if big, err = c.p.pool.Get(int(m.key.Len)); errors.Is(err, mr.ErrPoolExhausted) {
+		if big, err = c.p.received.Get(int(m.key.Len)); errors.Is(err, mr.ErrPoolExhausted) {
 			return
 		}
 		r.stalled = r.stalled[:len(r.stalled)-1]
@@ -331,17 +335,16 @@ func (c *Conn) cancelled(id uint32) {
 			}
 		}
 		s.mu.Unlock()
-		for i, q := range r.stalled {
-			if q == m {
-				r.stalled = append(r.stalled[:i], r.stalled[i+1:]...)
-				break
-			}
-		}
+		first := len(r.stalled) > 0 && r.stalled[0] == m
+		r.stalled = slices.DeleteFunc(r.stalled, func(q *Message) bool { return q == m })
 		r.order.remove(m)
 		c.endRendezvous(m, flagCancelled)
 		m.dropBig()
 		c.recycle(m)
 		c.deliverOrdered()
+		if first { // those behind it may want less
+			c.readStalled()
+		}
 		return
 	}
 }

@@ -184,7 +184,6 @@ func (c *Conn) putLocked(b *SendBuf) {
 		big := b.big
 		b.big, b.mem = nil, nil
 		big.Release()
-		c.p.unstall()
 	}
 	if poison && b.class == &c.snd.slots {
 		for i := range b.mem {
