@@ -1,6 +1,7 @@
 package softnic
 
 import (
+	"bytes"
 	"encoding/binary"
 	"math/rand/v2"
 	"sync"
@@ -278,6 +279,15 @@ func hostileRound(t testing.TB, seed uint64, input []byte) {
 		if srqB != nil {
 			srqB.Close()
 		}
+		// Nothing of A's memory has come to B, not in its own memory, and not in what both share.
+		findSecret(t, seed, b.buf)
+		var shared []byte
+		for _, w := range r.wide {
+			for i := range w {
+				shared = binary.NativeEndian.AppendUint64(shared, atomic.LoadUint64(&w[i]))
+			}
+		}
+		findSecret(t, seed, shared)
 		b.close()
 	}
 	closeAll()
@@ -358,7 +368,7 @@ type secretMem struct {
 func makeSecret(t testing.TB, e *end) *secretMem {
 	s := &secretMem{t: t, e: e, buf: heapBytes(8192), raw: heapBytes(8192)}
 	for i := range s.buf {
-		s.buf[i], s.raw[i] = 0xa5, 0x5a
+		s.buf[i], s.raw[i] = secretText[i%len(secretText)], secretText[i%len(secretText)]
 	}
 	var err error
 	if s.mr, err = e.pd.RegisterMR(driver.MRConfig{Mem: s.buf, FD: -1, Access: ib.AccessLocalWrite}); err != nil {
@@ -370,8 +380,21 @@ func makeSecret(t testing.TB, e *end) *secretMem {
 func (s *secretMem) check(seed uint64) {
 	s.t.Helper()
 	for i := range s.buf {
-		if s.buf[i] != 0xa5 || s.raw[i] != 0x5a {
+		if c := secretText[i%len(secretText)]; s.buf[i] != c || s.raw[i] != c {
 			s.t.Fatalf("seed %d: memory that the peer was not given has changed at %d", seed, i)
+		}
+	}
+}
+
+// secretText is what the memory is full of: parts of 15 bytes or more, and words at multiples of 8, have one of its halves.
+const secretText = "told to nobody!!"
+
+// findSecret fails the test if b has some of the secret.
+func findSecret(t testing.TB, seed uint64, b []byte) {
+	t.Helper()
+	for _, half := range []string{secretText[:8], secretText[8:]} {
+		if i := bytes.Index(b, []byte(half)); i >= 0 {
+			t.Fatalf("seed %d: the peer has got %q of memory that it was not given", seed, b[i:min(i+32, len(b))])
 		}
 	}
 }
