@@ -1,11 +1,14 @@
 package rpc
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"math"
+	"os"
 	"reflect"
+	"strings"
 	"testing"
 	"time"
 
@@ -24,9 +27,33 @@ func frameOf(h header, bulk []mr.RemoteKey, payload string) []byte {
 	return append(b, payload...)
 }
 
+// examples returns the blocks of indented hexadecimal digits below the last heading of docs/protocol.md, without spaces.
+func examples(t *testing.T) (blocks []string) {
+	t.Helper()
+	text, err := os.ReadFile("../docs/protocol.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, ok := bytes.Cut(text, []byte("\n## Examples\n"))
+	if !ok {
+		t.Fatal("docs/protocol.md has no examples")
+	}
+	inside := false
+	for line := range strings.Lines(string(text)) {
+		digits, indented := strings.CutPrefix(line, "    ")
+		if indented && !inside {
+			blocks = append(blocks, "")
+		}
+		if inside = indented; indented {
+			blocks[len(blocks)-1] += strings.Join(strings.Fields(digits), "")
+		}
+	}
+	return blocks
+}
+
 // The golden frames are the examples of docs/protocol.md.
 func TestFrameGolden(t *testing.T) {
-	for _, tc := range []struct {
+	cases := []struct {
 		name    string
 		h       header
 		bulk    []mr.RemoteKey
@@ -63,7 +90,15 @@ func TestFrameGolden(t *testing.T) {
 			name: "resolve", h: header{kind: kindResolve, id: makeID(1, 1)}, payload: "a.B/C",
 			hex: "0105000000000000" + "0100000001000000" + "0000000000000000" + "0000000005000000" + "612e422f43",
 		},
-	} {
+	}
+	documented := examples(t)
+	if len(documented) != len(cases) {
+		t.Fatalf("docs/protocol.md has %d examples, and there are %d here", len(documented), len(cases))
+	}
+	for i, tc := range cases {
+		if documented[i] != tc.hex {
+			t.Errorf("%s: docs/protocol.md has\n%s, want\n%s", tc.name, documented[i], tc.hex)
+		}
 		t.Run(tc.name, func(t *testing.T) {
 			b := frameOf(tc.h, tc.bulk, tc.payload)
 			if got := hex.EncodeToString(b); got != tc.hex {
