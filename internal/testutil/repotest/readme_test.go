@@ -15,26 +15,26 @@ import (
 func Example() {
 	ctx := context.Background()
 	l, err := transport.Listen(ctx, "127.0.0.1:0", nil) // peers meet over TCP, and talk over verbs
-	if err != nil {
-		log.Fatal(err)
-	}
+	check(err)
 	go func() {
 		c, err := transport.Dial(ctx, l.Addr().String(), nil) // usually in another process
-		if err != nil {
-			log.Fatal(err)
-		}
-		defer c.Close()
-		c.Send(ctx, []byte("hello"))
+		check(err)
+		check(c.Send(ctx, []byte("hello")))
+		check(c.Close())
 	}()
 	c, err := l.Accept(ctx)
+	check(err)
+	check(c.Recv(ctx, func(m *transport.Message) error { // m lies in registered memory, and is lent for the call
+		fmt.Printf("%s, by %s\n", m.Bytes(), c.Path().Rung)
+		return nil
+	}))
+	// Output: hello, by inproc
+}
+
+func check(err error) {
 	if err != nil {
 		log.Fatal(err)
 	}
-	c.Recv(ctx, func(m *transport.Message) error { // m lies in registered memory, and is lent for the call
-		fmt.Printf("%s, by %s\n", m.Bytes(), c.Path().Rung)
-		return nil
-	})
-	// Output: hello, by inproc
 }
 
 // The README's program is the Example above, so it compiles and does what it says.
