@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// RequireEnv names the environment variable that turns a skip into a failure: CI sets it where it promises that every
-// feature is there.
+// RequireEnv names the environment variable that turns a skip into a failure: for where every
+// feature is promised to be there.
 const RequireEnv = "RINGSIDE_TEST_REQUIRE"
 
 // SkipIfUnsupported skips the test, with err as the reason, if err matches errors.ErrUnsupported; with RequireEnv set
