@@ -365,6 +365,35 @@ func TestGoldenRandom(t *testing.T) {
 	t.Logf("%d lists, %d lines of trace", *listCount-max(left, 0), lines)
 }
 
+// The number of a request counts blocks of 64 bytes, and begins anew after 65,536 of them.
+func TestGoldenManyBlocks(t *testing.T) {
+	if testing.Short() {
+		t.Skip("megabytes of trace")
+	}
+	program := goldenC(t)
+	const inline, blocks = 796, 13 // as many as these, with the segments in front of them
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "list rc 1 %d 64 1 64 0 0 0\n", inline)
+	for n := 0; n < 1<<16+1000; {
+		const batch = 50
+		for i := range batch {
+			fmt.Fprintf(&b, "wr a write %s 4000 r 1 0 %d\n", map[bool]string{false: "i", true: "si"}[i == batch-1], inline)
+			n += blocks
+		}
+		b.WriteString("post\nwait a 1\nwr a write s 4000 r 1 0 16\npost\nwait a 1\n") // of one block, or the end of the ring would always be met alike
+		n++
+	}
+	b.WriteString("end\n")
+	file := filepath.Join(t.TempDir(), "many.lists")
+	if err := os.WriteFile(file, b.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n := sameTrace(t, func() trace { return play(t, file) }, func() trace { _, tr := playC(t, program, file); return tr })
+	if n < 1<<16/blocks {
+		t.Errorf("the trace has %d lines", n)
+	}
+}
+
 // And of frames for devices that want their beginning inline.
 func TestGoldenInlineHeaders(t *testing.T) {
 	program := goldenC(t)

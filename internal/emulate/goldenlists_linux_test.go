@@ -74,7 +74,7 @@ func (w *lister) list() {
 			w.window(x)
 		case w.typ == "ud" && w.chance(15):
 			w.address(x)
-		case w.typ == "rc" && w.chance(6):
+		case w.chance(6):
 			w.failure(x)
 			w.say("reset")
 		default:
@@ -237,8 +237,8 @@ func (w *lister) batch(x, n int) {
 	}
 }
 
-// request makes a request that succeeds.
-func (w *lister) request(x int, last bool) (line string, size int, receives, completes bool) {
+// ops are the operations of the list's queue pairs.
+func (w *lister) ops() []string {
 	ops := []string{"send", "sendimm"}
 	switch w.typ {
 	case "raw":
@@ -249,7 +249,12 @@ func (w *lister) request(x int, last bool) (line string, size int, receives, com
 	if w.typ == "rc" {
 		ops = append(ops, "read", "read", "fetchadd", "cmpswap")
 	}
-	op := w.pick(ops...)
+	return ops
+}
+
+// request makes a request that succeeds.
+func (w *lister) request(x int, last bool) (line string, size int, receives, completes bool) {
+	op := w.pick(w.ops()...)
 	size = w.size()
 	inline := false
 	switch op {
@@ -337,22 +342,45 @@ func (w *lister) failure(x int) {
 	w.settle()
 	behind := w.r.IntN(3)
 	received := 0
-	n := w.between(1, 500)
+	n := w.between(18, 500)
 	var line string
-	switch w.r.IntN(3) {
-	case 0:
-		line = fmt.Sprintf("wr %s %s %s %d x %s", name(x), w.pick("write", "read"), w.pick("-", "s"), w.between(1000, 2000), w.parts(n, w.sges))
+	kinds := 1
+	if w.typ == "rc" {
+		kinds = 6
+	}
+	switch w.r.IntN(kinds) {
+	case 0: // a wrong local key
+		op, from := w.pick(w.ops()...), w.parts(n, w.sges)
+		if op == "fetchadd" || op == "cmpswap" {
+			from = fmt.Sprintf("1 %d 8", inlineSource)
+		}
+		line = fmt.Sprintf("wr %s %s %s 1000 r %s", name(x), op, w.pick("l", "sl"), from)
 	case 1:
-		line = fmt.Sprintf("wr %s write %s %d r %s", name(x), w.pick("l", "sl"), w.between(1000, 2000), w.parts(n, w.sges))
-	default: // the receive is too short
+		line = fmt.Sprintf("wr %s %s %s %d x %s", name(x), w.pick("write", "read"), w.pick("-", "s"), w.between(1000, 2000), w.parts(n, w.sges))
+	case 2: // an atomic with a wrong key, or of a word that is not aligned
+		line = fmt.Sprintf("wr %s %s %s %s 1 %d 8", name(x), w.pick("fetchadd", "cmpswap"), w.pick("-", "s"), w.pick("1000 x", "1004 r"), inlineSource)
+	case 3: // the receive is too short
 		line = fmt.Sprintf("wr %s send %s 0 r %s", name(x), w.pick("-", "s"), w.parts(n+1, w.sges))
 		w.say("rr %s 1 %d %d", name(1-x), inlineSource, w.r.IntN(n)+1)
 		w.say("recv %s", name(1-x))
 		received = 1
+	case 4: // there is no receive
+		w.say("reset %d", w.r.IntN(3))
+		line = fmt.Sprintf("wr %s %s %s 1000 r %s", name(x), w.pick("send", "sendimm", "writeimm"), w.pick("-", "s"), w.parts(n, w.sges))
+	default: // what is to be invalidated is none
+		line = fmt.Sprintf("wr %s sendinv %s 0 x %s", name(x), w.pick("-", "s"), w.parts(n, w.sges))
+		if !w.srq { // no receive is taken for it: those of a queue pair are flushed, those that are shared are left
+			w.receives(1-x, []int{n})
+			received = 1
+		}
 	}
 	w.say("%s", line)
 	for range behind {
-		w.say("wr %s write %s %d r 1 0 16", name(x), w.pick("-", "s"), inlineSource)
+		op := "send"
+		if w.typ == "rc" || w.typ == "uc" {
+			op = "write"
+		}
+		w.say("wr %s %s %s %d r 1 0 18", name(x), op, w.pick("-", "s"), inlineSource)
 	}
 	w.say("post")
 	w.say("wait %s %d", name(x), 1+behind)

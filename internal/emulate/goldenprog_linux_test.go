@@ -29,7 +29,8 @@ import (
 //	resize a|b N                           resizes the CQ
 //	to a|b SGID LABEL SL TC HOP            sends datagrams with another address handle from now on: index of the device's GID that they go from and
 //	                                       to, flow label, service level, traffic class and hop limit; before, that is 0 0 0 0 1
-//	reset                                  takes both queue pairs to RESET and connects them again
+//	reset [N]                              takes both queue pairs to RESET and connects them again; N is how often a request tries again that
+//	                                       finds no receive, 7 for as long as it takes, as it is in the beginning and without a number
 //	end                                    destroys what the list has made
 //
 // A frame, of raw, has the addresses of the memory's first 12 bytes, which are those of the other side and its own.
@@ -64,7 +65,8 @@ type player struct {
 	gids  []ib.GIDEntry
 	sides [2]goldenSide
 	typ   ib.QPType
-	least int // bytes of a frame that have to be inline
+	rnr   uint8 // retries where there is no receive
+	least int   // bytes of a frame that have to be inline
 
 	sender *goldenSide
 	wrs    []ib.SendWR
@@ -178,6 +180,12 @@ func (p *player) line(line string) error {
 		p.rrs = append(p.rrs, ib.RecvWR{SGEs: sges})
 		return err
 	case "reset":
+		p.rnr = ib.RNRRetryForever
+		if rest != "" {
+			if _, err := fmt.Sscan(rest, &p.rnr); err != nil {
+				return err
+			}
+		}
 		for i := range p.sides {
 			if err := p.sides[i].q.Modify(context.Background(), &ib.QPAttr{State: ib.Reset}, ib.AttrState); err != nil {
 				return err
@@ -226,6 +234,7 @@ func (p *player) begin(line string) error {
 		return err
 	}
 	p.typ = map[string]ib.QPType{"rc": ib.RC, "uc": ib.UC, "ud": ib.UD, "raw": ib.RawPacket}[kind]
+	p.rnr = ib.RNRRetryForever
 	for i := range p.sides {
 		s := &p.sides[i]
 		for k := range s.mem {
@@ -299,7 +308,7 @@ func (p *player) joinBoth() error {
 func (p *player) join(s, to *goldenSide) error {
 	init := ib.QPAttr{State: ib.Init, Port: 1, QKey: goldenQKey, Access: goldenRights}
 	rtr := ib.QPAttr{State: ib.RTR, AH: ib.AHAttr{DGID: p.gids[0].GID, Port: 1, HopLimit: 1}, PathMTU: ib.MTU1024, DestQPN: to.q.QPN(), MaxDestRdAtomic: 4, MinRNRTimer: 1}
-	rts := ib.QPAttr{State: ib.RTS, MaxRdAtomic: 4, AckTimeout: 18, RetryCount: 7, RNRRetry: 7}
+	rts := ib.QPAttr{State: ib.RTS, MaxRdAtomic: 4, AckTimeout: 18, RetryCount: 7, RNRRetry: p.rnr}
 	if p.typ == ib.RawPacket {
 		return joinRaw(s.q)
 	}

@@ -33,6 +33,7 @@ static struct ibv_context *ctx;
 static struct ibv_pd *pd;
 static union ibv_gid gid;
 static enum ibv_qp_type type;
+static int rnr; // how often a request waits for a receive, from the next join on
 
 enum { RIGHTS = IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC };
 
@@ -84,7 +85,7 @@ static void join(struct side *s, struct side *to)
 	if (type == IBV_QPT_RC)
 		mask |= IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER;
 	CHECK(!ibv_modify_qp(s->qp, &r, mask));
-	struct ibv_qp_attr t = { .qp_state = IBV_QPS_RTS, .timeout = 18, .retry_cnt = 7, .rnr_retry = 7, .max_rd_atomic = 4 };
+	struct ibv_qp_attr t = { .qp_state = IBV_QPS_RTS, .timeout = 18, .retry_cnt = 7, .rnr_retry = rnr, .max_rd_atomic = 4 };
 	mask = IBV_QP_STATE | IBV_QP_SQ_PSN;
 	if (type == IBV_QPT_RC)
 		mask |= IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC;
@@ -134,6 +135,7 @@ static void begin(const char *line)
 		if (type == IBV_QPT_UD)
 			address(s, 0, 0, 0, 0, 1);
 	}
+	rnr = 7;
 	join(&sides[0], &sides[1]);
 	join(&sides[1], &sides[0]);
 }
@@ -298,6 +300,8 @@ int main(int argc, char **argv)
 			CHECK(!ibv_resize_cq(sides[who == 'b'].cq, n));
 		} else {
 			CHECK(!strncmp(line, "reset", 5));
+			if (sscanf(line, "reset %d", &rnr) != 1)
+				rnr = 7;
 			reset(&sides[0]);
 			reset(&sides[1]);
 			join(&sides[0], &sides[1]);
