@@ -1,6 +1,7 @@
 package seccomp
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -115,6 +116,27 @@ var programs = map[string]func(args []string) error{
 				return err
 			}
 		}
+		return nil
+	},
+	// fails to supervise a program where calls of seccomp fail so, and prints why.
+	"confined": func(args []string) error {
+		n, _ := strconv.Atoi(args[0])
+		f, err := compile(arch, []Rule{{Call: unix.SYS_SECCOMP, Errno: syscall.Errno(n)}})
+		if err != nil {
+			return err
+		}
+		runtime.LockOSThread() // the first thing is this thread's; the filter, which brings the others along, all threads'
+		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+			return err
+		}
+		if _, errno := install(f, unix.SECCOMP_FILTER_FLAG_TSYNC); errno != 0 {
+			return errno
+		}
+		_, err = Start("/proc/self/exe", []string{"program:exit", "0"}, openRules)
+		if !errors.Is(err, syscall.Errno(n)) {
+			return fmt.Errorf("started, or not: %w", err)
+		}
+		fmt.Println("confined:", err)
 		return nil
 	},
 	"socket": func([]string) error {

@@ -120,6 +120,24 @@ func TestCalls(t *testing.T) {
 	}
 }
 
+// Where the system call is not to be had, that is said.
+func TestUnavailable(t *testing.T) {
+	for errno, says := range map[syscall.Errno]string{
+		unix.EPERM:  "forbidden here",
+		unix.EACCES: "forbidden here",
+		unix.ENOSYS: "this kernel has no seccomp filters",
+		unix.EBUSY:  "supervises this process already",
+		unix.ENOMEM: "installing a seccomp filter",
+	} {
+		cmd := exec.Command("/proc/self/exe", strconv.Itoa(int(errno)))
+		cmd.Args[0] = "program:confined"
+		out, err := cmd.CombinedOutput()
+		if err != nil || !strings.HasPrefix(string(out), "confined: ") || !strings.Contains(string(out), says) || !strings.Contains(string(out), errno.Error()) {
+			t.Errorf("%v: %v, %q; want %q", errno, err, out, says)
+		}
+	}
+}
+
 // A call that was taken is not begun anew by a signal: what it has made would be made twice.
 func TestOnceUnderSignals(t *testing.T) {
 	if oldKernel(t) {
