@@ -289,6 +289,14 @@ func TestUD(t *testing.T) {
 		if e := p.cb.expect(cqeRecvSend, 60); e.index != 1 {
 			t.Errorf("received %+v", e)
 		}
+		// A datagram is one packet, of the port's active MTU, through memory too.
+		mtu := uint32(p.dev.activeMTU().Bytes())
+		p.b.recv(segData(addrOf(p.mb), 3*pageSize, p.kb))
+		p.a.send(opSend, ceUpdate, 0, segAddress(p, p.b.qpn, 0x1111), segData(addrOf(p.ma), mtu, p.ka))
+		p.ca.expect(cqeRequester, mtu)
+		p.cb.expect(cqeRecvSend, 40+mtu)
+		p.a.send(opSend, ceUpdate, 0, segAddress(p, p.b.qpn, 0x1111), segData(addrOf(p.ma), mtu-10, p.ka), segData(addrOf(p.ma), 11, p.ka))
+		p.ca.expectError(cqeRequesterErr, ib.WCLocalLengthErr)
 	})
 }
 

@@ -81,6 +81,10 @@ func (c *Context) modifyQP(q *abi.ModifyQP) syscall.Errno {
 	}
 	if n.typ == ib.UD && to == ib.RTR {
 		c.dev.listen()
+		longest := uint64(c.dev.activeMTU().Bytes())
+		c.dev.mu.Lock()
+		n.datagram = longest
+		c.dev.mu.Unlock()
 	}
 	if err := n.soft.Modify(context.Background(), &a, mask); err != nil {
 		return modifyErrno(err)

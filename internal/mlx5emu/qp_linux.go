@@ -55,6 +55,7 @@ type qp struct {
 	// The data path's.
 	frozen      bool   // it is being reset, or has gone
 	hasty       bool   // a message of it is lost, or may fail, where no receive is posted
+	datagram    uint64 // bytes: the longest datagram, as the port's active MTU was when the queue pair got ready to receive
 	rung        bool   // there was a doorbell
 	life        uint16 // counts resets: completions of an earlier life are dropped
 	sendNext    uint16 // the basic block that is read next

@@ -167,6 +167,9 @@ func (d *Device) request(n *qp, w *sendWQE) ib.WCStatus {
 		return d.bindRequest(w, wr)
 	}
 	if n.typ == ib.UD {
+		if w.length() > n.datagram { // the software NIC's own limit is that of memory
+			return ib.WCLocalLengthErr
+		}
 		d.routeDatagram(&w.av)
 		num, ok := n.address(&w.av)
 		if !ok {

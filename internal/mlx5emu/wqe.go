@@ -242,6 +242,15 @@ func (w *sendWQE) payload(b []byte) error {
 	return nil
 }
 
+// length is how many bytes the message has.
+func (w *sendWQE) length() uint64 {
+	n := uint64(len(w.inline))
+	for i := range w.data {
+		n += uint64(w.data[i].n)
+	}
+	return n
+}
+
 const avSize = 48
 
 func (a *avSeg) decode(b []byte) {
