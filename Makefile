@@ -130,6 +130,7 @@ emulated:
 	mkdir -p bin
 	$(GO) build -o bin/ ./cmd/ringside
 	./bin/ringside emulate -- ./bin/ringside doctor --selftest --device mlx5_0 --run '$(EMULATED)'
+	./bin/ringside emulate --devices 2 -- ./bin/ringside doctor --selftest --device mlx5_0 --peer-device mlx5_1 --run '^rc/'
 	$(GO) test -c -o bin/transport.test ./transport
 	$(GO) test -c -o bin/rpc.test ./rpc
 	{ (cd transport; RINGSIDE_DEVICE=mlx5_0 ../bin/ringside emulate -- ../bin/transport.test $(verbose:-v=-test.v) -test.short -test.run '$(EMULATED_TRANSPORT)') && \

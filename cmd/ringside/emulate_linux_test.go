@@ -98,6 +98,47 @@ func TestEmulateMistakes(t *testing.T) {
 	}
 }
 
+// There can be one.
+func TestEmulateInEmulate(t *testing.T) {
+	exe := command(t).Path
+	out, err := command(t, "emulate", "--", exe, "emulate", "--", "true").CombinedOutput()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 1 || !strings.Contains(string(out), "supervises this process already") {
+		t.Errorf("%v, %q", err, out)
+	}
+}
+
+// What the flags ask for is done.
+func TestEmulateFlags(t *testing.T) {
+	run := func(flags ...string) (stdout string, err error) {
+		t.Helper()
+		cmd := command(t, append(append([]string{"emulate"}, flags...), "--", command(t).Path, "perf", "send", "lat", "--spawn", "--iters", "20",
+			"--poll", "event", "--device", "mlx5_0", "--gid-index", "1")...) // over UDP
+		defer time.AfterFunc(time.Minute, func() { cmd.Process.Kill() }).Stop()
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+	trace := filepath.Join(t.TempDir(), "trace")
+	if out, err := run("--numbered", "--trace", trace); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	b, err := os.ReadFile(trace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"EMU DB uar=", "EMU WQE qpn=0x100 idx=0 ", "EMU CQE pi=0 ", "EMU RECV qpn=0x100 idx=0 00000"} {
+		if !strings.Contains("\n"+string(b), "\n"+want) {
+			t.Errorf("the trace of %d bytes has no line %q", len(b), want)
+		}
+	}
+	if out, err := run("--loss", "99%"); err == nil || !strings.Contains(out, "send lat, 8 bytes") {
+		t.Errorf("with nearly everything lost: %v, %s", err, out)
+	}
+	if out, err := run("--loss", "1%"); err != nil {
+		t.Errorf("with little loss: %v, %s", err, out)
+	}
+}
+
 // Signals to emulate are the program's.
 func TestEmulateSignals(t *testing.T) {
 	cmd := command(t, "emulate", "--", "sh", "-c", "trap 'exit 9' USR1; echo ready; while :; do sleep 0.01; done")
