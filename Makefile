@@ -85,11 +85,6 @@ lint:
 	$(GO) tool -modfile=tools/go.mod staticcheck ./...
 	(staticcheck=$$($(GO) tool -modfile=tools/go.mod -n staticcheck); cd bench; "$$staticcheck" ./...)
 
-# summary FILE prints the counts of a verbose test log, and why tests were skipped.
-summary = awk '/^ *--- PASS/{p++} /^ *--- FAIL/{f++} /^ *--- SKIP/{s++} /^ok /{k++} \
-	END{printf "%d passed, %d failed, %d skipped in %d packages\n", p, f, s, k}' $(1); \
-	grep -B1 -E '^ *--- SKIP' $(1) || true
-
 # checked LOG fails with STRICT if something was skipped that may not be. What it looks at are verbose logs.
 checked = $(if $(STRICT),.ci/allowed $(1))
 verbose = $(if $(STRICT),-v)
@@ -101,9 +96,9 @@ unit:
 	rm -f bin/vm/soft.json
 	{ $(GO) test -v -count=1 -timeout 15m $$($(GO) list ./... | grep -v '/internal/conformance$$') && \
 		$(GO) test -v -count=1 -timeout 15m ./internal/conformance -skip '$(SOFTCONFORM)' && \
-		$(MAKE) bin/vm/soft.json; } 2>&1 | tee bin/test.log || { $(call summary,bin/test.log); exit 1; }
+		$(MAKE) bin/vm/soft.json; } 2>&1 | tee bin/test.log || { .ci/verdict <bin/test.log; exit 1; }
 	$(GO) -C bench test -count=1 ./...
-	$(call summary,bin/test.log)
+	.ci/verdict <bin/test.log
 	$(call checked,bin/test.log)
 
 # The same programs where software NICs do not share memory, nor meet over UDP; then on a network that loses packets. What makes
@@ -183,10 +178,11 @@ cross:
 	check linux/s390x build ./verbs # big-endian, and without a driver for ConnectX
 
 # What the kernel's devices must do, in a machine whose kernel has some (docs/ci.md). There, what would be skipped for want
-# of a device fails. One machine serves all: it starts the in-vm targets, whose tests run in it. Tests on rxe and tests on siw
-# go on side by side, since either wait for much of their time; they have devices and names of their own.
+# of something fails, and so does a line that selects no test; what is skipped for other reasons is printed with them. One machine
+# serves all: it starts the in-vm targets, whose tests run in it. Tests on rxe and tests on siw go on side by side, since either wait
+# for much of their time; they have devices and names of their own.
 VM = $(GO) run ./test/soft-roce -timeout 60m -out $(CURDIR)/bin/vm -host -- $(MAKE) -j 2
-VMTEST = $(GO) test -count=1 -p 1 -timeout 9m
+VMTEST = RINGSIDE_TEST_REQUIRE=1 .ci/verdict $(GO) test -v -count=1 -p 1 -timeout 9m
 # What of test/interop needs no kernel device: unit and race have run it.
 SOFTONLY = OnSoftwareNIC|CommandsBetweenProcesses|NoSense
 TRANSPORTS = ./rpc ./examples/quickstart ./examples/pingpong ./examples/kv ./examples/filecp
@@ -233,7 +229,7 @@ vm-arm64:
 	.ci/setup go gcc
 	$(GO) run ./test/soft-roce -arch arm64 -timeout 90m -host -- $(MAKE) in-vm-arm64
 
-ARMTEST = $(GO) test -count=1 -p 1 -timeout 30m
+ARMTEST = .ci/verdict $(GO) test -v -count=1 -p 1 -timeout 30m
 in-vm-arm64:
 	$(ARMTEST) ./internal/abi ./internal/ring ./internal/roce ./internal/mem ./internal/procmem ./internal/seccomp ./internal/netlink
 	$(ARMTEST) ./internal/mlx5emu ./internal/provider/mlx5

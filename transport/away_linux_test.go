@@ -4,7 +4,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/transport"
 	"github.com/ringside-rdma/ringside/transport/transporttest"
 )
@@ -12,7 +11,7 @@ import (
 // A peer over UDP that does not run for a second, as on a busy host, has not died.
 func TestPeerAwayUDP(t *testing.T) {
 	if transporttest.Device != "soft0" {
-		testutil.Skip(t, "only the software NIC has a path by UDP")
+		t.Skip("only the software NIC has a path by UDP")
 	}
 	t.Setenv("RINGSIDE_PATH", "udp")
 	const away, tooLong = time.Second, 1500 * time.Millisecond

@@ -111,7 +111,7 @@ func (p path) share(t *testing.T, parts int) path {
 
 func runUDP(t *testing.T, p path) {
 	if options.Device != "soft0" || options.PeerDevice != "" {
-		testutil.Skip(t, "only the software NIC has more than one path")
+		t.Skip("only the software NIC has more than one path")
 	}
 	runTable(t, p)
 }
@@ -121,7 +121,7 @@ var results []Result
 
 func runTable(t *testing.T, p path) {
 	if p.twoProcesses && runtime.GOOS != "linux" && options.Device == "soft0" {
-		testutil.Skip(t, "the software NIC reaches other processes on Linux only")
+		t.Skip("the software NIC reaches other processes on Linux only")
 	}
 	run := func(name string, f func(T)) bool { return t.Run(name, func(t *testing.T) { f(t) }) }
 	report := func(r Result) {

@@ -9,7 +9,6 @@ import (
 	"regexp"
 	"strings"
 
-	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -228,12 +227,12 @@ func (r *runner) run(t T, tc testCase) {
 	}
 	r.provider = c.A.dev.Provider
 	if missing := tc.needs &^ (c.A.dev.Attr.Caps & c.B.dev.Attr.Caps); missing != 0 {
-		testutil.Skip(c, fmt.Sprintf("the device does not have %v", missing))
+		c.Skip(fmt.Sprintf("the device does not have %v", missing))
 	}
 	for _, s := range sides {
 		target := s == c.B && c.A.dev.Provider != s.dev.Provider
 		if reason := gapOf(s.dev.Provider, tc.name, target); reason != "" {
-			testutil.Skip(c, reason)
+			c.Skip(reason)
 		}
 	}
 	for _, s := range sides {

@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// RequireEnv names the environment variable that turns a skip into a failure: for where every
-// feature is promised to be there.
+// RequireEnv names the environment variable that turns a skip for want of something into a failure. CI sets it in the machine of
+// test/soft-roce, which has all that tests want of it.
 const RequireEnv = "RINGSIDE_TEST_REQUIRE"
 
 // SkipIfUnsupported skips the test, with err as the reason, if err matches errors.ErrUnsupported; with RequireEnv set
@@ -30,15 +30,9 @@ func SkipIfUnsupported(t testing.TB, err error) {
 	t.Skip(err)
 }
 
-// A Skipper can be skipped: a testing.TB, or what is like it.
-type Skipper interface {
-	Helper()
-	Fatalf(format string, args ...any)
-	Skip(args ...any)
-}
-
-// Skip skips the test for a reason that is not an error value; with RequireEnv set it fails the test instead.
-func Skip(t Skipper, reason string) {
+// Skip skips the test for want of what other machines have: a device, a program, a privilege; with RequireEnv set it fails the test
+// instead. What says nothing of the machine, such as that a test is not for this kind of device, is testing.T's own Skip.
+func Skip(t testing.TB, reason string) {
 	t.Helper()
 	if os.Getenv(RequireEnv) != "" {
 		t.Fatalf("required here (%s is set): %s", RequireEnv, reason)

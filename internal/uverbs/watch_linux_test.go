@@ -325,6 +325,9 @@ func TestWatchInUserNamespace(t *testing.T) {
 		}
 		return
 	}
+	if os.Getenv("RINGSIDE_SOFT_ROCE") == "vm" {
+		t.Skip("programs have a root folder of their own there, and so no user namespaces: it runs outside")
+	}
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
