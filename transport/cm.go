@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/qp"
 	"github.com/ringside-rdma/ringside/verbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -65,7 +66,7 @@ func cmAddr(v *verbs.Context, near netip.Addr) (netip.Addr, error) {
 		}
 	}
 	if score < 0 {
-		return best, fmt.Errorf("device %s stands on %v, and none of these has an IP address", v.Name(), devs)
+		return best, fmt.Errorf("device %s stands on %v, and none of these has an IP address: %s", v.Name(), devs, driver.NoAddress(devs))
 	}
 	return best, nil
 }

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/qp"
 	"github.com/ringside-rdma/ringside/verbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -437,11 +438,15 @@ func nearPeer(local, theirs netip.Addr) netip.Addr {
 func prepare(ctx context.Context, p *Poller, cfg *Config, t net.Conn, near netip.Addr) (*Conn, *hello, error) {
 	gid, err := p.vctx.SourceGID(1, near)
 	if err != nil {
-		return nil, nil, refuse(RefusedResources, err, "no GID: %v", err)
+		return nil, nil, refuse(RefusedResources, err, "%v", err)
 	}
 	port, err := p.vctx.QueryPort(1)
 	if err != nil {
 		return nil, nil, refuse(RefusedResources, err, "%v", err)
+	}
+	// A software NIC is reached through memory as well.
+	if text := driver.PortDown(1, &port, p.vctx.Choice().Device.NetDevs); text != "" && gid.Type != ib.GIDSoft {
+		return nil, nil, refuse(RefusedUnreachable, verbs.ErrUnreachable, "device %s: %s", p.vctx.Name(), text)
 	}
 	c, err := newConn(ctx, p, cfg)
 	if err != nil {

@@ -111,7 +111,7 @@ func (c *Context) GID(port uint8, index int) (ib.GID, error) {
 			return gids[i].GID, nil
 		}
 	}
-	return ib.GID{}, c.err("query_gid", fmt.Errorf("port %d has no GID at index %d", port, index))
+	return ib.GID{}, c.err("query_gid", errors.New(driver.NoGIDAt(port, index, gids, c.choice.Device.NetDevs)))
 }
 
 // CheckReach returns by which path a peer's GID can be reached, such as "inproc" or "shm", or why it cannot: the error

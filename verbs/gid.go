@@ -36,7 +36,7 @@ func (c *Context) sourceGID(port uint8, near netip.Addr, skip func(ib.GIDEntry) 
 	}
 	i := bestGID(gids, near)
 	if i < 0 {
-		return ib.GIDEntry{}, c.err("query_gid", fmt.Errorf("port %d: %w", port, errNoGID))
+		return ib.GIDEntry{}, c.err("query_gid", fmt.Errorf("port %d has no GID: %s", port, driver.NoAddress(c.choice.Device.NetDevs)))
 	}
 	return gids[i], nil
 }
@@ -65,8 +65,6 @@ func (c *Context) ProbePath(ctx context.Context, to *ib.AHAttr, qpn ib.QPN, most
 	m, err := p.ProbePath(ctx, to, qpn, most)
 	return m, c.err("probe_path", err)
 }
-
-var errNoGID = errors.New("the GID table is empty: does its net device have an address, and is it up?")
 
 // bestGID returns the place of the best entry, or -1.
 func bestGID(gids []ib.GIDEntry, near netip.Addr) int {

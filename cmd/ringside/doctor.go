@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/conformance"
+	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 	"github.com/spf13/cobra"
 )
@@ -134,7 +135,7 @@ func examine() (*doctorReport, error) {
 	}
 	for _, d := range devices.Devices {
 		for _, p := range d.Ports {
-			for _, text := range ailments(p) {
+			for _, text := range ailments(p, d.NetDevs) {
 				problem("%s port %d: %s", d.Name, p.Port, text)
 			}
 		}
@@ -185,12 +186,12 @@ func problemsOf(r *deviceReport) []string {
 }
 
 // ailments are what keeps a port from being used.
-func ailments(p portJSON) (all []string) {
+func ailments(p portJSON, netDevs []string) (all []string) {
 	if p.State != ib.PortActive.String() {
-		all = append(all, fmt.Sprintf("it is %s: plug in the cable, or take the net device up (`ip link set DEV up`); on InfiniBand, run a subnet manager", p.State))
+		all = append(all, fmt.Sprintf("it is %s: %s", p.State, driver.PortRemedy(p.LinkLayer == ib.LinkInfiniBand.String(), netDevs)))
 	}
 	if len(p.GIDs) == 0 {
-		all = append(all, "it has no GID: give its net device an IP address")
+		all = append(all, "it has no GID: "+driver.NoAddress(netDevs))
 	}
 	return all
 }

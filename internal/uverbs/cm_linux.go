@@ -146,7 +146,7 @@ func (c *Context) CMListen(addr netip.AddrPort, backlog int) (driver.CMListener,
 		return err
 	})
 	if err != nil {
-		return nil, err
+		return nil, c.explainNet(err)
 	}
 	return &cmListener{c, l}, nil
 }
@@ -250,7 +250,7 @@ func (c *Context) CMDial(ctx context.Context, q driver.QP, src, dst netip.AddrPo
 		return err
 	})
 	if err != nil {
-		return nil, err
+		return nil, c.explainNet(err)
 	}
 	return conn, nil
 }

@@ -190,7 +190,7 @@ func (p *PD) NewAH(attr *ib.AHAttr, uhwOut []byte, num func() (ib.AHNum, error))
 	}
 	h, err := p.C.CreateAH(p.Handle, attr, p.C.Link, uhwOut)
 	if err != nil {
-		return nil, err
+		return nil, p.C.explainPath(err, attr)
 	}
 	n, err := num()
 	if err != nil {
@@ -291,6 +291,9 @@ func (q *QP) ChangeAround(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMa
 		}
 		return around(func() error {
 			if err := q.C.ModifyQP(q.Handle, &a, mask, q.C.Link); err != nil {
+				if mask&ib.AttrAV != 0 {
+					err = q.C.explainPath(err, &a.AH)
+				}
 				return err
 			}
 			if mask&ib.AttrState != 0 {
