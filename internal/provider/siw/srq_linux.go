@@ -84,6 +84,9 @@ func (s *srq) PostRecv(wrs []ib.RecvWR) (n int, err error) {
 
 // SetLimit implements driver.SRQ.
 func (s *srq) SetLimit(n int) error {
+	if err := s.c.Removed(); err != nil {
+		return err
+	}
 	s.limit.Store(int32(n)) // before the event may come
 	err := s.c.SetSRQLimit(s.handle, n, nil)
 	if err != nil {
