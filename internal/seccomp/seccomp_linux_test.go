@@ -18,7 +18,7 @@ import (
 )
 
 var openRules = []Rule{
-	{Call: unix.SYS_SOCKET, Where: []Arg{{0, unix.AF_NETLINK}, {2, 20}}, Errno: unix.ESOCKTNOSUPPORT},
+	{Call: unix.SYS_SOCKET, Where: []Arg{{Value: unix.AF_NETLINK}, {Index: 2, Value: 20}}, Errno: unix.ESOCKTNOSUPPORT},
 	{Call: unix.SYS_OPENAT},
 }
 
