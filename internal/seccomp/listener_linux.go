@@ -34,8 +34,14 @@ func newListener(fd int) (*Listener, error) {
 	return l, nil
 }
 
-// A Call is a system call that waits for an answer: exactly one of Continue, Return, Fail and ReturnFD, of which the error is
-// ErrWithdrawn if it came too late.
+// ErrTaken means that the caller has a file of this number already.
+var ErrTaken = errors.New("the file descriptor's number is taken")
+
+// ErrLimit means that the caller may not have file descriptors of this number (RLIMIT_NOFILE).
+var ErrLimit = errors.New("the file descriptor's number is over the limit")
+
+// A Call is a system call that waits for an answer: exactly one of Continue, Return, Fail, ReturnFD and ReturnFDAt, of which the
+// error is ErrWithdrawn if it came too late.
 type Call struct {
 	Number int // unix.SYS_*
 	Args   [6]uint64
@@ -126,15 +132,36 @@ func (c *Call) answer(r response) error {
 // ReturnFD ends the call with a duplicate of fd in the caller, closed by execve if cloexec. The descriptor is there, and the call
 // has returned it, or neither.
 func (c *Call) ReturnFD(fd int, cloexec bool) error {
-	_, err := c.add(fd, cloexec, unix.SECCOMP_ADDFD_FLAG_SEND)
+	_, err := c.add(addfd{flags: unix.SECCOMP_ADDFD_FLAG_SEND, src: uint32(fd)}, cloexec)
+	return err
+}
+
+// ReturnFDAt is ReturnFD with the number that the descriptor gets. After ErrTaken and ErrLimit, the call still waits for an answer.
+// What the caller does at the same time is not seen: if another thread of it, or another ReturnFDAt, takes the number between the
+// look for that and the end of the call, its file is closed.
+func (c *Call) ReturnFDAt(fd, number int, cloexec bool) error {
+	var st unix.Stat_t
+	if unix.Lstat(fmt.Sprintf("/proc/%d/fd/%d", c.TID, number), &st) == nil {
+		return fmt.Errorf("%w: process %d, file %d", ErrTaken, c.TID, number)
+	}
+	a := addfd{flags: unix.SECCOMP_ADDFD_FLAG_SEND | unix.SECCOMP_ADDFD_FLAG_SETFD, src: uint32(fd), target: uint32(number)}
+	_, err := c.add(a, cloexec)
+	switch {
+	case errors.Is(err, unix.EBUSY): // an open that has not ended yet
+		return fmt.Errorf("%w: process %d, file %d", ErrTaken, c.TID, number)
+	case errors.Is(err, unix.EBADF):
+		return fmt.Errorf("%w: process %d, file %d", ErrLimit, c.TID, number)
+	}
 	return err
 }
 
 // AddFD makes a duplicate of fd in the caller, which still waits, and returns its number there.
-func (c *Call) AddFD(fd int, cloexec bool) (int, error) { return c.add(fd, cloexec, 0) }
+func (c *Call) AddFD(fd int, cloexec bool) (int, error) {
+	return c.add(addfd{src: uint32(fd)}, cloexec)
+}
 
-func (c *Call) add(fd int, cloexec bool, flags uint32) (int, error) {
-	a := addfd{id: c.id, flags: flags, src: uint32(fd)}
+func (c *Call) add(a addfd, cloexec bool) (int, error) {
+	a.id = c.id
 	if cloexec {
 		a.targetFlag = unix.O_CLOEXEC
 	}

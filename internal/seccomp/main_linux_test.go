@@ -58,6 +58,38 @@ var programs = map[string]func(args []string) error{
 		}
 		return nil
 	},
+	// have files at numbers that the test has chosen.
+	"numbers": func(args []string) error {
+		want, _ := strconv.Atoi(args[0])
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(want) + 2, Max: uint64(want) + 2}); err != nil {
+			return err
+		}
+		for n := want; n < want+2; n++ {
+			for range 2 {
+				fd, err := unix.Open("/nowhere/message", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+				if fd != n || err != nil {
+					return fmt.Errorf("open: %d, %v, want %d", fd, err, n)
+				}
+				flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+				if flags != unix.FD_CLOEXEC || err != nil {
+					return fmt.Errorf("F_GETFD: %d, %v", flags, err)
+				}
+				unix.Close(fd)
+			}
+			if err := unix.Dup3(1, n, unix.O_CLOEXEC); err != nil { // of our own: to be kept
+				return err
+			}
+		}
+		if fd, err := unix.Open("/nowhere/message", unix.O_RDONLY, 0); err != unix.EMFILE {
+			return fmt.Errorf("open with all taken: %d, %v", fd, err)
+		}
+		for n := want; n < want+2; n++ {
+			if _, err := unix.Write(n, nil); err != nil {
+				return fmt.Errorf("our own file: %w", err)
+			}
+		}
+		return nil
+	},
 	// open in many threads, in processes of its own, which get signals as Go's preemption sends them.
 	"family": func([]string) error {
 		var wg sync.WaitGroup

@@ -44,6 +44,7 @@ func start(t *testing.T, rules []Rule, name string, args ...string) *Process {
 type server struct {
 	t     *testing.T
 	file  int
+	at    int          // the number that the first message gets, or the next ones that are free; 0: any
 	calls atomic.Int32 // to open the message
 }
 
@@ -95,7 +96,18 @@ func (s *server) answer(c *Call) error {
 			return err
 		}
 		defer unix.Close(fd)
-		return c.ReturnFD(fd, c.Args[2]&unix.O_CLOEXEC != 0)
+		cloexec := c.Args[2]&unix.O_CLOEXEC != 0
+		if s.at == 0 {
+			return c.ReturnFD(fd, cloexec)
+		}
+		for at := s.at; ; at++ {
+			switch err := c.ReturnFDAt(fd, at, cloexec); {
+			case errors.Is(err, ErrLimit):
+				return c.Fail(unix.EMFILE)
+			case !errors.Is(err, ErrTaken):
+				return err
+			}
+		}
 	case strings.HasPrefix(string(path), "/nowhere/refused"):
 		return c.Fail(unix.EXDEV)
 	}
@@ -135,6 +147,17 @@ func TestUnavailable(t *testing.T) {
 		if err != nil || !strings.HasPrefix(string(out), "confined: ") || !strings.Contains(string(out), says) || !strings.Contains(string(out), errno.Error()) {
 			t.Errorf("%v: %v, %q; want %q", errno, err, out, says)
 		}
+	}
+}
+
+// A file has the number that was chosen, without one of the program's own that has it.
+func TestChosenNumber(t *testing.T) {
+	p := start(t, openRules, "numbers", "300")
+	s := newServer(t)
+	s.at = 300
+	s.serve(p.Listener)
+	if st, err := p.Wait(); err != nil || st.ExitStatus() != 0 {
+		t.Errorf("ended with %v, %v (its output is above)", st, err)
 	}
 }
 
@@ -256,7 +279,7 @@ func TestWithdrawn(t *testing.T) {
 	if err := m.ReadAt(make([]byte, 1), c.Args[1]); err == nil {
 		t.Error("memory of a dead process was read")
 	}
-	for name, err := range map[string]error{"continue": c.Continue(), "return": c.Return(0), "fail": c.Fail(unix.EPERM), "fd": c.ReturnFD(0, true)} {
+	for name, err := range map[string]error{"continue": c.Continue(), "return": c.Return(0), "fail": c.Fail(unix.EPERM), "fd": c.ReturnFD(0, true), "fd at": c.ReturnFDAt(0, 300, true)} {
 		if !errors.Is(err, ErrWithdrawn) {
 			t.Errorf("%s: %v", name, err)
 		}
