@@ -40,8 +40,8 @@ var ErrTaken = errors.New("the file descriptor's number is taken")
 // ErrLimit means that the caller may not have file descriptors of this number (RLIMIT_NOFILE).
 var ErrLimit = errors.New("the file descriptor's number is over the limit")
 
-// A Call is a system call that waits for an answer: exactly one of Continue, Return, Fail, ReturnFD and ReturnFDAt, of which the
-// error is ErrWithdrawn if it came too late.
+// A Call is a system call that waits for an answer: exactly one of Continue, Return, Fail, Restart, ReturnFD and ReturnFDAt, of
+// which the error is ErrWithdrawn if it came too late.
 type Call struct {
 	Number int // unix.SYS_*
 	Args   [6]uint64
@@ -117,6 +117,13 @@ func (c *Call) Return(v int64) error { return c.answer(response{id: c.id, val: v
 
 // Fail ends the call with an errno.
 func (c *Call) Fail(e syscall.Errno) error { return c.answer(response{id: c.id, err: -int32(e)}) }
+
+// erestartsys is the kernel's ERESTARTSYS, which programs never see: what a call ends with that waits, if a signal comes.
+const erestartsys = 512
+
+// Restart ends the call for the sake of a signal: after that it begins anew, or fails with EINTR, as the program has it for the signal
+// (SA_RESTART). The kernel must have told the calling thread of one, or to stop: if there is none, the program gets errno 512.
+func (c *Call) Restart() error { return c.Fail(erestartsys) }
 
 func (c *Call) answer(r response) error {
 	switch e := sendResponse(c.l.fd, &r); e {
