@@ -29,18 +29,22 @@ var calls = map[int]handler{
 	unix.SYS_FACCESSAT2: func(s *Session, c call) error { return s.access(c, c.Args[0], c.Args[1], c.Args[2]) },
 	unix.SYS_READLINKAT: func(s *Session, c call) error { return s.readlink(c, c.Args[0], c.Args[1], c.Args[2], c.Args[3]) },
 	unix.SYS_IOCTL:      (*Session).ioctl,
+	unix.SYS_WRITE:      (*Session).write,
 }
 
 func init() { maps.Copy(calls, oldCalls) }
 
-// rules are the calls that come here.
-func rules() []seccomp.Rule {
+// rules are the calls that come here. Writes do if they are to files whose numbers are of the channels'.
+func rules(channels numbers) []seccomp.Rule {
 	r := []seccomp.Rule{{Call: unix.SYS_SOCKET, Where: []seccomp.Arg{{Index: 0, Value: unix.AF_NETLINK}, {Index: 2, Value: unix.NETLINK_RDMA}},
 		Errno: unix.EPROTONOSUPPORT}}
 	for _, nr := range slices.Sorted(maps.Keys(calls)) {
 		rule := seccomp.Rule{Call: nr}
-		if nr == unix.SYS_IOCTL {
+		switch nr {
+		case unix.SYS_IOCTL:
 			rule.Where = []seccomp.Arg{{Index: 1, Value: uint32(abi.RDMA_VERBS_IOCTL)}}
+		case unix.SYS_WRITE:
+			rule.Where = []seccomp.Arg{{Index: 0, Value: uint32(channels.first), Last: uint32(channels.last)}}
 		}
 		r = append(r, rule)
 	}

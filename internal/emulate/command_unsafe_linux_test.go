@@ -28,3 +28,9 @@ func command(fd int) syscall.Errno {
 	_, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), abi.RDMA_VERBS_IOCTL, uintptr(unsafe.Pointer(&b)))
 	return e
 }
+
+// write is the system call with an address as it is.
+func write(fd int, va, n uintptr) syscall.Errno {
+	_, _, e := unix.Syscall(unix.SYS_WRITE, uintptr(fd), va, n)
+	return e
+}

@@ -101,16 +101,16 @@ func (o *openContext) close() {
 	o.mem.Close()
 }
 
-// contextOf returns the context that a descriptor of the program's is of, or nil. The name of a file says nothing, as the program
-// can give it to files of its own.
-func (s *Session) contextOf(c call, fd uint64) (*openContext, error) {
+// openOf returns the context or the channel that a descriptor of the program's is of, or neither. The name of a file says nothing, as
+// the program can give it to files of its own.
+func (s *Session) openOf(c call, fd uint64) (*openContext, *openChannel, error) {
 	var st unix.Stat_t
 	if err := unix.Stat(fdLink(c, fd), &st); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.contexts[idOf(&st)], nil
+	return s.contexts[idOf(&st)], s.channels[idOf(&st)], nil
 }
 
 // processOf is the number of the process that a call comes from.
@@ -138,7 +138,7 @@ const maxCommand = 4096
 
 // ioctl answers RDMA_VERBS_IOCTL.
 func (s *Session) ioctl(c call) error {
-	o, err := s.contextOf(c, c.Args[0])
+	o, _, err := s.openOf(c, c.Args[0])
 	if err != nil || o == nil {
 		return c.Continue()
 	}

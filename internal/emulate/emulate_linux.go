@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ringside-rdma/ringside/internal/cmemu"
 	"github.com/ringside-rdma/ringside/internal/mlx5emu"
 	"github.com/ringside-rdma/ringside/internal/seccomp"
 )
@@ -46,14 +47,19 @@ const maxDevices = 32 // uverbs nodes of the fixed numbers
 type Session struct {
 	cfg     Config
 	devices []*mlx5emu.Device
+	manager *cmemu.Manager // of connections
 	tree    *tree
 	process *seccomp.Process
 	served  chan error     // how serve has ended
-	living  sync.WaitGroup // contexts
+	living  sync.WaitGroup // contexts and channels
 	wait    func() (syscall.WaitStatus, error)
+	numbers numbers    // of files of channels
+	placing sync.Mutex // held while a file gets one of the numbers
+	once    sync.Once  // the complaint that there is no number for a file
 
 	mu       sync.Mutex
-	contexts map[fileID]*openContext // guarded by mu
+	contexts map[fileID]*openContext // guarded by mu, as what follows
+	channels map[fileID]*openChannel
 
 	logs sync.Mutex
 }
@@ -72,7 +78,7 @@ func Start(cfg Config, path string, argv []string) (*Session, error) {
 	if !(cfg.Loss >= 0 && cfg.Loss < 1) {
 		return nil, fmt.Errorf("a loss of %v: it is a probability, at least 0 and less than 1", cfg.Loss)
 	}
-	s := &Session{cfg: cfg, contexts: map[fileID]*openContext{}, served: make(chan error, 1)}
+	s := &Session{cfg: cfg, contexts: map[fileID]*openContext{}, channels: map[fileID]*openChannel{}, served: make(chan error, 1)}
 	if err := s.start(path, argv); err != nil {
 		s.end()
 		return nil, err
@@ -86,10 +92,14 @@ func (s *Session) start(path string, argv []string) (err error) {
 	if err := s.makeDevices(); err != nil {
 		return err
 	}
+	s.manager = cmemu.New(s.devices)
 	if s.tree, err = newTree(s.devices); err != nil {
 		return err
 	}
-	s.process, err = seccomp.Start(path, argv, rules())
+	if s.numbers, err = chooseNumbers(); err != nil {
+		return err
+	}
+	s.process, err = seccomp.Start(path, argv, rules(s.numbers))
 	return err
 }
 
@@ -215,6 +225,9 @@ func reap() {
 
 func (s *Session) end() error {
 	var errs []error
+	if s.manager != nil {
+		errs = append(errs, s.manager.Close())
+	}
 	for _, d := range s.devices {
 		errs = append(errs, d.Close())
 	}

@@ -43,6 +43,9 @@ func end(t *testing.T, s *Session, status int) {
 	if len(s.contexts) > 0 {
 		t.Errorf("%d contexts are left", len(s.contexts))
 	}
+	if n := channels(s); n > 0 {
+		t.Errorf("%d channels are left", n)
+	}
 	if _, err := os.Stat(s.tree.root); !os.IsNotExist(err) {
 		t.Errorf("the tree is left: %v", err)
 	}

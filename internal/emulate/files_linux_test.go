@@ -31,13 +31,15 @@ func files([]string) error {
 		check(strings.Join(s, " ") == strings.Join(want, " "), "%s: %q, %v, want %q", dir, s, err, want)
 	}
 	const verbs = "/sys/class/infiniband_verbs"
-	names("/dev/infiniband", "uverbs0", "uverbs1")
+	names("/dev/infiniband", "rdma_cm", "uverbs0", "uverbs1")
 	names("/sys/class/infiniband", "mlx5_0", "mlx5_1")
 	names(verbs, "abi_version", "uverbs0", "uverbs1")
 	read(verbs+"/abi_version", "6")
 	read(verbs+"/uverbs1/ibdev", "mlx5_1")
 	read(verbs+"/uverbs1/dev", "231:193")
 	read(verbs+"/uverbs1/device/vendor", "0x15b3")
+	read("/sys/class/misc/rdma_cm/abi_version", "4")
+	read("/sys/class/misc/rdma_cm/dev", fmt.Sprintf("10:%d", cmMinor))
 	read("/sys/class/../class//infiniband/./mlx5_0/ports/1/state", "4: ACTIVE")
 	read("/sys/class/infiniband/mlx5_0/ports/1/gids/200", "0000:0000:0000:0000:0000:0000:0000:0000")
 
@@ -68,6 +70,12 @@ func files([]string) error {
 	node("lstat", 193, st, err)
 	err = unix.Fstatat(dev, "uverbs1", &st, 0)
 	node("fstatat", 193, st, err)
+	err = unix.Stat("/dev/infiniband/rdma_cm", &st)
+	check(err == nil && st.Mode == unix.S_IFCHR|0o666 && uint64(st.Rdev) == unix.Mkdev(10, cmMinor), "stat of rdma_cm: mode %#o, device %#x, %v", st.Mode, st.Rdev, err)
+	misc, _ := unix.Open("/sys/class/misc", unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	fd3, err := unix.Openat(misc, "rdma_cm/abi_version", unix.O_RDONLY, 0)
+	check(err == nil, "openat of the connection manager's folder: %v", err)
+	unix.Close(fd3)
 	for i, f := range []int{fd, fd2} {
 		err = unix.Fstat(f, &st)
 		node("fstat", 192+uint32(i), st, err)
@@ -98,7 +106,8 @@ func files([]string) error {
 		{"/sys/class/infiniband/mlx5_0/node_guid", unix.R_OK, nil},
 		{"/sys/class/infiniband/mlx5_0/node_guid", unix.W_OK, unix.EACCES},
 		{"/sys/class/infiniband/mlx5_9", unix.F_OK, unix.ENOENT},
-		{"/dev/infiniband/rdma_cm", unix.F_OK, unix.ENOENT},
+		{"/dev/infiniband/rdma_cm", unix.R_OK | unix.W_OK, nil},
+		{"/dev/infiniband/umad0", unix.F_OK, unix.ENOENT},
 		{"/proc/self/exe", unix.X_OK, nil},
 	} {
 		if err := unix.Access(c.path, c.mode); err != c.want {

@@ -29,15 +29,23 @@ func TestMain(m *testing.M) {
 
 // programs are what the tests emulate devices for: this test binary, by argv[0].
 var programs = map[string]func(args []string) error{
-	"files":   files,
-	"verbs":   verbs,
-	"steps":   steps,
-	"golden":  golden,
-	"fork":    fork,
-	"use":     use,
-	"refused": refused,
-	"orphans": orphans,
-	"exit":    func([]string) error { os.Exit(5); return nil },
+	"files":          files,
+	"verbs":          verbs,
+	"steps":          steps,
+	"golden":         golden,
+	"fork":           fork,
+	"use":            use,
+	"refused":        refused,
+	"orphans":        orphans,
+	"channel":        channel,
+	"usechannel":     useChannel,
+	"manychannels":   manyChannels,
+	"fewnumbers":     fewNumbers,
+	"waitforevent":   waitForEvent,
+	"waitfornothing": waitForNothing,
+	"afterexec":      afterExec,
+	"channelsteps":   channelSteps,
+	"exit":           func([]string) error { os.Exit(5); return nil },
 }
 
 const node0 = "/dev/infiniband/uverbs0"

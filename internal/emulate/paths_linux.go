@@ -21,6 +21,17 @@ type where struct {
 	device int    // whose node it is, or -1
 }
 
+// rdev is the number of the node that it is, or 0.
+func (w *where) rdev() uint64 {
+	switch {
+	case w.device >= 0:
+		return rdev(w.device)
+	case w.path == cmNode:
+		return cmRdev()
+	}
+	return 0
+}
+
 // find looks at a path argument. nil: it is the kernel's affair. Paths are taken as they are written: a symbolic link to one of ours is
 // not followed.
 func (s *Session) find(c call, dir, path uint64) (*where, error) {
@@ -29,7 +40,7 @@ func (s *Session) find(c call, dir, path uint64) (*where, error) {
 		return nil, err
 	}
 	if !strings.HasPrefix(p, "/") {
-		if !strings.Contains(p, "infiniband") && !strings.Contains(p, "uverbs") {
+		if !strings.Contains(p, "infiniband") && !strings.Contains(p, "uverbs") && !strings.Contains(p, "rdma_cm") {
 			return nil, nil
 		}
 		base, err := os.Readlink(fdLink(c, dir))
@@ -74,6 +85,8 @@ func (s *Session) open(c call, dir, path, flags uint64) error {
 		return c.Continue()
 	case w.device >= 0 && flags&(unix.O_PATH|unix.O_DIRECTORY) == 0:
 		return s.openDevice(c, w.device, int(flags))
+	case w.path == cmNode && flags&(unix.O_PATH|unix.O_DIRECTORY) == 0:
+		return s.openChannel(c, int(flags))
 	case flags&(unix.O_ACCMODE|unix.O_CREAT|unix.O_TRUNC) != unix.O_RDONLY && flags&unix.O_PATH == 0:
 		var st unix.Stat_t
 		if err := unix.Stat(w.at, &st); err != nil {
@@ -115,9 +128,9 @@ func cmpErr(err error, c call) error {
 	return c.Continue()
 }
 
-// device returns which device's node or open file a stat is about, and what stat says of the file behind it; -1: it is an ordinary
-// file in the tree. ok: it is about one of ours.
-func (s *Session) subject(c call, dir, path, flags uint64) (st unix.Stat_t, device int, errno syscall.Errno, ok bool, err error) {
+// subject returns the number of the node that a stat is about, open or not, and what stat says of the file behind it; 0: it is an
+// ordinary file in the tree. ok: it is about one of ours.
+func (s *Session) subject(c call, dir, path, flags uint64) (st unix.Stat_t, node uint64, errno syscall.Errno, ok bool, err error) {
 	w, err := s.find(c, dir, path)
 	if err != nil {
 		return st, 0, 0, false, err
@@ -129,8 +142,8 @@ func (s *Session) subject(c call, dir, path, flags uint64) (st unix.Stat_t, devi
 		if p, err := c.String(path); path != 0 && (err != nil || p != "") {
 			return st, 0, 0, false, err
 		}
-		st, device, ok = s.openFile(c, dir)
-		return st, device, 0, ok, nil
+		st, node, ok = s.openFile(c, dir)
+		return st, node, 0, ok, nil
 	}
 	if flags&unix.AT_SYMLINK_NOFOLLOW != 0 {
 		err = unix.Lstat(w.at, &st)
@@ -140,47 +153,50 @@ func (s *Session) subject(c call, dir, path, flags uint64) (st unix.Stat_t, devi
 	if err != nil {
 		return st, 0, errnoOf(err), true, nil
 	}
-	return st, w.device, 0, true, nil
+	return st, w.rdev(), 0, true, nil
 }
 
 // openFile is subject for a descriptor.
-func (s *Session) openFile(c call, fd uint64) (st unix.Stat_t, device int, ok bool) {
-	o, _ := s.contextOf(c, fd)
-	if o == nil {
-		return st, 0, false
+func (s *Session) openFile(c call, fd uint64) (st unix.Stat_t, node uint64, ok bool) {
+	o, ch, _ := s.openOf(c, fd)
+	switch { // not of our descriptors, which watch may be closing
+	case o != nil:
+		return o.stat, rdev(o.device), true
+	case ch != nil:
+		return ch.stat, cmRdev(), true
 	}
-	return o.stat, o.device, true // not of our descriptor, which watch may be closing
+	return st, 0, false
 }
 
-// asNode makes the stat of a file that of a device's node.
-func asNode(st *unix.Stat_t, device int) {
-	if device < 0 {
+// asNode makes the stat of a file that of a node, or leaves it as it is.
+func asNode(st *unix.Stat_t, node uint64) {
+	if node == 0 {
 		return
 	}
-	st.Mode, st.Nlink, st.Rdev, st.Size, st.Blocks = unix.S_IFCHR|0o666, 1, rdev(device), 0, 0
+	st.Mode, st.Nlink, st.Rdev, st.Size, st.Blocks = unix.S_IFCHR|0o666, 1, node, 0, 0
 }
 
 func (s *Session) stat(c call, dir, path, buf, flags uint64) error {
-	st, device, errno, ok, err := s.subject(c, dir, path, flags)
+	st, node, errno, ok, err := s.subject(c, dir, path, flags)
 	if err != nil || !ok {
 		return cmpErr(err, c)
 	}
-	return s.answerStat(c, &st, device, errno, buf)
+	return s.answerStat(c, &st, node, errno, buf)
 }
 
 func (s *Session) fstat(c call, fd, buf uint64) error {
-	st, device, ok := s.openFile(c, fd)
+	st, node, ok := s.openFile(c, fd)
 	if !ok {
 		return c.Continue()
 	}
-	return s.answerStat(c, &st, device, 0, buf)
+	return s.answerStat(c, &st, node, 0, buf)
 }
 
-func (s *Session) answerStat(c call, st *unix.Stat_t, device int, errno syscall.Errno, buf uint64) error {
+func (s *Session) answerStat(c call, st *unix.Stat_t, node uint64, errno syscall.Errno, buf uint64) error {
 	if errno != 0 {
 		return c.Fail(errno)
 	}
-	asNode(st, device)
+	asNode(st, node)
 	return s.answerWith(c, statBytes(st), buf, 0)
 }
 
@@ -199,14 +215,14 @@ func (s *Session) answerWith(c call, b []byte, va uint64, n int64) error {
 
 func (s *Session) statx(c call) error {
 	dir, path, flags, mask, buf := c.Args[0], c.Args[1], c.Args[2], c.Args[3], c.Args[4]
-	st, device, errno, ok, err := s.subject(c, dir, path, flags)
+	st, node, errno, ok, err := s.subject(c, dir, path, flags)
 	if err != nil || !ok {
 		return cmpErr(err, c)
 	}
 	if errno != 0 {
 		return c.Fail(errno)
 	}
-	asNode(&st, device)
+	asNode(&st, node)
 	x := unix.Statx_t{
 		Mask: uint32(mask) & unix.STATX_BASIC_STATS, Blksize: uint32(st.Blksize), Nlink: uint32(st.Nlink), Uid: st.Uid, Gid: st.Gid,
 		Mode: uint16(st.Mode), Ino: st.Ino, Size: uint64(st.Size), Blocks: uint64(st.Blocks),
@@ -226,7 +242,7 @@ func (s *Session) access(c call, dir, path, mode uint64) error {
 	if err != nil || w == nil {
 		return cmpErr(err, c)
 	}
-	if w.device < 0 && mode&unix.W_OK != 0 {
+	if w.rdev() == 0 && mode&unix.W_OK != 0 {
 		return c.Fail(unix.EACCES)
 	}
 	if err := unix.Access(w.at, uint32(mode)); err != nil {

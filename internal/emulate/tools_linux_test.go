@@ -1,6 +1,7 @@
 package emulate
 
 import (
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -29,6 +30,16 @@ func run(t *testing.T, cfg Config, script string) string {
 // runWith is run, which shows the session to a function when it has begun.
 func runWith(t *testing.T, cfg Config, script string, begun func(*Session)) string {
 	t.Helper()
+	out, err := try(t, cfg, script, begun)
+	if err != nil {
+		t.Error(err)
+	}
+	return out
+}
+
+// try is runWith without judging how the script has ended: any status but 0 is an error.
+func try(t *testing.T, cfg Config, script string, begun func(*Session)) (string, error) {
+	t.Helper()
 	out := filepath.Join(t.TempDir(), "out")
 	cfg.Log = t.Output()
 	s, err := Start(cfg, "/bin/sh", []string{"sh", "-c", "exec >'" + out + "' 2>&1 </dev/null; " + script})
@@ -45,9 +56,9 @@ func runWith(t *testing.T, cfg Config, script string, begun func(*Session)) stri
 	late.Stop()
 	b, _ := os.ReadFile(out)
 	if err != nil || st != 0 {
-		t.Errorf("%s\nended with %#x, %v, and printed\n%s", script, st, err, b)
+		err = fmt.Errorf("%s\nended with %#x, %v, and printed\n%s", script, st, err, b)
 	}
-	return string(b)
+	return string(b), err
 }
 
 // killTree kills a process and those below it.

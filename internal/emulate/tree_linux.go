@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ringside-rdma/ringside/internal/abi"
 	"github.com/ringside-rdma/ringside/internal/mlx5emu"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -24,17 +25,23 @@ var ours = []string{
 	"/sys/class/infiniband_verbs",
 	"/sys/class/infiniband_mad",
 	"/sys/class/infiniband_cm",
+	cmClass,
 }
 
-// The numbers of the kernel's nodes of uverbs devices.
+// The numbers of the kernel's nodes: of uverbs devices, and of the connection manager, whose minor number the kernel takes from those
+// that are free.
 const (
 	verbsMajor = 231
 	verbsMinor = 192
+	miscMajor  = 10
+	cmMinor    = 58
 )
 
 const (
 	verbsClass = "/sys/class/infiniband_verbs/"
+	cmClass    = "/sys/class/misc/rdma_cm"
 	nodes      = "/dev/infiniband/"
+	cmNode     = nodes + "rdma_cm"
 )
 
 func newTree(devices []*mlx5emu.Device) (*tree, error) {
@@ -68,6 +75,9 @@ func (t *tree) fill(devices []*mlx5emu.Device) error {
 	w.file(verbsClass+"abi_version", "6")
 	w.dir("/sys/class/infiniband")
 	w.dir(nodes)
+	w.node(cmNode)
+	w.file(cmClass+"/abi_version", strconv.Itoa(abi.RDMA_USER_CM_ABI_VERSION))
+	w.file(cmClass+"/dev", fmt.Sprintf("%d:%d", miscMajor, cmMinor))
 	w.file("/sys/bus/drivers/mlx5_core/uevent", "") // where the links of devices lead to; not to be found otherwise
 	for i, d := range devices {
 		node := uverbs(i)
@@ -237,3 +247,6 @@ func deviceAt(path string, devices int) (int, bool) {
 
 // rdev is the device number of a device's node.
 func rdev(i int) uint64 { return unix.Mkdev(verbsMajor, verbsMinor+uint32(i)) }
+
+// cmRdev is the device number of the connection manager's node.
+func cmRdev() uint64 { return unix.Mkdev(miscMajor, cmMinor) }
