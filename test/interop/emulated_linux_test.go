@@ -18,7 +18,7 @@ import (
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// Programs of perftest on emulated ConnectX devices, which know nothing of it: with a software NIC of another process, and with the
+// Programs of perftest and librdmacm on emulated ConnectX devices, which know nothing of it: with a software NIC of another process, and with the
 // kernel's rxe.
 
 // emulatedEnv makes this test binary what `ringside emulate` is.
@@ -206,6 +206,99 @@ func TestEmulatedBetweenHosts(t *testing.T) {
 				return nil
 			})
 		})
+	}
+}
+
+// untilThere is a C program as a client whose server need not be there yet.
+func untilThere(name string, args []string) []string {
+	return append([]string{"/bin/sh", "-c", `for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+		"$0" "$@" && exit
+		sleep 0.5
+	done
+	exit 1`, name}, args...)
+}
+
+// Programs of librdmacm on an emulated device, with such on an emulated device of another host, and with the software NIC and its own
+// connection manager there.
+func TestEmulatedCMBetweenHosts(t *testing.T) {
+	n := testutil.NewNetwork(t)
+	server, client := n.Addrs[0].String(), n.Addrs[1].String()
+	for _, r := range softRuns {
+		name := found(t, r.Name)
+		for _, sides := range [][2]bool{{true, true}, {true, false}, {false, true}} { // emulated: the server, the client
+			t.Run(fmt.Sprintf("%v/emulated-%t-%t", &r, sides[0], sides[1]), func(t *testing.T) {
+				ctx, cancel := context.WithTimeout(t.Context(), 2*testutil.Patience)
+				defer cancel()
+				port := freePort(t)
+				wait := make([]func() error, 2)
+				for i, emulated := range sides {
+					local, remote := server, ""
+					if i == 1 {
+						local, remote = client, server
+					}
+					if !emulated {
+						wait[i] = r.child(t, n.Namespaces[i], "", local, remote, port).Wait
+						continue
+					}
+					command := append([]string{name}, r.args(local, remote, port)...)
+					if i == 1 {
+						command = untilThere(name, command[1:])
+					}
+					p, err := startEmulated(ctx, cancel, n.Namespaces[i], command[0], command[1:]...)
+					if err != nil {
+						t.Fatal(err)
+					}
+					wait[i] = func() error {
+						_, err := finished(p)
+						return err
+					}
+				}
+				err := wait[1]()
+				if err != nil {
+					cancel() // the server waits for what does not come
+				}
+				if err := errors.Join(wrapped("client", err), wrapped("server", wait[0]())); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
+}
+
+// The same programs: on an emulated device in a network namespace, and on the kernel's rxe.
+func TestEmulatedCMWithRXE(t *testing.T) {
+	n := testutil.NewRXENet(t)
+	emulated, rxe := n.Soft.String(), n.RXE.String()
+	for _, r := range softRuns {
+		name := found(t, r.Name)
+		for _, emulatedServes := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%v/emulated-serves-%t", &r, emulatedServes), func(t *testing.T) {
+				ctx, cancel := context.WithTimeout(t.Context(), 2*testutil.Patience)
+				defer cancel()
+				port := freePort(t)
+				var here, there []string
+				if emulatedServes {
+					here = append([]string{name}, r.args(emulated, "", port)...)
+					there = untilThere(name, r.args(rxe, emulated, port))
+				} else {
+					here = untilThere(name, r.args(emulated, rxe, port))
+					there = append([]string{name}, r.args(rxe, "", port)...)
+				}
+				a, err := startEmulated(ctx, cancel, n.Namespace, here[0], here[1:]...)
+				if err != nil {
+					t.Fatal(err)
+				}
+				b, err := start(ctx, cancel, there[0], there[1:]...)
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, hereErr := finished(a)
+				_, thereErr := finished(b)
+				if hereErr != nil || thereErr != nil {
+					t.Errorf("emulated: %v\nrxe: %v", hereErr, thereErr)
+				}
+			})
+		}
 	}
 }
 
