@@ -102,6 +102,20 @@ func TestRDMAClient(t *testing.T) {
 	contains(t, out, "rdma_server: end 0", "rdma_client: end 0")
 }
 
+// Datagrams.
+func TestUdaddy(t *testing.T) {
+	common := " -c 3 -C 7 -b " + cmAddress
+	out := connect(t, "udaddy"+common, "udaddy -s "+cmAddress+common, waitServer)
+	contains(t, out, "data transfers complete", "return status 0")
+}
+
+// librdmacm's sockets, which wait for events and completions by poll.
+func TestRstream(t *testing.T) {
+	common := "rstream -S 4096 -C 100 -T v -p " + freePort(t)
+	out := connect(t, common+" -b "+cmAddress, common+" -s "+cmAddress, waitServer)
+	contains(t, out, "custom    4k      100     1       800k")
+}
+
 func TestPerftestByCM(t *testing.T) {
 	for _, test := range []string{"ib_send_lat -n 20", "ib_write_bw -n 50 -q 2"} {
 		t.Run(test, func(t *testing.T) {
