@@ -21,16 +21,24 @@ import (
 // Programs of perftest and librdmacm on emulated ConnectX devices, which know nothing of it: with a software NIC of another process, and with the
 // kernel's rxe.
 
-// emulatedEnv makes this test binary what `ringside emulate` is.
-const emulatedEnv = "RINGSIDE_TEST_EMULATE"
+// emulatedEnv makes this test binary what `ringside emulate` is: for the program that its arguments are, or with emulatedSelf for itself.
+const (
+	emulatedEnv  = "RINGSIDE_TEST_EMULATE"
+	emulatedSelf = "self"
+)
 
 func init() {
 	seccomp.Main()
-	if os.Getenv(emulatedEnv) == "" {
+	argv := os.Args
+	switch os.Getenv(emulatedEnv) {
+	case "":
 		return
+	case emulatedSelf:
+	default:
+		argv = argv[1:]
 	}
 	os.Unsetenv(emulatedEnv)
-	s, err := emulate.Start(emulate.Config{Log: os.Stderr}, os.Args[1], os.Args[1:])
+	s, err := emulate.Start(emulate.Config{Log: os.Stderr}, argv[0], argv)
 	if err != nil {
 		fmt.Println(err)
 		os.Exit(1)
@@ -218,39 +226,42 @@ func untilThere(name string, args []string) []string {
 	exit 1`, name}, args...)
 }
 
-// Programs of librdmacm on an emulated device, with such on an emulated device of another host, and with the software NIC and its own
-// connection manager there.
+// Programs of librdmacm on an emulated device, with such on an emulated device of another host, and with this program there, on one, too,
+// or on the software NIC, which has a connection manager of its own.
 func TestEmulatedCMBetweenHosts(t *testing.T) {
 	n := testutil.NewNetwork(t)
-	server, client := n.Addrs[0].String(), n.Addrs[1].String()
+	addrs := [2]string{n.Addrs[0].String(), n.Addrs[1].String()}
 	for _, r := range softRuns {
 		name := found(t, r.Name)
-		for _, sides := range [][2]bool{{true, true}, {true, false}, {false, true}} { // emulated: the server, the client
-			t.Run(fmt.Sprintf("%v/emulated-%t-%t", &r, sides[0], sides[1]), func(t *testing.T) {
+		for _, sides := range [][2]string{{"c", "c"}, {"c", "mlx5_0"}, {"mlx5_0", "c"}, {"c", "soft0"}, {"soft0", "c"}} { // the server's, the client's
+			t.Run(fmt.Sprintf("%v/%s-%s", &r, sides[0], sides[1]), func(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), 2*testutil.Patience)
 				defer cancel()
 				port := freePort(t)
-				wait := make([]func() error, 2)
-				for i, emulated := range sides {
-					local, remote := server, ""
+				var wait [2]func() error
+				for i, side := range sides {
+					remote := ""
 					if i == 1 {
-						local, remote = client, server
+						remote = addrs[0]
 					}
-					if !emulated {
-						wait[i] = r.child(t, n.Namespaces[i], "", local, remote, port).Wait
-						continue
-					}
-					command := append([]string{name}, r.args(local, remote, port)...)
-					if i == 1 {
-						command = untilThere(name, command[1:])
-					}
-					p, err := startEmulated(ctx, cancel, n.Namespaces[i], command[0], command[1:]...)
-					if err != nil {
-						t.Fatal(err)
-					}
-					wait[i] = func() error {
-						_, err := finished(p)
-						return err
+					switch r.Device = side; side {
+					case "c":
+						command := append([]string{name}, r.args(addrs[i], remote, port)...)
+						if i == 1 {
+							command = untilThere(name, command[1:])
+						}
+						p, err := startEmulated(ctx, cancel, n.Namespaces[i], command[0], command[1:]...)
+						if err != nil {
+							t.Fatal(err)
+						}
+						wait[i] = func() error {
+							_, err := finished(p)
+							return err
+						}
+					case "soft0":
+						wait[i] = r.child(t, n.Namespaces[i], "", addrs[i], remote, port).Wait
+					default:
+						wait[i] = r.child(t, n.Namespaces[i], emulatedEnv+"="+emulatedSelf, addrs[i], remote, port).Wait
 					}
 				}
 				err := wait[1]()

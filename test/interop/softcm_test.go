@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -22,6 +23,7 @@ type softRun struct {
 	Connections   int  // ucmatose
 	Numbered      bool // the server is this program, too
 	Events        bool
+	Device        string // default soft0
 	Local, Remote string // Remote: of the server that this side dials; empty: it is the server
 	Port          int
 }
@@ -46,7 +48,7 @@ func init() {
 			os.Exit(2)
 		}
 		p := r.here()
-		*p.side() = cmSide{device: "soft0", local: r.Local, remote: r.Remote, port: r.Port, events: r.Events,
+		*p.side() = cmSide{device: cmp.Or(r.Device, "soft0"), local: r.Local, remote: r.Remote, port: r.Port, events: r.Events,
 			listening: func(netip.AddrPort) { fmt.Println(listeningLine) }}
 		result, err := p.start(context.Background())
 		if err != nil {
