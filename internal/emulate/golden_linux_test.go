@@ -394,6 +394,25 @@ func TestGoldenManyBlocks(t *testing.T) {
 	}
 }
 
+// And on InfiniBand.
+func TestGoldenInfiniBand(t *testing.T) {
+	program := goldenC(t)
+	seed := rand.Uint64() >> 32
+	if *listSeed != 0 {
+		seed = *listSeed
+	}
+	file := filepath.Join(t.TempDir(), "random.lists")
+	if err := os.WriteFile(file, randomLists(seed, min(*listCount, 50), "rc", "uc", "ud"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	on := func(cfg *Config) { cfg.InfiniBand = true }
+	n := sameTrace(t, func() trace { return play(t, file, on) }, func() trace { _, tr := playC(t, program, file, on); return tr })
+	if t.Failed() {
+		t.Logf("to repeat: -run TestGoldenInfiniBand -lists %d -list-seed %d", *listCount, seed)
+	}
+	t.Logf("%d lines of trace", n)
+}
+
 // And of frames for devices that want their beginning inline.
 func TestGoldenInlineHeaders(t *testing.T) {
 	program := goldenC(t)

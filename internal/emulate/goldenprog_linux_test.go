@@ -63,6 +63,7 @@ type player struct {
 	ctx   driver.Context
 	pd    driver.PD
 	gids  []ib.GIDEntry
+	lid   ib.LID // of the port, on InfiniBand
 	sides [2]goldenSide
 	typ   ib.QPType
 	rnr   uint8 // retries where there is no receive
@@ -123,6 +124,13 @@ func newPlayer() (*player, error) {
 	p.least = attr.MinFrameInline
 	if p.gids, err = p.ctx.GIDs(1); err != nil {
 		return nil, err
+	}
+	port, err := p.ctx.QueryPort(1)
+	if err != nil {
+		return nil, err
+	}
+	if port.LinkLayer == ib.LinkInfiniBand {
+		p.lid = port.LID
 	}
 	a, b, err := goldenMemory()
 	if err != nil {
@@ -275,16 +283,22 @@ func (p *player) begin(line string) error {
 	return p.joinBoth()
 }
 
-// to makes the side's address handle.
+// to makes the side's address handle. On InfiniBand, where there is one GID, index 0 is for without a global route, and others for one with it.
 func (p *player) to(s *goldenSide, line string) (err error) {
 	a := ib.AHAttr{Port: 1}
 	if _, err := fmt.Sscan(line, &a.SGIDIndex, &a.FlowLabel, &a.SL, &a.TrafficClass, &a.HopLimit); err != nil {
 		return err
 	}
+	global := p.lid == 0 || a.SGIDIndex != 0
+	if p.lid != 0 {
+		a.DLID, a.SGIDIndex = p.lid, 0
+	}
 	if a.SGIDIndex >= len(p.gids) || p.gids[a.SGIDIndex].Index != a.SGIDIndex {
 		return fmt.Errorf("there is no GID %d", a.SGIDIndex)
 	}
-	a.DGID = p.gids[a.SGIDIndex].GID
+	if global {
+		a.DGID = p.gids[a.SGIDIndex].GID
+	}
 	s.ah, err = p.pd.CreateAH(a)
 	return err
 }
@@ -308,6 +322,9 @@ func (p *player) joinBoth() error {
 func (p *player) join(s, to *goldenSide) error {
 	init := ib.QPAttr{State: ib.Init, Port: 1, QKey: goldenQKey, Access: goldenRights}
 	rtr := ib.QPAttr{State: ib.RTR, AH: ib.AHAttr{DGID: p.gids[0].GID, Port: 1, HopLimit: 1}, PathMTU: ib.MTU1024, DestQPN: to.q.QPN(), MaxDestRdAtomic: 4, MinRNRTimer: 1}
+	if p.lid != 0 {
+		rtr.AH = ib.AHAttr{DLID: p.lid, Port: 1}
+	}
 	rts := ib.QPAttr{State: ib.RTS, MaxRdAtomic: 4, AckTimeout: 18, RetryCount: 7, RNRRetry: p.rnr}
 	if p.typ == ib.RawPacket {
 		return joinRaw(s.q)

@@ -69,6 +69,8 @@ static void join_raw(struct side *s)
 	CHECK(!ibv_modify_qp(s->qp, &a, IBV_QP_STATE));
 }
 
+static uint16_t lid; /* of the port, on InfiniBand */
+
 static void join(struct side *s, struct side *to)
 {
 	if (type == IBV_QPT_RAW_PACKET) {
@@ -79,6 +81,8 @@ static void join(struct side *s, struct side *to)
 	CHECK(!ibv_modify_qp(s->qp, &i, IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | (type == IBV_QPT_UD ? IBV_QP_QKEY : IBV_QP_ACCESS_FLAGS)));
 	struct ibv_qp_attr r = { .qp_state = IBV_QPS_RTR, .path_mtu = IBV_MTU_1024, .dest_qp_num = to->qp->qp_num, .max_dest_rd_atomic = 4,
 		.min_rnr_timer = 1, .ah_attr = { .is_global = 1, .port_num = 1, .grh = { .dgid = gid, .hop_limit = 1 } } };
+	if (lid)
+		r.ah_attr = (struct ibv_ah_attr){ .dlid = lid, .port_num = 1 };
 	int mask = IBV_QP_STATE;
 	if (type != IBV_QPT_UD)
 		mask |= IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN;
@@ -100,7 +104,10 @@ static void reset(struct side *s)
 
 static void address(struct side *s, int sgid, unsigned label, int sl, int tc, int hop)
 {
-	struct ibv_ah_attr h = { .is_global = 1, .port_num = 1, .sl = sl,
+	int global = !lid || sgid;
+	if (lid)
+		sgid = 0;
+	struct ibv_ah_attr h = { .is_global = global, .dlid = lid, .port_num = 1, .sl = sl,
 		.grh = { .flow_label = label, .sgid_index = sgid, .hop_limit = hop, .traffic_class = tc } };
 	CHECK(!ibv_query_gid(ctx, 1, sgid, &h.grh.dgid));
 	if (s->ah)
@@ -256,6 +263,10 @@ int main(int argc, char **argv)
 {
 	struct ibv_device **list = ibv_get_device_list(NULL);
 	CHECK(list && list[0] && (ctx = ibv_open_device(list[0])) && (pd = ibv_alloc_pd(ctx)) && !ibv_query_gid(ctx, 1, 0, &gid));
+	struct ibv_port_attr port;
+	CHECK(!ibv_query_port(ctx, 1, &port));
+	if (port.link_layer == IBV_LINK_LAYER_INFINIBAND)
+		lid = port.lid;
 	for (int i = 0; i < 2; i++) {
 		struct side *s = &sides[i];
 		CHECK(mmap(s->mem, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) == s->mem);
