@@ -521,6 +521,20 @@ func TestSelectiveTakesBoth(t *testing.T) {
 	}
 }
 
+// Who answers with options of its own is none of this library's, whatever vendor it names.
+func TestSelectiveOfOthers(t *testing.T) {
+	n, a, b, s := pairOf(t, 1)
+	client := a.dial(b, nil)
+	n.run(time.Millisecond)
+	if err := s.came[0].c.Accept(n.now, &Params{QPN: 9, VendorID: Vendor, VendorOptions: 0x10000001}); err != nil {
+		t.Fatal(err)
+	}
+	n.run(time.Millisecond)
+	if client.reply == nil || client.c.Selective() {
+		t.Errorf("selective %t", client.c.Selective())
+	}
+}
+
 // What a program says goes through as it is.
 func TestParams(t *testing.T) {
 	n, a, b, s := pairOf(t, 1)

@@ -98,7 +98,7 @@ func (e *Engine) Connect(now time.Duration, port uint16, peer netip.AddrPort, p 
 		c.bound = port
 		e.bound[port] = true
 	}
-	c.selective = p.VendorID == Vendor && p.VendorOptions&OptionSelective != 0
+	c.selective = p.VendorID == Vendor && p.VendorOptions == OptionSelective
 	c.tid = uint64(e.cfg.Rand())<<32 | uint64(c.localID)
 	m := &roce.REQ{LocalID: c.localID, VendorID: p.VendorID, VendorOptions: p.VendorOptions, ServiceID: roce.PortSpaceTCP.ServiceID(peer.Port()),
 		CAGUID: uint64(e.cfg.GUID), QPN: uint32(p.QPN), ResponderResources: p.ResponderResources, InitiatorDepth: p.InitiatorDepth,

@@ -38,8 +38,9 @@ const (
 const (
 	// Vendor is the letters RSD: an OUI of those that anybody may use (its bit for locally administered ones is set).
 	Vendor = 'R'<<16 | 'S'<<8 | 'D'
-	// OptionSelective: both sides are software NICs of this library, whose reliable connections may leave plain go-back-N.
-	OptionSelective = 1
+	// OptionSelective: both sides are software NICs of this library, whose reliable connections may leave plain go-back-N. It is the whole
+	// field, since others answer with the vendor that they were asked by and options of their own (librdmacm).
+	OptionSelective = Vendor<<8 | '1'
 )
 
 // Times. A message is sent again at first soon, since a network that loses nothing loses no time by it, then after double the

@@ -40,7 +40,7 @@ func (e *Engine) request(from netip.AddrPort, tid uint64, m *roce.REQ, now time.
 	c := e.newConn(from)
 	c.state, c.tid, c.request, c.remoteID, c.guid, c.peerQPN = reqReceived, tid, m, m.LocalID, m.CAGUID, m.QPN
 	c.local, c.peer = hello.Dst, hello.Src
-	c.selective = m.VendorID == Vendor && m.VendorOptions&OptionSelective != 0
+	c.selective = m.VendorID == Vendor && m.VendorOptions == OptionSelective
 	h, reason := s.Request(c)
 	if h == nil {
 		c.forget()
@@ -138,7 +138,7 @@ func (e *Engine) reply(from netip.AddrPort, tid uint64, m *roce.REP, now time.Du
 	}
 	e.peers[c.qpKey()] = c
 	c.state = repReceived
-	c.selective = c.selective && m.VendorID == Vendor && m.VendorOptions&OptionSelective != 0
+	c.selective = c.selective && m.VendorID == Vendor && m.VendorOptions == OptionSelective
 	c.h.Replied(m)
 }
 
