@@ -39,6 +39,7 @@ func measurements(c *config) []measurement {
 		all = append(all, e.measurement(100))
 	}
 	add("connections", connsTest{10_000, 200}.run)
+	add("kill", killTest{c.scale(50, 3)}.run)
 	return all
 }
 

@@ -28,6 +28,7 @@ var roles = map[string]func(args json.RawMessage) error{
 	"sink-server":     sinkServer,
 	"conns-server":    connsServer,
 	"conns-client":    connsClient,
+	"killed":          killed,
 }
 
 // childStdin is the child's standard input, line by line. Its end means that the parent is gone.

@@ -51,6 +51,8 @@ var targets = []target{
 		num: ref{name: "connections", metric: "client_kib"}, limit: 64},
 	{what: "memory of an idle connection with SRQ, in the server's process, KiB",
 		num: ref{name: "connections", metric: "server_kib"}, limit: 64},
+	{what: "kill -9 of the peer until its queue pair's work is flushed, ms, the longest of 50", num: ref{name: "kill", metric: "flush_max"}, limit: 100},
+	{what: "kill -9 of the peer until Conn.Done, ms, the longest of 50", num: ref{name: "kill", metric: "done_max"}, limit: 100},
 }
 
 // measured returns the target's value and its spread over the rounds.
@@ -202,6 +204,13 @@ func report(c *config, host *conditions, r *results) string {
 	conns := func(metric string) series { return r.series("connections", metric, 1) }
 	p("| %s | %s | %s | %s | %s | %s | %s |", number(conns("count").median()), conns("open_us"), conns("echo_us"), conns("close_us"),
 		conns("client_kib"), conns("server_kib"), conns("idle_conn_kib"))
+
+	p("\n## A peer that is killed\n")
+	p("50 processes, killed by SIGKILL one after the other while the survivor sleeps: ms from the kill until a receive of its queue pair is")
+	p("flushed, and until its connection of package transport is over (Conn.Done).\n")
+	p("| flushed, median | the longest | Conn.Done, median | the longest |\n|---|---|---|---|")
+	kill := func(metric string) series { return r.series("kill", metric, 1) }
+	p("| %s | %s | %s | %s |", kill("flush_p50"), kill("flush_max"), kill("done_p50"), kill("done_max"))
 
 	if len(r.errs) > 0 {
 		p("\n## Not measured\n\n%s", strings.TrimSpace(notMeasured(r)))

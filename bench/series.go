@@ -28,7 +28,7 @@ func (v values) String() string {
 }
 
 var metricOrder = []string{"p50", "p90", "p99", "p999", "max", "rate", "bw", "client_allocs", "server_allocs", "cpu", "cpu_percent",
-	"min", "mean", "packets", "retries", "rnr"}
+	"min", "mean", "packets", "retries", "rnr", "flush_p50", "flush_max", "done_p50", "done_max"}
 
 func metricRank(name string) int {
 	if i := slices.Index(metricOrder, name); i >= 0 {
