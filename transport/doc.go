@@ -2,7 +2,9 @@
 // device.
 //
 // Peers meet on a TCP address ([Listen], [Dial]), tell each other what their queue pairs need, and then talk through
-// those; the TCP connection stays as a sign of life. docs/protocol.md specifies both.
+// those; the TCP connection stays as a sign of life. docs/protocol.md specifies both. The queue pairs are connected by the numbers that were
+// told; by the system's connection manager (rdma_cm) on devices that know no other way only (ib.CapCMOnly: iWARP). Whoever wants
+// connections by it elsewhere uses [qp.Listen] and [qp.QP.Dial].
 //
 //	l, err := transport.Listen(ctx, "127.0.0.1:7000", nil)    c, err := transport.Dial(ctx, "127.0.0.1:7000", nil)
 //	c, err := l.Accept(ctx)                                   err = c.Send(ctx, []byte("hello"))
