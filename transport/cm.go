@@ -4,14 +4,13 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/netip"
 	"sync"
 	"time"
 
-	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/cmaddr"
 	"github.com/ringside-rdma/ringside/qp"
 	"github.com/ringside-rdma/ringside/verbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -26,50 +25,6 @@ type cmToken [16]byte
 
 // needsCM reports whether the poller's device is connected that way.
 func (p *Poller) needsCM() bool { return p.attr.Caps.Has(ib.CapCMOnly) }
-
-// cmAddr is the address to be reached at by the connection manager: one of the device's network interfaces, near itself if
-// it is one, then of near's IP version (IPv4 for loopback addresses).
-func cmAddr(v *verbs.Context, near netip.Addr) (netip.Addr, error) {
-	near = near.Unmap().WithZone("")
-	var best netip.Addr
-	score := -1
-	devs := v.Choice().Device.NetDevs
-	for _, name := range devs {
-		nif, err := net.InterfaceByName(name)
-		if err != nil {
-			continue
-		}
-		addrs, err := nif.Addrs()
-		if err != nil {
-			continue
-		}
-		for _, a := range addrs {
-			ipnet, ok := a.(*net.IPNet)
-			if !ok {
-				continue
-			}
-			ip, ok := netip.AddrFromSlice(ipnet.IP)
-			ip = ip.Unmap()
-			if !ok || ip.IsLinkLocalUnicast() { // these would need a zone, which the peer cannot know
-				continue
-			}
-			n := 0
-			if ip == near {
-				n |= 2
-			}
-			if ip.Is6() == (near.Is6() && !near.IsLoopback()) {
-				n |= 1
-			}
-			if n > score {
-				best, score = ip, n
-			}
-		}
-	}
-	if score < 0 {
-		return best, fmt.Errorf("device %s stands on %v, and none of these has an IP address: %s", v.Name(), devs, driver.NoAddress(devs))
-	}
-	return best, nil
-}
 
 // The poller's sync region: peers read byte 0, and what is read of a peer's goes to syncSink.
 const (
@@ -180,7 +135,7 @@ func (w *cmWait) cancel() {
 
 // describeCM adds to the hello where the connection manager finds this side.
 func (c *Conn) describeCM(h *hello, near netip.Addr) error {
-	a, err := cmAddr(c.p.vctx, near)
+	a, err := cmaddr.Of(c.p.vctx, near)
 	if err != nil {
 		return refuse(RefusedResources, err, "%v", err)
 	}

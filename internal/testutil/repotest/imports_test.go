@@ -42,11 +42,12 @@ var arrows = map[string][]string{
 	"verbs":                   {"internal/provider", "internal/driver", "internal/life"},
 	"mr":                      {"verbs", "internal/driver", "internal/life", "internal/mem"},
 	"qp":                      {"verbs", "internal/driver", "internal/life"}, // mr is a sibling: ib.SGE is what they share
-	"transport":               {"transport", "qp", "mr", "verbs", "internal/ring"},
+	"internal/cmaddr":         {"verbs"},
+	"transport":               {"transport", "qp", "mr", "verbs", "internal/cmaddr", "internal/ring"},
 	"transport/transporttest": {"transport", "verbs"},
 	"rpc":                     {"rpc", "transport", "mr", "internal/ring"}, // never a QP
 
-	"internal/perf":        {"internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
+	"internal/perf":        {"internal/perf", "internal/cmaddr", "rpc", "transport", "qp", "mr", "verbs"},
 	"cmd":                  {"cmd", "internal/conformance", "internal/emulate", "internal/seccomp", "internal/softnic/observe", "internal/pcap", "internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
 	"examples":             {"examples", "rpc", "transport", "qp", "mr", "verbs"},
 	"internal/testutil":    {"internal/testutil"},
