@@ -246,7 +246,13 @@ func (r *runner) measure(ctx context.Context, spec *Spec, step, steps int) (*Res
 			streams, err = dialStreams(ctx, addr, &local)
 		}
 	}
-	if err == nil {
+	switch {
+	case err != nil:
+	case s.byCM:
+		if err = s.dialCM(ctx, r.vctx, &up.endpoint, &local, r.control.near()); err == nil {
+			err = r.mark(ctx)
+		}
+	default:
 		err = s.connect(ctx, &up.endpoint, streams)
 	}
 	if err != nil {
@@ -300,10 +306,7 @@ func (r *runner) drive(ctx context.Context, spec *Spec, l load, step, steps int)
 		if ctx.Err() != nil {
 			return nil
 		}
-		if err := r.control.send(&mark{}); err != nil {
-			return err
-		}
-		if _, err := expect[*marked](talk, r.control, stepTimeout); err != nil {
+		if err := r.mark(talk); err != nil {
 			return err
 		}
 		r.progress(Progress{Step: step, Steps: steps, Size: spec.Size, Phase: "measuring"})
@@ -339,6 +342,15 @@ func (r *runner) drive(ctx context.Context, spec *Spec, l load, step, steps int)
 	res.Latency = l.latency()
 	res.Partial = err != nil || ctx.Err() != nil && (spec.Duration > 0 || got.n < spec.Iters)
 	return &res, rep, r.explain(ctx, err)
+}
+
+// mark has the server note its CPU time, once it is connected.
+func (r *runner) mark(ctx context.Context) error {
+	if err := r.control.send(&mark{}); err != nil {
+		return err
+	}
+	_, err := expect[*marked](ctx, r.control, stepTimeout)
+	return err
 }
 
 // explain finds out why a test failed: what the server said or did explains more than a completion that was flushed.

@@ -19,6 +19,8 @@ import (
 //	                         <-              hello
 //	setup (spec, endpoint)   ->                              once for each message size:
 //	                         <-              ready (endpoint)
+//	mark                     ->                              if a connection manager connects the devices
+//	                         <-              marked
 //	    ... warm-up ...
 //	mark                     ->
 //	                         <-              marked
@@ -83,7 +85,8 @@ type setup struct {
 	endpoint endpoint // the client's
 }
 
-// endpoint is where one side's queue pairs are. For rpc, only service is set, by the server, and for queue pairs over TCP as well.
+// endpoint is where one side's queue pairs are. For rpc, only service is set, by the server, and as well for queue pairs that are
+// connected over TCP or by a connection manager.
 type endpoint struct {
 	gid     ib.GID
 	lid     ib.LID
@@ -99,7 +102,8 @@ type qpAddr struct {
 	psn ib.PSN
 }
 
-// ready says that the server's queue pairs are connected and its receives are posted; over TCP, that it waits for the connections.
+// ready says that the server's queue pairs are connected and its receives are posted; over TCP, and by a connection manager, that it waits
+// for the connections.
 type ready struct{ endpoint endpoint }
 
 // mark separates warm-up and measurement; marked answers it.
@@ -273,7 +277,7 @@ func (e *endpoint) decode(d *decoder) {
 	e.qps = make([]qpAddr, n)
 	for i := range e.qps {
 		q := qpAddr{qpn: ib.QPN(d.u32()), psn: ib.PSN(d.u32())}
-		if q.qpn < 2 || q.qpn > ib.MaxQPN || q.psn > ib.MaxPSN {
+		if q.qpn == 0 || q.qpn > ib.MaxQPN || q.psn > ib.MaxPSN {
 			d.fail(fmt.Errorf("queue pair number %#x with PSN %#x is not valid", uint32(q.qpn), uint32(q.psn)))
 			return
 		}

@@ -90,7 +90,7 @@ func badFrames() []badFrame {
 		{"bad MTU", "MTU code", frame(frameReady, edit(ep, 18, 99))},
 		{"many queue pairs, no bytes", "ends too early", frame(frameReady, edit(ep, 18+1+2+24+2+len("127.0.0.1:9"), 0, 4))},
 		{"too many queue pairs", "the limit is", frame(frameReady, edit(ep, 18+1+2+24+2+len("127.0.0.1:9"), 0xff, 0xff))},
-		{"queue pair 1", "is not valid", frame(frameReady, edit(ep, len(ep)-8, 1, 0, 0, 0))},
+		{"queue pair 0", "is not valid", frame(frameReady, edit(ep, len(ep)-8, 0, 0, 0, 0))},
 		{"wide PSN", "is not valid", frame(frameReady, edit(ep, len(ep)-1, 1))},
 	}
 }

@@ -73,6 +73,15 @@ func (v *rpcService) run() error {
 	return err
 }
 
+// ready: a client that calls is connected.
+func (v *rpcService) ready() <-chan struct{} { return closed }
+
+var closed = func() <-chan struct{} {
+	ch := make(chan struct{})
+	close(ch)
+	return ch
+}()
+
 func (v *rpcService) finish(uint64) { v.halt() }
 func (v *rpcService) halt()         { _ = v.server.Close() }
 

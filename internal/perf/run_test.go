@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/testutil"
+	"github.com/ringside-rdma/ringside/verbs"
 )
 
 // A running server of this process. Both sides of a measurement poll: the tests run few iterations, and assert nothing
@@ -146,6 +147,50 @@ func TestRun(t *testing.T) {
 }
 
 // checkReport checks what is true of every complete run.
+// The kernel's devices, those of test/soft-roce: each operation for a moment, between two devices. iWARP is connected by rdma_cm.
+func TestKernelDevices(t *testing.T) {
+	for _, devices := range [][2]string{{"rxe0", "rxe1"}, {"siw0", "siw1"}} {
+		t.Run(devices[0], func(t *testing.T) {
+			if v, err := verbs.Open(devices[0]); err != nil {
+				testutil.Skip(t, fmt.Sprintf("%v; go run ./test/soft-roce -- go test ./internal/perf has such devices", err))
+			} else {
+				v.Close()
+			}
+			iwarp := devices[0] == "siw0"
+			srv := startServer(t, ServerConfig{Device: devices[1]})
+			for name, spec := range map[string]Spec{
+				"send lat":          {Op: OpSend, Kind: Lat, Poll: PollEvent, Inline: InlineAuto},
+				"send bw, 3 QPs":    {Op: OpSend, Kind: BW, Poll: PollEvent, QPs: 3},
+				"send rate by RNR":  {Op: OpSend, Kind: Rate, Poll: PollEvent, Flow: FlowRNR},
+				"write lat":         {Op: OpWrite, Kind: Lat, Inline: InlineAuto},
+				"write rate, 2 QPs": {Op: OpWrite, Kind: Rate, Poll: PollEvent, QPs: 2},
+				"read lat":          {Op: OpRead, Kind: Lat, Poll: PollEvent},
+				"read bw":           {Op: OpRead, Kind: BW, Poll: PollEvent},
+				"atomic lat":        {Op: OpAtomic, Kind: Lat, Poll: PollEvent},
+			} {
+				t.Run(name, func(t *testing.T) {
+					spec.Iters, spec.Warmup = 20, NoWarmup // both sides poll, on two emulated processors that the kernel needs, too
+					cfg := testConfig(srv.addr, spec)
+					cfg.Device = devices[0]
+					rep, err := Run(t.Context(), cfg)
+					if refused := map[bool]string{spec.Op == OpAtomic: "cannot do atomics", spec.Flow == FlowRNR: "use --flow credit"}[true]; iwarp && refused != "" {
+						if err == nil || !strings.Contains(err.Error(), refused) || !strings.Contains(err.Error(), devices[0]) {
+							t.Errorf("error %v", err)
+						}
+						return
+					}
+					if err != nil {
+						t.Fatal(err)
+					}
+					if r := rep.Results[0]; r.Partial || r.Messages != uint64(cfg.Spec.Iters) || (r.Latency != nil) != (spec.Kind == Lat) {
+						t.Errorf("%+v", r)
+					}
+				})
+			}
+		})
+	}
+}
+
 func checkReport(t *testing.T, rep *Report, cfg *Config) {
 	t.Helper()
 	if rep.Interrupted || rep.Schema != Schema || rep.Path == "" || rep.Client.Device == "" || rep.Server.Device == "" || rep.Choice == nil {
@@ -197,6 +242,11 @@ func TestRunRefused(t *testing.T) {
 	}
 	if _, err := NewServer(ServerConfig{GIDIndex: 77}); err == nil || !strings.Contains(err.Error(), "no GID at index 77") {
 		t.Errorf("bad GID index: %v", err)
+	}
+	cfg = testConfig(startServer(t, ServerConfig{}).addr, Spec{Op: OpRead, Kind: Lat})
+	cfg.GIDIndex = 77
+	if _, err := Run(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "no GID at index 77") {
+		t.Errorf("a client's wrong GID index: %v", err)
 	}
 	if _, err := NewServer(ServerConfig{GIDIndex: -1, Port: 99}); err == nil || !strings.Contains(err.Error(), "--port 99") {
 		t.Errorf("bad port: %v", err)
@@ -379,7 +429,7 @@ func TestLoopsAllocateNothing(t *testing.T) {
 			client, server := sidePair(t, spec.WithDefaults())
 			server.grace = 0
 			ended := make(chan error, 1)
-			v := &verbsService{side: server, done: make(chan struct{})}
+			v := newVerbsService(server)
 			go func() { ended <- v.run() }()
 			l := &verbsLoad{side: client}
 			if err := l.prepare(clock{base: time.Now(), nsPerTick: 1}); err != nil {

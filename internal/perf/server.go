@@ -199,6 +199,7 @@ func drain(conn net.Conn) {
 // A service is the server's half of a test, verbs or rpc.
 type service interface {
 	run() error             // until stop or halt
+	ready() <-chan struct{} // closed when it is connected
 	finish(messages uint64) // the client has sent that many: take those, then end
 	halt()                  // end now
 	report() (messages, sum uint64, path string)
@@ -221,8 +222,20 @@ func (s *Server) test(ctx context.Context, c *control, t *setup) error {
 	if err != nil {
 		return err
 	}
-	v := &verbsService{side: side, done: make(chan struct{})}
-	if t.spec.Path == PathTCP {
+	v := newVerbsService(side)
+	switch {
+	case side.byCM:
+		l, err := cmListen(s.vctx, c.near())
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		local.service = l.Addr().String()
+		v.cancel = cancel
+		v.connect = func() error { return side.acceptCM(ctx, l, &t.endpoint) }
+	case t.spec.Path == PathTCP:
 		l, err := listenNear(c.conn)
 		if err != nil {
 			return err
@@ -239,11 +252,13 @@ func (s *Server) test(ctx context.Context, c *control, t *setup) error {
 			}
 			return side.connect(ctx, &t.endpoint, streams)
 		}
-	} else if err := side.connect(ctx, &t.endpoint, nil); err != nil {
-		return err
+	default:
+		if err := side.connect(ctx, &t.endpoint, nil); err != nil {
+			return err
+		}
 	}
 	path := side.path()
-	if v.connect != nil {
+	if t.spec.Path == PathTCP {
 		path = PathTCP.String()
 	}
 	s.log("  %v %v, %d bytes, %s", t.spec.Op, t.spec.Kind, t.spec.Size, path)
@@ -282,6 +297,13 @@ func (s *Server) attend(ctx context.Context, c *control, local endpoint, v servi
 		}
 		switch m := m.(type) {
 		case *mark:
+			select {
+			case <-v.ready():
+			case <-c.alive.Done():
+				return context.Cause(c.alive)
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
 			start, haveCPU = processCPU()
 			if err := c.send(&marked{}); err != nil {
 				return err
@@ -306,12 +328,19 @@ func (s *Server) attend(ctx context.Context, c *control, local endpoint, v servi
 
 // verbsService runs the loops of a side.
 type verbsService struct {
-	side    *side
-	connect func() error       // what comes before the loop; nil: nothing
-	cancel  context.CancelFunc // ends that; nil if it is nil
-	done    chan struct{}      // closed when a passive side may end
-	once    sync.Once
+	side      *side
+	connect   func() error       // what comes before the loop; nil: nothing
+	cancel    context.CancelFunc // ends that; nil if it is nil
+	connected chan struct{}      // closed behind that
+	done      chan struct{}      // closed when a passive side may end
+	once      sync.Once
 }
+
+func newVerbsService(s *side) *verbsService {
+	return &verbsService{side: s, connected: make(chan struct{}), done: make(chan struct{})}
+}
+
+func (v *verbsService) ready() <-chan struct{} { return v.connected }
 
 func (v *verbsService) run() error {
 	s := v.side
@@ -320,6 +349,7 @@ func (v *verbsService) run() error {
 			return err
 		}
 	}
+	close(v.connected)
 	switch {
 	case s.spec.Op == OpSend && s.spec.Kind == Lat:
 		return s.pongSend()

@@ -101,7 +101,8 @@ func gidAt(vctx *verbs.Context, port uint8, index int) (ib.GIDEntry, error) {
 
 // A lane is one queue pair of a bandwidth or rate test with its prepared work requests.
 type lane struct {
-	q *qp.QP
+	q  *qp.QP
+	cm *qp.CMConn // nil: a connection manager has no part in it
 
 	// Work requests to send, prepared once: wrs[i] is for slot i modulo the number of slots, and there is one batch
 	// more of them than slots, so that any batch is a slice.
@@ -139,6 +140,7 @@ type side struct {
 	lanes    []lane
 	remote   mr.RemoteKey
 	inline   bool // messages are sent inline
+	byCM     bool // the device is connected by a connection manager only
 
 	// The latency loops' own: one QP, one work request.
 	q          *qp.QP
@@ -202,9 +204,10 @@ func newSide(vctx *verbs.Context, spec Spec, server bool, opt portOptions) (s *s
 	s.slotMask, s.refillAt = spec.slots()-1, spec.recvBatch()
 	s.target.Store(^uint64(0))
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	made := s // what is returned with an error is nil
 	defer func() {
 		if err != nil {
-			s.close()
+			made.close()
 		}
 	}()
 	if s.port, err = choosePort(vctx, opt); err != nil {
@@ -213,6 +216,10 @@ func newSide(vctx *verbs.Context, spec Spec, server bool, opt portOptions) (s *s
 	attr, err := vctx.QueryDevice()
 	if err != nil {
 		return nil, err
+	}
+	s.byCM = attr.Caps.Has(ib.CapCMOnly) && spec.Path != PathTCP
+	if s.byCM && spec.Op == OpSend && spec.Kind != Lat && spec.Flow == FlowRNR {
+		return nil, fmt.Errorf("%s ends a connection when a message finds no receive, which --flow rnr relies on: use --flow credit", vctx.Name())
 	}
 	access := ib.AccessLocalWrite | ib.AccessRemoteWrite
 	if server && spec.Op == OpRead {
@@ -301,6 +308,28 @@ func (s *side) endpoint() (endpoint, error) {
 // connections, which it takes over; nil: they have none.
 func (s *side) connect(ctx context.Context, peer *endpoint, streams []*net.TCPConn) error {
 	defer func() { closeAll(streams) }() // those that are not taken over
+	patience := time.Duration(0)         // the default
+	if peer.udpPort != 0 {
+		patience = udpAckTimeout
+	}
+	return s.connectEach(peer, func(i int) error {
+		if streams != nil {
+			if err := s.lanes[i].q.UseStream(streams[i]); err != nil {
+				return err
+			}
+			streams[i] = nil
+		}
+		return s.lanes[i].q.Connect(ctx, qp.ConnectParams{
+			Remote:    qp.Endpoint{GID: peer.gid, LID: peer.lid, QPN: peer.qps[i].qpn, PSN: peer.qps[i].psn, UDPPort: peer.udpPort},
+			LocalPSN:  s.psns[i],
+			SGIDIndex: s.port.index,
+			MTU:       min(s.port.attr.ActiveMTU, peer.mtu), AckTimeout: patience,
+		})
+	})
+}
+
+// connectEach is connect, by a function that connects the queue pair of a lane.
+func (s *side) connectEach(peer *endpoint, one func(lane int) error) error {
 	if len(peer.qps) != len(s.lanes) {
 		return fmt.Errorf("the peer offers %d queue pairs for a test with %d", len(peer.qps), len(s.lanes))
 	}
@@ -311,23 +340,7 @@ func (s *side) connect(ctx context.Context, peer *endpoint, streams []*net.TCPCo
 		return fmt.Errorf("the peer's region has %d bytes: the test needs %d", s.remote.Len, s.spec.regionSize())
 	}
 	for i := range s.lanes {
-		if streams != nil {
-			if err := s.lanes[i].q.UseStream(streams[i]); err != nil {
-				return err
-			}
-			streams[i] = nil
-		}
-		patience := time.Duration(0) // the default
-		if peer.udpPort != 0 {
-			patience = udpAckTimeout
-		}
-		err := s.lanes[i].q.Connect(ctx, qp.ConnectParams{
-			Remote:    qp.Endpoint{GID: peer.gid, LID: peer.lid, QPN: peer.qps[i].qpn, PSN: peer.qps[i].psn, UDPPort: peer.udpPort},
-			LocalPSN:  s.psns[i],
-			SGIDIndex: s.port.index,
-			MTU:       min(s.port.attr.ActiveMTU, peer.mtu), AckTimeout: patience,
-		})
-		if err != nil {
+		if err := one(i); err != nil {
 			return fmt.Errorf("connecting queue pair %d of %d to %v: %w", i+1, len(s.lanes), peer.gid, err)
 		}
 		s.prepare(i)
@@ -459,6 +472,9 @@ func (s *side) atomicSum() uint64 {
 func (s *side) close() {
 	s.cancel()
 	for i := range s.lanes {
+		if c := s.lanes[i].cm; c != nil {
+			_ = c.Close()
+		}
 		if q := s.lanes[i].q; q != nil {
 			_ = q.Close()
 		}
