@@ -18,6 +18,16 @@ func softOnly(t *testing.T) {
 	t.Setenv("RINGSIDE_PATH", "")
 }
 
+// allPaths are the ways for software NICs to meet, or the one that the environment names: tests are then run for each. It skips other devices.
+func allPaths(t *testing.T) []transport.Path {
+	paths := []transport.Path{transport.PathMemory, transport.PathUDP, transport.PathTCP}
+	if p := os.Getenv("RINGSIDE_PATH"); p != "" {
+		paths = []transport.Path{transport.Path(p)}
+	}
+	softOnly(t)
+	return paths
+}
+
 func TestPathChoice(t *testing.T) {
 	softOnly(t)
 	for _, tc := range []struct {
