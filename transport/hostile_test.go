@@ -86,17 +86,19 @@ func TestUnknownCancel(t *testing.T) {
 	recvEqual(t, b, []byte("x"))
 }
 
-// TestGarbage sends random frames for a while.
+// TestGarbage sends random frames for a while: the connection ends with a reason, on both sides, or it still works.
 func TestGarbage(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	pairs := 60
 	if testing.Short() {
 		pairs = 15
 	}
+	ended, works := 0, 0
 	for range pairs {
 		a, b := transporttest.Pair(t, nil)
-		b.SetHandler(newEcho(t))
-		for range 50 {
+		h := newEcho(t)
+		b.SetHandler(h)
+		for range 1 + rng.IntN(50) {
 			f := make([]byte, 8+rng.IntN(60))
 			for i := range f {
 				f[i] = byte(rng.Uint32())
@@ -109,8 +111,36 @@ func TestGarbage(t *testing.T) {
 				break
 			}
 		}
+		ctx := patience(t)
+		back := errors.New("it came back")
+		err := a.Send(ctx, []byte("do you still work?"))
+		for err == nil {
+			err = a.Recv(ctx, func(m *transport.Message) error {
+				if string(m.Bytes()) == "do you still work?" {
+					return back
+				}
+				return nil // an answer to garbage
+			})
+		}
+		if ctx.Err() != nil {
+			t.Fatal("the connection neither works nor ends")
+		}
+		if err != back {
+			for side, err := range map[string]error{"a": err, "b": <-h.closed} {
+				var ce *transport.CloseError
+				if !errors.As(err, &ce) || ce.Reason == "" || errors.Is(err, transport.ErrPeerDied) && !onIWARP(t, b) {
+					t.Errorf("%s: ended with %v", side, err)
+				}
+			}
+			ended++
+		} else {
+			works++
+		}
 		a.Close()
 		b.Close()
+	}
+	if ended == 0 || works == 0 {
+		t.Errorf("%d connections have ended, %d work", ended, works)
 	}
 }
 
