@@ -1,6 +1,7 @@
 package transport_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -22,6 +23,9 @@ func init() {
 	testutil.RegisterChild("echo", echoChild)
 	testutil.RegisterChild("sink", sinkChild)
 }
+
+// longest is the longest message that children take.
+const longest = 64 << 20
 
 // fastEcho answers in the handler, and counts nothing.
 type fastEcho struct{}
@@ -62,7 +66,7 @@ func serve(args []string, h transport.Handler) {
 func serveMode(mode transport.PollMode, h transport.Handler) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	l, err := transport.Listen(ctx, "127.0.0.1:0", &transport.Config{Device: transporttest.Device, PollMode: mode, Linger: time.Second, HandshakeTimeout: testutil.Patience})
+	l, err := transport.Listen(ctx, "127.0.0.1:0", &transport.Config{Device: transporttest.Device, PollMode: mode, MaxMessage: longest, Linger: time.Second, HandshakeTimeout: testutil.Patience})
 	if err != nil {
 		return err
 	}
@@ -102,7 +106,7 @@ func dialChild(tb testing.TB, name string, mode transport.PollMode) (*testutil.C
 	child := testutil.StartChild(tb, name, mode.String())
 	addr := strings.TrimPrefix(child.Expect("listening "), "listening ")
 	addr = strings.TrimSpace(addr)
-	c, err := transport.Dial(context.Background(), addr, &transport.Config{Device: transporttest.Device, PollMode: mode, Linger: time.Second, HandshakeTimeout: testutil.Patience})
+	c, err := transport.Dial(context.Background(), addr, &transport.Config{Device: transporttest.Device, PollMode: mode, MaxMessage: longest, Linger: time.Second, HandshakeTimeout: testutil.Patience})
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -353,6 +357,40 @@ func TestProcesses(t *testing.T) {
 			c.Close()
 			child.Send("end")
 			if err := child.Wait(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestLongMessages sends messages as long as the default allows, and longer ones, to a peer in another process, and back.
+func TestLongMessages(t *testing.T) {
+	sizes := []int{16 << 20, longest}
+	if testing.Short() || raceEnabled {
+		sizes = sizes[:1]
+	}
+	for _, path := range allPaths(t) {
+		t.Run(string(path), func(t *testing.T) {
+			t.Setenv("RINGSIDE_PATH", string(path))
+			_, c, _ := dialChild(t, "echo", transport.Adaptive)
+			ctx, cancel := context.WithTimeout(t.Context(), 4*testutil.Patience) // a busy machine copies slowly
+			defer cancel()
+			for i, n := range sizes {
+				msg := pattern(n, uint64(i))
+				if err := c.Send(ctx, msg); err != nil {
+					t.Fatalf("%d bytes: %v", n, err)
+				}
+				err := c.Recv(ctx, func(m *transport.Message) error {
+					if !bytes.Equal(m.Bytes(), msg) {
+						return errors.New("it differs")
+					}
+					return nil
+				})
+				if err != nil {
+					t.Fatalf("%d bytes: %v", n, err)
+				}
+			}
+			if err := c.Send(ctx, make([]byte, longest+1)); !errors.Is(err, transport.ErrTooLarge) {
 				t.Error(err)
 			}
 		})
