@@ -11,7 +11,7 @@ import (
 
 // The self-test runs the suite's cases, in and between processes, and says how each ended.
 func TestSelftest(t *testing.T) {
-	status, out, errs := ringside("doctor", "--selftest", "--device", "soft0", "--run", "^(rc/send-imm|ud/.*|kill/while-idle|remote/wrong-rkey)$", "-o", "json")
+	status, out, errs := ringside("doctor", "--selftest", "--device", "soft0", "--run", "^(rc/send-imm|ud/.*|kill/idle|remote/wrong-rkey)$", "-o", "json")
 	if status != 0 {
 		t.Fatalf("status %d: %s\n%s", status, errs, out)
 	}
@@ -29,14 +29,22 @@ func TestSelftest(t *testing.T) {
 	if s == nil || s.Device != "soft0" || s.Failed != 0 || s.Passed < 8 || s.Passed+s.Skipped != len(s.Results) {
 		t.Fatalf("self-test %+v", s)
 	}
-	paths := map[string]int{}
+	passed := map[string]map[string]int{} // case, path
 	for _, res := range s.Results {
-		if res.Case == "rc/send-imm" && res.Outcome == conformance.Passed {
-			paths[res.Path]++
+		if res.Outcome == conformance.Passed {
+			if passed[res.Case] == nil {
+				passed[res.Case] = map[string]int{}
+			}
+			passed[res.Case][res.Path]++
 		}
 	}
-	if paths["in-process"] != 1 || paths["processes"] != 2 {
-		t.Errorf("rc/send-imm has passed %v", paths)
+	if p := passed["rc/send-imm"]; p["in-process"] != 1 || p["processes"] != 2 {
+		t.Errorf("rc/send-imm has passed %v", p)
+	}
+	for _, name := range []string{"kill/idle", "remote/wrong-rkey"} {
+		if passed[name]["processes"] == 0 {
+			t.Errorf("%s has passed %v", name, passed[name])
+		}
 	}
 }
 
