@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -103,13 +105,34 @@ func TestServer(t *testing.T) {
 	addr := (<-ready).String()
 
 	t.Setenv(mainEnv, "1")
-	for range 3 {
-		// Killed at some point of its life: before it has dialled, or in the middle of the file.
-		p, err := spawn.Start(ctx, os.Stderr, "-from", addr, "-child", "file", filepath.Join(dir, "killed"))
-		if err != nil {
-			t.Fatal(err)
+	if err := os.WriteFile(filepath.Join(dir, "endless"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(filepath.Join(dir, "endless"), 64<<30); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		for _, when := range []string{"at once", "in the middle of the file"} {
+			to := t.TempDir()
+			p, err := spawn.Start(ctx, os.Stderr, "-from", addr, "-child", "endless", filepath.Join(to, "killed"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if when != "at once" {
+				testutil.Eventually(t, "some of the file is there", func() bool {
+					parts, err := filepath.Glob(filepath.Join(to, ".killed.part-*"))
+					if err != nil || len(parts) == 0 {
+						return false
+					}
+					info, err := os.Stat(parts[0])
+					return err == nil && info.Size() > 0
+				})
+			}
+			p.Kill()
+			if _, err := os.Stat(filepath.Join(to, "killed")); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("killed %s: there is a copy (%v)", when, err)
+			}
 		}
-		p.Kill()
 	}
 	dev, err := (&device.Options{}).Open()
 	if err != nil {
