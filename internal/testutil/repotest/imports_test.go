@@ -42,7 +42,7 @@ var arrows = map[string][]string{
 	"verbs":                   {"internal/provider", "internal/driver", "internal/life"},
 	"mr":                      {"verbs", "internal/driver", "internal/life", "internal/mem"},
 	"qp":                      {"verbs", "internal/driver", "internal/life"}, // mr is a sibling: ib.SGE is what they share
-	"internal/cmaddr":         {"verbs"},
+	"internal/cmaddr":         {"verbs", "internal/driver"},
 	"transport":               {"transport", "qp", "mr", "verbs", "internal/cmaddr", "internal/ring"},
 	"transport/transporttest": {"transport", "verbs"},
 	"rpc":                     {"rpc", "transport", "mr", "internal/ring"}, // never a QP
