@@ -204,7 +204,7 @@ in-vm-rxe: conform-rxe
 	$(VMTEST) -short -skip '$(SOFTONLY)' ./test/interop
 
 in-vm-siw:
-	$(VMTEST) ./internal/nldev ./internal/uverbs ./internal/rdmacm ./internal/provider/rxe ./internal/provider/siw ./mr ./qp
+	$(VMTEST) ./internal/nldev ./internal/uverbs ./internal/rdmacm ./internal/provider ./internal/provider/rxe ./internal/provider/siw ./mr ./qp
 	$(VMTEST) -run 'TestKernelDevices' ./cmd/ringside
 	RINGSIDE_DEVICE=siw0 $(VMTEST) -run 'TestDemoSync' ./examples/paramserver
 	RINGSIDE_DEVICE=siw0 $(VMTEST) -short -run 'TestSizes|TestOneSided|TestWriteImm|TestRemoteAccess|TestProcesses|TestPeerKilled' ./transport
@@ -237,7 +237,7 @@ in-vm-arm64:
 	$(ARMTEST) -short ./internal/conformance -run 'TestInProcess|TestProcesses$$|TestConnectX' -device soft0
 	$(ARMTEST) ./internal/conformance -run 'TestInProcess' -device rxe0 -peer-device rxe1
 	$(ARMTEST) ./internal/conformance -run 'TestInProcess' -device siw0 -peer-device siw1
-	$(ARMTEST) ./internal/nldev ./internal/uverbs ./internal/rdmacm ./internal/provider/rxe ./internal/provider/siw ./mr ./qp
+	$(ARMTEST) ./internal/nldev ./internal/uverbs ./internal/rdmacm ./internal/provider ./internal/provider/rxe ./internal/provider/siw ./mr ./qp
 	RINGSIDE_DEVICE=soft0 $(ARMTEST) -short ./transport ./rpc
 	RINGSIDE_DEVICE=rxe0 $(ARMTEST) -short ./transport ./rpc
 	$(ARMTEST) -short ./internal/emulate

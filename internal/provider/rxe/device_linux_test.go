@@ -2,15 +2,11 @@ package rxe_test
 
 import (
 	"context"
-	"errors"
 	"net/netip"
 	"os"
-	"os/exec"
-	"strings"
 	"testing"
 	"time"
 
-	"github.com/ringside-rdma/ringside/internal/nldev"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/qp"
@@ -52,56 +48,6 @@ func mustClose(t testing.TB, list ...closer) {
 			t.Errorf("close %T: %v", c, err)
 		}
 	}
-}
-
-// ip runs the command.
-func ip(t testing.TB, args string) {
-	t.Helper()
-	if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
-		t.Fatalf("ip %s: %v\n%s", args, err, out)
-	}
-}
-
-// ownDevice makes a device of the test's own, on net devices of its own with the address addr, and opens it. Nobody closes
-// the context. remove deletes the device, which waits until the context is closed.
-func ownDevice(t testing.TB, name, addr string) (c *verbs.Context, remove func() error) {
-	t.Helper()
-	vmOnly(t)
-	netdev, peer := name+"a", name+"b"
-	ip(t, "link add "+netdev+" type veth peer name "+peer)
-	t.Cleanup(func() {
-		if !t.Failed() { // else it would wait for what is open on it
-			ip(t, "link del "+netdev)
-		}
-	})
-	ip(t, "link set "+peer+" up")
-	ip(t, "link set "+netdev+" mtu 4200 up")
-	ip(t, "addr add "+addr+"/24 dev "+netdev)
-	n, err := nldev.Dial()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { n.Close() })
-	remove = func() error { return n.RemoveLink(name) }
-	if err := n.AddLink(name, "rxe", netdev); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			return // something may have it open still, and the machine is gone soon
-		}
-		if err := remove(); err != nil {
-			t.Error(err)
-		}
-	})
-	if c, err = verbs.Open(name); err != nil {
-		t.Fatal(err)
-	}
-	testutil.Eventually(t, "an active port with the address "+addr, func() bool {
-		p, err := c.QueryPort(1)
-		return err == nil && p.State == ib.PortActive && gidIndex(c) >= 0
-	})
-	return c, remove
 }
 
 // gidIndex is the slot of an IPv4 address in the device's GID table, or -1.
@@ -206,25 +152,6 @@ func (r *rig) do(wr ib.SendWR) {
 // write is an RDMA WRITE of all of from to the beginning of to.
 func write(from ib.SGE, to mr.RemoteKey) ib.SendWR {
 	return ib.SendWR{Opcode: ib.OpRDMAWrite, SGEs: []ib.SGE{from}, RemoteAddr: to.Addr, RKey: to.RKey}
-}
-
-// within runs f, and fails the test if it does not return: what must not hang is called like this.
-func within(t testing.TB, what string, f func()) {
-	t.Helper()
-	done := make(chan struct{})
-	go func() { defer close(done); f() }()
-	select {
-	case <-done:
-	case <-time.After(testutil.Patience):
-		t.Fatalf("%s hangs", what)
-	}
-}
-
-func isRemoved(t testing.TB, what string, err error) {
-	t.Helper()
-	if !errors.Is(err, verbs.ErrDeviceRemoved) {
-		t.Errorf("%s: %v, want %v", what, err, verbs.ErrDeviceRemoved)
-	}
 }
 
 var background = context.Background()

@@ -1,8 +1,9 @@
-package rxe_test
+package provider_test
 
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -18,11 +19,13 @@ import (
 )
 
 // A device is deleted while it is used in every way: whatever waits ends with ErrDeviceRemoved, and so does whatever is
-// begun; everything can be closed; and then, as rxe cannot take a device away, the deletion is done.
-func TestDeviceRemovedInUse(t *testing.T) {
-	vmOnly(t)
-	testutil.CheckLeaks(t)
-	c, remove := ownDevice(t, "rxer", "10.78.1.1")
+// begun; everything can be closed; and then, as neither driver can take a device away, the deletion is done.
+func TestDeviceRemovedInUse(t *testing.T) { forKinds(t, testDeviceRemovedInUse) }
+
+func testDeviceRemovedInUse(t *testing.T, kind string) {
+	name := kind + "r"
+	c := newDevice(t, kind, name)
+	attr := must(c.QueryDevice())
 	channel := func() *verbs.CompChannel {
 		ch, err := c.NewCompChannel()
 		if err != nil {
@@ -31,43 +34,43 @@ func TestDeviceRemovedInUse(t *testing.T) {
 		return ch
 	}
 	chA, chB, chC := channel(), channel(), channel()
-	busy, idle, thread := newRig(t, c, nil), newRig(t, c, chA), newRig(t, c, chB)
-	srq, err := qp.NewSRQ(busy.pd, qp.SRQConfig{})
+	busy, idle, thread := newRig(t, c, c, nil), newRig(t, c, c, chA), newRig(t, c, c, chB)
+	pd, cq := idle.a.pd, idle.a.cq
+	srq, err := qp.NewSRQ(busy.a.pd, qp.SRQConfig{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	w, err := mr.NewWindow(busy.pd)
-	if err != nil {
-		t.Fatal(err)
+	initQP := busy.a.newQP() // requests are refused for its state, but the device's end counts more
+	open := []closer{initQP, srq}
+	if attr.Caps.Has(ib.CapMW2) {
+		open = append(open, must(mr.NewWindow(pd)))
 	}
-	ah, err := busy.pd.NewAH(ib.AHAttr{DGID: must(c.GID(1, gidIndex(c))), SGIDIndex: gidIndex(c), HopLimit: 1, Port: 1})
-	if err != nil {
-		t.Fatal(err)
+	if attr.Caps.Has(ib.CapUD) {
+		open = append(open, must(pd.NewAH(ib.AHAttr{DGID: must(c.GID(1, c.gid())), SGIDIndex: c.gid(), HopLimit: 1, Port: 1})))
 	}
-	initQP := busy.newQP() // requests are refused for its state, but the device's end counts more
 
 	var wg sync.WaitGroup
 	var rounds atomic.Int64
 	wg.Go(func() { // traffic, and a busy poller
-		wr := write(busy.m.SGE(0, 4096), busy.m.RemoteRange(8192, 4096))
-		wr.Flags = ib.SendSignaled
+		wr := busy.write(4096)
 		wcs := make([]ib.WC, 16)
 		var postErr error
 		for {
 			if postErr == nil || errors.Is(postErr, verbs.ErrQueueFull) {
-				_, postErr = busy.a.PostSend([]ib.SendWR{wr})
+				_, postErr = busy.a.q.PostSend([]ib.SendWR{wr})
 			}
-			n, err := busy.cq.Poll(wcs)
+			n, err := busy.a.cq.Poll(wcs)
 			if err != nil {
 				isRemoved(t, "Poll in the loop", err)
 				if postErr == nil || errors.Is(postErr, verbs.ErrQueueFull) { // Poll was first
-					_, postErr = busy.a.PostSend([]ib.SendWR{wr})
+					_, postErr = busy.a.q.PostSend([]ib.SendWR{wr})
 				}
 				isRemoved(t, "PostSend in the loop", postErr)
 				return
 			}
 			for i := range wcs[:n] {
-				if err := verbs.CheckWC("", &wcs[i]); err != nil {
+				// siw ends the connection first: the request that it is at fails, and others are flushed.
+				if err := verbs.CheckWC("", &wcs[i]); err != nil && kind != "siw" {
 					t.Error(err)
 				}
 			}
@@ -75,7 +78,7 @@ func TestDeviceRemovedInUse(t *testing.T) {
 		}
 	})
 	for _, r := range []*rig{idle, thread} {
-		if err := r.cq.Arm(false); err != nil {
+		if err := r.a.cq.Arm(false); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -97,6 +100,18 @@ func TestDeviceRemovedInUse(t *testing.T) {
 		return err
 	})
 	fatal := make(chan struct{})
+	if kind == "siw" {
+		waiter("Accept", func() error {
+			l, err := qp.Listen(c.Context, netip.AddrPortFrom(c.addr, 0), 0)
+			if err != nil {
+				return err
+			}
+			defer l.Close()
+			waiting.Add(1)
+			_, err = l.Accept(background)
+			return err
+		})
+	}
 	waiter("AsyncEvent", func() error {
 		for {
 			e, err := c.AsyncEvent(background)
@@ -109,11 +124,11 @@ func TestDeviceRemovedInUse(t *testing.T) {
 			}
 		}
 	})
-	testutil.Eventually(t, "traffic and waiters", func() bool { return rounds.Load() > 100 && waiting.Load() == 5 })
+	testutil.Eventually(t, "traffic and waiters", func() bool { return rounds.Load() > 100 && waiting.Load() >= 5 })
 
 	removed := make(chan error, 1)
 	start := time.Now()
-	go func() { removed <- remove() }()
+	go func() { removed <- remove(name) }()
 	within(t, "a wait", wg.Wait)
 	t.Logf("all waits ended after %v, after %d writes", time.Since(start), rounds.Load())
 	select {
@@ -122,40 +137,50 @@ func TestDeviceRemovedInUse(t *testing.T) {
 		t.Error("no event says that the device has gone")
 	}
 
-	wr := write(busy.m.SGE(0, 8), busy.m.RemoteRange(8, 8))
-	recv := []ib.RecvWR{{SGEs: []ib.SGE{busy.m.SGE(0, 8)}}}
-	for what, f := range map[string]func() error{
-		"PostSend":          func() error { _, err := idle.a.PostSend([]ib.SendWR{wr}); return err },
+	wr := idle.write(8)
+	recv := []ib.RecvWR{{SGEs: []ib.SGE{idle.a.m.SGE(0, 8)}}}
+	calls := map[string]func() error{
+		"PostSend":          func() error { _, err := idle.a.q.PostSend([]ib.SendWR{wr}); return err },
 		"PostSend in Init":  func() error { _, err := initQP.PostSend([]ib.SendWR{wr}); return err },
-		"PostSend of none":  func() error { _, err := idle.a.PostSend(nil); return err },
-		"PostRecv":          func() error { _, err := idle.a.PostRecv(recv); return err },
+		"PostSend of none":  func() error { _, err := idle.a.q.PostSend(nil); return err },
+		"PostRecv":          func() error { _, err := idle.a.q.PostRecv(recv); return err },
 		"PostRecv to SRQ":   func() error { _, err := srq.PostRecv(recv); return err },
 		"SetLimit":          func() error { return srq.SetLimit(1) },
-		"Poll":              func() error { _, err := idle.cq.Poll(make([]ib.WC, 1)); return err },
-		"Arm":               func() error { return idle.cq.Arm(false) },
-		"Arm for solicited": func() error { return idle.cq.Arm(true) },
-		"Resize":            func() error { return idle.cq.Resize(1000) },
+		"Poll":              func() error { _, err := cq.Poll(make([]ib.WC, 1)); return err },
+		"Arm":               func() error { return cq.Arm(false) },
+		"Arm for solicited": func() error { return cq.Arm(true) },
 		"Wait":              func() error { _, err := chA.Wait(background); return err },
 		"WaitThread":        func() error { _, err := chA.WaitThread(); return err },
 		"AsyncEvent":        func() error { _, err := c.AsyncEvent(background); return err },
 		"AllocPD":           func() error { _, err := c.AllocPD(); return err },
 		"NewCQ":             func() error { _, err := c.NewCQ(verbs.CQConfig{}); return err },
 		"NewCompChannel":    func() error { _, err := c.NewCompChannel(); return err },
-		"qp.New":            func() error { _, err := qp.New(idle.pd, &qp.Config{SendCQ: idle.cq}); return err },
-		"qp.NewSRQ":         func() error { _, err := qp.NewSRQ(idle.pd, qp.SRQConfig{}); return err },
-		"mr.Alloc":          func() error { _, err := mr.Alloc(idle.pd, 4096, 0); return err },
-		"mr.Register":       func() error { _, err := mr.Register(idle.pd, make([]byte, 64), 0); return err },
-		"mr.NewWindow":      func() error { _, err := mr.NewWindow(idle.pd); return err },
-		"NewAH":             func() error { _, err := idle.pd.NewAH(ib.AHAttr{Port: 1}); return err },
-		"Fail":              func() error { return idle.a.Fail(background) },
-		"Reset":             func() error { return idle.a.Reset(background) },
-		"Query":             func() error { _, err := idle.a.Query(); return err },
-		"QueryPort":         func() error { _, err := c.QueryPort(1); return err },
-		"GIDs":              func() error { _, err := c.GIDs(1); return err },
-	} {
+		"qp.New":            func() error { _, err := qp.New(pd, &qp.Config{SendCQ: cq}); return err },
+		"qp.NewSRQ":         func() error { _, err := qp.NewSRQ(pd, qp.SRQConfig{}); return err },
+		"qp.Listen":         func() error { _, err := qp.Listen(c.Context, netip.AddrPortFrom(c.addr, 0), 0); return err },
+		"Dial": func() error {
+			_, err := initQP.Dial(background, netip.AddrPortFrom(c.addr, 0), netip.AddrPortFrom(c.addr, 7471), qp.CMParams{})
+			return err
+		},
+		"mr.Alloc":    func() error { _, err := mr.Alloc(pd, 4096, 0); return err },
+		"mr.Register": func() error { _, err := mr.Register(pd, make([]byte, 64), 0); return err },
+		"Fail":        func() error { return idle.a.q.Fail(background) },
+		"Query":       func() error { _, err := idle.a.q.Query(); return err },
+		"QueryPort":   func() error { _, err := c.QueryPort(1); return err },
+		"GIDs":        func() error { _, err := c.GIDs(1); return err },
+	}
+	if kind == "rxe" {
+		calls["Reset"] = func() error { return idle.a.q.Reset(background) }
+		calls["mr.NewWindow"] = func() error { _, err := mr.NewWindow(pd); return err }
+		calls["NewAH"] = func() error { _, err := pd.NewAH(ib.AHAttr{Port: 1}); return err }
+	}
+	if attr.Caps.Has(ib.CapResizeCQ) {
+		calls["Resize"] = func() error { return cq.Resize(1000) }
+	}
+	for what, f := range calls {
 		within(t, what, func() { isRemoved(t, what, f()) })
 	}
-	if _, err := verbs.Open("rxer"); err == nil {
+	if _, err := verbs.Open(name); err == nil {
 		t.Error("the device can still be opened")
 	}
 	select {
@@ -164,7 +189,7 @@ func TestDeviceRemovedInUse(t *testing.T) {
 	default:
 	}
 	within(t, "Close", func() {
-		mustClose(t, ah, w, initQP, srq)
+		mustClose(t, open...)
 		for _, r := range []*rig{busy, idle, thread} {
 			r.close()
 		}
@@ -185,13 +210,15 @@ func must[T any](v T, err error) T {
 }
 
 // The same below rpc and transport: a call in flight ends, everything closes, and the deletion is done.
-func TestDeviceRemovedUnderRPC(t *testing.T) {
-	vmOnly(t)
+func TestDeviceRemovedUnderRPC(t *testing.T) { forKinds(t, testDeviceRemovedUnderRPC) }
+
+func testDeviceRemovedUnderRPC(t *testing.T, kind string) {
 	for _, mode := range []transport.PollMode{transport.Adaptive, transport.Event, transport.Busy} {
 		t.Run(mode.String(), func(t *testing.T) {
 			testutil.CheckLeaks(t)
-			c, remove := ownDevice(t, "rxet", "10.78.2.1")
-			tcfg := &transport.Config{Context: c, PollMode: mode}
+			name := kind + "t"
+			c := newDevice(t, kind, name)
+			tcfg := &transport.Config{Context: c.Context, PollMode: mode}
 			l, err := transport.Listen(background, "127.0.0.1:0", tcfg)
 			if err != nil {
 				t.Fatal(err)
@@ -222,7 +249,7 @@ func TestDeviceRemovedUnderRPC(t *testing.T) {
 
 			removed := make(chan error, 1)
 			start := time.Now()
-			go func() { removed <- remove() }()
+			go func() { removed <- remove(name) }()
 			within(t, "the call", func() {
 				if err := <-call; err == nil {
 					t.Error("the call has an answer")
