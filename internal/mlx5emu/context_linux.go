@@ -63,6 +63,7 @@ func (d *Device) Open(mem Memory) (*Context, error) {
 	if err != nil {
 		return nil, err
 	}
+	p.tellClock(d.began)
 	c := &Context{dev: d, mem: mem, pages: p, handles: map[uint32]object{}, uars: map[uint32]*uar{}}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -152,7 +153,7 @@ func (c *Context) ucontext(room int) []byte {
 		QPTabSize: qpTableSize, BFRegSize: bfRegSize, TotBFRegs: c.bfregs, CacheLineSize: cacheLine,
 		MaxSQDescSz: maxSQDesc, MaxRQDescSz: maxRQDesc, MaxSendWQEBB: maxSendWQEBB, MaxRecvWR: maxRecvWR, MaxSRQRecvWR: maxSRQWR + 1,
 		NumPorts: 1, CQEVersion: c.cqeVersion, CmdsSuppUHW: abi.MLX5_USER_CMDS_SUPP_UHW_QUERY_DEVICE | abi.MLX5_USER_CMDS_SUPP_UHW_CREATE_AH,
-		EthMinInline: c.dev.inlineMode(), LogUARSize: 12, NumUARsPerPage: 1,
+		ClockInfoVersions: 1 << abi.MLX5_IB_CLOCK_INFO_V1, EthMinInline: c.dev.inlineMode(), LogUARSize: 12, NumUARsPerPage: 1,
 	}
 	b := bytesOf(&r)
 	r.ResponseLength = uint32(min(room, len(b)))

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"testing"
+	"time"
 
 	"github.com/ringside-rdma/ringside/internal/abi"
 	"github.com/ringside-rdma/ringside/internal/uverbs"
@@ -298,6 +299,24 @@ func TestUD(t *testing.T) {
 		p.a.send(opSend, ceUpdate, 0, segAddress(p, p.b.qpn, 0x1111), segData(addrOf(p.ma), mtu-10, p.ka), segData(addrOf(p.ma), 11, p.ka))
 		p.ca.expectError(cqeRequesterErr, ib.WCLocalLengthErr)
 	})
+}
+
+// A page tells how times of completions become the host's.
+func TestClock(t *testing.T) {
+	p := newPair(t, Config{Manual: true}, ib.RC)
+	page, err := p.f.Mmap((abi.MLX5_IB_MMAP_CLOCK_INFO<<8|abi.MLX5_IB_CLOCK_INFO_V1)*pageSize, pageSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.f.Munmap(page)
+	i := structOf[abi.Mlx5ClockInfo](page)
+	from := time.Now()
+	p.a.send(opWrite, ceUpdate, 0, segRemote(addrOf(p.mb), p.kb), segData(addrOf(p.ma), 8, p.ka))
+	e := p.ca.expect(cqeRequester, 8)
+	if at := i.Nsec + ((be.Uint64(e.cqe[cqeTime:])-i.Cycles)&i.Mask*uint64(i.Mult)+i.Frac)>>i.Shift; i.Sign != 0 ||
+		at < uint64(from.Add(-time.Second).UnixNano()) || at > uint64(time.Now().Add(time.Second).UnixNano()) { // the host's clock may be set
+		t.Errorf("a completion at %v, by %+v; now it is %v", time.Unix(0, int64(at)), i, from)
+	}
 }
 
 // A window opens a part of a region to the peer, until its binding ends.

@@ -203,15 +203,18 @@ func writeQueryQP(w *writeCmd) (response, syscall.Errno) {
 	if err != nil {
 		return response{}, unix.EINVAL
 	}
+	// The kernel tells of receives what the client's ring has room for, and of sends nothing: these the client's driver knows.
 	r := abi.QueryQPResp{
-		MaxSendWR: n.cap.MaxSendWR, MaxRecvWR: n.cap.MaxRecvWR, MaxSendSGE: n.cap.MaxSendSGE, MaxRecvSGE: n.cap.MaxRecvSGE,
-		MaxInlineData: n.cap.MaxInlineData, QKey: uint32(a.QKey), RQPSN: uint32(a.RQPSN), SQPSN: uint32(a.SQPSN),
+		MaxRecvWR: n.rqCount, QKey: uint32(a.QKey), RQPSN: uint32(a.RQPSN), SQPSN: uint32(a.SQPSN),
 		DestQPNum: uint32(a.DestQPN), QPAccessFlags: uint32(a.Access), PKeyIndex: a.PKeyIndex, QPState: uint8(a.State),
 		CurQPState: uint8(a.State), PathMTU: uint8(a.PathMTU), MaxRdAtomic: a.MaxRdAtomic, MaxDestRdAtomic: a.MaxDestRdAtomic,
 		MinRNRTimer: uint8(a.MinRNRTimer), PortNum: a.Port, Timeout: uint8(a.AckTimeout), RetryCnt: a.RetryCount, RNRRetry: a.RNRRetry,
 	}
 	if a.State == ib.SQD && n.outstanding > 0 {
 		r.SQDraining = 1
+	}
+	if n.rqCount > 0 {
+		r.MaxRecvSGE = 1 << n.rqShift / segSize
 	}
 	if n.sigAll {
 		r.SQSigAll = 1

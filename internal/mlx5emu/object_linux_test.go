@@ -806,3 +806,17 @@ func TestCloseWithAll(t *testing.T) {
 	})
 	testutil.Eventually(t, "nothing is left", func() bool { return before.Diff() == "" })
 }
+
+// QUERY_QP tells the size of the ring of receives, as the kernel's driver does: a client's driver knows what was asked for.
+func TestQueryTellsRing(t *testing.T) {
+	c := connect(t, newDevice(t, Config{Manual: true}))
+	cq := c.newCQ(64, -1)
+	q := c.newQP(cq, cq, qpOptions{srq: -1, rqn: 256, shift: 6}) // 64 receives of 2 elements were asked for
+	var r abi.QueryQPResp
+	if err := c.f.Write("query_qp", &uverbs.WriteCmd{Cmd: abi.IB_USER_VERBS_CMD_QUERY_QP, In: uverbs.Bytes(&abi.QueryQP{QPHandle: q.h}), Out: uverbs.Bytes(&r)}); err != nil {
+		t.Fatal(err)
+	}
+	if r.MaxRecvWR != 256 || r.MaxRecvSGE != 4 || r.MaxSendWR != 0 || r.MaxSendSGE != 0 || r.MaxInlineData != 0 {
+		t.Errorf("%+v", r)
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"os"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -63,6 +64,12 @@ func (p *pages) setUp(fd int) error {
 	}
 	p.mem = mem
 	return nil
+}
+
+// tellClock writes the page by which clients make times of the device's clock, which counts nanoseconds from then on.
+func (p *pages) tellClock(began time.Time) {
+	const page = abi.MLX5_IB_MMAP_CLOCK_INFO*mmapCommandPages + abi.MLX5_IB_CLOCK_INFO_V1
+	copy(p.mem[page*pageSize:], bytesOf(&abi.Mlx5ClockInfo{Nsec: uint64(began.UnixNano()), Mult: 1, Mask: 1<<64 - 1}))
 }
 
 func (p *pages) close() error {
