@@ -26,7 +26,7 @@ stage = @printf '\n=== %s\n' "$(1)"
 # Commands and examples, by folder name.
 PROGRAMS = $(notdir $(patsubst %/,%,$(dir $(wildcard cmd/*/main.go examples/*/main.go))))
 
-.PHONY: all test check build demo lint unit udp emulated race fuzz cross vm vm-6.12 vm-arm64 in-vm-rxe in-vm-siw in-vm-6.12 in-vm-arm64 conform-rxe conform-siw vm-conformance matrix pgo bench bench-vm bench-net bench-mlx5 bench-once bench-quick demo-check clean
+.PHONY: all test check build demo lint unit udp emulated pyverbs race fuzz cross vm vm-6.12 vm-arm64 in-vm-rxe in-vm-siw in-vm-6.12 in-vm-arm64 conform-rxe conform-siw vm-conformance matrix pgo bench bench-vm bench-net bench-mlx5 bench-once bench-quick demo-check clean
 
 all: build
 
@@ -117,6 +117,8 @@ udp:
 # The driver for ConnectX by the emulator's other front door, as for any program: the conformance suite, all of it in two minutes with
 # make emulated EMULATED=., and some of what is built on it.
 EMULATED ?= ^(rc|atomic|srq|mw)/
+# One of these groups of cases, another one each time, is run between two devices: all but random, which takes long, and kill.
+EMULATED_REST = rc uc ud sge inline slice rnr length flush state order placement remote local queue cq life revoke reach concurrent passive
 EMULATED_TRANSPORT = ^Test(Sizes|OneSided|Batch|SendRegion|ManyConnections|PostMore.*|Processes|PeerKilled)$$
 EMULATED_RPC = ^Test(RawCalls|ConcurrentCalls|CancelStorm|Bulk.*|Queue.*|TwoProcesses|ServerKilled)$$
 emulated:
@@ -125,7 +127,9 @@ emulated:
 	mkdir -p bin
 	$(GO) build -o bin/ ./cmd/ringside
 	./bin/ringside emulate -- ./bin/ringside doctor --selftest --device mlx5_0 --run '$(EMULATED)'
-	./bin/ringside emulate --devices 2 -- ./bin/ringside doctor --selftest --device mlx5_0 --peer-device mlx5_1 --run '^rc/'
+	rest=($(EMULATED_REST))
+	group=$${rest[RANDOM % $${#rest[@]}]}
+	./bin/ringside emulate --devices 2 -- ./bin/ringside doctor --selftest --device mlx5_0 --peer-device mlx5_1 --run "^$$group/"
 	$(GO) test -c -o bin/transport.test ./transport
 	$(GO) test -c -o bin/rpc.test ./rpc
 	{ (cd transport; RINGSIDE_DEVICE=mlx5_0 ../bin/ringside emulate -- ../bin/transport.test $(verbose:-v=-test.v) -test.short -test.run '$(EMULATED_TRANSPORT)') && \
@@ -139,6 +143,12 @@ emulated:
 	RINGSIDE_DEVICE=mlx5_0 ./bin/ringside emulate -- ./bin/paramserver -demo -workers 3 | tee bin/demo.log
 	tail -n 1 bin/demo.log | grep 'workers=3 .* device=mlx5_0'
 	./bin/ringside emulate --devices 2 -- ./bin/ringside perf rpc rate --spawn --poll event --iters 2000 --device mlx5_0 --server-device mlx5_1
+
+# rdma-core's own tests on an emulated device, with Debian's packages python3-pyverbs and rdma-core: minutes, and no part of test.
+pyverbs:
+	$(call stage,pyverbs: the tests of rdma-core)
+	.ci/setup go
+	RINGSIDE_TEST_REQUIRE=1 $(GO) test -count=1 -timeout 30m -run Pyverbs ./internal/emulate -pyverbs
 
 # The packages of one goroutine have nothing to race with; of those left, the tests but for what is other processes or
 # measures networks, with fewer seeds and rounds than in unit.
