@@ -200,7 +200,9 @@ TRANSPORTS = ./rpc ./examples/quickstart ./examples/pingpong ./examples/kv ./exa
 vm: bin/vm/soft.json
 	$(call stage,vm: the kernel's software RDMA devices)
 	.ci/setup go gcc infiniband/verbs.h
+	rm -f bin/vm/rxe-*.pcap
 	$(VM) in-vm-rxe in-vm-siw
+	$(if $(STRICT),RINGSIDE_TEST_REQUIRE=1) $(GO) test -count=1 -run TestTsharkRXE ./internal/roce -captures '$(CURDIR)/bin/vm/rxe-*.pcap'
 	$(GO) test -count=1 -run TestZMatrix ./internal/conformance -matrix $(CURDIR)/README.md -matrix-check \
 		-matrix-with $(MATRICES)
 
@@ -209,7 +211,7 @@ in-vm-rxe: conform-rxe
 	RINGSIDE_DEVICE=rxe0 $(VMTEST) -short ./transport $(TRANSPORTS)
 	RINGSIDE_DEVICE=rxe0 $(VMTEST) -run 'TestDemoSync' ./examples/paramserver
 	$(VMTEST) ./internal/conformance -run 'TestProcesses$$/kill' -device rxe0 -peer-device rxe1
-	$(VMTEST) ./internal/conformance -run 'TestSoftAndRXE/.*/(warm-up|rc|uc|ud|atomic|srq|rnr|remote|local)'
+	$(VMTEST) ./internal/conformance -run 'TestSoftAndRXE$$/.*/(warm-up|rc|uc|ud|atomic|srq|rnr|remote|local)'
 	$(VMTEST) ./internal/softnic/udp
 	$(VMTEST) -short -skip '$(SOFTONLY)' ./test/interop
 
@@ -230,7 +232,7 @@ vm-6.12:
 
 in-vm-6.12:
 	$(VMTEST) ./internal/conformance -run 'TestInProcess/(warm-up|placement)' -device rxe0 -peer-device rxe1
-	$(VMTEST) ./internal/conformance -run 'TestSoftAndRXE/.*/(warm-up|placement)'
+	$(VMTEST) ./internal/conformance -run 'TestSoftAndRXE$$/.*/(warm-up|placement)'
 
 # What an arm64 processor and its kernel have to do with: assembly, layouts, system calls, rings, and what is on top of these, with the
 # software NIC, the kernel's devices and the emulated ConnectX. All of it is emulated, which takes long, and is no part of test.

@@ -3,8 +3,11 @@ package roce_test
 import (
 	"bytes"
 	"encoding/binary"
+	"flag"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -72,9 +75,6 @@ func number(t *testing.T, s string) uint64 {
 // Wireshark's dissector finds in every packet what was put there.
 func TestTsharkPackets(t *testing.T) {
 	c := newCapture(t)
-	fields := []string{"ip.checksum.status", "udp.checksum.status", "infiniband.invariant.crc", "infiniband.bth.opcode", "infiniband.bth.se", "infiniband.bth.padcnt",
-		"infiniband.bth.p_key", "infiniband.bth.destqp", "infiniband.bth.a", "infiniband.bth.psn", "infiniband.reth.va", "infiniband.reth.r_key",
-		"infiniband.reth.dmalen", "infiniband.aeth.msn", "infiniband.deth.q_key", "infiniband.deth.srcqp", "infiniband.immdt", "infiniband.ieth"}
 	type row struct {
 		p    roce.Packet
 		n    int
@@ -96,40 +96,105 @@ func TestTsharkPackets(t *testing.T) {
 		}
 		rows = append(rows, row{p, n, c.add(&p, make([]byte, n))})
 	}
-	packets := testutil.Tshark(t, c.out.Bytes(), fields...)
+	packets := testutil.Tshark(t, c.out.Bytes(), packetFields...)
 	if len(packets) != 2*len(rows) {
 		t.Fatalf("%d packets, want %d", len(packets), 2*len(rows))
 	}
 	for i, got := range packets {
 		r := &rows[i/2]
-		p, o := &r.p, r.p.Opcode
-		has := func(b bool, v uint64) uint64 {
-			if b {
-				return v
-			}
-			return 0
+		dissected(t, &r.p, r.n, r.sums[i%2], got)
+	}
+}
+
+// packetFields are what dissected compares.
+var packetFields = []string{"infiniband.invariant.crc", "infiniband.bth.opcode", "infiniband.bth.se", "infiniband.bth.padcnt",
+	"infiniband.bth.p_key", "infiniband.bth.destqp", "infiniband.bth.a", "infiniband.bth.psn", "infiniband.reth.va", "infiniband.reth.r_key",
+	"infiniband.reth.dmalen", "infiniband.aeth.msn", "infiniband.deth.q_key", "infiniband.deth.srcqp", "infiniband.immdt", "infiniband.ieth"}
+
+// dissected compares what tshark has found in a packet with a payload of n bytes and this invariant CRC.
+func dissected(t *testing.T, p *roce.Packet, n int, icrc string, got []string) {
+	t.Helper()
+	o := p.Opcode
+	has := func(b bool, v uint64) uint64 {
+		if b {
+			return v
 		}
-		ud, aeth := o.Service() == roce.UD, o.IsResponse() && o.Op() != roce.ReadResponseMiddle
-		bit := func(b bool) uint64 { return has(b, 1) }
-		want := []uint64{uint64(o), bit(p.Solicited), uint64(roce.Pad(r.n)), roce.DefaultPKey, uint64(p.DestQP), bit(p.AckReq), uint64(p.PSN),
-			has(o.HasRETH() || isAtomic(o), p.Addr), has(o.HasRETH() || isAtomic(o), uint64(p.RKey)), has(o.HasRETH(), uint64(p.Len)), has(aeth, uint64(p.MSN)), has(ud, uint64(p.QKey)),
-			has(ud, uint64(p.SrcQP)), has(o.HasImm(), uint64(p.Imm)), has(o.HasInv(), uint64(p.InvKey))}
-		if got[2] != r.sums[i%2] && o != roce.CNP { // of which this dissector does not show it
-			t.Errorf("%v: ICRC %s, want %s", o, got[2], r.sums[i%2])
+		return 0
+	}
+	ud, aeth := o.Service() == roce.UD, o.IsResponse() && o.Op() != roce.ReadResponseMiddle
+	bit := func(b bool) uint64 { return has(b, 1) }
+	want := []uint64{uint64(o), bit(p.Solicited), uint64(roce.Pad(n)), roce.DefaultPKey, uint64(p.DestQP), bit(p.AckReq), uint64(p.PSN),
+		has(o.HasRETH() || isAtomic(o), p.Addr), has(o.HasRETH() || isAtomic(o), uint64(p.RKey)), has(o.HasRETH(), uint64(p.Len)), has(aeth, uint64(p.MSN)), has(ud, uint64(p.QKey)),
+		has(ud, uint64(p.SrcQP)), has(o.HasImm(), uint64(p.Imm)), has(o.HasInv(), uint64(p.InvKey))}
+	if got[0] != icrc && o != roce.CNP { // of which this dissector does not show it
+		t.Errorf("%v: ICRC %s, want %s", o, got[0], icrc)
+	}
+	for k, w := range want {
+		name, v := packetFields[1+k], got[1+k]
+		v = strings.NewReplacer("True", "1", "False", "0").Replace(v)
+		if name == "infiniband.immdt" || name == "infiniband.ieth" { // bytes, of the header and of its only field
+			if v, _, _ = strings.Cut(v, ","); v != "" {
+				v = "0x" + v
+			}
 		}
-		for k, w := range want {
-			name, v := fields[3+k], got[3+k]
-			v = strings.NewReplacer("True", "1", "False", "0").Replace(v)
-			if name == "infiniband.immdt" || name == "infiniband.ieth" { // bytes, of the header and of its only field
-				if v, _, _ = strings.Cut(v, ","); v != "" {
-					v = "0x" + v
-				}
-			}
-			if n := number(t, v); n != w {
-				t.Errorf("%v: %s is %s, want %#x", o, name, got[3+k], w)
-			}
+		if n := number(t, v); n != w {
+			t.Errorf("%v: %s is %s, want %#x", o, name, got[1+k], w)
 		}
 	}
+}
+
+var captures = flag.String("captures", "", "files that testutil.Sniffer has written, for TestTsharkRXE")
+
+// Of packets between rxe and the software NIC, as they were on the wire, tshark and this package read the same, and the invariant CRC is the
+// one that this package wants with the IPv4 identification that they have.
+func TestTsharkRXE(t *testing.T) {
+	if *captures == "" {
+		t.Skip("no -captures")
+	}
+	files, err := filepath.Glob(*captures)
+	if err != nil || len(files) == 0 {
+		t.Fatalf("%s: no such files, %v", *captures, err)
+	}
+	const fileHeader, packetHeader = 24, 16
+	var whole []byte
+	var packets [][]byte
+	var where []string
+	for _, name := range files { // tshark takes long to start
+		b, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if whole == nil {
+			whole = b[:fileHeader:fileHeader]
+		}
+		whole = append(whole, b[fileHeader:]...)
+		for i, b := 0, b[fileHeader:]; len(b) > 0; i++ {
+			n := int(binary.NativeEndian.Uint32(b[8:]))
+			packets, where = append(packets, b[packetHeader:][:n]), append(where, fmt.Sprintf("%s, packet %d", filepath.Base(name), i))
+			b = b[packetHeader+n:]
+		}
+	}
+	// rxe has no UDP checksum over IPv6 either.
+	all := testutil.TsharkWith(t, []string{"udp.ignore_ipv6_zero_checksum:TRUE"}, whole, packetFields...)
+	if len(all) != len(packets) {
+		t.Fatalf("tshark sees %d packets of %d", len(all), len(packets))
+	}
+	for i, ip := range packets {
+		src, dst, id, udp := roce.Addresses(ip)
+		var c roce.ICRC
+		c.Init(src, dst)
+		if got, ok := c.ID(udp); !ok || got != id {
+			t.Errorf("%s: the ICRC is for the identification %#x, %v, not for %#x: % x", where[i], got, ok, id, ip)
+		}
+		var p roce.Packet
+		crc := len(udp) - roce.ICRCLen
+		if err := p.Decode(udp[:crc]); err != nil {
+			t.Errorf("%s: %v: % x", where[i], err, ip)
+			continue
+		}
+		dissected(t, &p, len(p.Payload), fmt.Sprintf("0x%08x", binary.BigEndian.Uint32(udp[crc:])), all[i])
+	}
+	t.Logf("%d packets of %d files", len(packets), len(files))
 }
 
 func isAtomic(o roce.Opcode) bool {

@@ -14,15 +14,30 @@ const comment = "1048576"
 // chat is the severity of what is usual (PI_CHAT).
 const chat = "2097152"
 
+// guessed are protocols that tshark takes a payload for if it looks a little like them, as one of a few bytes does like rpcordma.
+var guessed = []string{"rpcordma", "smc", "smb_direct", "nvme-rdma", "lnet", "iser", "infiniband.eoib", "infiniband_sdp", "fcoib"}
+
 // Tshark has tshark dissect a capture, and returns the given fields of each packet. A field that a packet has more than once
 // has its values separated by commas. What tshark has to say against a packet fails the test; so payloads had better not look
 // like one of the protocols that it guesses.
 func Tshark(t testing.TB, capture []byte, fields ...string) [][]string {
 	t.Helper()
+	return TsharkWith(t, nil, capture, fields...)
+}
+
+// TsharkWith is Tshark with preferences, as its option -o has them.
+func TsharkWith(t testing.TB, preferences []string, capture []byte, fields ...string) [][]string {
+	t.Helper()
 	if _, err := exec.LookPath("tshark"); err != nil {
 		Skip(t, "apt-get install tshark")
 	}
-	args := []string{"-r", "-", "-n", "-T", "fields", "-E", "separator=/t", "--disable-protocol", "rpcordma"} // which it takes messages of a few bytes for
+	args := []string{"-r", "-", "-n", "-T", "fields", "-E", "separator=/t", "-o", "infiniband.identify_payload:FALSE"}
+	for _, p := range preferences {
+		args = append(args, "-o", p)
+	}
+	for _, p := range guessed {
+		args = append(args, "--disable-protocol", p)
+	}
 	for _, f := range append([]string{"_ws.malformed", "_ws.expert.severity", "_ws.expert.message"}, fields...) {
 		args = append(args, "-e", f)
 	}

@@ -23,7 +23,7 @@ import (
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// rxeNet is the network that joins the kernel's rxe to this package.
+// rxeNet is the network that joins the kernel's rxe to this package, or that by its other addresses.
 var rxeNet *testutil.RXENet
 
 // inNamespace opens a socket on the other end.
@@ -149,7 +149,9 @@ func oneIn(n int) func() bool {
 
 // Requests of either side, of every kind, and of lengths around the path MTU.
 func TestRXE(t *testing.T) {
-	rxeNet = testutil.NewRXENet(t)
+	net := testutil.NewRXENet(t)
+	rxeNet = net
+	defer net.Sniff(t).Check()
 	for _, mtu := range []ib.MTU{ib.MTU256, ib.MTU1024, ib.MTU4096} {
 		t.Run(fmt.Sprint(mtu.Bytes()), func(t *testing.T) {
 			sizes := []int{0, 1, 3, 64, mtu.Bytes() - 1, mtu.Bytes(), mtu.Bytes() + 1, 8191}
@@ -160,6 +162,14 @@ func TestRXE(t *testing.T) {
 	t.Run("UC", unreliableRXE)
 	t.Run("refused by rxe", refusedByRXE)
 	t.Run("refused by us", refusedByUs)
+	rxeNet = net.OverIPv6()
+	t.Run("IPv6", func(t *testing.T) {
+		const mtu = ib.MTU1024
+		sizes := []int{0, 1, 3, mtu.Bytes(), mtu.Bytes() + 1, 8191}
+		t.Run("to rxe", func(t *testing.T) { toRXE(t, mtu, sizes) })
+		t.Run("from rxe", func(t *testing.T) { fromRXE(t, mtu, sizes) })
+		t.Run("UC", unreliableRXE)
+	})
 }
 
 func toRXE(t *testing.T, mtu ib.MTU, sizes []int) {

@@ -1,0 +1,4 @@
+package roce
+
+// Addresses is for the tests outside of the package.
+var Addresses = addresses
