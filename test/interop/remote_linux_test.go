@@ -153,8 +153,8 @@ type softPeer struct {
 	slot  int // of rxe's address
 }
 
-func newSoftPeer(t *testing.T) *softPeer {
-	p := &softPeer{RXENet: testutil.NewRXENet(t)}
+func newSoftPeer(t *testing.T, net *testutil.RXENet) *softPeer {
+	p := &softPeer{RXENet: net}
 	var err error
 	if p.slot, err = slotOf(p.Device, p.RXE); err != nil {
 		t.Fatal(err)
@@ -243,31 +243,51 @@ func found(t *testing.T, program string) string {
 
 // Messages between the software NIC and ibv_rc_pingpong and its kin on rxe.
 func TestSoftPingPongWithC(t *testing.T) {
-	p := newSoftPeer(t)
+	p := newSoftPeer(t, testutil.NewRXENet(t))
+	defer p.Sniff(t).Check()
 	eachRun(t, func(t *testing.T, o pingPong) {
 		shortly(t, o)
-		name := found(t, "ibv_"+string(o.service)+"_pingpong")
-		if o.service == srq && o.size > 4096 {
-			// The C program destroys its queue pairs once it has seen enough, and answers nothing after that. Fewer large messages
-			// at once are no more than either side can hold while an emulated machine is at something else.
-			o.numQP = 4
-		}
-		for _, goServes := range []bool{true, false} {
-			t.Run(role(goServes), func(t *testing.T) {
-				order := order{What: string(o.service), Size: o.size, MTU: o.mtu, RxDepth: o.rxDepth, Iters: o.iters, NumQP: o.numQP,
-					Fill: fillOfC(o.service), Events: o.events}
-				tolerant(t, o.service == uc || o.service == ud, func(limit time.Duration) error {
-					return p.meet(t, order, goServes, limit, name, "-g", pingPongArgs(o))
-				})
-			})
-		}
+		p.pingPong(t, o, true, false)
 	})
+}
+
+// Two of these over IPv6: a connection and datagrams, whose receives begin with the header.
+func TestSoftPingPongWithCOverIPv6(t *testing.T) {
+	p := newSoftPeer(t, testutil.NewRXENet(t).OverIPv6())
+	defer p.Sniff(t).Check()
+	for _, s := range []service{rc, ud} {
+		t.Run(string(s), func(t *testing.T) {
+			o := defaults(s)
+			o.size, o.check, o.iters = 1500, true, 60
+			p.pingPong(t, o, true) // the C programs serve over IPv4 only
+		})
+	}
+}
+
+// pingPong makes a run in each of the roles.
+func (p *softPeer) pingPong(t *testing.T, o pingPong, roles ...bool) {
+	name := found(t, "ibv_"+string(o.service)+"_pingpong")
+	if o.service == srq && o.size > 4096 {
+		// The C program destroys its queue pairs once it has seen enough, and answers nothing after that. Fewer large messages
+		// at once are no more than either side can hold while an emulated machine is at something else.
+		o.numQP = 4
+	}
+	for _, goServes := range roles {
+		t.Run(role(goServes), func(t *testing.T) {
+			order := order{What: string(o.service), Size: o.size, MTU: o.mtu, RxDepth: o.rxDepth, Iters: o.iters, NumQP: o.numQP,
+				Fill: fillOfC(o.service), Events: o.events}
+			tolerant(t, o.service == uc || o.service == ud, func(limit time.Duration) error {
+				return p.meet(t, order, goServes, limit, name, "-g", pingPongArgs(o))
+			})
+		})
+	}
 }
 
 // The random sequence of reads, writes, sends and atomics between the software NIC and a C program on rxe, as
 // TestIntegrityWithC.
 func TestSoftIntegrityWithC(t *testing.T) {
-	p := newSoftPeer(t)
+	p := newSoftPeer(t, testutil.NewRXENet(t))
+	defer p.Sniff(t).Check()
 	name := compiled(t)
 	random := uint64(time.Now().UnixNano()) // told in the log
 	for _, goServes := range []bool{true, false} {
@@ -309,7 +329,8 @@ func perftestArgs(o perftest) []string {
 // their memory; they themselves compare nothing. They always poll: with events, theirs hang (they take one completion for each
 // event, of whichever queue it is). With -short, one size with each program, and only RC in both roles.
 func TestSoftPerftestWithC(t *testing.T) {
-	p := newSoftPeer(t)
+	p := newSoftPeer(t, testutil.NewRXENet(t))
+	defer p.Sniff(t).Check()
 	eachPerftest(t, func(t *testing.T, o perftest) {
 		if testing.Short() && (o.size != 1500 && o.verb != "atomic" || o.events != (o.typ == ib.UC && o.program() != "write_lat")) {
 			t.Skip("left out by -short")

@@ -11,6 +11,7 @@ import (
 // The C programs on rxe.
 func TestSoftCMWithC(t *testing.T) {
 	n := testutil.NewRXENet(t)
+	defer n.Sniff(t).Check()
 	soft, rxe := n.Soft.String(), n.RXE.String()
 	for _, r := range softRuns {
 		name, err := exec.LookPath(r.Name)
