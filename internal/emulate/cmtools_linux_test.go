@@ -79,8 +79,8 @@ func TestRpingPersistent(t *testing.T) {
 	out := connect(t, "rping -s -P"+common, client, `
 		pids=
 		for i in 1 2 3 4 5 6 7 8; do `+client+` & pids="$pids $!"; done
-		for p in $pids; do wait $p || exit 5; done
-		`+client+` || exit 6
+		for p in $pids; do wait $p || { kill $server; exit 5; }; done
+		`+client+` || { kill $server; exit 6; }
 		kill $server; echo all`)
 	contains(t, out, "all")
 }
