@@ -72,15 +72,23 @@ func TestRping(t *testing.T) {
 	}
 }
 
-// A server that takes one client after the other, and several at the same time.
+// A server that has several clients at a time. They come one after the other: of requests at the same moment, rping accepts one twice.
 func TestRpingPersistent(t *testing.T) {
 	common := " -a " + cmAddress + " -p " + freePort(t)
-	client := "rping -c -V -C 10" + common
-	out := connect(t, "rping -s -P"+common, client, `
+	client := "rping -c -V" + common
+	log := filepath.Join(t.TempDir(), "client")
+	out := connect(t, "rping -s -P"+common, client+" -C 10", `
 		pids=
-		for i in 1 2 3 4 5 6 7 8; do `+client+` & pids="$pids $!"; done
-		for p in $pids; do wait $p || { kill $server; exit 5; }; done
-		`+client+` || { kill $server; exit 6; }
+		for i in 1 2 3 4; do
+			`+client+` -v >`+log+`$i & pids="$pids $!"
+			while ! grep -q rdma-ping-3 `+log+`$i; do
+				kill -0 $! || { kill $server $pids; exit 5; }
+				sleep 0.1
+			done
+		done
+		`+client+` -C 10 || { kill $server $pids; exit 6; }
+		kill $pids; wait $pids
+		`+client+` -C 10 || { kill $server; exit 7; }
 		kill $server; echo all`)
 	contains(t, out, "all")
 }
