@@ -9,7 +9,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/remedy"
 	"github.com/ringside-rdma/ringside/qp"
 	"github.com/ringside-rdma/ringside/verbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -445,7 +445,7 @@ func prepare(ctx context.Context, p *Poller, cfg *Config, t net.Conn, near netip
 		return nil, nil, refuse(RefusedResources, err, "%v", err)
 	}
 	// A software NIC is reached through memory as well.
-	if text := driver.PortDown(1, &port, p.vctx.Choice().Device.NetDevs); text != "" && gid.Type != ib.GIDSoft {
+	if text := remedy.PortDown(1, &port, p.vctx.Choice().Device.NetDevs); text != "" && gid.Type != ib.GIDSoft {
 		return nil, nil, refuse(RefusedUnreachable, verbs.ErrUnreachable, "device %s: %s", p.vctx.Name(), text)
 	}
 	c, err := newConn(ctx, p, cfg)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/life"
+	"github.com/ringside-rdma/ringside/internal/remedy"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -111,7 +112,7 @@ func (c *Context) GID(port uint8, index int) (ib.GID, error) {
 			return gids[i].GID, nil
 		}
 	}
-	return ib.GID{}, c.err("query_gid", errors.New(driver.NoGIDAt(port, index, gids, c.choice.Device.NetDevs)))
+	return ib.GID{}, c.err("query_gid", errors.New(remedy.NoGIDAt(port, index, gids, c.choice.Device.NetDevs)))
 }
 
 // CheckReach returns by which path a peer's GID can be reached, such as "inproc" or "shm", or why it cannot: the error

@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/remedy"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -36,7 +37,7 @@ func (c *Context) sourceGID(port uint8, near netip.Addr, skip func(ib.GIDEntry) 
 	}
 	i := bestGID(gids, near)
 	if i < 0 {
-		return ib.GIDEntry{}, c.err("query_gid", fmt.Errorf("port %d has no GID: %s", port, driver.NoAddress(c.choice.Device.NetDevs)))
+		return ib.GIDEntry{}, c.err("query_gid", fmt.Errorf("port %d has no GID: %s", port, remedy.NoAddress(c.choice.Device.NetDevs)))
 	}
 	return gids[i], nil
 }

@@ -15,7 +15,7 @@ import (
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/conformance"
-	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/remedy"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 	"github.com/spf13/cobra"
 )
@@ -188,10 +188,10 @@ func problemsOf(r *deviceReport) []string {
 // ailments are what keeps a port from being used.
 func ailments(p portJSON, netDevs []string) (all []string) {
 	if p.State != ib.PortActive.String() {
-		all = append(all, fmt.Sprintf("it is %s: %s", p.State, driver.PortRemedy(p.LinkLayer == ib.LinkInfiniBand.String(), netDevs)))
+		all = append(all, fmt.Sprintf("it is %s: %s", p.State, remedy.PortRemedy(p.LinkLayer == ib.LinkInfiniBand.String(), netDevs)))
 	}
 	if len(p.GIDs) == 0 {
-		all = append(all, "it has no GID: "+driver.NoAddress(netDevs))
+		all = append(all, "it has no GID: "+remedy.NoAddress(netDevs))
 	}
 	return all
 }

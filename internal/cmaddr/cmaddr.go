@@ -6,7 +6,7 @@ import (
 	"net"
 	"net/netip"
 
-	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/remedy"
 	"github.com/ringside-rdma/ringside/verbs"
 )
 
@@ -49,7 +49,7 @@ func Of(v *verbs.Context, near netip.Addr) (netip.Addr, error) {
 		}
 	}
 	if score < 0 {
-		return best, fmt.Errorf("device %s stands on %v, and none of these has an IP address: %s", v.Name(), devs, driver.NoAddress(devs))
+		return best, fmt.Errorf("device %s stands on %v, and none of these has an IP address: %s", v.Name(), devs, remedy.NoAddress(devs))
 	}
 	return best, nil
 }

@@ -9,6 +9,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/rdmacm"
+	"github.com/ringside-rdma/ringside/internal/remedy"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -23,7 +24,7 @@ func (c *Context) explainPath(err error, h *ib.AHAttr) error {
 	if perr != nil {
 		return err
 	}
-	if text := driver.PortDown(h.Port, &p, c.netDevs()); text != "" {
+	if text := remedy.PortDown(h.Port, &p, c.netDevs()); text != "" {
 		ce.Hint = text
 		return err
 	}
@@ -33,7 +34,7 @@ func (c *Context) explainPath(err error, h *ib.AHAttr) error {
 	}
 	switch i := slices.IndexFunc(gids, func(g ib.GIDEntry) bool { return g.Index == h.SGIDIndex }); {
 	case i < 0:
-		ce.Hint = driver.NoGIDAt(h.Port, h.SGIDIndex, gids, c.netDevs())
+		ce.Hint = remedy.NoGIDAt(h.Port, h.SGIDIndex, gids, c.netDevs())
 	case gids[i].GID.Addr().IsLinkLocalUnicast() && c.Link == ib.LinkEthernet && errors.Is(err, driver.ErrUnreachable):
 		ce.Hint = fmt.Sprintf("the GID at index %d is a link-local address, %s: does its net device have that? `ip address add ADDRESS/PREFIX dev %s` gives it another",
 			h.SGIDIndex, gids[i].GID.Addr(), gids[i].NetDev)
@@ -48,7 +49,7 @@ func (c *Context) explainNet(err error) error {
 		return err
 	}
 	if p, perr := c.QueryPort(1); perr == nil {
-		if text := driver.PortDown(1, &p, c.netDevs()); text != "" {
+		if text := remedy.PortDown(1, &p, c.netDevs()); text != "" {
 			return fmt.Errorf("%w (%s)", err, text)
 		}
 	}

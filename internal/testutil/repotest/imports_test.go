@@ -19,11 +19,12 @@ var arrows = map[string][]string{
 	"internal/roce":    {},
 	"internal/pcap":    {},
 	"internal/driver":  {},
+	"internal/remedy":  {},
 	"internal/procmem": {},
 	"internal/seccomp": {"internal/procmem"},
 	"internal/netlink": {},
 	"internal/nldev":   {"internal/abi", "internal/netlink"},
-	"internal/uverbs":  {"internal/abi", "internal/driver", "internal/mem", "internal/netlink", "internal/nldev", "internal/rdmacm"},
+	"internal/uverbs":  {"internal/abi", "internal/driver", "internal/remedy", "internal/mem", "internal/netlink", "internal/nldev", "internal/rdmacm"},
 	"internal/rdmacm":  {"internal/abi", "internal/driver", "internal/netlink", "internal/mem"},
 	"internal/softnic": {"internal/softnic", "internal/softnic/observe", "internal/driver", "internal/ring", "internal/roce", "internal/mem", "internal/netlink", "internal/abi"},
 	// What a NIC and those who observe it from other processes have in common.
@@ -39,16 +40,16 @@ var arrows = map[string][]string{
 	"internal/emulate": {"internal/cmemu", "internal/mlx5emu", "internal/seccomp", "internal/procmem", "internal/softnic", "internal/driver", "internal/abi"},
 	"internal/life":    {"internal/driver"}, // Close, once for all public objects
 
-	"verbs":                   {"internal/provider", "internal/driver", "internal/life"},
+	"verbs":                   {"internal/provider", "internal/driver", "internal/life", "internal/remedy"},
 	"mr":                      {"verbs", "internal/driver", "internal/life", "internal/mem"},
 	"qp":                      {"verbs", "internal/driver", "internal/life"}, // mr is a sibling: ib.SGE is what they share
-	"internal/cmaddr":         {"verbs", "internal/driver"},
-	"transport":               {"transport", "qp", "mr", "verbs", "internal/cmaddr", "internal/ring"},
+	"internal/cmaddr":         {"verbs", "internal/remedy"},
+	"transport":               {"transport", "qp", "mr", "verbs", "internal/cmaddr", "internal/remedy", "internal/ring"},
 	"transport/transporttest": {"transport", "verbs"},
 	"rpc":                     {"rpc", "transport", "mr", "internal/ring"}, // never a QP
 
 	"internal/perf":        {"internal/perf", "internal/cmaddr", "rpc", "transport", "qp", "mr", "verbs"},
-	"cmd":                  {"cmd", "internal/conformance", "internal/emulate", "internal/seccomp", "internal/softnic/observe", "internal/pcap", "internal/perf", "rpc", "transport", "qp", "mr", "verbs"},
+	"cmd":                  {"cmd", "internal/conformance", "internal/emulate", "internal/seccomp", "internal/softnic/observe", "internal/pcap", "internal/perf", "internal/remedy", "internal/roce", "rpc", "transport", "qp", "mr", "verbs"},
 	"examples":             {"examples", "rpc", "transport", "qp", "mr", "verbs"},
 	"internal/testutil":    {"internal/testutil"},
 	"internal/conformance": {"internal/testutil", "internal/softnic", "internal/softnic/simnet", "internal/driver", "qp", "mr", "verbs"},

@@ -1,4 +1,4 @@
-package driver
+package remedy
 
 import (
 	"net/netip"

@@ -1,4 +1,5 @@
-package driver
+// Package remedy has the words for what is wrong with a device's port, and what to do about it.
+package remedy
 
 import (
 	"fmt"
