@@ -369,7 +369,7 @@ func channelSteps(args []string) error {
 	child.Process.Kill()
 	child.Wait()
 	step("0 the heir was killed")
-	fd = open()
+	open()
 	child = exec.Command("sh", "-c", "true")
 	if e := child.Run(); e != nil {
 		return e
