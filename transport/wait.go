@@ -38,6 +38,7 @@ func (p *Poller) handOver(armed bool) {
 	}
 	if armed {
 		if p.guard.Load() == nil {
+			p.startDriver() // there may be none yet: whoever has armed the queue slept in the channel itself, and has gone
 			p.wakeDriver()
 		}
 		return

@@ -23,7 +23,7 @@ func TestEmulate(t *testing.T) {
 		stdout string
 		want   syscall.WaitStatus
 	}{
-		{"ls /dev/infiniband /sys/class/infiniband; exit 7", "/dev/infiniband:\nuverbs0\nuverbs1\n\n/sys/class/infiniband:\nmlx5_0\nmlx5_1\n", 7 << 8},
+		{"ls /dev/infiniband /sys/class/infiniband; exit 7", "/dev/infiniband:\nrdma_cm\nuverbs0\nuverbs1\n\n/sys/class/infiniband:\nmlx5_0\nmlx5_1\n", 7 << 8},
 		{"cat /sys/class/infiniband/mlx5_1/node_type", "1: CA\n", 0},
 		{"test -c /dev/infiniband/uverbs0 && test -r /dev/infiniband/uverbs0 && test -w /dev/infiniband/uverbs0", "", 0},
 		{"kill -TERM $$", "", syscall.WaitStatus(unix.SIGTERM)},
