@@ -56,8 +56,8 @@ func (m *methodMetrics) end(start time.Time, code Code) {
 	if m == nil {
 		return
 	}
+	m.latency.record(time.Since(start)) // first, as snapshot reads it last: what is counted has a latency
 	m.calls[min(code, maxCode)].Add(1)
-	m.latency.record(time.Since(start))
 }
 
 // MethodStats is a snapshot of a method's counters. Latency is the handler's on the server (with the time that the
