@@ -69,6 +69,18 @@ func arg[T any](w *call) (T, bool) {
 	return v, copy(b, w.in) == len(b)
 }
 
+// argFor is arg for a command whose response has size bytes.
+func argFor[T any](w *call, size int) (T, syscall.Errno) {
+	v, ok := arg[T](w)
+	switch {
+	case int(w.out) < size:
+		return v, unix.ENOSPC
+	case !ok:
+		return v, unix.EINVAL
+	}
+	return v, 0
+}
+
 // argAtLeast reads an argument that has grown: of least bytes, by the header, the rest is zero.
 func argAtLeast[T any](w *call, least int) (T, bool) {
 	v := structOf[T](w.in[:w.inLen])

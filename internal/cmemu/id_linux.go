@@ -105,12 +105,9 @@ func newID(m *Manager, space uint16, typ ib.QPType) *id {
 
 func createID(w *call) syscall.Errno {
 	var resp abi.CMCreateIDResp
-	if int(w.out) < len(bytesOf(&resp)) {
-		return unix.ENOSPC
-	}
-	q, ok := arg[abi.CMCreateID](w)
-	if !ok {
-		return unix.EINVAL
+	q, errno := argFor[abi.CMCreateID](w, len(bytesOf(&resp)))
+	if errno != 0 {
+		return errno
 	}
 	typ := ib.QPType(q.QPType)
 	switch q.PS {
@@ -128,7 +125,7 @@ func createID(w *call) syscall.Errno {
 	x := newID(m, q.PS, typ)
 	x.uid, x.qkey = q.UID, defaultQKey
 	m.mu.Lock()
-	errno := m.add(x, w.c)
+	errno = m.add(x, w.c)
 	resp.ID = x.num
 	m.mu.Unlock()
 	if errno != 0 {
@@ -147,12 +144,9 @@ func createID(w *call) syscall.Errno {
 
 func destroyID(w *call) syscall.Errno {
 	var resp abi.CMDestroyIDResp
-	if int(w.out) < len(bytesOf(&resp)) {
-		return unix.ENOSPC
-	}
-	q, ok := arg[abi.CMDestroyID](w)
-	if !ok {
-		return unix.EINVAL
+	q, errno := argFor[abi.CMDestroyID](w, len(bytesOf(&resp)))
+	if errno != 0 {
+		return errno
 	}
 	m := w.c.m
 	m.mu.Lock()

@@ -115,12 +115,9 @@ func leaveMulticast(w *call) syscall.Errno {
 // migrateID takes an ID of another channel, with its events.
 func migrateID(w *call) syscall.Errno {
 	var resp abi.CMMigrateResp
-	if int(w.out) < len(bytesOf(&resp)) {
-		return unix.ENOSPC
-	}
-	q, ok := arg[abi.CMMigrateID](w)
-	if !ok {
-		return unix.EINVAL
+	q, errno := argFor[abi.CMMigrateID](w, len(bytesOf(&resp)))
+	if errno != 0 {
+		return errno
 	}
 	if w.file == nil {
 		return unix.EBADF

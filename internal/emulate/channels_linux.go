@@ -55,13 +55,8 @@ type openChannel struct {
 
 // openChannel answers the open of the connection manager's node.
 func (s *Session) openChannel(c call, flags int) error {
-	m, err := c.Memory()
+	m, tgid, err := opener(c)
 	if err != nil {
-		return err
-	}
-	tgid, err := processOf(c)
-	if err != nil {
-		m.Close()
 		return err
 	}
 	o := &openChannel{mem: m, tgid: tgid, fd: -1}

@@ -29,15 +29,22 @@ type openContext struct {
 	id     fileID
 }
 
+// opener returns the memory and the process of who opens a node. The caller closes the memory.
+func opener(c call) (m *procmem.Memory, tgid int, err error) {
+	if m, err = c.Memory(); err != nil {
+		return nil, 0, err
+	}
+	if tgid, err = processOf(c); err != nil {
+		m.Close()
+		return nil, 0, err
+	}
+	return m, tgid, nil
+}
+
 // openDevice answers the open of a device's node.
 func (s *Session) openDevice(c call, device, flags int) error {
-	m, err := c.Memory()
+	m, tgid, err := opener(c)
 	if err != nil {
-		return err
-	}
-	tgid, err := processOf(c)
-	if err != nil {
-		m.Close()
 		return err
 	}
 	ctx, err := s.devices[device].Open(space{m})
