@@ -182,24 +182,17 @@ func killWhileWaiting(c *C) {
 // seesDeath reports whether the side notices the other's death without asking it: the software NIC does, on its own host.
 func (s *Side) seesDeath() bool { return s.dev.Provider == "soft" && !s.dev.Net }
 
-// soonAfterDeath is generous: it is some milliseconds where there is a processor for it.
-const soonAfterDeath = 5 * time.Second
-
 func killIdle(c *C) {
 	l := c.pair(ib.RC, func(o *linkOpts) { o.retry = 2 })
 	l.alive(c)
 	for i := range 5 {
 		l.a.recv(uint64(i), l.a.mem.sge(0, 64))
 	}
-	begin := time.Now()
 	c.B.kill()
 	if c.A.seesDeath() || c.cmOnly() {
 		// The software NIC sees deaths on its host and says so without being asked, and so does TCP. How soon is measured elsewhere, on a
 		// machine that has nothing else to do: `ringside-bench -only kill`.
 		l.a.flushed(l.a.rcq, 0, 1, 2, 3, 4)
-		if d := time.Since(begin); d > soonAfterDeath {
-			c.Errorf("the receives are flushed %v after the peer's death, more than %v", d, soonAfterDeath)
-		}
 		l.a.inState(ib.Err)
 		c.death(l.a)
 		return
