@@ -225,7 +225,8 @@ func (p *softPeer) meet(t *testing.T, o order, goServes bool, limit time.Duratio
 		t.Log(ours)
 		return nil
 	}
-	if bytes.Contains([]byte(ours), []byte(context.DeadlineExceeded.Error())) {
+	// Whichever side sees first that time is up: the other is then cancelled.
+	if ctx.Err() == context.DeadlineExceeded || bytes.Contains([]byte(ours), []byte(context.DeadlineExceeded.Error())) {
 		ourErr = fmt.Errorf("%w: %s", context.DeadlineExceeded, ours)
 	}
 	return fmt.Errorf("%w\n%s %s:\n%s", errors.Join(ourErr, c.err), filepath.Base(program), strings.Join(args, " "), c)
