@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/roce"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -75,6 +76,37 @@ func TestFloodHoldsNoAcknowledgement(t *testing.T) {
 	}
 	if n := p.sock.Stats().Sent - sent; n != 1 || len(p.owing) != 0 {
 		t.Errorf("%d packets were sent, %d acknowledgements wait", n, len(p.owing))
+	}
+}
+
+// A QP that ends acknowledges what it has executed, though the acknowledgement was waiting for company: the sender would repeat itself
+// until it gives up on a message that was received.
+func TestEndHoldsNoAcknowledgement(t *testing.T) {
+	for name, end := range map[string]func(q driver.QP) error{
+		"error":  func(q driver.QP) error { return q.Modify(t.Context(), &ib.QPAttr{State: ib.Err}, ib.AttrState) },
+		"reset":  func(q driver.QP) error { return q.Modify(t.Context(), &ib.QPAttr{State: ib.Reset}, ib.AttrState) },
+		"closed": driver.QP.Close,
+	} {
+		t.Run(name, func(t *testing.T) {
+			x, y := newEnd(t, openNIC(t, true), endConfig{typ: ib.RC}), newEnd(t, openNIC(t, true), endConfig{typ: ib.RC})
+			joinUDP(t, x, y, 0)
+			y.recv(1, y.sge(0, 64))
+			p := y.q.(*QP).wire.port
+			p.mu.Lock() // until the message was received, the port is this test's
+			x.send(ib.SendWR{ID: 2, Opcode: ib.OpSend, Flags: ib.SendSignaled, SGEs: x.sge(0, 64)})
+			for end := time.Now().Add(10 * time.Second); len(p.owing) == 0; {
+				if p.turn(true); time.Now().After(end) {
+					p.mu.Unlock()
+					t.Fatal("no acknowledgement waits")
+				}
+			}
+			p.owing, y.q.(*QP).wire.owing = nil, false // the port's driver might send it before this goroutine runs again
+			p.mu.Unlock()
+			if err := end(y.q); err != nil {
+				t.Fatal(err)
+			}
+			x.want(2, ib.WCSuccess, 64)
+		})
 	}
 }
 

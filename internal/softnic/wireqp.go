@@ -392,11 +392,25 @@ func (w *wireQP) expire() {
 	w.pump(false)
 }
 
+// part acknowledges what was executed and waits to be acknowledged: the QP is about to be silent, and a peer that hears nothing repeats
+// itself until it gives up on what has been done. Called with port.mu held.
+func (w *wireQP) part() {
+	if w.dead || w.resp == nil {
+		return
+	}
+	w.resp.Acknowledge()
+	if w.resp.OnlyAck() {
+		w.resp.Pump(w.port.now, &w.out)
+		w.port.sock.Flush()
+	}
+}
+
 // flushTaken completes a receive of an SRQ that a message was arriving in, and forgets what has come early. The QP does not receive any
 // more, and cfg is held. A receive of the QP's own queue is flushed with the others.
 func (w *wireQP) flushTaken() {
 	w.port.mu.Lock()
 	defer w.port.unlock()
+	w.part()
 	if w.resp != nil {
 		w.resp.Discard()
 	}
@@ -410,6 +424,7 @@ func (w *wireQP) flushTaken() {
 func (w *wireQP) detach() {
 	p := w.port
 	p.mu.Lock()
+	w.part()
 	w.dead = true
 	if w.resp != nil {
 		w.resp.Discard()
