@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -217,13 +218,34 @@ func TestEmulatedBetweenHosts(t *testing.T) {
 	}
 }
 
-// untilThere is a C program as a client whose server need not be there yet.
-func untilThere(name string, args []string) []string {
-	return append([]string{"/bin/sh", "-c", `for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
-		"$0" "$@" && exit
-		sleep 0.5
-	done
-	exit 1`, name}, args...)
+// nobodyListens is what the C programs say of a request that was rejected since its service is unknown (IBA 12.6.7.2, reason 8).
+var nobodyListens = regexp.MustCompile(`EVENT_REJECTED, error:? 8\b`)
+
+// inTurn runs a C server and its C client, and returns what failed. When a server listens can't be seen from outside: where the client was too
+// early, perhaps with some of its connections only, both are run again, with more time between them.
+func inTurn(t *testing.T, server, client func(ctx context.Context, ended func()) (*program, error)) error {
+	for lead := 200 * time.Millisecond; ; lead *= 2 {
+		err := func() error {
+			ctx, cancel := context.WithTimeout(t.Context(), 2*testutil.Patience)
+			defer cancel()
+			s, err := server(ctx, func() {})
+			if err != nil {
+				return err
+			}
+			time.Sleep(lead)
+			c, err := client(ctx, cancel) // the server waits for what does not come
+			if err != nil {
+				return err
+			}
+			_, clientErr := finished(c)
+			_, serverErr := finished(s)
+			return errors.Join(wrapped("client", clientErr), wrapped("server", serverErr))
+		}()
+		if err == nil || !nobodyListens.MatchString(err.Error()) || lead > testutil.Patience/4 {
+			return err
+		}
+		t.Logf("%v after the server was started, nobody listened", lead)
+	}
 }
 
 // Programs of librdmacm on an emulated device, with such on an emulated device of another host, and with this program there, on one, too,
@@ -238,6 +260,17 @@ func TestEmulatedCMBetweenHosts(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), 2*testutil.Patience)
 				defer cancel()
 				port := freePort(t)
+				if sides == [2]string{"c", "c"} {
+					side := func(i int, remote string) func(context.Context, func()) (*program, error) {
+						return func(ctx context.Context, ended func()) (*program, error) {
+							return startEmulated(ctx, ended, n.Namespaces[i], name, r.args(addrs[i], remote, port)...)
+						}
+					}
+					if err := inTurn(t, side(0, ""), side(1, addrs[0])); err != nil {
+						t.Error(err)
+					}
+					return
+				}
 				var wait [2]func() error
 				for i, side := range sides {
 					remote := ""
@@ -246,11 +279,7 @@ func TestEmulatedCMBetweenHosts(t *testing.T) {
 					}
 					switch r.Device = side; side {
 					case "c":
-						command := append([]string{name}, r.args(addrs[i], remote, port)...)
-						if i == 1 {
-							command = untilThere(name, command[1:])
-						}
-						p, err := startEmulated(ctx, cancel, n.Namespaces[i], command[0], command[1:]...)
+						p, err := startEmulated(ctx, cancel, n.Namespaces[i], name, r.args(addrs[i], remote, port)...)
 						if err != nil {
 							t.Fatal(err)
 						}
@@ -289,29 +318,21 @@ func TestEmulatedCMWithRXE(t *testing.T) {
 		name := found(t, r.Name)
 		for _, emulatedServes := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%v/emulated-serves-%t", &r, emulatedServes), func(t *testing.T) {
-				ctx, cancel := context.WithTimeout(t.Context(), 2*testutil.Patience)
-				defer cancel()
 				port := freePort(t)
-				var here, there []string
+				of := func(emulator bool, remote string) func(context.Context, func()) (*program, error) {
+					return func(ctx context.Context, ended func()) (*program, error) {
+						if emulator {
+							return startEmulated(ctx, ended, n.Namespace, name, r.args(emulated, remote, port)...)
+						}
+						return start(ctx, ended, name, r.args(rxe, remote, port)...)
+					}
+				}
+				at := rxe // the server's
 				if emulatedServes {
-					here = append([]string{name}, r.args(emulated, "", port)...)
-					there = untilThere(name, r.args(rxe, emulated, port))
-				} else {
-					here = untilThere(name, r.args(emulated, rxe, port))
-					there = append([]string{name}, r.args(rxe, "", port)...)
+					at = emulated
 				}
-				a, err := startEmulated(ctx, cancel, n.Namespace, here[0], here[1:]...)
-				if err != nil {
-					t.Fatal(err)
-				}
-				b, err := start(ctx, cancel, there[0], there[1:]...)
-				if err != nil {
-					t.Fatal(err)
-				}
-				_, hereErr := finished(a)
-				_, thereErr := finished(b)
-				if hereErr != nil || thereErr != nil {
-					t.Errorf("emulated: %v\nrxe: %v", hereErr, thereErr)
+				if err := inTurn(t, of(emulatedServes, ""), of(!emulatedServes, at)); err != nil {
+					t.Error(err)
 				}
 			})
 		}
