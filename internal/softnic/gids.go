@@ -231,12 +231,22 @@ func (n *NIC) hasGID(index int) bool {
 	return index > 0 && index <= len(n.gids.slots) && n.gids.slots[index-1].there
 }
 
-// netPortAt returns the port of the GID at the index, which it opens if it is not open.
+// netPortAt returns the port of the GID at the index, which it opens if it is not open. All UD QPs that receive do so there when it returns:
+// who has an address may send, and be answered. No UD QP's cfg may be held.
 func (n *NIC) netPortAt(index int) (*netPort, error) {
 	n.followNet()
 	if !n.hasGID(index) || index == 0 {
 		return nil, fmt.Errorf("the GID at index %d is no address of this host", index)
 	}
+	p, err := n.gidPort(index)
+	if err == nil {
+		p.attach.Do(p.attachUDs)
+	}
+	return p, err
+}
+
+// gidPort is netPortAt, less UD QPs.
+func (n *NIC) gidPort(index int) (*netPort, error) {
 	n.gids.mu.Lock()
 	defer n.gids.mu.Unlock()
 	s := &n.gids.slots[index-1]
@@ -254,7 +264,6 @@ func (n *NIC) netPortAt(index int) (*netPort, error) {
 	}
 	all = append(all, p)
 	n.netPorts.Store(&all)
-	n.later(p.attachUDs)
 	return p, nil
 }
 

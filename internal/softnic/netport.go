@@ -31,11 +31,12 @@ type netPort struct {
 	link   *link         // with nobody: gives out the blocks that the port itself writes to
 	stream *streamSocket // what sock is, if the port is one end of a stream; nil: it meets a network
 
-	again atomic.Bool   // there is work that mu's holder may not have seen
-	users atomic.Int32  // QPs; without any, pollers stay away
-	looks atomic.Uint32 // times that somebody has polled; written with mu held
-	wakeC chan struct{} // for a drive that looks whether somebody polls
-	ended chan struct{} // drive has returned
+	again  atomic.Bool   // there is work that mu's holder may not have seen
+	users  atomic.Int32  // QPs; without any, pollers stay away
+	looks  atomic.Uint32 // times that somebody has polled; written with mu held
+	attach sync.Once     // attachUDs
+	wakeC  chan struct{} // for a drive that looks whether somebody polls
+	ended  chan struct{} // drive has returned
 
 	readyMu ring.SpinLock
 	ready   []*wireQP // have something to send

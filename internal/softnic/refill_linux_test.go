@@ -48,7 +48,7 @@ func newLazyPair(t *testing.T, a, b *NIC, typ ib.QPType, udp bool) *lazyPair {
 		attr := ib.AHAttr{DGID: b.GID(), Port: 1}
 		if udp {
 			attr.DGID, attr.SGIDIndex, _ = a.overUDP(t)
-			_, _, attr.UDPPort = b.overUDP(t) // before there is a queue pair, which otherwise is attached a little later
+			_, _, attr.UDPPort = b.overUDP(t)
 		}
 		x.from.ready()
 		x.to.ready()
