@@ -342,7 +342,7 @@ func (w *lister) failure(x int) {
 	w.settle()
 	behind := w.r.IntN(3)
 	received := 0
-	n := w.between(18, 500)
+	n := w.between(19, 500) // of a frame, the first 18 may have to be inline: without more there is no local key that could be wrong
 	var line string
 	kinds := 1
 	if w.typ == "rc" {
