@@ -446,10 +446,15 @@ func TestConnectStuckInTheKernel(t *testing.T) {
 
 	// Then the kernel holds DESTROY_ID until it has given up on the peer.
 	k.set(k.silent, abi.RDMA_USER_CM_CMD_CONNECT, true)
+	asked, answer := k.stopAt(abi.RDMA_USER_CM_CMD_CONNECT)
 	waiting, release = k.stopAt(abi.RDMA_USER_CM_CMD_DESTROY_ID)
 	id := ready(t, c, TCP)
 	ctx, cancel = context.WithCancel(context.Background())
-	time.AfterFunc(time.Millisecond, cancel)
+	go func() {
+		<-asked
+		answer()
+		cancel()
+	}()
 	if _, err := id.Connect(ctx, ConnParam{}); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
