@@ -153,7 +153,7 @@ pyverbs:
 # The packages of one goroutine have nothing to race with; of those left, the tests but for what is other processes or
 # measures networks, with fewer seeds and rounds than in unit.
 SEQUENTIAL = /internal/(abi|cmd/.*|mem|nldev|pcap|perf/cycles|procmem|roce|softnic/(cm|wire)|testutil/repotest)$$|/verbs/ib$$
-NORACE = TestGolden(Random|ManyBlocks|InfiniBand|InlineHeaders)|TestEmulated(Perftest|BetweenHosts|CMBetweenHosts)|TestPerftestByCM|TestBottleneck
+NORACE = TestGoldenRandom|TestEmulatedPerftest|TestBottleneck
 race:
 	$(call stage,race: what runs side by side$(comma) under the race detector)
 	.ci/setup go gcc
