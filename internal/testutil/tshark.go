@@ -64,7 +64,7 @@ func TsharkWith(t testing.TB, preferences []string, capture []byte, fields ...st
 			if severity == chat && strings.Contains(values[2], "Possible traceroute") {
 				continue // by the port, which the system has chosen
 			}
-			if severity == note && strings.HasSuffix(values[2], `"Time To Live" only 1`) {
+			if severity == note && strings.Count(values[1], note) == 1 && strings.Contains(values[2], `"Time To Live" only 1`) {
 				continue // which the programs of libibverbs want, as they reach no further than their subnet
 			}
 			if severity != "" && severity != comment || values[0] != "" {
