@@ -124,7 +124,7 @@ func bench(c *config) error {
 	conditions.set("duration", time.Since(begin).Round(time.Second).String())
 	was, _ := os.ReadFile(c.results) // if it cannot be read, writing it will say so
 	text := report(c, conditions, results)
-	for _, p := range []part{netPart, rxePart, mlx5Part} {
+	for _, p := range []part{rxePart, netPart, mlx5Part} {
 		text = p.in(text, p.of(string(was)))
 	}
 	if c.some {
