@@ -193,9 +193,8 @@ cross:
 # for much of their time; they have devices and names of their own.
 VM = $(GO) run ./test/soft-roce -timeout 60m -out $(CURDIR)/bin/vm -host -- $(MAKE) -j 2
 VMTEST = RINGSIDE_TEST_REQUIRE=1 .ci/verdict $(GO) test -v -count=1 -p 1 -timeout 9m
-# What of test/interop needs no kernel device, so that unit and race have run it; and the pingpongs over IPv6, which take 40 s and are for runs by
-# hand: TestRXE of internal/softnic/udp is over IPv6, too.
-SOFTONLY = OnSoftwareNIC|CommandsBetweenProcesses|NoSense|OverIPv6
+# What of test/interop needs no kernel device: unit and race have run it.
+SOFTONLY = OnSoftwareNIC|CommandsBetweenProcesses|NoSense
 TRANSPORTS = ./rpc ./examples/quickstart ./examples/pingpong ./examples/kv ./examples/filecp
 
 vm: bin/vm/soft.json
