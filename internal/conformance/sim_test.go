@@ -20,21 +20,21 @@ var simProfiles = []simProfile{
 }
 
 // TestSim runs the table between two software NICs on networks in virtual time, which lose, repeat, reorder and change packets, or
-// are cut off: each seed is another one. SEEDS says how many, SEED which one only; without either, each of a hundred runs a fifth of
-// the table. PARTS is how many parts a seed runs one of: one, the whole table, with SEEDS or SEED.
+// are cut off: each seed is another one. SEEDS says how many, SEED which one only, or, with SEEDS, the first; without either, each of
+// a hundred runs a fifth of the table. PARTS is how many parts a seed runs one of: one, the whole table, with SEEDS or SEED.
 func TestSim(t *testing.T) {
 	first, seeds, parts := 0, 100, 5
 	if testing.Short() || raceEnabled {
 		seeds = 15
+	}
+	if n, err := strconv.Atoi(os.Getenv("SEED")); err == nil {
+		first, seeds, parts = n, 1, 1
 	}
 	if n, err := strconv.Atoi(os.Getenv("SEEDS")); err == nil {
 		seeds, parts = n, 1
 	}
 	if n, err := strconv.Atoi(os.Getenv("PARTS")); err == nil && n > 0 {
 		parts = n
-	}
-	if n, err := strconv.Atoi(os.Getenv("SEED")); err == nil {
-		first, seeds, parts = n, 1, 1
 	}
 	for seed := first; seed < first+seeds; seed++ {
 		runSim(t, uint64(seed), parts)
