@@ -3,6 +3,7 @@ package provider_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -63,6 +64,45 @@ func newDevice(t testing.TB, kind, name string) *device {
 	ip(t, "link set "+name+"b up")
 	d.add(t, name)
 	return d
+}
+
+// newDevices makes one on either end. What one sends to the other passes the net devices.
+func newDevices(t testing.TB, kind, name string) (a, b *device) {
+	t.Helper()
+	a = &device{kind: kind, netdev: name + "a", addr: netip.MustParseAddr("10.79.1.1")}
+	b = &device{kind: kind, netdev: name + "b", addr: netip.MustParseAddr("10.79.1.2")}
+	ip(t, "link add "+a.netdev+" address 02:00:00:00:79:01 type veth peer name "+b.netdev+" address 02:00:00:00:79:02")
+	t.Cleanup(func() {
+		if !t.Failed() {
+			ip(t, "link del "+a.netdev)
+		}
+	})
+	ip(t, "link set "+a.netdev+" up") // either has a carrier only once both are
+	ip(t, "link set "+b.netdev+" up")
+	for i, d := range []*device{a, b} {
+		other, table := []*device{b, a}[i], fmt.Sprint(111+i)
+		for file, value := range map[string]string{"rp_filter": "0", "accept_local": "1"} {
+			if err := os.WriteFile("/proc/sys/net/ipv4/conf/"+d.netdev+"/"+file, []byte(value), 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d.add(t, name+fmt.Sprint(i))
+		// As in the machine's own wiring: local addresses are looked for behind these rules only.
+		rule := "pref " + fmt.Sprint(30+i) + " iif lo from " + d.addr.String() + " to " + other.addr.String() + " lookup " + table
+		ip(t, "rule add "+rule)
+		t.Cleanup(func() { ip(t, "rule del "+rule) })
+		d.route(t, other)
+	}
+	return a, b
+}
+
+// route has what d sends to other leave by its net device: a net device that was down has lost that.
+func (d *device) route(t testing.TB, other *device) {
+	t.Helper()
+	table := map[bool]string{true: "111", false: "112"}[d.addr.Less(other.addr)]
+	last := other.addr.As4()[3]
+	ip(t, fmt.Sprintf("neigh replace %v lladdr 02:00:00:00:79:%02x dev %s nud permanent", other.addr, last, d.netdev))
+	ip(t, fmt.Sprintf("route replace %v dev %s src %v table %s", other.addr, d.netdev, d.addr, table))
 }
 
 // add gives the net device its address and the RDMA device, and opens that.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -127,5 +128,166 @@ func TestTrouble(t *testing.T) {
 		}
 		n.close()
 		mustClose(t, d)
+	})
+}
+
+// A net device that goes down under traffic ends what goes over it within a bound, with an event; and when it is up again, new
+// connections work.
+func TestLinkDownUnderTraffic(t *testing.T) {
+	forKinds(t, func(t *testing.T, kind string) {
+		a, b := newDevices(t, kind, kind+"l")
+		r := newRig(t, a, b, nil)
+		c, s, err := meet(a, b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.SetHandler(drain{})
+
+		events := make(chan ib.EventType, 16)
+		ctx, cancel := context.WithCancel(background)
+		pumped := make(chan struct{})
+		go func() {
+			defer close(pumped)
+			for {
+				e, err := a.AsyncEvent(ctx)
+				if err != nil {
+					return
+				}
+				t.Log("event:", e)
+				events <- e.Type
+			}
+		}()
+		event := func(want ib.EventType) {
+			t.Helper()
+			within(t, "the event "+want.String(), func() {
+				for e := range events {
+					if e == want {
+						return
+					}
+				}
+			})
+		}
+		wrote, sent := make(chan struct{}), make(chan struct{})
+		var wroteErr, sentErr error
+		raw := make(chan struct{})
+		go func() {
+			defer close(raw)
+			wroteErr = r.writeOn(func(n int) {
+				if n == 20 {
+					close(wrote)
+				}
+			})
+		}()
+		msgs := make(chan struct{})
+		go func() {
+			defer close(msgs)
+			for n := 1; sentErr == nil; n++ {
+				if sentErr = c.Send(background, make([]byte, 3000)); n == 20 {
+					close(sent)
+				}
+			}
+		}()
+		within(t, "traffic", func() { <-wrote; <-sent })
+		ip(t, "link set "+a.netdev+" down")
+		start := time.Now()
+		event(ib.EventPortErr)
+		within(t, "the end of the writes", func() { <-raw })
+		t.Logf("after %v: %v", time.Since(start), wroteErr)
+		within(t, "the end of the connection", func() { <-msgs })
+		t.Logf("after %v: %v", time.Since(start), sentErr)
+		if !errors.Is(sentErr, transport.ErrPeerDied) && !errors.Is(sentErr, ib.WCLocalQPOpErr) { // the latter where rxe finds no route any more
+			t.Errorf("%v, want %v or %v", sentErr, transport.ErrPeerDied, ib.WCLocalQPOpErr)
+		}
+		within(t, "Close", func() {
+			c.Close()
+			s.Close()
+			r.close()
+		})
+
+		ip(t, "link set "+a.netdev+" up")
+		a.route(t, b)
+		event(ib.EventPortActive)
+		if c, s, err = meet(a, b); err != nil {
+			t.Error(err)
+		} else {
+			mustClose(t, s, c)
+		}
+		cancel()
+		<-pumped
+		mustClose(t, a, b)
+	})
+}
+
+type drain struct{}
+
+func (drain) HandleMessage(*transport.Conn, *transport.Message) {}
+func (drain) HandleClose(*transport.Conn, error)                {}
+
+// writeOn writes one block after the other until that fails, and tells the count.
+func (r *rig) writeOn(tell func(n int)) error {
+	wcs := make([]ib.WC, 1)
+	for n := 1; ; n++ {
+		if _, err := r.a.q.PostSend([]ib.SendWR{r.write(4096)}); err != nil {
+			return err
+		}
+		for {
+			got, err := r.a.cq.Poll(wcs)
+			if err == nil && got > 0 {
+				err = verbs.CheckWC("write", &wcs[0])
+			}
+			if err != nil {
+				return err
+			}
+			if got > 0 {
+				break
+			}
+			time.Sleep(100 * time.Microsecond)
+		}
+		tell(n)
+	}
+}
+
+func init() {
+	testutil.RegisterChild("open", func(args []string) {
+		for _, name := range args {
+			c, err := verbs.Open(name)
+			if err == nil {
+				err = c.Close()
+			}
+			fmt.Printf("open %q\n", fmt.Sprint(err)) // which has several lines
+		}
+		_, err := transport.Listen(background, "127.0.0.1:0", &transport.Config{Device: args[0]})
+		fmt.Printf("listen %q\n", fmt.Sprint(err))
+	})
+}
+
+// Where a device belongs to one network namespace, others hear why they cannot have it, and what to do.
+func TestNetNSExclusive(t *testing.T) {
+	forKinds(t, func(t *testing.T, kind string) {
+		const ns = "ringside-exclusive"
+		rdma := func(args string) bool {
+			out, err := exec.Command("rdma", strings.Fields(args)...).CombinedOutput()
+			if err != nil {
+				t.Logf("rdma %s: %v: %s", args, err, out)
+			}
+			return err == nil
+		}
+		// The kernel refuses to change the mode as long as there is a second namespace, which other tests may just have.
+		testutil.Eventually(t, "the mode is exclusive", func() bool { return rdma("system set netns exclusive") })
+		defer testutil.Eventually(t, "the mode is shared", func() bool { return rdma("system set netns shared") })
+		ip(t, "netns add "+ns)
+		defer ip(t, "netns delete "+ns)
+		name := kind + "0"
+		c := testutil.StartChildIn(t, ns, nil, "open", name)
+		for _, what := range []string{"open", "listen"} {
+			says(t, what, errors.New(c.Expect(what)), name, "open_device", "in another network namespace", "`rdma dev set NAME netns NAMESPACE`",
+				"`rdma system set netns shared`")
+		}
+		c.Wait()
+		v, err := verbs.Open(name) // where it belongs, all is as before
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustClose(t, v)
 	})
 }
