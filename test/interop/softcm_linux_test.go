@@ -12,8 +12,13 @@ import (
 func TestSoftCMWithC(t *testing.T) {
 	n := testutil.NewRXENet(t)
 	defer n.Sniff(t).Check()
+	softCMWithC(t, n, softRuns)
+	t.Run("IPv6", func(t *testing.T) { softCMWithC(t, n.OverIPv6(), softRuns[:1]) })
+}
+
+func softCMWithC(t *testing.T, n *testutil.RXENet, runs []softRun) {
 	soft, rxe := n.Soft.String(), n.RXE.String()
-	for _, r := range softRuns {
+	for _, r := range runs {
 		name, err := exec.LookPath(r.Name)
 		if err != nil {
 			missing(t, "%v", err)
