@@ -146,7 +146,6 @@ func TestRun(t *testing.T) {
 	}
 }
 
-// checkReport checks what is true of every complete run.
 // The kernel's devices, those of test/soft-roce: each operation for a moment, between two devices. iWARP is connected by rdma_cm.
 func TestKernelDevices(t *testing.T) {
 	for _, devices := range [][2]string{{"rxe0", "rxe1"}, {"siw0", "siw1"}} {
@@ -173,7 +172,14 @@ func TestKernelDevices(t *testing.T) {
 					cfg := testConfig(srv.addr, spec)
 					cfg.Device = devices[0]
 					rep, err := Run(t.Context(), cfg)
-					if refused := map[bool]string{spec.Op == OpAtomic: "cannot do atomics", spec.Flow == FlowRNR: "use --flow credit"}[true]; iwarp && refused != "" {
+					refused := ""
+					switch {
+					case iwarp && spec.Op == OpAtomic:
+						refused = "cannot do atomics"
+					case iwarp && spec.Flow == FlowRNR:
+						refused = "use --flow credit"
+					}
+					if refused != "" {
 						if err == nil || !strings.Contains(err.Error(), refused) || !strings.Contains(err.Error(), devices[0]) {
 							t.Errorf("error %v", err)
 						}
@@ -191,6 +197,7 @@ func TestKernelDevices(t *testing.T) {
 	}
 }
 
+// checkReport checks what is true of every complete run.
 func checkReport(t *testing.T, rep *Report, cfg *Config) {
 	t.Helper()
 	if rep.Interrupted || rep.Schema != Schema || rep.Path == "" || rep.Client.Device == "" || rep.Server.Device == "" || rep.Choice == nil {
