@@ -346,7 +346,7 @@ func (w *lister) failure(x int) {
 	var line string
 	kinds := 1
 	if w.typ == "rc" {
-		kinds = 6
+		kinds = 7
 	}
 	switch w.r.IntN(kinds) {
 	case 0: // a wrong local key
@@ -364,7 +364,12 @@ func (w *lister) failure(x int) {
 		w.say("rr %s 1 %d %d", name(1-x), inlineSource, w.r.IntN(n)+1)
 		w.say("recv %s", name(1-x))
 		received = 1
-	case 4: // there is no receive
+	case 4: // the receive has a wrong local key
+		line = fmt.Sprintf("wr %s send %s 0 r %s", name(x), w.pick("-", "s"), w.parts(n, w.sges))
+		w.say("rl %s 1 %d %d", name(1-x), inlineSource, n)
+		w.say("recv %s", name(1-x))
+		received = 1
+	case 5: // there is no receive
 		w.say("reset %d", w.r.IntN(3))
 		line = fmt.Sprintf("wr %s %s %s 1000 r %s", name(x), w.pick("send", "sendimm", "writeimm"), w.pick("-", "s"), w.parts(n, w.sges))
 	default: // what is to be invalidated is none

@@ -22,7 +22,7 @@ import (
 //	                                       l (a wrong lkey), or -; offset in the peer's memory, or in an immediate value; which rkey:
 //	                                       r(egion's), w(indow's), x (a wrong one); and what it sends, by offsets and lengths
 //	post                                   posts these requests in one call
-//	rr a|b N [OFF LEN]...                  one more receive to post
+//	rr a|b N [OFF LEN]...                  one more receive to post; rl: with a wrong lkey
 //	recv a|b                               posts these receives in one call
 //	wait a|b N                             polls N completions
 //	arm a|b 0|1                            arms the CQ; 1: for solicited ones only
@@ -40,7 +40,9 @@ import (
 const (
 	goldenSize = 8192
 	goldenQKey = ib.QKey(0x11111111)
-	goldenGIDs = 2 // as many of the table are used: the device's own, and the first address of the host
+
+	goldenWrongKey = 0xdead00 // of no region or window
+	goldenGIDs     = 2        // as many of the table are used: the device's own, and the first address of the host
 )
 
 // A goldenSide is one end of a list.
@@ -182,9 +184,13 @@ func (p *player) line(line string) error {
 		}
 		p.wrs = nil
 		return nil
-	case "rr":
+	case "rr", "rl":
 		s := p.side(&rest)
-		sges, err := s.sges(rest, s.mr.LKey())
+		lkey := s.mr.LKey()
+		if word == "rl" {
+			lkey = goldenWrongKey
+		}
+		sges, err := s.sges(rest, lkey)
 		p.rrs = append(p.rrs, ib.RecvWR{SGEs: sges})
 		return err
 	case "reset":
@@ -456,7 +462,7 @@ func (p *player) request(line string) (err error) {
 		case 'c':
 			wr.Flags |= ib.SendChecksum
 		case 'l':
-			lkey = 0xdead00
+			lkey = goldenWrongKey
 		}
 	}
 	if wr.SGEs, err = s.sges(f[4], lkey); err != nil {
@@ -474,7 +480,7 @@ func (p *player) request(line string) (err error) {
 	case "w":
 		rkey = peer.key
 	case "x":
-		rkey = 0xdead00
+		rkey = goldenWrongKey
 	}
 	switch wr.Opcode {
 	case ib.OpSendWithInv:

@@ -14,7 +14,7 @@ static int line_number;
 
 #define CHECK(x) do { if (!(x)) { fprintf(stderr, "line %d of the lists, %d of the program: %s\n", line_number, __LINE__, #x); exit(1); } } while (0)
 
-enum { SIZE = 8192, MAX_WR = 64, MAX_SGE = 8, QKEY = 0x11111111 };
+enum { SIZE = 8192, MAX_WR = 64, MAX_SGE = 8, QKEY = 0x11111111, WRONG_KEY = 0xdead00 };
 
 struct side {
 	char *mem;
@@ -214,7 +214,7 @@ static void request(char *line)
 	struct side *s = sender = &sides[who == 'b'], *peer = &sides[who != 'b'];
 	struct ibv_send_wr *w = &wrs[count];
 	*w = (struct ibv_send_wr){ .sg_list = sges[count] };
-	w->num_sge = scatter(line + used, s, strchr(flags, 'l') ? 0xdead00 : s->mr->lkey);
+	w->num_sge = scatter(line + used, s, strchr(flags, 'l') ? WRONG_KEY : s->mr->lkey);
 	size_t i;
 	for (i = 0; i < sizeof ops / sizeof *ops && strcmp(ops[i].name, op); i++)
 		;
@@ -222,7 +222,7 @@ static void request(char *line)
 	w->opcode = ops[i].op;
 	w->send_flags = (strchr(flags, 's') ? IBV_SEND_SIGNALED : 0) | (strchr(flags, 'e') ? IBV_SEND_SOLICITED : 0) |
 		(strchr(flags, 'f') ? IBV_SEND_FENCE : 0) | (strchr(flags, 'i') ? IBV_SEND_INLINE : 0) | (strchr(flags, 'c') ? IBV_SEND_IP_CSUM : 0);
-	uint32_t rkey = key == 'w' ? peer->key : key == 'x' ? 0xdead00 : peer->mr->rkey;
+	uint32_t rkey = key == 'w' ? peer->key : key == 'x' ? WRONG_KEY : peer->mr->rkey;
 	switch (w->opcode) {
 	case IBV_WR_SEND_WITH_INV:
 		w->invalidate_rkey = rkey;
@@ -290,9 +290,9 @@ int main(int argc, char **argv)
 			struct ibv_send_wr *bad;
 			CHECK(!ibv_post_send(sender->qp, wrs, &bad));
 			count = 0;
-		} else if (sscanf(line, "rr %c%n", &who, &used) == 1) {
+		} else if (sscanf(line, "rr %c%n", &who, &used) == 1 || sscanf(line, "rl %c%n", &who, &used) == 1) {
 			struct side *s = &sides[who == 'b'];
-			n = scatter(line + used, s, s->mr->lkey);
+			n = scatter(line + used, s, line[1] == 'l' ? WRONG_KEY : s->mr->lkey);
 			rrs[count] = (struct ibv_recv_wr){ .sg_list = sges[count], .num_sge = n };
 			if (count++)
 				rrs[count - 2].next = &rrs[count - 1];
