@@ -24,27 +24,32 @@ import (
 var libmlx5Program string
 
 type mlx5Case struct {
-	op          string // write, inline, send, recv or empty
-	size, batch int
-	what        string
-	target      bool
+	op     string // write, inline, read, fetch-add, send or recv
+	part   string // loop (post and poll) or empty
+	size   int
+	sges   int // so many pieces of it
+	batch  int // requests of a call
+	what   string
+	target bool
 }
 
 var mlx5Cases = []mlx5Case{
-	{"write", 64, 1, "64 B WRITE, signalled: post and poll", true},
-	{"send", 64, 1, "64 B SEND, signalled: post and poll", false},
-	{"inline", 8, 1, "8 B WRITE, inline, signalled: post and poll", false},
-	{"inline", 28, 1, "28 B WRITE, inline, signalled: post and poll", false},
-	{"inline", 64, 1, "64 B WRITE, inline, signalled: post and poll", false},
-	{"inline", 256, 1, "256 B WRITE, inline, signalled: post and poll", false},
-	{"write", 64, 16, "64 B WRITE in batches of 16, the last signalled, a request", true},
-	{"inline", 28, 16, "28 B WRITE, inline, in batches of 16, the last signalled, a request", false},
-	{"recv", 64, 1, "receive: post and poll", false},
-	{"recv", 64, 16, "receives in batches of 16: post and poll, each", false},
-	{"empty", 1, 1, "poll of an empty CQ", true},
+	{"write", "loop", 64, 1, 1, "64 B WRITE, signalled: post and poll", true},
+	{"send", "loop", 64, 1, 1, "64 B SEND, signalled: post and poll", false},
+	{"inline", "loop", 8, 1, 1, "8 B WRITE, inline, signalled: post and poll", false},
+	{"inline", "loop", 28, 1, 1, "28 B WRITE, inline, signalled: post and poll", false},
+	{"inline", "loop", 64, 1, 1, "64 B WRITE, inline, signalled: post and poll", false},
+	{"inline", "loop", 256, 1, 1, "256 B WRITE, inline, signalled: post and poll", false},
+	{"write", "loop", 64, 1, 16, "64 B WRITE in batches of 16, the last signalled, a request: post and poll", true},
+	{"inline", "loop", 28, 1, 16, "28 B WRITE, inline, in batches of 16, the last signalled, a request: post and poll", false},
+	{"recv", "loop", 64, 1, 1, "receive: post and poll", false},
+	{"recv", "loop", 64, 1, 16, "receives in batches of 16, each: post and poll", false},
+	{"write", "empty", 64, 1, 1, "poll of an empty CQ", true},
 }
 
-func (c mlx5Case) name() string   { return fmt.Sprintf("%s %d x%d", c.op, c.size, c.batch) }
+func (c mlx5Case) name() string {
+	return fmt.Sprintf("%s %s %d/%d x%d", c.op, c.part, c.size, c.sges, c.batch)
+}
 func (c mlx5Case) ours() string   { return "ringside " + c.name() }
 func (c mlx5Case) theirs() string { return "libmlx5 " + c.name() }
 
@@ -97,7 +102,7 @@ type mlx5Runner struct{ driver, libmlx5, dir string }
 func (m *mlx5Runner) measurements(c *config) (all []measurement) {
 	for _, k := range mlx5Cases {
 		count := c.scale(4_000_000, 16_000)
-		args := []string{k.op, strconv.Itoa(k.size), strconv.Itoa(k.batch), strconv.Itoa(count)}
+		args := []string{k.op, k.part, strconv.Itoa(k.size), strconv.Itoa(k.sges), strconv.Itoa(k.batch), strconv.Itoa(count)}
 		all = append(all,
 			measurement{k.ours(), func(*config) (values, error) {
 				return m.run("measured ", m.driver, "-test.run", "^$", "-test.bench", "^BenchmarkMeasure$", "-test.benchtime", "1x", "-measure", strings.Join(args, " "))

@@ -19,16 +19,17 @@ import (
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-var measured = flag.String("measure", "", "what BenchmarkMeasure measures: write|inline|send|recv|empty SIZE BATCH COUNT")
+var measured = flag.String("measure", "", "what BenchmarkMeasure measures: "+
+	"write|inline|read|fetch-add|send|recv loop|empty SIZE SGES BATCH COUNT")
 
 // BenchmarkMeasure is what bench/testdata/libmlx5.c is for libmlx5, on a device that `ringside-bench mlx5` has emulated for it: it
-// prints the processor time of a request, or of a poll in vain, in nanoseconds.
+// prints the time of a request, or of a poll in vain, in nanoseconds. Both do the same in the same order.
 func BenchmarkMeasure(b *testing.B) {
 	if *measured == "" {
 		b.Skip("without -measure")
 	}
 	var m measurement
-	if _, err := fmt.Sscan(*measured, &m.op, &m.size, &m.batch, &m.count); err != nil {
+	if _, err := fmt.Sscan(*measured, &m.op, &m.what, &m.size, &m.sges, &m.batch, &m.count); err != nil {
 		b.Fatal(err)
 	}
 	ns, err := m.run()
@@ -39,122 +40,225 @@ func BenchmarkMeasure(b *testing.B) {
 	os.Exit(0) // with the device and all that is on it
 }
 
+const (
+	measuredDepth  = 64
+	measuredCQEs   = 256
+	measuredSize   = 1 << 16 // at most
+	measuredAccess = ib.AccessRemoteWrite | ib.AccessRemoteRead | ib.AccessRemoteAtomic
+)
+
 type measurement struct {
-	op                 string
-	size, batch, count int
+	op, what   string
+	size, sges int
+	batch      int // requests that one call posts
+	count      int
+	recv       bool
+	all        bool // each request completes, not only the last one of a batch
+
+	memory []byte // one half is the peer's
+	mr     driver.MR
+	cq     driver.CQ
+	qp     driver.QP
+	ring   []byte // the completions
+	next   uint32 // of them written, ever
+	at     uint16 // blocks of the queue done
+	blocks int    // of it that a request takes
+	polled int    // completions of a batch
+
+	sends []ib.SendWR
+	recvs []ib.RecvWR
+	wcs   []ib.WC
+}
+
+// operationsMeasured are how requests are posted, and what completions call them.
+var operationsMeasured = map[string]struct {
+	opcode ib.Opcode
+	code   byte
+}{
+	"write": {ib.OpRDMAWrite, codeWrite}, "inline": {ib.OpRDMAWrite, codeWrite}, "read": {ib.OpRDMARead, codeRead},
+	"fetch-add": {ib.OpAtomicFetchAdd, codeFetchAdd}, "send": {ib.OpSend, codeSend}, "recv": {ib.OpSend, codeSend},
 }
 
 func (m *measurement) run() (float64, error) {
-	const cqes, depth = 256, 64
+	o, ok := operationsMeasured[m.op]
+	if !ok {
+		return 0, fmt.Errorf("there is no operation %q", m.op)
+	}
+	m.recv = m.op == "recv"
+	m.all = m.recv
+	if err := m.openQueues(); err != nil {
+		return 0, err
+	}
+	if err := m.prepareCQEs(o.code); err != nil {
+		return 0, err
+	}
+	m.prepareRequests(o.opcode)
+	runtime.LockOSThread()
+	switch m.what {
+	case "loop":
+		return m.loop()
+	case "empty":
+		return m.empty()
+	}
+	return 0, fmt.Errorf("there is no %q", m.what)
+}
+
+// openQueues makes a queue pair that is connected to itself, and its memory region.
+func (m *measurement) openQueues() error {
 	devices, err := Provider().Devices()
 	if err != nil {
-		return 0, err
+		return err
 	}
 	ctx, err := devices[0].Open()
 	if err != nil {
-		return 0, err
+		return err
 	}
 	pd, err := ctx.AllocPD()
 	if err != nil {
-		return 0, err
+		return err
 	}
-	reg, err := mem.Alloc(1<<16, mem.Options{})
+	reg, err := mem.Alloc(2*measuredSize, mem.Options{})
 	if err != nil {
-		return 0, err
+		return err
 	}
-	mr, err := pd.RegisterMR(driver.MRConfig{Mem: reg.Bytes(), FD: -1, Access: ib.AccessLocalWrite | ib.AccessRemoteWrite})
-	if err != nil {
-		return 0, err
+	m.memory = reg.Bytes()
+	if m.mr, err = pd.RegisterMR(driver.MRConfig{Mem: m.memory, FD: -1, Access: measuredAccess | ib.AccessLocalWrite}); err != nil {
+		return err
 	}
-	c, err := ctx.CreateCQ(driver.CQConfig{Entries: cqes - 1})
-	if err != nil {
-		return 0, err
+	if m.cq, err = ctx.CreateCQ(driver.CQConfig{Entries: measuredCQEs - 1}); err != nil {
+		return err
 	}
-	cq := c.(*cq)
 	inline := 0
 	if m.op == "inline" {
 		inline = m.size
 	}
-	q, err := pd.CreateQP(driver.QPConfig{Type: ib.RC, SendCQ: c, RecvCQ: c,
-		Cap: ib.QPCap{MaxSendWR: depth, MaxRecvWR: depth, MaxSendSGE: 2, MaxRecvSGE: 2, MaxInline: inline}})
-	if err != nil {
-		return 0, err
+	if m.qp, err = pd.CreateQP(driver.QPConfig{Type: ib.RC, SendCQ: m.cq, RecvCQ: m.cq,
+		Cap: ib.QPCap{MaxSendWR: measuredDepth, MaxRecvWR: measuredDepth, MaxSendSGE: 4, MaxRecvSGE: 2, MaxInline: inline}}); err != nil {
+		return err
 	}
-	if err := toItself(ctx, q); err != nil {
-		return 0, err
-	}
+	return toItself(ctx, m.qp)
+}
 
-	blocks := 1
-	code := byte(codeWrite)
-	op := ib.OpRDMAWrite
-	switch m.op {
-	case "inline":
-		blocks = (32 + (4+m.size+15)/16*16 + 63) / 64
-	case "send":
-		op, code = ib.OpSend, codeSend
+// prepareCQEs writes into the completions what stays as it is: all but the counter and the owner bit.
+func (m *measurement) prepareCQEs(code byte) error {
+	m.ring = m.cq.(*cq).r.mem
+	if len(m.ring) != measuredCQEs*cqeBytes {
+		return fmt.Errorf("the CQ has %d bytes", len(m.ring))
 	}
-	ring := cq.r.mem
-	if len(ring) != cqes*cqeBytes {
-		return 0, fmt.Errorf("the CQ has %d bytes", len(ring))
-	}
-	for i := range cqes { // all but the counter and the owner bit stays as it is
-		e := ring[i*cqeBytes:][:cqeBytes]
-		be.PutUint32(e[56:], uint32(code)<<24|uint32(q.QPN()))
-		if m.op == "recv" {
-			be.PutUint32(e[44:], uint32(m.size))
-		}
-		be.PutUint32(e[32:], q.(*qp).index)
+	for i := range measuredCQEs {
+		e := m.ring[i*cqeBytes:][:cqeBytes]
+		be.PutUint32(e[56:], uint32(code)<<24|uint32(m.qp.QPN()))
+		be.PutUint32(e[44:], uint32(m.size))
+		be.PutUint32(e[32:], m.qp.(*qp).index)
 		e[63] = cqeFresh
 	}
-	at := uverbs.AddrOf(reg.Bytes())
-	wrs, rrs, wcs := make([]ib.SendWR, m.batch), make([]ib.RecvWR, m.batch), make([]ib.WC, m.batch)
-	for i := range wrs {
-		sges := []ib.SGE{{Addr: at, Length: uint32(m.size), LKey: mr.LKey()}}
-		wrs[i] = ib.SendWR{ID: uint64(i), Opcode: op, SGEs: sges}
-		if op == ib.OpRDMAWrite {
-			wrs[i].RemoteAddr, wrs[i].RKey = at+8192, mr.RKey()
+	return nil
+}
+
+// prepareRequests makes those of a batch. Their elements are equal pieces of size bytes.
+func (m *measurement) prepareRequests(op ib.Opcode) {
+	at := uverbs.AddrOf(m.memory)
+	m.sends, m.recvs, m.wcs = make([]ib.SendWR, m.batch), make([]ib.RecvWR, m.batch), make([]ib.WC, m.batch)
+	for i := range m.batch {
+		sges := make([]ib.SGE, m.sges)
+		for k := range sges {
+			piece := m.size / m.sges
+			sges[k] = ib.SGE{Addr: at + uint64(piece*k), Length: uint32(piece), LKey: m.mr.LKey()}
 		}
+		w := &m.sends[i]
+		*w = ib.SendWR{ID: uint64(i), Opcode: op, SGEs: sges}
 		if m.op == "inline" {
-			wrs[i].SGEs, wrs[i].Inline = nil, reg.Bytes()[:m.size]
+			w.SGEs, w.Inline = nil, m.memory[:m.size]
 		}
-		rrs[i] = ib.RecvWR{ID: uint64(i), SGEs: sges}
+		if op != ib.OpSend {
+			w.RemoteAddr, w.RKey = at+measuredSize, m.mr.RKey()
+		}
+		if op == ib.OpAtomicFetchAdd {
+			w.CompareAdd = 1
+		}
+		if m.all || i == m.batch-1 {
+			w.Flags = ib.SendSignaled
+		}
+		m.recvs[i] = ib.RecvWR{ID: uint64(i), SGEs: sges}
 	}
-	wrs[m.batch-1].Flags = ib.SendSignaled
-	polled, step, last := 1, m.batch*blocks, blocks
-	kind := uint32(0)
-	if m.op == "recv" { // each receive completes
-		polled, step, last, kind = m.batch, 1, 1, 0x20
+	m.blocks, m.polled = 1, 1
+	if m.all {
+		m.polled = m.batch
 	}
-	var next uint32
-	var counter uint16
-	runtime.LockOSThread()
+	if !m.recv {
+		n := ctrlBytes + dataBytes*m.sges
+		if m.op == "inline" {
+			n = ctrlBytes + units(4+m.size)*unitBytes
+		}
+		switch op {
+		case ib.OpSend:
+		case ib.OpAtomicFetchAdd:
+			n += 2 * raddrBytes
+		default:
+			n += raddrBytes
+		}
+		m.blocks = (n + blockBytes - 1) / blockBytes
+	}
+}
+
+func (m *measurement) post() (err error) {
+	var n int
+	if m.recv {
+		n, err = m.qp.PostRecv(m.recvs)
+	} else {
+		n, err = m.qp.PostSend(m.sends)
+	}
+	if n != m.batch {
+		return fmt.Errorf("%d of %d posted: %w", n, m.batch, err)
+	}
+	return nil
+}
+
+// complete is the device: it writes the completions of a batch.
+func (m *measurement) complete() {
+	step, kind := m.batch*m.blocks, uint32(0)
+	if m.all {
+		step = m.blocks
+	}
+	if m.recv {
+		kind = 0x20
+	}
+	for range m.polled {
+		m.at += uint16(step)
+		// As one word, as it comes from a device: narrower stores would hold up the poller's load.
+		be.PutUint32(m.ring[cqeBytes*(m.next&(measuredCQEs-1))+60:], uint32(m.at-uint16(m.blocks))<<16|kind|m.next/measuredCQEs&1)
+		m.next++
+	}
+}
+
+func (m *measurement) poll() error {
+	wcs := m.wcs[:m.polled]
+	if n := m.cq.Poll(wcs); n != len(wcs) || wcs[0].Status != ib.WCSuccess || wcs[n-1].ID != uint64(m.batch-1) {
+		return fmt.Errorf("%d completions, %+v, %v", n, wcs[0], m.cq.Err())
+	}
+	return nil
+}
+
+// loop measures all of it together, in the thread's processor time, to which others on the machine do little.
+func (m *measurement) loop() (float64, error) {
 	from := threadTime()
-	if m.op == "empty" {
-		for range m.count {
-			if cq.Poll(wcs) != 0 {
-				return 0, errors.New("a completion")
-			}
-		}
-		return float64(threadTime()-from) / float64(m.count), nil
-	}
 	for i := 0; i < m.count; i += m.batch {
-		var n int
-		if m.op == "recv" {
-			n, err = q.PostRecv(rrs)
-		} else {
-			n, err = q.PostSend(wrs)
-		}
-		if n != m.batch {
+		if err := m.post(); err != nil {
 			return 0, err
 		}
-		for range polled {
-			counter += uint16(step)
-			// As one word, as it comes from a device: narrower stores would hold up the poller's load.
-			be.PutUint32(ring[cqeBytes*(next&(cqes-1))+60:], uint32(counter-uint16(last))<<16|kind|next/cqes&1)
-			next++
+		m.complete()
+		if err := m.poll(); err != nil {
+			return 0, err
 		}
-		if n := c.Poll(wcs[:polled]); n != polled || wcs[0].Status != ib.WCSuccess || wcs[n-1].ID != uint64(m.batch-1) {
-			return 0, fmt.Errorf("%d completions, %+v, %v", n, wcs[0], c.Err())
+	}
+	return float64(threadTime()-from) / float64(m.count), nil
+}
+
+func (m *measurement) empty() (float64, error) {
+	from := threadTime()
+	for range m.count {
+		if m.cq.Poll(m.wcs) != 0 {
+			return 0, errors.New("a completion")
 		}
 	}
 	return float64(threadTime()-from) / float64(m.count), nil
@@ -176,7 +280,7 @@ func toItself(ctx driver.Context, q driver.QP) error {
 		a    ib.QPAttr
 		mask ib.QPAttrMask
 	}{
-		{ib.QPAttr{State: ib.Init, Port: 1, Access: ib.AccessRemoteWrite}, ib.AttrState | ib.AttrPort | ib.AttrPKeyIndex | ib.AttrAccess},
+		{ib.QPAttr{State: ib.Init, Port: 1, Access: measuredAccess}, ib.AttrState | ib.AttrPort | ib.AttrPKeyIndex | ib.AttrAccess},
 		{ib.QPAttr{State: ib.RTR, AH: ib.AHAttr{DGID: gids[0].GID, Port: 1, HopLimit: 1}, PathMTU: ib.MTU1024, DestQPN: q.QPN(), MaxDestRdAtomic: 1, MinRNRTimer: 1},
 			ib.AttrState | ib.AttrAV | ib.AttrPathMTU | ib.AttrDestQPN | ib.AttrRQPSN | ib.AttrMaxDestRdAtomic | ib.AttrMinRNRTimer},
 		{ib.QPAttr{State: ib.RTS, MaxRdAtomic: 1, AckTimeout: 14, RetryCount: 7, RNRRetry: 7},
