@@ -9,7 +9,9 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -20,7 +22,7 @@ import (
 )
 
 var measured = flag.String("measure", "", "what BenchmarkMeasure measures: "+
-	"write|inline|read|fetch-add|send|recv loop|empty SIZE SGES BATCH COUNT")
+	"write|inline|read|fetch-add|send|recv loop|post|poll|empty SIZE SGES BATCH COUNT")
 
 // BenchmarkMeasure is what bench/testdata/libmlx5.c is for libmlx5, on a device that `ringside-bench mlx5` has emulated for it: it
 // prints the time of a request, or of a poll in vain, in nanoseconds. Both do the same in the same order.
@@ -85,7 +87,7 @@ func (m *measurement) run() (float64, error) {
 		return 0, fmt.Errorf("there is no operation %q", m.op)
 	}
 	m.recv = m.op == "recv"
-	m.all = m.recv
+	m.all = m.recv || m.what == "poll"
 	if err := m.openQueues(); err != nil {
 		return 0, err
 	}
@@ -99,6 +101,8 @@ func (m *measurement) run() (float64, error) {
 		return m.loop()
 	case "empty":
 		return m.empty()
+	case "post", "poll":
+		return m.part()
 	}
 	return 0, fmt.Errorf("there is no %q", m.what)
 }
@@ -262,6 +266,44 @@ func (m *measurement) empty() (float64, error) {
 		}
 	}
 	return float64(threadTime()-from) / float64(m.count), nil
+}
+
+// part measures posting alone, or polling alone: a queue is filled, completed and emptied in turns, which takes so little that a clock
+// without a system call is needed. That is one of the time that passes, so what counts is the turn in the middle, which nothing has
+// interrupted. What the clock takes is measured likewise, and taken off.
+func (m *measurement) part() (float64, error) {
+	turns := m.count / measuredDepth
+	if turns == 0 || measuredDepth%m.batch != 0 {
+		return 0, fmt.Errorf("%d requests in batches of %d do not fill a queue of %d", m.count, m.batch, measuredDepth)
+	}
+	took, idle := make([]time.Duration, turns), make([]time.Duration, turns)
+	epoch := time.Now()
+	now := func() time.Duration { return time.Since(epoch) } // CLOCK_MONOTONIC
+	for i := range turns {
+		from, start := now(), now()
+		idle[i] = start - from
+		for k := 0; k < measuredDepth; k += m.batch {
+			if err := m.post(); err != nil {
+				return 0, err
+			}
+		}
+		posted := now()
+		for k := 0; k < measuredDepth; k += m.batch {
+			m.complete()
+		}
+		completed := now()
+		for k := 0; k < measuredDepth; k += m.batch {
+			if err := m.poll(); err != nil {
+				return 0, err
+			}
+		}
+		if took[i] = now() - completed; m.what == "post" {
+			took[i] = posted - start
+		}
+	}
+	slices.Sort(took)
+	slices.Sort(idle)
+	return float64(took[turns/2]-idle[turns/2]) / measuredDepth, nil
 }
 
 func threadTime() int64 {
