@@ -68,18 +68,29 @@ func (q *qp) postSendLocked(wrs []ib.SendWR) (n int, err error) {
 // writeShort is write for a SEND, WRITE or READ with one element, which fits one block; for all others it returns 0.
 func (q *qp) writeShort(wr *ib.SendWR) uint32 {
 	o := &q.ops[wr.Opcode&15]
-	if o.shape-plainShape > remoteShape-plainShape || wr.Opcode > 15 || len(wr.SGEs) != 1 || q.maxSGE == 0 || len(wr.Inline) > 0 || wr.SGEs[0].Length-1 >= maxSGELen {
+	shape := o.shape
+	if shape-plainShape > remoteShape-plainShape || wr.Opcode > 15 || len(wr.SGEs) != 1 || q.maxSGE == 0 || len(wr.Inline) > 0 {
+		return 0
+	}
+	s := &wr.SGEs[0]
+	if s.Length-1 >= maxSGELen {
 		return 0
 	}
 	p := q.sq.block(q.sq.cur)
 	seg := forward(p, ctrlBytes)
 	units := uint32(2)
-	if o.shape == remoteShape {
+	if shape != plainShape {
 		putRemote(seg, wr.RemoteAddr, wr.RKey)
 		seg = forward(seg, raddrBytes)
 		units = 3
 	}
-	putSGE(seg, &wr.SGEs[0])
+	putSGE(seg, s)
+	q.sq.putControl(p, o.code, q.number, units, q.flags(wr), o.immediate(wr))
+	return units
+}
+
+// flags are those of a request's control segment. A fence that the one before has asked for is taken; so nothing may fail any more.
+func (q *qp) flags(wr *ib.SendWR) uint32 {
 	flags := ctrlFlags[wr.Flags&7] | q.sigFlags
 	if q.fence != 0 {
 		if wr.Flags&ib.SendFence == 0 {
@@ -87,15 +98,18 @@ func (q *qp) writeShort(wr *ib.SendWR) uint32 {
 		}
 		q.fence = 0
 	}
-	imm := uint32(0)
+	return flags
+}
+
+// immediate is the last field of a request's control segment.
+func (o *operation) immediate(wr *ib.SendWR) uint32 {
 	switch o.imm {
 	case immData:
-		imm = wr.Imm
+		return wr.Imm
 	case immKey:
-		imm = uint32(wr.InvalidateRKey)
+		return uint32(wr.InvalidateRKey)
 	}
-	q.sq.putControl(p, o.code, q.number, units, flags, imm)
-	return units
+	return 0
 }
 
 // write writes a request to the next blocks, and returns how many units it takes. Called with sendMu held; if it fails, nothing
@@ -114,13 +128,13 @@ func (q *qp) write(wr *ib.SendWR) (n uint32, err error) {
 	if len(wr.Inline) > 0 && (len(wr.SGEs) > 0 || len(wr.Inline) > q.inline || !o.inline) {
 		return 0, driver.ErrNoInline
 	}
+	if o.shape >= bindShape {
+		return q.writeKey(wr, o)
+	}
 	sq := &q.sq
 	p := sq.block(sq.cur)
 	seg := forward(p, ctrlBytes)
 	n = ctrlBytes / unitBytes
-	fence := q.fence
-	next := uint32(0)
-	imm := uint32(0)
 	switch o.shape {
 	case remoteShape:
 		putRemote(seg, wr.RemoteAddr, wr.RKey)
@@ -144,65 +158,54 @@ func (q *qp) write(wr *ib.SendWR) (n uint32, err error) {
 			seg = sq.base
 		}
 		n += avBytes / unitBytes
-	case bindShape, invalShape:
-		c := cursor{seg, n}
-		if imm, err = q.writeKey(wr, o, &c); err != nil {
-			return 0, err
-		}
-		n = c.units
-		next = ctrlSmallFence // whatever comes next may use the key
 	}
-	if o.shape >= bindShape {
-		// no data
-	} else if len(wr.Inline) > 0 {
+	if len(wr.Inline) > 0 {
 		n += sq.putInline(seg, wr.Inline)
-	} else {
-		for i := range wr.SGEs {
-			s := &wr.SGEs[i]
-			if s.Length-1 >= maxSGELen { // to the device, a length of 0 is 2 GiB
-				if s.Length == 0 {
-					continue
-				}
-				return 0, errSGELen
+		sq.putControl(p, o.code, q.number, n, q.flags(wr), o.immediate(wr))
+		return n, nil
+	}
+	sges := wr.SGEs
+	for i := range sges {
+		s := &sges[i]
+		if s.Length-1 >= maxSGELen { // to the device, a length of 0 is 2 GiB
+			if s.Length == 0 {
+				continue
 			}
-			if seg == sq.end {
-				seg = sq.base
-			}
-			putSGE(seg, s)
-			seg = forward(seg, dataBytes)
-			n += dataBytes / unitBytes
+			return 0, errSGELen
 		}
+		if seg == sq.end {
+			seg = sq.base
+		}
+		putSGE(seg, s)
+		seg = forward(seg, dataBytes)
+		n += dataBytes / unitBytes
 	}
-	switch o.imm {
-	case immData:
-		imm = wr.Imm
-	case immKey:
-		imm = uint32(wr.InvalidateRKey)
-	}
-	flags := ctrlFlags[wr.Flags&7] | q.sigFlags
-	if wr.Flags&ib.SendFence == 0 {
-		flags |= fence
-	}
-	q.fence = next
-	sq.putControl(p, o.code, q.number, n, flags, imm)
+	sq.putControl(p, o.code, q.number, n, q.flags(wr), o.immediate(wr))
 	return n, nil
 }
 
-// writeKey writes a request that binds or frees a memory window. It returns the last field of its control segment.
-func (q *qp) writeKey(wr *ib.SendWR, o *operation, c *cursor) (imm uint32, err error) {
+// writeKey is write for a request that binds or frees a memory window. Whatever comes next may use the key, and waits for it.
+func (q *qp) writeKey(wr *ib.SendWR, o *operation) (n uint32, err error) {
+	sq := &q.sq
+	p := sq.block(sq.cur)
+	c := cursor{forward(p, ctrlBytes), ctrlBytes / unitBytes}
+	imm := o.immediate(wr)
 	if o.shape == invalShape {
-		q.sq.putInvalidate(c)
-		return 0, nil
+		sq.putInvalidate(&c)
+	} else {
+		if wr.Bind == nil {
+			return 0, driver.ErrNoBind
+		}
+		key, err := q.bind(wr.Bind)
+		if err != nil {
+			return 0, err
+		}
+		sq.putBind(&c, wr.Bind, q.number)
+		imm = uint32(key)
 	}
-	if wr.Bind == nil {
-		return 0, driver.ErrNoBind
-	}
-	key, err := q.bind(wr.Bind)
-	if err != nil {
-		return 0, err
-	}
-	q.sq.putBind(c, wr.Bind, q.number)
-	return uint32(key), nil
+	sq.putControl(p, o.code, q.number, c.units, q.flags(wr), imm)
+	q.fence = ctrlSmallFence
+	return c.units, nil
 }
 
 // noOperation says why there is no such operation.
