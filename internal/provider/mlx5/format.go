@@ -26,6 +26,8 @@ const (
 	frameInline  = 18 // an Ethernet header with a VLAN tag
 	shortestSend = 14 // bytes that a frame has at least
 
+	inlineHead = 4 // the length of the data that follow
+
 	bindBytes = ctrlBytes + umrBytes + mkeyBytes + klmBytes
 
 	inlineSegment = 1 << 31 // in the length of a data segment: the data follow

@@ -40,7 +40,12 @@ func (q *qp) postSendLocked(wrs []ib.SendWR) (n int, err error) {
 			break
 		}
 		wr := &wrs[n]
-		k := q.writeShort(wr)
+		k := uint32(0)
+		if len(wr.Inline) > 0 {
+			k = q.writeInline(wr)
+		} else {
+			k = q.writeShort(wr)
+		}
 		if k == 0 {
 			if k, err = q.write(wr); err != nil {
 				break
@@ -65,11 +70,11 @@ func (q *qp) postSendLocked(wrs []ib.SendWR) (n int, err error) {
 	return n, err
 }
 
-// writeShort is write for a SEND, WRITE or READ with one element, which fits one block; for all others it returns 0.
+// writeShort is write for a SEND, WRITE or READ with one element, and nothing inline, which fits one block; for all others it returns 0.
 func (q *qp) writeShort(wr *ib.SendWR) uint32 {
 	o := &q.ops[wr.Opcode&15]
 	shape := o.shape
-	if shape-plainShape > remoteShape-plainShape || wr.Opcode > 15 || len(wr.SGEs) != 1 || q.maxSGE == 0 || len(wr.Inline) > 0 {
+	if shape-plainShape > remoteShape-plainShape || wr.Opcode > 15 || len(wr.SGEs) != 1 || q.maxSGE == 0 {
 		return 0
 	}
 	s := &wr.SGEs[0]
@@ -85,6 +90,31 @@ func (q *qp) writeShort(wr *ib.SendWR) uint32 {
 		units = 3
 	}
 	putSGE(seg, s)
+	q.sq.putControl(p, o.code, q.number, units, q.flags(wr), o.immediate(wr))
+	return units
+}
+
+// writeInline is write for a SEND or WRITE with its data in it, if that does not go on at the beginning of the queue; for all others it
+// returns 0.
+func (q *qp) writeInline(wr *ib.SendWR) uint32 {
+	o := &q.ops[wr.Opcode&15]
+	data := wr.Inline
+	if o.shape-plainShape > remoteShape-plainShape || !o.inline || wr.Opcode > 15 || len(wr.SGEs) > 0 || len(data) > q.inline {
+		return 0
+	}
+	p := q.sq.block(q.sq.cur)
+	seg := forward(p, ctrlBytes)
+	units := uint32(1)
+	if o.shape == remoteShape {
+		putRemote(seg, wr.RemoteAddr, wr.RKey)
+		seg = forward(seg, raddrBytes)
+		units = 2
+	}
+	if !q.sq.straight(seg, len(data)) {
+		return 0
+	}
+	putData(seg, data)
+	units += inlineUnits(len(data))
 	q.sq.putControl(p, o.code, q.number, units, q.flags(wr), o.immediate(wr))
 	return units
 }

@@ -266,7 +266,7 @@ func TestElementsRoundTheEnd(t *testing.T) {
 			defer ah.Close()
 			num, head = ah.Num(), 64
 		}
-		for i := range 300 {
+		for i := range 720 {
 			wr := ib.SendWR{ID: uint64(i), Opcode: ib.OpSend, Flags: ib.SendSignaled, AH: num, RemoteQPN: 5, RemoteQKey: 6}
 			want := make([]byte, 0, 200)
 			if i%2 == 0 {
@@ -275,7 +275,7 @@ func TestElementsRoundTheEnd(t *testing.T) {
 					want = be.AppendUint64(be.AppendUint32(be.AppendUint32(want, uint32(j+1)), 0x4200), uint64(i))
 				}
 			} else {
-				for j := range i%180 + 1 {
+				for j := range i/2%180 + 1 {
 					wr.Inline = append(wr.Inline, byte(i+j))
 				}
 				want = append(be.AppendUint32(want, 1<<31|uint32(len(wr.Inline))), wr.Inline...)

@@ -144,28 +144,45 @@ func putEnd(p unsafe.Pointer) {
 	put[uint64](p, 8, 0)
 }
 
-// putInline writes data into the request itself, and returns how many units they take. What is behind them in the last one stays as
-// it was.
-func (q *sendQueue) putInline(p unsafe.Pointer, data []byte) (n uint32) {
+// straight reports whether n bytes of inline data behind p end before the queue does.
+func (q *sendQueue) straight(p unsafe.Pointer, n int) bool {
+	return n+inlineHead <= int(uintptr(q.end)-uintptr(p))
+}
+
+// putData writes data into the request itself, where the queue is straight.
+func putData(p unsafe.Pointer, data []byte) {
 	put(p, 0, be32(inlineSegment|uint32(len(data))))
-	at := forward(p, 4)
-	room := int(uintptr(q.end) - uintptr(at))
-	if n := len(data); n <= 32 && n >= 16 && n <= room {
+	at := forward(p, inlineHead)
+	if n := len(data); n <= 32 && n >= 16 {
 		// The usual sizes, without a call.
 		// Safe: the first 16 of n bytes, for which there is room.
 		*(*[16]byte)(at) = [16]byte(data)
 		// Safe: the last 16 of them.
 		*(*[16]byte)(unsafe.Add(at, n-16)) = [16]byte(data[n-16:])
-		return uint32(4+n+unitBytes-1) / unitBytes
+		return
 	}
-	// Safe: up to the end of the queue, and of a request of the queue pair's MaxInline, which fits its blocks.
-	to := unsafe.Slice((*byte)(at), min(len(data), room))
-	if k := copy(to, data); k < len(data) {
-		// Safe: likewise; the rest of such a request is at the beginning.
-		copy(unsafe.Slice((*byte)(q.base), len(data)-k), data[k:])
-	}
-	return uint32(4+len(data)+unitBytes-1) / unitBytes
+	// Safe: the caller has looked for the room.
+	copy(unsafe.Slice((*byte)(at), len(data)), data)
 }
+
+// putInline writes data into the request itself, and returns how many units they take. What is behind them in the last one stays as
+// it was.
+func (q *sendQueue) putInline(p unsafe.Pointer, data []byte) (n uint32) {
+	if q.straight(p, len(data)) {
+		putData(p, data)
+		return inlineUnits(len(data))
+	}
+	put(p, 0, be32(inlineSegment|uint32(len(data))))
+	at := forward(p, inlineHead)
+	// Safe: up to the end of the queue.
+	k := copy(unsafe.Slice((*byte)(at), uintptr(q.end)-uintptr(at)), data)
+	// Safe: the request is of the queue pair's MaxInline, which fits its blocks; the rest of them is at the beginning.
+	copy(unsafe.Slice((*byte)(q.base), len(data)-k), data[k:])
+	return inlineUnits(len(data))
+}
+
+// inlineUnits is how many units n bytes of inline data take.
+func inlineUnits(n int) uint32 { return uint32(inlineHead+n+unitBytes-1) / unitBytes }
 
 // putAV writes where a datagram goes.
 func putAV(p unsafe.Pointer, av *addressVector, qpn ib.QPN, key ib.QKey) {
