@@ -34,20 +34,19 @@ func (q *qp) postSendLocked(wrs []ib.SendWR) (n int, err error) {
 	sq := &q.sq
 	room := int(sq.limit - (sq.head - atomic.LoadUint32(&q.polled)))
 	var last, length uint32 // the newest request's first block, and how many units it has
-	for n < len(wrs) {
-		if n == room {
-			err = driver.ErrQueueFull
-			break
-		}
+	for n < min(len(wrs), room) {
 		wr := &wrs[n]
 		k := uint32(0)
-		if len(wr.Inline) > 0 {
+		switch {
+		case len(wr.Inline) > 0:
 			k = q.writeInline(wr)
-		} else {
+		case len(wr.SGEs) == 1:
 			k = q.writeShort(wr)
 		}
 		if k == 0 {
-			if k, err = q.write(wr); err != nil {
+			var failed error // of its own: err would be carried through memory from request to request
+			if k, failed = q.write(wr); failed != nil {
+				err = failed
 				break
 			}
 		}
@@ -57,6 +56,9 @@ func (q *qp) postSendLocked(wrs []ib.SendWR) (n int, err error) {
 		sq.head++
 		sq.cur += (k + 3) / 4
 		n++
+	}
+	if err == nil && n < len(wrs) {
+		err = driver.ErrQueueFull
 	}
 	if n == 0 {
 		return 0, err
