@@ -433,17 +433,19 @@ func tooManySGEs(c *C) {
 
 func (c *C) inlinePair() link {
 	c.Helper()
-	if c.A.dev.Attr.MaxInline == 0 {
+	most := min(c.A.dev.Attr.MaxInline, c.B.dev.Attr.MaxInline) // what both ends can be asked for
+	if most == 0 {
 		c.Skip("the device has no inline data")
 	}
-	return c.pair(ib.RC, func(o *linkOpts) { o.inline = c.A.dev.Attr.MaxInline })
+	l := c.pair(ib.RC, func(o *linkOpts) { o.inline = most })
+	if l.a.Cap.MaxInline < most {
+		c.Fatalf("%d bytes of inline data granted, %d asked for", l.a.Cap.MaxInline, most)
+	}
+	return l
 }
 
 func inlineSizes(c *C) {
 	l := c.inlinePair()
-	if l.a.Cap.MaxInline < c.A.dev.Attr.MaxInline {
-		c.Fatalf("%d bytes of inline data granted, %d asked for", l.a.Cap.MaxInline, c.A.dev.Attr.MaxInline)
-	}
 	sizes := []int{1, 7, 8, 9, 16, 63, 64, 65, l.a.Cap.MaxInline - 1, l.a.Cap.MaxInline}
 	for i, n := range sizes {
 		if n < 1 || n > l.a.Cap.MaxInline {

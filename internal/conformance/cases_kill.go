@@ -315,7 +315,7 @@ func (c *C) restart() {
 	}
 	c.Cleanup(p.kill)
 	c.B.remote, c.B.listener, c.B.spare = p, nil, nil
-	c.B.dev = do(c.B, opOpen, openArgs{c.B.dev.Name, c.B.dev.netAddr()})
+	c.B.dev = do(c.B, opOpen, c.B.opened)
 	c.B.pd = do(c.B, opPD, none{})
 }
 

@@ -317,25 +317,25 @@ func closeWhileUsed(c *C) {
 // Contexts of one device are independent (IBA 11.2.1.1): their objects do not mix.
 func manyContexts(c *C) {
 	c.severalGoroutines()
-	third := &Side{c: c, name: "A2", local: newHost()}
-	third.dev = do(third, opOpen, openArgs{c.A.dev.Name, c.A.dev.netAddr()})
+	a, b := c.A, c.B
+	if a.local == nil { // the third context is one of this process, and so the other side's device
+		a, b = b, a
+	}
+	third := &Side{c: c, name: a.name + "2", local: newHost()}
+	third.dev = do(third, opOpen, a.opened)
 	defer func() {
 		if _, err := call(third, opCloseAll, none{}); err != nil && !c.Failed() {
 			c.Error(err)
 		}
 	}()
 	third.pd = do(third, opPD, none{})
-	l1, l2 := c.pair(ib.RC), c.pairOn(third, c.B, c.opts(ib.RC))
+	l1, l2 := c.pairOn(a, b, c.opts(ib.RC)), c.pairOn(third, b, c.opts(ib.RC))
 	l1.alive(c)
 	l2.alive(c)
 	// A key of another context of this process is no key.
 	l1.b.mem.canary()
 	l2.a.post(ib.SendWR{ID: 1, Opcode: ib.OpSend, Flags: ib.SendSignaled, SGEs: []ib.SGE{{Addr: l1.a.mem.Addr, Length: 8, LKey: l1.a.mem.LKey}}})
-	if c.A.local != nil {
-		l2.a.sentOneOf(1, ib.WCLocalProtErr)
-	} else {
-		l2.a.scq.wait(1)
-	}
+	l2.a.sentOneOf(1, ib.WCLocalProtErr)
 	l1.alive(c)
 }
 

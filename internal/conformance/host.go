@@ -96,18 +96,11 @@ type deviceInfo struct {
 	Net            bool       // the software NIC, over a network
 }
 
-// netAddr is where the software NIC meets a network; not valid if it does not.
-func (d *deviceInfo) netAddr() netip.Addr {
-	if !d.Net {
-		return netip.Addr{}
-	}
-	return d.GID.Addr()
-}
-
-// openArgs name a device. Net: of the software NIC, the part that meets a network, at this address.
+// openArgs name a device. Net: of the software NIC, the part that meets a network, at this address; At: of another, the address that peers
+// know it by, if it has several.
 type openArgs struct {
-	Device string
-	Net    netip.Addr
+	Device  string
+	Net, At netip.Addr
 }
 
 var opOpen = newOp("open", func(h *host, a openArgs) (deviceInfo, error) {
@@ -130,6 +123,8 @@ var opOpen = newOp("open", func(h *host, a openArgs) (deviceInfo, error) {
 		if best, err = c.SourceGIDOf(1, a.Net, ib.GIDRoCEv2); err == nil {
 			d.UDPPort, err = c.UDPPort(1, best.Index)
 		}
+	} else if a.At.IsValid() {
+		best, err = c.SourceGIDOf(1, a.At, ib.GIDRoCEv2)
 	}
 	if err != nil {
 		return d, err

@@ -53,13 +53,14 @@ type path struct {
 	twoProcesses bool
 	remoteIsA    bool
 	soft         string // what the software NIC calls it
-	// Of two different devices: their names, where the software NIC among them meets the other, and the network namespace of the
-	// process that it is in, the other side's.
-	devices   [2]string
-	streams   bool     // QPs are connected by streams
-	sim       *simPath // the sides meet on a network in virtual time
-	net       netip.Addr
-	namespace string
+	// Of two different devices: their names, where the software NIC among them meets the other and at which address it does, and the network
+	// namespace of the process that it is in, the other side's.
+	devices    [2]string
+	net        netip.Addr
+	kernelAddr netip.Addr
+	namespace  string
+	streams    bool     // QPs are connected by streams
+	sim        *simPath // the sides meet on a network in virtual time
 	// With parts, a case runs if its place in the table is the part's, or if it ends a process.
 	part, parts int
 }
@@ -220,10 +221,11 @@ func (r *runner) run(t T, tc testCase) {
 		case i == 1 && options.PeerDevice != "":
 			name = options.PeerDevice
 		}
+		s.opened = openArgs{Device: name, Net: net}
 		if name != "soft0" {
-			net = netip.Addr{}
+			s.opened.Net, s.opened.At = netip.Addr{}, r.kernelAddr
 		}
-		s.dev = do(s, opOpen, openArgs{name, net})
+		s.dev = do(s, opOpen, s.opened)
 	}
 	r.provider = c.A.dev.Provider
 	if missing := tc.needs &^ (c.A.dev.Attr.Caps & c.B.dev.Attr.Caps); missing != 0 {

@@ -41,6 +41,7 @@ type C struct {
 type Side struct {
 	c      *C
 	name   string
+	opened openArgs
 	dev    deviceInfo
 	local  *host // nil if the side is in another process
 	remote *peer
