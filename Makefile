@@ -165,10 +165,15 @@ race:
 fuzz:
 	$(call stage,fuzz: each target for a moment)
 	.ci/setup go
+	mkdir -p bin
 	for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -r -n1 dirname | sort -u); do
 		case $$pkg in */softnic|*/mlx5emu) count=800x ;; */mlx5) count=4000x ;; *) count=10000x ;; esac
+		$(GO) test -c -fuzz . -o bin/fuzz.test $$pkg # linked once for all targets; where go test keeps what is new, this does
+		found=$$($(GO) env GOCACHE)/fuzz/$$($(GO) list $$pkg)
 		for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\).*/\1/p' $$pkg/*_test.go); do
-			$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(or $(FUZZTIME),$$count) $$pkg
+			echo "$$pkg $$target"
+			(cd $$pkg; "$(CURDIR)/bin/fuzz.test" -test.run '^$$' -test.fuzz "^$$target\$$" -test.fuzztime $(or $(FUZZTIME),$$count) \
+				-test.fuzzcachedir "$$found" | grep -v 'gathering baseline')
 		done
 	done
 
@@ -189,13 +194,13 @@ cross:
 
 # What the kernel's devices must do, in a machine whose kernel has some (docs/ci.md). There, what would be skipped for want
 # of something fails, and so does a line that selects no test; what is skipped for other reasons is printed with them. One machine
-# serves all: it starts the in-vm targets, whose tests run in it. Tests on rxe and tests on siw go on side by side, since either wait
+# serves all: it starts the in-vm targets, whose tests run in it. Most tests on rxe and those on siw go on side by side, since either wait
 # for much of their time; they have devices and names of their own.
 VM = $(GO) run ./test/soft-roce -timeout 60m -out $(CURDIR)/bin/vm -host -- $(MAKE) -j 2
 VMTEST = RINGSIDE_TEST_REQUIRE=1 .ci/verdict $(GO) test -v -count=1 -p 1 -timeout 9m
 # What of test/interop needs no kernel device: unit and race have run it.
 SOFTONLY = OnSoftwareNIC|CommandsBetweenProcesses|NoSense
-TRANSPORTS = ./rpc ./examples/quickstart ./examples/pingpong ./examples/kv ./examples/filecp
+EXAMPLES = ./examples/quickstart ./examples/pingpong ./examples/kv ./examples/filecp
 
 vm: bin/vm/soft.json
 	$(call stage,vm: the kernel's software RDMA devices)
@@ -208,20 +213,21 @@ vm: bin/vm/soft.json
 
 # Packages that list devices come first on one side, those that add and remove some later on the other.
 in-vm-rxe: conform-rxe
-	RINGSIDE_DEVICE=rxe0 $(VMTEST) -short ./transport $(TRANSPORTS)
-	RINGSIDE_DEVICE=rxe0 $(VMTEST) -run 'TestDemoSync' ./examples/paramserver
+	RINGSIDE_DEVICE=rxe0 $(VMTEST) -short ./transport ./rpc $(EXAMPLES)
 	$(VMTEST) ./internal/conformance -run 'TestProcesses$$/kill' -device rxe0 -peer-device rxe1
-	$(VMTEST) ./internal/conformance -run 'TestSoftAndRXE$$/.*/(warm-up|rc|uc|ud|atomic|srq|rnr|remote|local)'
+	$(VMTEST) ./internal/conformance -run TestSoftAndRXE -skip /kill/
 	$(VMTEST) ./internal/softnic/udp
 	$(VMTEST) -short -skip '$(SOFTONLY)' ./test/interop
 
+# While the kernel gives each RDMA device to one network namespace, there may be no second one: that comes before all that makes some.
 in-vm-siw:
-	$(VMTEST) ./internal/nldev ./internal/uverbs ./internal/rdmacm ./internal/provider ./internal/provider/rxe ./internal/provider/siw ./mr ./qp
-	$(VMTEST) -run 'TestKernelDevices' ./cmd/ringside
-	RINGSIDE_DEVICE=siw0 $(VMTEST) -run 'TestDemoSync' ./examples/paramserver
-	RINGSIDE_DEVICE=siw0 $(VMTEST) -short -run 'TestSizes|TestOneSided|TestWriteImm|TestRemoteAccess|TestProcesses|TestPeerKilled' ./transport
-	RINGSIDE_DEVICE=siw0 $(VMTEST) -short -skip TestAllocs $(TRANSPORTS)
+	$(VMTEST) -run TestNetNSExclusive ./internal/provider
+	$(VMTEST) -skip TestNetNSExclusive ./internal/nldev ./internal/uverbs ./internal/rdmacm ./internal/provider ./internal/provider/rxe ./internal/provider/siw ./mr ./qp
+	$(VMTEST) -run 'TestKernelDevices' ./cmd/ringside ./internal/perf
+	RINGSIDE_DEVICE=siw0 $(VMTEST) -short ./transport ./rpc $(EXAMPLES)
+	RINGSIDE_DEVICE=siw0 $(VMTEST) -run TestDemo ./examples/paramserver
 	$(MAKE) conform-siw
+	RINGSIDE_DEVICE=rxe0 $(VMTEST) -run 'TestDemo(Sync|Kill)' ./examples/paramserver # here, since this side would end first
 
 # FLUSH and ATOMIC WRITE, which the kernel's rxe has in 6.12: with itself, and with the software NIC in both roles. That takes a machine of its
 # own, and at first the making of its image, and so is no part of test.
@@ -232,7 +238,7 @@ vm-6.12:
 
 in-vm-6.12:
 	$(VMTEST) ./internal/conformance -run 'TestInProcess/(warm-up|placement)' -device rxe0 -peer-device rxe1
-	$(VMTEST) ./internal/conformance -run 'TestSoftAndRXE$$/.*/(warm-up|placement)'
+	PARTS=1 $(VMTEST) ./internal/conformance -run 'TestSoftAndRXE$$/.*/(warm-up|placement)'
 
 # What an arm64 processor and its kernel have to do with: assembly, layouts, system calls, rings, and what is on top of these, with the
 # software NIC, the kernel's devices and the emulated ConnectX. All of it is emulated, which takes long, and is no part of test.
