@@ -85,6 +85,20 @@ func (t *gidTable) refresh() {
 	}
 }
 
+// neighbour reports whether g is a unique local address of a site (RFC 4193, 3.1: its first 48 bits) that one of the table's is of.
+func (t *gidTable) neighbour(g ib.GID) bool {
+	if g[0] != softGID {
+		return false
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.refresh()
+	return slices.ContainsFunc(t.slots, func(s gidSlot) bool {
+		a := s.addr.As16()
+		return s.addr.Is6() && [6]byte(a[:]) == [6]byte(g[:])
+	})
+}
+
 // look asks the system which addresses there are, and tells of what has changed. false: the system has not said, and all is as it was.
 // Called with mu held.
 func (t *gidTable) look(now time.Time) bool {

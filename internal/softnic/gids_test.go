@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -27,6 +28,21 @@ func (f *fakeNet) table() *gidTable {
 
 func fakeAddr(addr, dev string, up, running bool) gidSlot {
 	return gidSlot{addr: netip.MustParseAddr(addr), mtu: 1500, netDev: dev, there: up, running: up && running}
+}
+
+// An address that is local to a site looks like the GID of a NIC, but for the site.
+func TestReachWithinSite(t *testing.T) {
+	n := openNIC(t, false)
+	n.gids.mu.Lock()
+	n.gids.fixed, n.gids.slots = true, []gidSlot{fakeAddr("fd99:1234:5678:1::2", "eth0", true, true), fakeAddr("10.0.0.1", "eth0", true, true)}
+	n.gids.mu.Unlock()
+	for addr, path := range map[string]string{"fd99:1234:5678:1::1": pathUDP, "fd99:1234:5678:ffff::1": pathUDP, "2001:db8::1": pathUDP, "10.0.0.9": pathUDP,
+		"fd99:1234:5679:1::1": "", "fd00::ffff:0a00:0001": ""} {
+		got, err := n.CheckReach(t.Context(), ib.GIDFromAddr(netip.MustParseAddr(addr)))
+		if got != path || (path == "") != errors.Is(err, driver.ErrUnreachable) {
+			t.Errorf("%s: path %q, error %v; want %q", addr, got, err, path)
+		}
+	}
 }
 
 // What becomes of devices and addresses changes the table, the state of the port, and is told of, once.

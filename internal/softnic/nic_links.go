@@ -155,9 +155,10 @@ func (n *NIC) linkLocal(peer *NIC) (*link, error) {
 	return la, nil
 }
 
-// CheckReach implements driver.ReachChecker. What cannot be the GID of a NIC on this host (identify) is an address.
+// CheckReach implements driver.ReachChecker. What cannot be the GID of a NIC on this host (identify) is an address. So is what belongs to the
+// site of one of this host's addresses: one of 2^40 GIDs of NICs does.
 func (n *NIC) CheckReach(ctx context.Context, g ib.GID) (string, error) {
-	switch address := g[0] != softGID && !g.IsZero(); {
+	switch address := g[0] != softGID && !g.IsZero() || n.gids.neighbour(g); {
 	case address && n.sim != nil:
 		return pathSim, nil
 	case address:
