@@ -43,6 +43,8 @@ func NewRXENet(t *testing.T) *RXENet {
 	for _, args := range [][]string{
 		{"ip", "netns", "add", n.Namespace},
 		{"ip", "link", "add", rxeNetDev, "mtu", "9000", "type", "veth", "peer", "name", "udp-b", "netns", n.Namespace},
+		// The kernel's end looks for neighbours from its link-local address, which it would have only once nobody has claimed it for a second.
+		{"sh", "-c", "echo 0 >/proc/sys/net/ipv6/conf/" + rxeNetDev + "/accept_dad"},
 		{"ip", "address", "add", n.RXE.String() + "/24", "dev", rxeNetDev},
 		{"ip", "address", "add", v6.RXE.String() + "/64", "dev", rxeNetDev, "nodad"},
 		{"ip", "link", "set", rxeNetDev, "up"},
