@@ -213,7 +213,7 @@ vm: bin/vm/soft.json
 
 # Packages that list devices come first on one side, those that add and remove some later on the other.
 in-vm-rxe: conform-rxe
-	RINGSIDE_DEVICE=rxe0 $(VMTEST) -short ./transport ./rpc $(EXAMPLES)
+	RINGSIDE_DEVICE=rxe0 $(VMTEST) -short ./transport
 	$(VMTEST) ./internal/conformance -run 'TestProcesses$$/kill' -device rxe0 -peer-device rxe1
 	$(VMTEST) ./internal/conformance -run TestSoftAndRXE -skip /kill/
 	$(VMTEST) ./internal/softnic/udp
@@ -225,9 +225,11 @@ in-vm-siw:
 	$(VMTEST) -skip TestNetNSExclusive ./internal/nldev ./internal/uverbs ./internal/rdmacm ./internal/provider ./internal/provider/rxe ./internal/provider/siw ./mr ./qp
 	$(VMTEST) -run 'TestKernelDevices' ./cmd/ringside ./internal/perf
 	RINGSIDE_DEVICE=siw0 $(VMTEST) -short ./transport ./rpc $(EXAMPLES)
-	RINGSIDE_DEVICE=siw0 $(VMTEST) -run TestDemo ./examples/paramserver
+	RINGSIDE_DEVICE=siw0 $(VMTEST) -run 'TestDemo(Sync|Kill)' ./examples/paramserver
 	$(MAKE) conform-siw
-	RINGSIDE_DEVICE=rxe0 $(VMTEST) -run 'TestDemo(Sync|Kill)' ./examples/paramserver # here, since this side would end first
+	# On rxe, but here, since this side would end first:
+	RINGSIDE_DEVICE=rxe0 $(VMTEST) -short ./rpc $(EXAMPLES)
+	RINGSIDE_DEVICE=rxe0 $(VMTEST) -run TestDemoSync ./examples/paramserver
 
 # FLUSH and ATOMIC WRITE, which the kernel's rxe has in 6.12: with itself, and with the software NIC in both roles. That takes a machine of its
 # own, and at first the making of its image, and so is no part of test.

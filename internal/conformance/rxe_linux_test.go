@@ -10,14 +10,14 @@ import (
 func TestSoftAndRXE(t *testing.T) {
 	n := testutil.NewRXENet(t)
 	defer n.Sniff(t).Check()
-	softAndRXE(t, n, path{}.share(t, 3))
+	softAndRXE(t, n, path{}.share(t, 6))
 }
 
 // TestSoftAndRXE6 is TestSoftAndRXE over IPv6.
 func TestSoftAndRXE6(t *testing.T) {
 	n := testutil.NewRXENet(t)
 	defer n.Sniff(t).Check()
-	softAndRXE(t, n.OverIPv6(), path{}.share(t, 20))
+	softAndRXE(t, n.OverIPv6(), path{}.share(t, 30))
 }
 
 // softAndRXE runs what there is of the table on the way p, on a network.
