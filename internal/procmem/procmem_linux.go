@@ -1,15 +1,15 @@
 package procmem
 
 import (
-	"errors"
 	"fmt"
+	"os"
 	"sync"
 
 	"golang.org/x/sys/unix"
 )
 
-// ErrGone means that the process has ended, or runs another program since.
-var ErrGone = errors.New("the process that the memory was of has ended")
+// ErrGone means that the process has ended, or runs another program since. It is an os.ErrProcessDone.
+var ErrGone = fmt.Errorf("no memory is left: %w", os.ErrProcessDone)
 
 // A Memory is the address space that a process had when it was opened. It is that one for ever: an execve of the process, or
 // another process with the same number, make it unreachable, and are never mistaken for it. It is safe for concurrent use.

@@ -116,7 +116,11 @@ func (q *QP) assisted(m *ctl) {
 // handleAssist does a peer's operation on private memory.
 func (l *link) handleAssist(m *ctl) error {
 	answer := ctl{kind: ctlAssisted, id: m.id}
-	answer.status = uint8(l.doAssist(m, &answer))
+	st := l.doAssist(m, &answer)
+	if st == ib.WCRetryExceeded {
+		return nil // no answer, by which the peer is to see it
+	}
+	answer.status = uint8(st)
 	l.send(answer)
 	return nil
 }
@@ -158,19 +162,21 @@ func (l *link) doAssist(m, answer *ctl) ib.WCStatus {
 		return ib.WCRemoteAccessErr
 	}
 	st := ib.WCSuccess
-	ok = true
 	switch op {
 	case ib.OpRDMAWrite, ib.OpRDMAWriteWithImm:
-		ok = r.store(m.x, m.data)
+		if !r.store(m.x, m.data) {
+			st = ib.WCRemoteOpErr
+		}
 	case ib.OpRDMARead:
-		answer.data = make([]byte, m.b)
-		ok = r.load(answer.data, m.x)
+		b := make([]byte, m.b)
+		if st = r.load(b, m.x); st == ib.WCSuccess {
+			answer.data = b
+		}
 	default:
 		answer.x, st = r.atomic(m.x, op, m.y, m.z)
 	}
-	if !ok {
-		answer.data = nil
-		return ib.WCRemoteOpErr
+	if st == ib.WCRetryExceeded { // nobody is left to take the QP down but us, if its process runs another program
+		q.errorLater(q.epoch.Load(), ib.EventQPFatal, true)
 	}
 	return st
 }

@@ -128,7 +128,7 @@ func (q *QP) gather(dst []byte, wr *ib.SendWR, skip uint32) bool {
 		}
 		if r := q.nic.regions.lookup(uint32(s.LKey)); r != nil {
 			k := min(uint32(len(dst)), s.Length-skip)
-			if !r.load(dst[:k], s.Addr+uint64(skip)) {
+			if r.load(dst[:k], s.Addr+uint64(skip)) != ib.WCSuccess {
 				return false
 			}
 			dst = dst[k:]
@@ -258,8 +258,8 @@ func (q *QP) execWrite(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKi
 		}
 		switch {
 		case r.own != nil:
-			if st := q.execForeign(v, r.own, wr, b, n); st != ib.WCSuccess {
-				return st, 0, stallNone
+			if st, s := q.execForeign(v, r.own, wr, b, n); st != ib.WCSuccess || s != stallNone {
+				return st, 0, s
 			}
 		case r.assisted:
 			if st, s := q.execAssist(v, wr, n); st != ib.WCSuccess || s != stallNone {
@@ -304,7 +304,8 @@ func (q *QP) execRead(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallKin
 	}
 	if r.assisted {
 		if r.own != nil {
-			return q.execForeign(v, r.own, wr, b, n), n, stallNone
+			st, s := q.execForeign(v, r.own, wr, b, n)
+			return st, n, s
 		}
 		st, s := q.execAssist(v, wr, n)
 		return st, n, s
@@ -335,7 +336,8 @@ func (q *QP) execAtomic(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, stallK
 	}
 	if r.assisted {
 		if r.own != nil {
-			return q.execForeign(v, r.own, wr, b, 8), 8, stallNone
+			st, s := q.execForeign(v, r.own, wr, b, 8)
+			return st, 8, s
 		}
 		st, s := q.execAssist(v, wr, 8)
 		return st, 8, s
@@ -375,12 +377,8 @@ func (q *QP) execAtomicWrite(v *peerView, wr *ib.SendWR) (ib.WCStatus, uint32, s
 	switch {
 	case r.own != nil:
 		_, st = r.own.atomic(wr.RemoteAddr, wr.Opcode, 0, host64(q.result[:]))
-		if st == ib.WCRemoteInvalidReqErr {
-			st = q.invalidFault(v)
-		} else if st != ib.WCSuccess {
-			st = q.operationFault(v)
-		}
-		return st, 8, stallNone
+		st, s = q.foreignFault(v, st)
+		return st, 8, s
 	case r.assisted:
 		st, s := q.execAssist(v, wr, 8)
 		return st, 8, s

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"sync"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
@@ -15,7 +16,8 @@ import (
 // process call the functions themselves.
 
 // ForeignMemory is the address space of another process. Its methods may be called by several goroutines at a time, with locks of
-// the NIC held: they may take as long as a copy does, and do not call the NIC.
+// the NIC held: they may take as long as a copy does, and do not call the NIC. An error that is os.ErrProcessDone says that there is
+// no such address space any more.
 type ForeignMemory interface {
 	// ReadAt fills p from address va on.
 	ReadAt(p []byte, va uint64) error
@@ -25,7 +27,9 @@ type ForeignMemory interface {
 
 // RegisterForeign registers length bytes at start of another process' memory. SGEs and peers know them by addresses from iova on.
 //
-// Where an access fails, a request of this NIC gets WCLocalProtErr, one of a peer WCRemoteOpErr.
+// Where an access fails, a request of this NIC gets WCLocalProtErr, one of a peer WCRemoteOpErr. But nobody outlives a process to see
+// what is wrong with its memory: what goes to an address space that has ended is dropped, as a device writes to pages that nobody looks
+// at any more, and what a peer wants to have from it has no answer, as if its QP had ended already, which it is about to.
 //
 // Atomics are atomic with each other, whichever NIC of this process they come through, but not with what the other process'
 // CPUs do meanwhile: as ConnectX has it, too (IBV_ATOMIC_HCA). Words are read and written by one copy of 8 bytes each, which
@@ -44,19 +48,27 @@ func (pd *PD) RegisterForeign(m ForeignMemory, start, length, iova uint64, acces
 		access: access, fd: -1})
 }
 
-// load copies from the region to dst; contains has checked addr. false: the memory cannot be read.
-func (r *region) load(dst []byte, addr uint64) bool {
-	if r.foreign != nil {
-		return r.foreign.ReadAt(dst, r.foreignAt+(addr-r.memAt)) == nil
+// load copies from the region to dst; contains has checked addr. A status other than WCSuccess is for the peer that wants it:
+// WCRemoteOpErr, or WCRetryExceeded if it is to hear nothing.
+func (r *region) load(dst []byte, addr uint64) ib.WCStatus {
+	if r.foreign == nil {
+		dma(dst, r.bytes(addr, uint32(len(dst))))
+		return ib.WCSuccess
 	}
-	dma(dst, r.bytes(addr, uint32(len(dst))))
-	return true
+	switch err := r.foreign.ReadAt(dst, r.foreignAt+(addr-r.memAt)); {
+	case err == nil:
+		return ib.WCSuccess
+	case errors.Is(err, os.ErrProcessDone):
+		return ib.WCRetryExceeded
+	}
+	return ib.WCRemoteOpErr
 }
 
 // store copies src to the region; contains has checked addr. false: the memory cannot be written.
 func (r *region) store(addr uint64, src []byte) bool {
 	if r.foreign != nil {
-		return r.foreign.WriteAt(src, r.foreignAt+(addr-r.memAt)) == nil
+		err := r.foreign.WriteAt(src, r.foreignAt+(addr-r.memAt))
+		return err == nil || errors.Is(err, os.ErrProcessDone)
 	}
 	dma(r.bytes(addr, uint32(len(src))), src)
 	return true
@@ -84,8 +96,8 @@ func (r *region) atomic(addr uint64, op ib.Opcode, compareAdd, swap uint64) (old
 	foreignAtomics.Lock()
 	defer foreignAtomics.Unlock()
 	b := foreignAtomics.word[:]
-	if !r.load(b, addr) {
-		return 0, ib.WCRemoteOpErr
+	if st := r.load(b, addr); st != ib.WCSuccess {
+		return 0, st
 	}
 	old = binary.NativeEndian.Uint64(b)
 	next := swap
@@ -133,22 +145,18 @@ func (q *QP) fetch(wr *ib.SendWR, n uint32) ([]byte, ib.WCStatus) {
 
 // execForeign executes a one-sided operation of n bytes on foreign memory of a NIC of this process; b is the local memory if it is
 // in one piece. Called between enter and leave.
-func (q *QP) execForeign(v *peerView, r *region, wr *ib.SendWR, b []byte, n uint32) ib.WCStatus {
+func (q *QP) execForeign(v *peerView, r *region, wr *ib.SendWR, b []byte, n uint32) (ib.WCStatus, stallKind) {
 	switch wr.Opcode {
 	case ib.OpAtomicCmpSwap, ib.OpAtomicFetchAdd:
 		old, st := r.atomic(wr.RemoteAddr, wr.Opcode, wr.CompareAdd, wr.Swap)
-		switch st {
-		case ib.WCSuccess:
-			putHost64(q.result[:], old)
-			if !q.scatter(wr, q.result[:], 0) {
-				st = ib.WCLocalProtErr
-			}
-		case ib.WCRemoteInvalidReqErr:
-			st = q.invalidFault(v)
-		default:
-			st = q.operationFault(v)
+		if st != ib.WCSuccess {
+			return q.foreignFault(v, st)
 		}
-		return st
+		putHost64(q.result[:], old)
+		if !q.scatter(wr, q.result[:], 0) {
+			st = ib.WCLocalProtErr
+		}
+		return st, stallNone
 	}
 	read := wr.Opcode == ib.OpRDMARead
 	for off := uint32(0); off < n; {
@@ -157,17 +165,23 @@ func (q *QP) execForeign(v *peerView, r *region, wr *ib.SendWR, b []byte, n uint
 		if p != nil {
 			p = p[off : off+k]
 		} else if p = q.piece(k); !read && !q.gather(p, wr, off) {
-			return ib.WCLocalProtErr
+			return ib.WCLocalProtErr, stallNone
 		}
-		switch addr := wr.RemoteAddr + uint64(off); {
-		case read && !r.load(p, addr), !read && !r.store(addr, p):
-			return q.operationFault(v)
+		st, addr := ib.WCSuccess, wr.RemoteAddr+uint64(off)
+		if read {
+			st = r.load(p, addr)
+		} else if !r.store(addr, p) {
+			st = ib.WCRemoteOpErr
+		}
+		switch {
+		case st != ib.WCSuccess:
+			return q.foreignFault(v, st)
 		case read && b == nil && !q.scatter(wr, p, off):
-			return ib.WCLocalProtErr
+			return ib.WCLocalProtErr, stallNone
 		}
 		off += k
 	}
-	return ib.WCSuccess
+	return ib.WCSuccess, stallNone
 }
 
 // storePart copies n bytes of a request's payload, from byte skip on, to a region of the peer's, at addr. st is the peer's fault, ok
@@ -189,8 +203,16 @@ func (q *QP) storePart(r *remoteRegion, addr uint64, n uint32, wr *ib.SendWR, sk
 	return ib.WCSuccess, true
 }
 
-// operationFault tells the responder that its memory could not be used.
-func (q *QP) operationFault(v *peerView) ib.WCStatus {
-	q.fault(v, ib.EventQPFatal)
-	return ib.WCRemoteOpErr
+// foreignFault tells the responder what was wrong with its memory, if there is one still: else the request waits as for a QP that is
+// not there.
+func (q *QP) foreignFault(v *peerView, st ib.WCStatus) (ib.WCStatus, stallKind) {
+	switch st {
+	case ib.WCRetryExceeded:
+		return 0, stallPeer
+	case ib.WCRemoteInvalidReqErr:
+		st = q.invalidFault(v)
+	case ib.WCRemoteOpErr:
+		q.fault(v, ib.EventQPFatal)
+	}
+	return st, stallNone
 }

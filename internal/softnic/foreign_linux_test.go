@@ -117,6 +117,11 @@ func (e *foreignEnd) sge(off, n int) ib.SGE {
 	return ib.SGE{Addr: foreignIOVA + uint64(off), Length: uint32(n), LKey: e.mr.LKey()}
 }
 
+// own is memory of this process.
+func (e *foreignEnd) own(n int) []ib.SGE {
+	return []ib.SGE{{Addr: addrOf(e.buf), Length: uint32(n), LKey: e.end.mr.LKey()}}
+}
+
 // tell has the process do something.
 func (e *foreignEnd) tell(format string, a ...any) string {
 	e.t.Helper()
@@ -375,60 +380,95 @@ func TestForeignDatagrams(t *testing.T) {
 	})
 }
 
-// Memory that the process has given back, and a process that has died, end requests with an error: never the NIC, and never with
-// success.
+// Memory that the process has given back ends requests with an error: never the NIC, and never with success.
 func TestForeignFails(t *testing.T) {
 	const gone = foreignSize - 64<<10
-	for name, prepare := range map[string]func(a, b *foreignEnd){
-		"no pages": func(a, b *foreignEnd) {
-			a.tell("drop")
-			b.tell("drop")
-		},
-		"killed": func(a, b *foreignEnd) {
-			a.p.Kill()
-			b.p.Kill()
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			for _, op := range []ib.Opcode{ib.OpSend, ib.OpRDMAWrite} {
-				t.Run(op.String(), func(t *testing.T) {
-					foreignPaths(t, func(t *testing.T, a, b *foreignEnd) {
-						prepare(a, b)
-						b.recv(1, []ib.SGE{{Addr: addrOf(b.buf), Length: 4096, LKey: b.end.mr.LKey()}})
-						a.send(ib.SendWR{ID: 2, Opcode: op, SGEs: []ib.SGE{a.sge(gone, 100)}, RemoteAddr: addrOf(b.buf), RKey: b.end.mr.RKey(), Flags: ib.SendSignaled})
-						a.want(2, ib.WCLocalProtErr, 0)
-					})
-				})
-			}
-			for _, op := range []ib.Opcode{ib.OpRDMAWrite, ib.OpRDMARead, ib.OpAtomicFetchAdd} {
-				t.Run("remote "+op.String(), func(t *testing.T) {
-					foreignPaths(t, func(t *testing.T, a, b *foreignEnd) {
-						prepare(a, b)
-						own := []ib.SGE{{Addr: addrOf(a.buf), Length: 8, LKey: a.end.mr.LKey()}}
-						a.send(ib.SendWR{ID: 2, Opcode: op, SGEs: own, RemoteAddr: foreignIOVA + gone, RKey: b.mr.RKey(), Flags: ib.SendSignaled})
-						a.want(2, ib.WCRemoteOpErr, 0)
-					})
-				})
-			}
-			for _, op := range []ib.Opcode{ib.OpRDMARead, ib.OpAtomicFetchAdd} {
-				t.Run("result of "+op.String(), func(t *testing.T) {
-					foreignPaths(t, func(t *testing.T, a, b *foreignEnd) {
-						prepare(a, b)
-						a.send(ib.SendWR{ID: 2, Opcode: op, SGEs: []ib.SGE{a.sge(gone, 8)}, RemoteAddr: addrOf(b.buf), RKey: b.end.mr.RKey(), Flags: ib.SendSignaled})
-						a.want(2, ib.WCLocalProtErr, 0)
-					})
-				})
-			}
-			t.Run("receive", func(t *testing.T) {
-				foreignPaths(t, func(t *testing.T, a, b *foreignEnd) {
-					prepare(a, b)
-					b.recv(1, []ib.SGE{b.sge(gone, 100)})
-					a.send(ib.SendWR{ID: 2, Opcode: ib.OpSend, SGEs: []ib.SGE{{Addr: addrOf(a.buf), Length: 100, LKey: a.end.mr.LKey()}}, Flags: ib.SendSignaled})
-					b.want(1, ib.WCLocalProtErr, 0)
-				})
+	drop := func(a, b *foreignEnd) {
+		a.tell("drop")
+		b.tell("drop")
+	}
+	for _, op := range []ib.Opcode{ib.OpSend, ib.OpRDMAWrite} {
+		t.Run(op.String(), func(t *testing.T) {
+			foreignPaths(t, func(t *testing.T, a, b *foreignEnd) {
+				drop(a, b)
+				b.recv(1, b.own(4096))
+				a.send(ib.SendWR{ID: 2, Opcode: op, SGEs: []ib.SGE{a.sge(gone, 100)}, RemoteAddr: addrOf(b.buf), RKey: b.end.mr.RKey(), Flags: ib.SendSignaled})
+				a.want(2, ib.WCLocalProtErr, 0)
 			})
 		})
 	}
+	for _, op := range []ib.Opcode{ib.OpRDMAWrite, ib.OpRDMARead, ib.OpAtomicFetchAdd, ib.OpAtomicWrite} {
+		t.Run("remote "+op.String(), func(t *testing.T) {
+			foreignPaths(t, func(t *testing.T, a, b *foreignEnd) {
+				drop(a, b)
+				a.send(ib.SendWR{ID: 2, Opcode: op, SGEs: a.own(8), RemoteAddr: foreignIOVA + gone, RKey: b.mr.RKey(), Flags: ib.SendSignaled})
+				a.want(2, ib.WCRemoteOpErr, 0)
+			})
+		})
+	}
+	for _, op := range []ib.Opcode{ib.OpRDMARead, ib.OpAtomicFetchAdd} {
+		t.Run("result of "+op.String(), func(t *testing.T) {
+			foreignPaths(t, func(t *testing.T, a, b *foreignEnd) {
+				drop(a, b)
+				a.send(ib.SendWR{ID: 2, Opcode: op, SGEs: []ib.SGE{a.sge(gone, 8)}, RemoteAddr: addrOf(b.buf), RKey: b.end.mr.RKey(), Flags: ib.SendSignaled})
+				a.want(2, ib.WCLocalProtErr, 0)
+			})
+		})
+	}
+	t.Run("receive", func(t *testing.T) {
+		foreignPaths(t, func(t *testing.T, a, b *foreignEnd) {
+			drop(a, b)
+			b.recv(1, []ib.SGE{b.sge(gone, 100)})
+			a.send(ib.SendWR{ID: 2, Opcode: ib.OpSend, SGEs: a.own(100), Flags: ib.SendSignaled})
+			b.want(1, ib.WCLocalProtErr, 0)
+		})
+	})
+}
+
+// A peer of a process that has been killed hears nothing of what became of the memory: messages and WRITEs succeed, as they do with
+// pages that hardware holds; what asks for the memory's bytes waits for an answer that does not come, until the QP's end is noticed.
+func TestForeignProcessEnds(t *testing.T) {
+	for _, op := range []ib.Opcode{ib.OpSend, ib.OpRDMAWrite, ib.OpRDMAWriteWithImm} {
+		t.Run(op.String(), func(t *testing.T) {
+			foreignPaths(t, func(t *testing.T, a, b *foreignEnd) {
+				b.recv(1, []ib.SGE{b.sge(0, 100)})
+				b.p.Kill()
+				a.send(ib.SendWR{ID: 2, Opcode: op, SGEs: a.own(100), RemoteAddr: foreignIOVA, RKey: b.mr.RKey(), Flags: ib.SendSignaled})
+				a.want(2, ib.WCSuccess, -1)
+				if op != ib.OpRDMAWrite {
+					b.want(1, ib.WCSuccess, 100)
+				}
+			})
+		})
+	}
+	for _, op := range []ib.Opcode{ib.OpRDMARead, ib.OpAtomicFetchAdd, ib.OpAtomicWrite} {
+		t.Run(op.String(), func(t *testing.T) {
+			foreignPaths(t, func(t *testing.T, a, b *foreignEnd) {
+				b.p.Kill()
+				a.send(ib.SendWR{ID: 2, Opcode: op, SGEs: a.own(8), RemoteAddr: foreignIOVA, RKey: b.mr.RKey(), Flags: ib.SendSignaled})
+				a.send(ib.SendWR{ID: 3, Opcode: ib.OpSend, SGEs: a.own(8), Flags: ib.SendSignaled})
+				aq, bq := a.q.(*QP), b.q.(*QP)
+				testutil.Eventually(t, "the request has been tried", func() bool {
+					aq.sq.Lock()
+					defer aq.sq.Unlock()
+					return aq.stall.kind == stallPeer || ib.QPState(bq.state.Load()) == ib.Err
+				})
+				if err := a.q.Modify(t.Context(), &ib.QPAttr{State: ib.Err}, ib.AttrState); err != nil {
+					t.Fatal(err)
+				}
+				a.want(2, ib.WCFlushErr, 0) // and not what the peer had said by then
+				a.want(3, ib.WCFlushErr, 0)
+			})
+		})
+	}
+	t.Run("own", func(t *testing.T) {
+		foreignPaths(t, func(t *testing.T, a, b *foreignEnd) {
+			b.recv(1, b.own(4096))
+			a.p.Kill()
+			a.send(ib.SendWR{ID: 2, Opcode: ib.OpSend, SGEs: []ib.SGE{a.sge(0, 100)}, Flags: ib.SendSignaled})
+			a.want(2, ib.WCLocalProtErr, 0) // there is nothing to send
+		})
+	})
 }
 
 func TestForeignRefused(t *testing.T) {

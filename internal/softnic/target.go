@@ -124,10 +124,7 @@ func (t *target) Read(rkey uint32, addr uint64, dst []byte) ib.WCStatus {
 	if r == nil {
 		return ib.WCRemoteAccessErr
 	}
-	if !r.load(dst, addr) {
-		return ib.WCRemoteOpErr
-	}
-	return ib.WCSuccess
+	return r.load(dst, addr)
 }
 
 // Atomic implements wire.Target.
@@ -167,7 +164,7 @@ func (t *target) Fail(st ib.WCStatus) {
 	switch st {
 	case ib.WCRemoteAccessErr:
 		ev = ib.EventQPAccessErr
-	case ib.WCRemoteOpErr:
+	case ib.WCRemoteOpErr, ib.WCRetryExceeded:
 		ev = ib.EventQPFatal
 	}
 	t.q.errorLater(t.epoch, ev, true)

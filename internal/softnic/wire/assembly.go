@@ -6,7 +6,8 @@ import (
 )
 
 // A Target is the memory and the receive queue that a Responder works on. Methods that return a status say WCSuccess,
-// WCRemoteAccessErr, WCRemoteInvalidReqErr or WCRemoteOpErr, as the peer is to see it.
+// WCRemoteAccessErr, WCRemoteInvalidReqErr or WCRemoteOpErr, as the peer is to see it; Read and Atomic also WCRetryExceeded, which
+// it sees if nobody answers any more.
 type Target interface {
 	// Take takes the next receive for a message. false: there is none.
 	Take() bool

@@ -364,8 +364,15 @@ func (r *Responder) say(psn ib.PSN, s roce.Syndrome) bool {
 	return true
 }
 
-// refuse ends the connection: the peer hears why (IBA 9.7.5.2).
+// refuse ends the connection: the peer hears why (IBA 9.7.5.2), but for WCRetryExceeded, which is that it hears nothing.
 func (r *Responder) refuse(p *roce.Packet, st ib.WCStatus) {
+	if st == ib.WCRetryExceeded {
+		r.Acknowledge() // what was done before
+		r.Counters.Dropped++
+		r.failed = true
+		r.t.Fail(st)
+		return
+	}
 	nak := nakOf(st)
 	switch nak {
 	case roce.NakAccess:
@@ -534,7 +541,7 @@ func (r *Responder) emit(q *response, out Output) (sent, done bool) {
 	if n > 0 {
 		if st := r.t.Read(q.rkey, q.addr, payload); st != ib.WCSuccess {
 			out.Abort()
-			if q.repeat {
+			if q.repeat && st != ib.WCRetryExceeded {
 				// The requester may have it already, and have said so before its question came that another packet had overtaken:
 				// then the memory is rightly gone.
 				r.Counters.Dropped++
