@@ -394,6 +394,45 @@ func TestGoldenManyBlocks(t *testing.T) {
 	}
 }
 
+// So does the number of a receive, of a queue pair's own queue and of a shared one, and what says how many were posted.
+func TestGoldenManyReceives(t *testing.T) {
+	if testing.Short() {
+		t.Skip("megabytes of trace")
+	}
+	program := goldenC(t)
+	queues := []int{0, 1}
+	if *listCount <= 200 { // one of them takes long enough
+		queues = queues[rand.IntN(2):][:1]
+	}
+	var b bytes.Buffer
+	const most = 1<<16 + 1000
+	for _, shared := range queues {
+		fmt.Fprintf(&b, "list rc 1 0 64 1 64 %d 0 0\n", shared)
+		for n := 0; n < most; {
+			const batch = 61 // one that the queue's size is no multiple of
+			for i := range batch {
+				fmt.Fprintf(&b, "rr b 1 %d %d\n", 4000+n%100, 8+i)
+				n++
+			}
+			b.WriteString("recv b\n")
+			for i := range batch {
+				fmt.Fprintf(&b, "wr a send %s 0 r 1 0 %d\n", map[bool]string{false: "-", true: "s"}[i == batch-1], 1+i%8)
+			}
+			fmt.Fprintf(&b, "post\nwait a 1\nwait b %d\n", batch)
+		}
+		b.WriteString("end\n")
+	}
+	file := filepath.Join(t.TempDir(), "many.lists")
+	if err := os.WriteFile(file, b.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n := sameTrace(t, func() trace { return play(t, file) }, func() trace { _, tr := playC(t, program, file); return tr })
+	if n < len(queues)*2*most { // a receive and its completion
+		t.Errorf("the trace has %d lines", n)
+	}
+	t.Logf("shared or not: %d", queues)
+}
+
 // And on InfiniBand.
 func TestGoldenInfiniBand(t *testing.T) {
 	program := goldenC(t)

@@ -26,7 +26,7 @@ func (d *Device) traceDoorbell(u *uar, b *doorbell) {
 
 func (d *Device) traceWQE(n *qp, counter uint16, w []byte) {
 	if d.cfg.Trace != nil {
-		d.trace("WQE qpn=%#x idx=%d dbr=%d %s", n.qpn, be.Uint16(w[1:]), counter, groups(w))
+		d.trace("WQE qpn=%#x idx=%d dbr=%d%s %s", n.qpn, be.Uint16(w[1:]), counter, n.c.reserved(n.db+4), groups(w))
 	}
 }
 
@@ -53,16 +53,25 @@ func (d *Device) traceRecv(n *qp, wc *ib.WC) {
 	if d.cfg.Trace == nil {
 		return
 	}
-	at, size, skip := n.buf+uint64(uint32(uint16(wc.ID))&(n.rqCount-1))<<n.rqShift, uint32(1)<<n.rqShift, uint32(0)
+	at, size, skip, db := n.buf+uint64(uint32(uint16(wc.ID))&(n.rqCount-1))<<n.rqShift, uint32(1)<<n.rqShift, uint32(0), n.db
 	if q := n.srq; q != nil {
-		at, size, skip = q.buf+uint64(uint16(wc.ID))*uint64(q.stride), q.stride, nextSegSize
+		at, size, skip, db = q.buf+uint64(uint16(wc.ID))*uint64(q.stride), q.stride, nextSegSize, q.db
 	}
 	b := make([]byte, size)
 	if n.c.mem.ReadAt(b, at) != nil {
 		return // the client has unmapped it
 	}
 	segs := scatterList(nil, b[skip:])
-	d.trace("RECV qpn=%#x idx=%d %s", n.qpn, uint16(wc.ID), groups(b[skip:min(size, skip+uint32(len(segs)+1)*segSize)]))
+	d.trace("RECV qpn=%#x idx=%d%s %s", n.qpn, uint16(wc.ID), n.c.reserved(db), groups(b[skip:min(size, skip+uint32(len(segs)+1)*segSize)]))
+}
+
+// reserved shows the half of a doorbell record that has no meaning, if the driver has left anything in it: a counter is 16 bits long.
+func (c *Context) reserved(db uint64) string {
+	var b [4]byte
+	if c.mem.ReadAt(b[:], db) != nil || be32(b[:])>>16 == 0 {
+		return ""
+	}
+	return fmt.Sprintf("+reserved=%#x", be32(b[:])>>16)
 }
 
 // groups shows bytes as words of four, four to a segment.
