@@ -72,7 +72,8 @@ func TestRping(t *testing.T) {
 	}
 }
 
-// A server that has several clients at a time. They come one after the other: of requests at the same moment, rping accepts one twice.
+// A server that has several clients at a time. They come one after the other: of requests at the same moment, rping before rdma-core 57
+// accepts one twice.
 func TestRpingPersistent(t *testing.T) {
 	common := " -a " + cmAddress + " -p " + freePort(t)
 	client := "rping -c -V" + common
