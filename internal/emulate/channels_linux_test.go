@@ -1,11 +1,8 @@
 package emulate
 
 import (
-	"bufio"
-	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -56,29 +53,6 @@ func channels(s *Session) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return len(s.channels)
-}
-
-// A channel ends with the last reference to its file, and not before.
-func TestChannelsEnd(t *testing.T) {
-	x := newSteps(t)
-	s := start(t, Config{Log: t.Output()}, "channelsteps", x.dir)
-	lines := bufio.NewScanner(x.out)
-	for seen := 0; seen < 10 && lines.Scan(); seen++ {
-		n, what, _ := strings.Cut(lines.Text(), " ")
-		want, err := strconv.Atoi(n)
-		if err != nil {
-			t.Fatal(lines.Text())
-		}
-		testutil.Eventually(t, lines.Text(), func() bool { return channels(s) == want })
-		if want > 0 { // what ends too early does so soon
-			time.Sleep(20 * time.Millisecond)
-			if n := channels(s); n != want {
-				t.Errorf("%s: %d channels are left, want %d", what, n, want)
-			}
-		}
-		x.in.Write([]byte{1})
-	}
-	end(t, s, 0)
 }
 
 func TestNumbers(t *testing.T) {

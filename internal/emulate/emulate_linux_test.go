@@ -7,14 +7,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/ringside-rdma/ringside/internal/testutil"
 )
 
 // start starts one of the programs.
@@ -104,64 +101,6 @@ func TestNobodyAnswers(t *testing.T) {
 	}
 	s.process.Listener.Stop()
 	x.in.Write([]byte{1})
-	end(t, s, 0)
-}
-
-// A testSteps is the test's side of a stepper.
-type testSteps struct {
-	dir     string
-	out, in *os.File
-}
-
-func newSteps(t *testing.T) *testSteps {
-	t.Helper()
-	s := &testSteps{dir: t.TempDir()}
-	open := func(name string) *os.File {
-		path := filepath.Join(s.dir, name)
-		if err := unix.Mkfifo(path, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		f, err := os.OpenFile(path, os.O_RDWR, 0) // waits for nobody
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { f.Close() })
-		return f
-	}
-	s.out, s.in = open("out"), open("in")
-	return s
-}
-
-// A context ends with the last reference to its file, whatever that is, and not before.
-func TestContextsEnd(t *testing.T) {
-	x := newSteps(t)
-	s := start(t, Config{Log: t.Output()}, "steps", x.dir)
-	lines := bufio.NewScanner(x.out)
-	seen := 0
-	for seen < 10 && lines.Scan() {
-		seen++
-		n, what, _ := strings.Cut(lines.Text(), " ")
-		want, err := strconv.Atoi(n)
-		if err != nil {
-			t.Fatal(lines.Text())
-		}
-		testutil.Eventually(t, lines.Text(), func() bool {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			return len(s.contexts) == want
-		})
-		if want > 0 { // what ends too early does so soon
-			for range 20 {
-				unix.Nanosleep(&unix.Timespec{Nsec: 1e6}, nil)
-			}
-			s.mu.Lock()
-			if len(s.contexts) != want {
-				t.Errorf("%s: %d contexts are left, want %d", what, len(s.contexts), want)
-			}
-			s.mu.Unlock()
-		}
-		x.in.Write([]byte{1})
-	}
 	end(t, s, 0)
 }
 

@@ -215,7 +215,7 @@ func (n *node) close() {
 	if n.conn != nil {
 		n.conn.Close() // the connection may have ended by itself
 	}
-	mustClose(n.t, n.q, n.cq, n.m, n.pd)
+	testutil.Close(n.t, n.q, n.cq, n.m, n.pd)
 }
 
 // newRig connects a queue pair of a, whose completions tell ch if that is not nil, to one of b, which may be the same device.
@@ -264,18 +264,6 @@ func (r *rig) close() {
 func (r *rig) write(n int) ib.SendWR {
 	to := r.b.m.RemoteRange(0, n)
 	return ib.SendWR{Opcode: ib.OpRDMAWrite, Flags: ib.SendSignaled, SGEs: []ib.SGE{r.a.m.SGE(0, n)}, RemoteAddr: to.Addr, RKey: to.RKey}
-}
-
-type closer interface{ Close() error }
-
-// mustClose closes what is given, in that order.
-func mustClose(t testing.TB, list ...closer) {
-	t.Helper()
-	for _, c := range list {
-		if err := c.Close(); err != nil {
-			t.Errorf("close %T: %v", c, err)
-		}
-	}
 }
 
 // within runs f, and fails the test if it does not return: what must not hang is called like this.

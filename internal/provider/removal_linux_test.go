@@ -41,7 +41,7 @@ func testDeviceRemovedInUse(t *testing.T, kind string) {
 		t.Fatal(err)
 	}
 	initQP := busy.a.newQP() // requests are refused for its state, but the device's end counts more
-	open := []closer{initQP, srq}
+	open := []interface{ Close() error }{initQP, srq}
 	if attr.Caps.Has(ib.CapMW2) {
 		open = append(open, must(mr.NewWindow(pd)))
 	}
@@ -189,11 +189,11 @@ func testDeviceRemovedInUse(t *testing.T, kind string) {
 	default:
 	}
 	within(t, "Close", func() {
-		mustClose(t, open...)
+		testutil.Close(t, open...)
 		for _, r := range []*rig{busy, idle, thread} {
 			r.close()
 		}
-		mustClose(t, chA, chB, chC, c)
+		testutil.Close(t, chA, chB, chC, c)
 	})
 	within(t, "the deletion", func() {
 		if err := <-removed; err != nil {
@@ -270,7 +270,7 @@ func testDeviceRemovedUnderRPC(t *testing.T, kind string) {
 			within(t, "Close of the server", func() { s.Close() })
 			t.Logf("server closed after %v", time.Since(start))
 			within(t, "Close of the listener", func() { l.Close(); <-served })
-			mustClose(t, c)
+			testutil.Close(t, c)
 			within(t, "the deletion", func() {
 				if err := <-removed; err != nil {
 					t.Error(err)

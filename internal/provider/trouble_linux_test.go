@@ -72,7 +72,7 @@ func TestTrouble(t *testing.T) {
 		}
 		dial := func() error {
 			q := n.newQP()
-			defer mustClose(t, q)
+			defer testutil.Close(t, q)
 			ctx, cancel := context.WithTimeout(background, testutil.Patience)
 			defer cancel()
 			_, err := q.Dial(ctx, netip.AddrPortFrom(d.addr, 0), netip.AddrPortFrom(d.addr, 7473), qp.CMParams{})
@@ -81,7 +81,7 @@ func TestTrouble(t *testing.T) {
 		transported := func() error {
 			c, s, err := meet(d, d)
 			if err == nil {
-				mustClose(t, s, c)
+				testutil.Close(t, s, c)
 			}
 			return err
 		}
@@ -127,7 +127,7 @@ func TestTrouble(t *testing.T) {
 			t.Error(err)
 		}
 		n.close()
-		mustClose(t, d)
+		testutil.Close(t, d)
 	})
 }
 
@@ -210,11 +210,11 @@ func TestLinkDownUnderTraffic(t *testing.T) {
 		if c, s, err = meet(a, b); err != nil {
 			t.Error(err)
 		} else {
-			mustClose(t, s, c)
+			testutil.Close(t, s, c)
 		}
 		cancel()
 		<-pumped
-		mustClose(t, a, b)
+		testutil.Close(t, a, b)
 	})
 }
 
@@ -288,6 +288,6 @@ func TestNetNSExclusive(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		mustClose(t, v)
+		testutil.Close(t, v)
 	})
 }

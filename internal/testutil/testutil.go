@@ -40,6 +40,16 @@ func Skip(t testing.TB, reason string) {
 	t.Skip(reason)
 }
 
+// Close closes what is given, in that order.
+func Close(t testing.TB, list ...interface{ Close() error }) {
+	t.Helper()
+	for _, c := range list {
+		if err := c.Close(); err != nil {
+			t.Errorf("close %T: %v", c, err)
+		}
+	}
+}
+
 // Patience is how long a test waits for something that happens soon on an idle machine. It only bounds the time to a
 // failure, so it is generous: CI machines are slow, loaded, and run the race detector.
 const Patience = 30 * time.Second

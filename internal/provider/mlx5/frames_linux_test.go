@@ -46,13 +46,7 @@ func must[T any](v T, err error) T {
 }
 
 func closes(t testing.TB, list ...interface{ Close() error }) {
-	t.Cleanup(func() {
-		for _, c := range list {
-			if err := c.Close(); err != nil {
-				t.Errorf("close %T: %v", c, err)
-			}
-		}
-	})
+	t.Cleanup(func() { testutil.Close(t, list...) })
 }
 
 func newCard(t testing.TB, cfg mlx5emu.Config) card {

@@ -34,20 +34,8 @@ func kernelDevice(t testing.TB) *verbs.Context {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { mustClose(t, c) })
+	t.Cleanup(func() { testutil.Close(t, c) })
 	return c
-}
-
-type closer interface{ Close() error }
-
-// mustClose closes what is given, in that order.
-func mustClose(t testing.TB, list ...closer) {
-	t.Helper()
-	for _, c := range list {
-		if err := c.Close(); err != nil {
-			t.Errorf("close %T: %v", c, err)
-		}
-	}
 }
 
 // gidIndex is the slot of an IPv4 address in the device's GID table, or -1.
@@ -115,7 +103,7 @@ func (r *rig) newQP() *qp.QP {
 
 func (r *rig) close() {
 	r.t.Helper()
-	mustClose(r.t, r.a, r.b, r.cq, r.m, r.pd)
+	testutil.Close(r.t, r.a, r.b, r.cq, r.m, r.pd)
 }
 
 // wait polls n completions, which must be good ones.

@@ -72,7 +72,7 @@ func TestRegisteredGoMemory(t *testing.T) {
 	}
 	runtime.KeepAlive(junk)
 	for _, m := range regions { // which alone have held the memory
-		mustClose(t, m)
+		testutil.Close(t, m)
 	}
 }
 
@@ -84,7 +84,7 @@ func TestRelaxedOrdering(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer mustClose(t, m)
+	defer testutil.Close(t, m)
 	r.send(m, 1)
 }
 
@@ -95,7 +95,7 @@ func TestRegistrationRefused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer mustClose(t, pd)
+	defer testutil.Close(t, pd)
 	attr, err := c.QueryDevice()
 	if err != nil {
 		t.Fatal(err)
@@ -106,7 +106,7 @@ func TestRegistrationRefused(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		} else {
-			mustClose(t, m)
+			testutil.Close(t, m)
 		}
 	} else if !errors.Is(err, errors.ErrUnsupported) || !strings.Contains(err.Error(), "on-demand paging") {
 		t.Errorf("on-demand paging: %v", err)
@@ -167,7 +167,7 @@ func TestChildrenDuringTraffic(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer mustClose(t, allocated, registered)
+	defer testutil.Close(t, allocated, registered)
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	children := 0
@@ -283,9 +283,9 @@ func hugeChild([]string) {
 		t.Fatalf("across a page border")
 	}
 	fmt.Println("page size", pageSizeAt(m.Addr()))
-	mustClose(t, m)
+	testutil.Close(t, m)
 	r.close()
-	mustClose(t, c)
+	testutil.Close(t, c)
 	if !t.failed {
 		fmt.Println("done")
 	}
