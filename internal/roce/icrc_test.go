@@ -290,9 +290,60 @@ func TestAppendDatagram(t *testing.T) {
 	for _, c := range []struct {
 		hex  string
 		want uint16
-	}{{"", 0}, {"01", 0x100}, {"ffff0001", 1}, {"0001f203f4f5f6f7", 0xddf2}} { // the last is RFC 1071's example
+	}{{"", 0}, {"01", 0x100}, {"ffff0001", 1}, {"ffff01", 0x100}, {"0001f203f4f5f6f7", 0xddf2}} { // the last is RFC 1071's example
 		if got := sum(0, unhex(t, c.hex)); got != c.want {
 			t.Errorf("sum of %s is %#x, want %#x", c.hex, got, c.want)
+		}
+	}
+}
+
+// UDP's checksum over IPv6 is right whatever the payload, and never 0, which would be none.
+func TestChecksum6(t *testing.T) {
+	src, dst := netip.MustParseAddrPort("[fd00::1]:49152"), netip.MustParseAddrPort("[fd00::2]:4791")
+	checksum := func(payload []byte) uint16 {
+		udp := AppendDatagram(nil, src, dst, 0, payload)[ip6Len:]
+		total := uint32(protoUDP) + uint32(len(udp))
+		for _, b := range [][]byte{src.Addr().AsSlice(), dst.Addr().AsSlice(), append(udp, 0)} {
+			for ; len(b) > 1; b = b[2:] {
+				total += uint32(b[0])<<8 + uint32(b[1])
+			}
+		}
+		if total%0xffff != 0 {
+			t.Errorf("%d bytes: the sum of all is %#x", len(payload), total)
+		}
+		return binary.BigEndian.Uint16(udp[6:])
+	}
+	r := rand.New(rand.NewPCG(3, 4))
+	for n := range 300 {
+		b := make([]byte, n)
+		for i := range b {
+			b[i] = byte(r.Uint32()) | 0x80 // carries
+		}
+		checksum(b)
+	}
+	word := []byte{0, 0}
+	binary.BigEndian.PutUint16(word, checksum(word)) // what makes the sum all ones
+	if got := checksum(word); got != 0xffff {
+		t.Errorf("in the place of 0: %#x", got)
+	}
+}
+
+// The longest and the shortest packet have an identification, what is longer or shorter has none.
+func TestIDLength(t *testing.T) {
+	var c ICRC
+	c.Init(src4, dst4)
+	for n := range MaxPacket + 3 {
+		if n > BTHLen+1 && n < MaxPacket-1 {
+			continue
+		}
+		pkt := make([]byte, n)
+		var crc uint32
+		if n >= BTHLen {
+			crc = c.sum(pkt, 0xabc)
+		}
+		id, ok := c.ID(binary.LittleEndian.AppendUint32(pkt, crc))
+		if want := n >= BTHLen && n <= MaxPacket; ok != want || ok && id != 0xabc {
+			t.Errorf("%d bytes: %#x, %v", n, id, ok)
 		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"reflect"
+	"strings"
 	"testing"
 
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -140,7 +141,34 @@ func TestDecodeRefuses(t *testing.T) {
 	}
 }
 
+func TestDrops(t *testing.T) {
+	seen := map[string]bool{}
+	for d := range Drops + 2 {
+		if named := d > 0 && d < Drops; seen[d.Error()] && named {
+			t.Errorf("%d: %v", d, d)
+		} else if named {
+			seen[d.Error()] = true
+		} else if got := d.Error(); got != "roce: packet dropped" {
+			t.Errorf("%d, which is none: %s", d, got)
+		}
+	}
+	if seen[Drop(0).Error()] {
+		t.Error("a reason has no name")
+	}
+}
+
+func TestFECN(t *testing.T) {
+	for _, marked := range []bool{false, true} {
+		b := make([]byte, BTHLen)
+		(&Packet{Opcode: Op(RC, SendOnly), PKey: DefaultPKey, FECN: marked, BECN: !marked, DestQP: 1<<24 - 1}).PutHeader(b, 0)
+		if FECN(b) != marked {
+			t.Errorf("% x: %v", b, !marked)
+		}
+	}
+}
+
 func TestOpcodes(t *testing.T) {
+	has := func(o Opcode, s string) bool { return strings.Contains(o.String(), s) }
 	known := 0
 	for i := range 256 {
 		o := Opcode(i)
@@ -156,6 +184,17 @@ func TestOpcodes(t *testing.T) {
 		}
 		if o.IsResponse() && (o.HasImm() || o.HasInv() || o.HasRETH()) {
 			t.Errorf("%v is a response with what only requests have", o)
+		}
+		if first, last := has(o, "FIRST"), has(o, "LAST"); has(o, "SEND") || has(o, "WRITE_") || has(o, "READ_RESPONSE") {
+			if only := !has(o, "MIDDLE") && !first && !last; o.First() != (first || only) || o.Last() != (last || only) {
+				t.Errorf("%v: first %v, last %v", o, o.First(), o.Last())
+			}
+		}
+		for n := range 6 {
+			udp := 8 + o.HeaderLen() + n + Pad(n) + ICRCLen
+			if got := o.Datagram(n); got != udp {
+				t.Errorf("%v: a datagram of %d bytes with %d of payload, want %d", o, got, n, udp)
+			}
 		}
 	}
 	if known != 12+12+13+2+1+2 {
