@@ -389,8 +389,16 @@ func cmEnd(q driver.QP) {
 	q.Modify(context.Background(), &ib.QPAttr{State: ib.Err}, ib.AttrState)
 }
 
+// A cmID is what a connection needs of its rdmacm.ID.
+type cmID interface {
+	Disconnect() error
+	Done() <-chan struct{}
+	Err() error
+	Close() error
+}
+
 type cmConn struct {
-	id   *rdmacm.ID
+	id   cmID
 	q    driver.QP
 	addr rdmacm.Addr
 	data []byte
@@ -398,7 +406,7 @@ type cmConn struct {
 	err  error // valid once done is closed
 }
 
-func (c *Context) newConn(id *rdmacm.ID, q driver.QP, a rdmacm.Addr, data []byte) *cmConn {
+func (c *Context) newConn(id cmID, q driver.QP, a rdmacm.Addr, data []byte) *cmConn {
 	n := &cmConn{id: id, q: q, addr: a, data: data, done: make(chan struct{})}
 	go n.watch()
 	return n
@@ -452,10 +460,11 @@ func (n *cmConn) over() bool {
 	}
 }
 
-// Close implements driver.CMConn.
+// Close implements driver.CMConn. What the kernel says to the disconnect is no reason to keep the connection: it may know of an
+// end, by the peer or with the device, of which the event has not come here yet.
 func (n *cmConn) Close() error {
-	err := n.Disconnect()
-	err = errors.Join(err, n.id.Close())
+	n.Disconnect()
+	err := n.id.Close()
 	<-n.done
 	return err
 }

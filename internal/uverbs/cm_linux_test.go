@@ -6,7 +6,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/rdmacm"
+	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
 // Another port is tried where the kernel's choice was one that TCP cannot use, and nowhere else.
@@ -60,5 +62,35 @@ func TestTakes(t *testing.T) {
 	}
 	if err := (&Context{}).takes(&rdmacm.Addr{Bound: true, HasDeviceIndex: true, DeviceIndex: 5}); err != nil {
 		t.Error(err)
+	}
+}
+
+// A fakeID is one that the kernel has ended, of which the event has not come yet.
+type fakeID struct {
+	done   chan struct{}
+	closed int
+}
+
+func (f *fakeID) Disconnect() error     { return unix.ENXIO }
+func (f *fakeID) Done() <-chan struct{} { return f.done }
+func (f *fakeID) Err() error            { return rdmacm.ErrDisconnected }
+func (f *fakeID) Close() error          { f.closed++; close(f.done); return nil }
+
+// fakeMoved is a queue pair that the kernel moves.
+type fakeMoved struct {
+	driver.QP
+	state ib.QPState
+}
+
+func (f *fakeMoved) Moved(to ib.QPState) { f.state = to }
+
+func TestCloseAfterTheKernel(t *testing.T) {
+	id, q := &fakeID{done: make(chan struct{})}, &fakeMoved{state: ib.RTS}
+	n := (&Context{}).newConn(id, q, rdmacm.Addr{}, nil)
+	if err := n.Disconnect(); !errors.Is(err, unix.ENXIO) {
+		t.Errorf("Disconnect: %v", err)
+	}
+	if err := n.Close(); err != nil || id.closed != 1 || q.state != ib.Err {
+		t.Errorf("Close: %v, %d times, the queue pair is in %v", err, id.closed, q.state)
 	}
 }
