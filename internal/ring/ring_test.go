@@ -5,6 +5,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 )
 
 func rounds(n int) int {
@@ -35,6 +36,27 @@ func TestSpinLock(t *testing.T) {
 	wg.Wait()
 	if counter != 8*each {
 		t.Errorf("%d increments are left of %d", counter, 8*each)
+	}
+}
+
+// Whoever had to wait holds the lock as well.
+func TestSpinLockSlow(t *testing.T) {
+	var l SpinLock
+	l.lockSlow()
+	if l.v != 1 {
+		t.Errorf("the lock is %d", l.v)
+	}
+	got := make(chan struct{})
+	go func() { l.Lock(); close(got) }()
+	select {
+	case <-got:
+		t.Error("two hold it")
+	case <-time.After(10 * time.Millisecond):
+	}
+	l.Unlock()
+	<-got
+	if l.v != 1 {
+		t.Errorf("the lock is %d", l.v)
 	}
 }
 
