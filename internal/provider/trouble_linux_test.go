@@ -195,7 +195,10 @@ func TestLinkDownUnderTraffic(t *testing.T) {
 		t.Logf("after %v: %v", time.Since(start), wroteErr)
 		within(t, "the end of the connection", func() { <-msgs })
 		t.Logf("after %v: %v", time.Since(start), sentErr)
-		if !errors.Is(sentErr, transport.ErrPeerDied) && !errors.Is(sentErr, ib.WCLocalQPOpErr) { // the latter where rxe finds no route any more
+		var end *transport.CloseError
+		told := errors.As(sentErr, &end) && end.Remote && strings.Contains(end.Reason, transport.ErrPeerDied.Error())
+		// The other side may be the first to know, and where rxe finds no route any more, it says so.
+		if !told && !errors.Is(sentErr, transport.ErrPeerDied) && !errors.Is(sentErr, ib.WCLocalQPOpErr) {
 			t.Errorf("%v, want %v or %v", sentErr, transport.ErrPeerDied, ib.WCLocalQPOpErr)
 		}
 		within(t, "Close", func() {
@@ -214,6 +217,78 @@ func TestLinkDownUnderTraffic(t *testing.T) {
 		}
 		cancel()
 		<-pumped
+		testutil.Close(t, a, b)
+	})
+}
+
+// A peer that does not answer any more is given up, with as many retries as there can be.
+func TestPeerVanishes(t *testing.T) {
+	forKinds(t, func(t *testing.T, kind string) {
+		if kind == "siw" {
+			return // it is TCP's patience there, which is the system's
+		}
+		a, b := newDevices(t, kind, kind+"v")
+		r := newRig(t, a, b, nil)
+		if attr, err := r.a.q.Query(); err != nil || attr.RetryCount != 7 {
+			t.Errorf("RetryCount %d, %v", attr.RetryCount, err)
+		}
+		if err := r.writeOn(func(n int) {
+			if n == 2 {
+				ip(t, "link set "+b.netdev+" down") // of which nothing is heard, but what is sent there is lost
+			}
+		}); !errors.Is(err, ib.WCRetryExceeded) {
+			t.Errorf("%v, want %v", err, ib.WCRetryExceeded)
+		}
+		r.close()
+		ip(t, "link set "+b.netdev+" up")
+		testutil.Close(t, a, b)
+	})
+}
+
+// A queue pair that loses its way is told so, also while requests wait for an acknowledgement that does not come: rxe, left to itself, says
+// nothing then.
+func TestWayLostUnderRequests(t *testing.T) {
+	forKinds(t, func(t *testing.T, kind string) {
+		if kind == "siw" {
+			return // which has its own connection
+		}
+		a, b := newDevices(t, kind, kind+"w")
+		r := &rig{t, newNode(t, a, nil), newNode(t, b, nil)}
+		for _, x := range [][2]*node{{r.a, r.b}, {r.b, r.a}} {
+			from, to := x[0], x[1]
+			p := qp.ConnectParams{Remote: qp.Endpoint{GID: ib.GIDFromAddr(to.dev.addr), QPN: to.q.QPN(), PSN: 7}, LocalPSN: 7, SGIDIndex: from.dev.gid(),
+				AckTimeout: 8 * time.Second} // nothing is sent again meanwhile
+			if err := from.q.Connect(background, p); err != nil {
+				t.Fatal(err)
+			}
+		}
+		post := func() {
+			if _, err := r.a.q.PostSend([]ib.SendWR{r.write(64)}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		ip(t, "link set "+b.netdev+" down") // what is sent is lost
+		post()
+		post()
+		ip(t, "link set "+a.netdev+" down") // and now nothing can be sent
+		post()
+		wcs := make([]ib.WC, 4)
+		for n := 0; n < 3; {
+			var got int
+			var err error
+			testutil.Eventually(t, "a request ends", func() bool { got, err = r.a.cq.Poll(wcs); return got > 0 || err != nil })
+			for i := range wcs[:got] {
+				if wcs[i].Status == ib.WCSuccess {
+					t.Errorf("request %d has succeeded", n+i)
+				}
+			}
+			if n += got; err != nil {
+				t.Fatal(err)
+			}
+		}
+		r.close()
+		ip(t, "link set "+b.netdev+" up")
+		ip(t, "link set "+a.netdev+" up")
 		testutil.Close(t, a, b)
 	})
 }

@@ -61,6 +61,12 @@ type eventTarget interface {
 	Event(ib.EventType)
 }
 
+// A portTarget is an object of a provider that hears of its port's asynchronous events first.
+type portTarget interface {
+	// PortEvent is called on the context's own goroutine; it must not block.
+	PortEvent(ib.EventType)
+}
+
 // OpenContext opens a device and makes its context. uhwIn and uhwOut are what the provider's driver takes and gives.
 func OpenContext(d *Device, uhwIn, uhwOut []byte) (*Context, error) {
 	w := &removalWatch{}
@@ -166,6 +172,17 @@ func (c *Context) tracked(cookie uint64) any {
 	return c.objects[cookie]
 }
 
+func (c *Context) portTargets() (list []portTarget) {
+	c.cookieMu.RLock()
+	defer c.cookieMu.RUnlock()
+	for _, obj := range c.objects {
+		if t, ok := obj.(portTarget); ok {
+			list = append(list, t)
+		}
+	}
+	return list
+}
+
 // Removed returns driver.ErrDeviceRemoved once the device is known to have gone. It costs one load.
 func (c *Context) Removed() error {
 	if c.gone.Load() {
@@ -223,6 +240,9 @@ func (c *Context) event(element uint64, typ uint32) {
 		return
 	case ib.EventPortActive, ib.EventPortErr, ib.EventLIDChange, ib.EventPKeyChange, ib.EventSMChange, ib.EventClientRereg, ib.EventGIDChange:
 		e.Port = uint8(element)
+		for _, t := range c.portTargets() {
+			t.PortEvent(e.Type)
+		}
 	default:
 		obj := c.tracked(element)
 		if t, ok := obj.(eventTarget); ok {

@@ -83,9 +83,27 @@ func (q *queue) publish(n uint32) {
 
 // did reports whether the kernel has done the local operation in slot i of a send queue. The status says nothing: older kernels (6.1)
 // write there that a request was flushed when the queue pair fails, also if it was done; what fails has another state.
-func (q *queue) did(i uint32) bool {
-	const done = 3 // enum wqe_state, which is in no header for user space
-	return atomic.LoadUint32(&view[abi.RxeSendWQE](q.slot(i), 0).State) == done
+func (q *queue) did(i uint32) bool { return q.state(i) == wqeDone }
+
+// enum wqe_state of what is in a slot of a send queue; it is in no header for user space.
+const (
+	wqeDone  = 3
+	wqeError = 4
+)
+
+func (q *queue) state(i uint32) uint32 {
+	return atomic.LoadUint32(&view[abi.RxeSendWQE](q.slot(i), 0).State)
+}
+
+// stuck reports whether the kernel has failed a request of a send queue, and one before it, at head, has neither failed nor completed.
+func (q *queue) stuck() (head uint32, yes bool) {
+	head = atomic.LoadUint32(q.theirs) & q.mask
+	for i := head; i != q.at; i = (i + 1) & q.mask {
+		if q.state(i) == wqeError {
+			return head, i != head
+		}
+	}
+	return head, false
 }
 
 // forget drops what the kernel has not taken; it must not be looking.
