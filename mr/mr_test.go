@@ -180,6 +180,21 @@ func TestRangesPanicLikeSlices(t *testing.T) {
 	defer m.Close()
 	w := must(NewWindow(pd))
 	defer w.Close()
+	p := must(NewPool(pd, PoolConfig{}))
+	defer p.Close()
+	buf := must(p.Get(100))
+	defer buf.Release()
+	n := buf.Cap()
+	for _, f := range []func(off, n int){func(off, n int) { buf.SGE(off, n) }, func(off, n int) { buf.RemoteRange(off, n) }} {
+		for _, c := range [][2]int{{0, 0}, {n, 0}, {0, n}, {n - 1, 1}} {
+			f(c[0], c[1])
+		}
+		for _, c := range [][2]int{{-1, 1}, {0, -1}, {0, n + 1}, {n, 1}, {1, n}, {n + 1, 0}, {math.MaxInt, 1}, {1, math.MaxInt}} {
+			if _, ok := panics(t, func() { f(c[0], c[1]) }).(runtime.Error); !ok {
+				t.Errorf("a buffer's %v: no runtime.Error", c)
+			}
+		}
+	}
 	for _, c := range [][2]int{{-1, 1}, {0, -1}, {0, 101}, {101, 0}, {100, 1}, {1, 100}, {math.MaxInt, 1}, {1, math.MaxInt}, {math.MaxInt, math.MaxInt}, {math.MinInt, math.MinInt}} {
 		for _, f := range []func(){func() { m.SGE(c[0], c[1]) }, func() { m.RemoteRange(c[0], c[1]) }, func() { w.BindWR(m, c[0], c[1], 0) }} {
 			if _, ok := panics(t, f).(runtime.Error); !ok {
@@ -187,8 +202,10 @@ func TestRangesPanicLikeSlices(t *testing.T) {
 			}
 		}
 	}
-	for _, c := range [][2]int{{0, 0}, {100, 0}, {0, 100}} {
+	for _, c := range [][2]int{{0, 0}, {100, 0}, {0, 100}, {99, 1}} {
 		m.SGE(c[0], c[1])
+		m.RemoteRange(c[0], c[1])
+		w.BindWR(m, c[0], c[1], 0)
 	}
 	k := RemoteKey{Addr: 1000, Len: 100, RKey: 5}
 	for _, c := range [][2]uint64{{101, 0}, {0, 101}, {math.MaxUint64, 1}, {1, math.MaxUint64}, {math.MaxUint64, math.MaxUint64}} {

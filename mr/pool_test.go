@@ -65,6 +65,11 @@ func TestPoolClasses(t *testing.T) {
 	if b := p.TryGet(-1); b != nil {
 		t.Error("negative")
 	}
+	if b := p.TryGet(0); b == nil || b.Len() != 0 || b.Cap() != 64 {
+		t.Errorf("of nothing: %+v", b)
+	} else {
+		b.Release()
+	}
 	panics(t, func() { p.Get(-1) })
 	if p.MaxBuffer() != 1<<20 {
 		t.Error(p.MaxBuffer())
