@@ -182,6 +182,7 @@ func netMeasurements(c *config) []measurement {
 	}
 	ucx("tag_lat", 64, 100_000)
 	ours("send", "lat", 64, 100_000)
+	all = append(all, measurement{bareName, netBare{c.scale(100_000, 5_000)}.run})
 	ucx("tag_bw", 64, 1_000_000)
 	ours("send", "rate", 64, 2_000_000)
 	ucx("ucp_put_bw", mib, 2_000)
@@ -377,6 +378,8 @@ func netReport(c *config, host *conditions, r *results) string {
 				r.series(overTCP(op, kind, size), metric, 1))
 		}
 		row("64 B SEND / tag_lat, p50, us", "send", "lat", 64, "p50", ucxName("tag_lat", 64))
+		ratio, _ := r.ratio(ref{name: bareName, metric: "p50"}, ref{name: ucxName("tag_lat", 64), metric: "p50"})
+		b.line("| as many bytes over bare UDP sockets, which is all that the kernel takes | %s | | %s x | |", r.series(bareName, "p50", 1), number(ratio))
 		row("64 B SEND / tag_bw, messages/s", "send", "rate", 64, "rate", ucxName("tag_bw", 64))
 		row("1 MiB WRITE / ucp_put_bw, GB/s", "write", "bw", mib, "bw", ucxName("ucp_put_bw", mib))
 		row("the same, CPU, ns a byte", "write", "bw", mib, "cpu", ucxName("ucp_put_bw", mib))

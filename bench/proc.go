@@ -26,6 +26,8 @@ var roles = map[string]func(args json.RawMessage) error{
 	"memcpy":          memcpyRole,
 	"flooder":         flooder,
 	"sink-server":     sinkServer,
+	"bare-server":     bareServer,
+	"bare-client":     bareClient,
 	"conns-server":    connsServer,
 	"conns-client":    connsClient,
 	"killed":          killed,
