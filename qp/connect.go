@@ -50,7 +50,7 @@ type ConnectParams struct {
 
 	// AckTimeout is how long the device waits for an acknowledgement before it sends again; default 67 ms.
 	AckTimeout time.Duration
-	// RetryCount is how many times it sends again; 1 to 7, default 7; -1 means 0.
+	// RetryCount is how many times it sends again; 1 to 7, default 7; -1 means 0. On rxe, 7 has no end.
 	RetryCount int
 	// RNRRetry is how many times it tries again when the peer has no receive posted; 1 to 6, 7 for ever; default 7;
 	// -1 means 0.

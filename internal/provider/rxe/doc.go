@@ -9,10 +9,9 @@
 // executed, the atomic included (duplicate_request), and the sender takes this for the atomic's answer (check_ack). The atomic was
 // executed, once. Who needs the result posts atomics when nothing but READs and atomics is outstanding.
 //
-// A RetryCount of 7 is 6 to the driver, for which 7 would have no end: a peer that has vanished would never be given up.
-//
-// Of a queue pair that loses its way while requests are on it, 6.1 completes nothing any more (stuck_linux.go): within about a second of the event of the
-// port, it is in Err, and all of them are flushed.
+// A RetryCount of 7, the default, has no end in the driver: only with 6 or less is a peer given up that has vanished while the own port
+// is active. Of a port that is down, or has lost its address, requests that are on their way are flushed within a few seconds
+// (port_linux.go); the driver would keep them.
 //
 // FLUSH and ATOMIC_WRITE are in Linux 6.2 and newer. The driver forgets the address of both when it sends a request again (seen in
 // 6.12, req_retry), so that after a loss on the way the peer may refuse it. A FLUSH for persistence needs persistent memory

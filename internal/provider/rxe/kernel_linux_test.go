@@ -84,7 +84,6 @@ type fakeQP struct {
 	num      uint32
 	state    byte
 	qkey     uint32
-	retries  byte
 	modified []byte // the states that MODIFY_QP has set
 }
 
@@ -212,16 +211,13 @@ func (k *fakeKernel) own(c *uverbstest.Command) syscall.Errno {
 		le.PutUint32(out[24:], uint32(size))
 	case 25: // QUERY_QP
 		q := k.qps[le.Uint32(in[8:])]
-		out[108], out[116], out[118] = q.state, 1, q.retries
+		out[108], out[116] = q.state, 1
 		le.PutUint32(out[84:], q.qkey)
 	case 26: // MODIFY_QP
 		q := k.qps[le.Uint32(in[64:])]
 		mask := le.Uint32(in[68:])
 		if mask&0x40 != 0 {
 			q.qkey = le.Uint32(in[72:])
-		}
-		if mask&0x400 != 0 {
-			q.retries = in[106]
 		}
 		if mask&1 != 0 {
 			q.state = in[96]

@@ -22,7 +22,6 @@ type qp struct {
 	srq    *srq
 	sigAll bool
 	qkey   atomic.Uint32
-	seven  atomic.Bool // the RetryCount was to be forever
 
 	// The kernel frees the place of a request when it completes it. But a request is outstanding until its completion was
 	// polled (IBA 10.8.5.1): else somebody who posts until there is no room would overrun a completion queue that is as large
@@ -39,7 +38,7 @@ type qp struct {
 	sendMu   sync.Mutex
 	sq       queue            // guarded by sendMu; no memory once closed
 	posts    uint32           // guarded by sendMu: requests posted, ever
-	watch    stuckWatch       // guarded by sendMu
+	watch    portWatch        // guarded by sendMu
 	sendBell *uverbs.Prepared // guarded by sendMu
 
 	recvMu sync.Mutex
@@ -148,19 +147,8 @@ func (q *qp) Path() string {
 	return "roce"
 }
 
-// forever is the RetryCount with which the driver sends again without end (rxe_completer), as is meant of RNRRetry alone: a peer that has
-// vanished would never be given up. It gets one less than that.
-const forever = 7
-
 // Modify implements driver.QP.
 func (q *qp) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) error {
-	if mask&ib.AttrRetryCount != 0 {
-		if q.seven.Store(attr.RetryCount == forever); attr.RetryCount == forever {
-			less := *attr
-			less.RetryCount--
-			attr = &less
-		}
-	}
 	return q.ChangeAround(ctx, attr, mask, func(change func() error) error {
 		if mask&ib.AttrState != 0 && attr.State == ib.Reset {
 			command := change
@@ -219,9 +207,6 @@ func (q *qp) Query() (ib.QPAttr, error) {
 	a, err := q.Ask()
 	if err == nil && a.State == ib.Err && was != ib.Err {
 		q.flushRecvs()
-	}
-	if q.seven.Load() && a.RetryCount == forever-1 {
-		a.RetryCount = forever
 	}
 	return a, err
 }

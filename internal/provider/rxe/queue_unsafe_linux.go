@@ -95,15 +95,16 @@ func (q *queue) state(i uint32) uint32 {
 	return atomic.LoadUint32(&view[abi.RxeSendWQE](q.slot(i), 0).State)
 }
 
-// stuck reports whether the kernel has failed a request of a send queue, and one before it, at head, has neither failed nor completed.
-func (q *queue) stuck() (head uint32, yes bool) {
+// waiting looks at the requests of a send queue that have not completed: where the first is, if there are some, and whether it is stuck: the
+// kernel has failed one behind it, and not this.
+func (q *queue) waiting() (head uint32, some, stuck bool) {
 	head = atomic.LoadUint32(q.theirs) & q.mask
 	for i := head; i != q.at; i = (i + 1) & q.mask {
 		if q.state(i) == wqeError {
-			return head, i != head
+			return head, true, i != head
 		}
 	}
-	return head, false
+	return head, head != q.at, false
 }
 
 // forget drops what the kernel has not taken; it must not be looking.
