@@ -35,12 +35,14 @@ func (q *QP) execAssist(v *peerView, wr *ib.SendWR, n uint32) (ib.WCStatus, stal
 		return 0, stallAssist
 	}
 	a.reply = false
-	if a.status != ib.WCSuccess {
-		st := a.status
-		if st == ib.WCRemoteAccessErr {
+	if st := a.status; st != ib.WCSuccess {
+		*a = assist{}
+		switch st {
+		case ib.WCRetryExceeded: // the memory's process has ended: nobody answers
+			return 0, stallPeer
+		case ib.WCRemoteAccessErr:
 			q.accessFault(v)
 		}
-		*a = assist{}
 		return st, stallNone
 	}
 	switch wr.Opcode {
@@ -103,7 +105,9 @@ func (q *QP) assisted(m *ctl) {
 	if a := &q.assist; a.active && a.id == m.id && !a.reply {
 		a.reply = true
 		a.status = ib.WCStatus(m.status)
-		if a.status != ib.WCSuccess && a.status != ib.WCRemoteAccessErr && a.status != ib.WCRemoteInvalidReqErr {
+		switch a.status {
+		case ib.WCSuccess, ib.WCRemoteAccessErr, ib.WCRemoteInvalidReqErr, ib.WCRetryExceeded:
+		default:
 			a.status = ib.WCRemoteOpErr
 		}
 		a.data = append([]byte(nil), m.data...)
@@ -116,11 +120,7 @@ func (q *QP) assisted(m *ctl) {
 // handleAssist does a peer's operation on private memory.
 func (l *link) handleAssist(m *ctl) error {
 	answer := ctl{kind: ctlAssisted, id: m.id}
-	st := l.doAssist(m, &answer)
-	if st == ib.WCRetryExceeded {
-		return nil // no answer, by which the peer is to see it
-	}
-	answer.status = uint8(st)
+	answer.status = uint8(l.doAssist(m, &answer))
 	l.send(answer)
 	return nil
 }

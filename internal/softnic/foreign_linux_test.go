@@ -448,6 +448,7 @@ func TestForeignProcessEnds(t *testing.T) {
 				a.send(ib.SendWR{ID: 2, Opcode: op, SGEs: a.own(8), RemoteAddr: foreignIOVA, RKey: b.mr.RKey(), Flags: ib.SendSignaled})
 				a.send(ib.SendWR{ID: 3, Opcode: ib.OpSend, SGEs: a.own(8), Flags: ib.SendSignaled})
 				aq, bq := a.q.(*QP), b.q.(*QP)
+				l := aq.link
 				testutil.Eventually(t, "the request has been tried", func() bool {
 					aq.sq.Lock()
 					defer aq.sq.Unlock()
@@ -458,6 +459,13 @@ func TestForeignProcessEnds(t *testing.T) {
 				}
 				a.want(2, ib.WCFlushErr, 0) // and not what the peer had said by then
 				a.want(3, ib.WCFlushErr, 0)
+				if l != nil {
+					testutil.Eventually(t, "nothing waits on the link", func() bool {
+						l.mu.Lock()
+						defer l.mu.Unlock()
+						return len(l.assists) == 0
+					})
+				}
 			})
 		})
 	}
