@@ -62,8 +62,8 @@ func bareSocket(at netip.AddrPort) (fd int, err error) {
 	return fd, nil
 }
 
-// await takes the next datagram. While none has come it looks again and again; done, if it is not nil, ends that.
-func await(fd int, b []byte, done <-chan string) (bool, error) {
+// await takes the next datagram. While none has come it looks again and again, until the parent is gone: false.
+func await(fd int, b []byte) (bool, error) {
 	for i := 1; ; i++ {
 		switch _, err := unix.Read(fd, b); {
 		case err == nil:
@@ -73,7 +73,7 @@ func await(fd int, b []byte, done <-chan string) (bool, error) {
 		}
 		if i%1024 == 0 {
 			select {
-			case <-done:
+			case <-childStdin:
 				return false, nil
 			default:
 			}
@@ -99,26 +99,25 @@ func bareServer(json.RawMessage) error {
 	}
 	say("addr", netip.AddrPortFrom(host, uint16(at.(*unix.SockaddrInet4).Port)).String())
 	b := make([]byte, bareBytes)
-	for connected := false; ; {
-		n, from, err := 0, unix.Sockaddr(nil), error(nil)
-		if connected {
-			if more, err := await(fd, b, childStdin); !more || err != nil {
-				return err
-			}
-		} else if n, from, err = unix.Recvfrom(fd, b, 0); err == unix.EAGAIN {
-			select {
-			case <-childStdin:
-				return nil
-			default:
-				continue
-			}
-		} else if err != nil || n != bareBytes {
-			return fmt.Errorf("the first datagram has %d bytes: %v", n, err)
-		} else if err := unix.Connect(fd, from); err != nil {
+	n, from, err := unix.Recvfrom(fd, b, 0)
+	for ; err == unix.EAGAIN; n, from, err = unix.Recvfrom(fd, b, 0) {
+		select {
+		case <-childStdin: // the parent is gone
+			return nil
+		default:
+		}
+	}
+	if err != nil || n != bareBytes {
+		return fmt.Errorf("the first datagram has %d bytes: %v", n, err)
+	}
+	if err := unix.Connect(fd, from); err != nil {
+		return err
+	}
+	for {
+		if _, err := unix.Write(fd, b); err != nil {
 			return err
 		}
-		connected = true
-		if _, err := unix.Write(fd, b); err != nil {
+		if more, err := await(fd, b); !more || err != nil {
 			return err
 		}
 	}
@@ -150,7 +149,7 @@ func bareClient(args json.RawMessage) error {
 		if _, err := unix.Write(fd, b); err != nil {
 			return err
 		}
-		if more, err := await(fd, b, childStdin); !more || err != nil {
+		if more, err := await(fd, b); !more || err != nil {
 			return err
 		}
 		if i >= a.Iter/20 { // warm
