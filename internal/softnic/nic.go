@@ -257,10 +257,6 @@ func (pd *PD) Close() error {
 	return nil
 }
 
-// Tables of objects.
-
-// Links.
-
 // Events.
 
 const maxEvents = 1 << 14
