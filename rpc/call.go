@@ -28,6 +28,8 @@ type Call struct {
 	own    []byte // the request's copy when no receive slot could be held; the memory is kept for the next call
 	copied int64  // bytes of own that count towards Server.copied
 
+	counted bool // towards workers.idle
+
 	timeout  uint64    // microseconds, as received
 	deadline time.Time // zero: none
 	start    time.Time // zero: metrics are off
@@ -220,6 +222,7 @@ func (c *Call) finish(err error) Code {
 			buf, err := sc.allocPatiently(len(frame))
 			if err == nil {
 				copy(buf.b, frame)
+				c.uncount()
 				err = sc.link.post(buf, len(frame))
 			}
 			if err != nil {
@@ -239,6 +242,7 @@ func (c *Call) finish(err error) Code {
 	}
 	putHeader(c.buf.b, &h)
 	c.hasBuf = false
+	c.uncount()
 	if perr := sc.link.post(c.buf, headerLen+c.size); perr != nil {
 		sc.close(perr)
 		return Unavailable
@@ -246,16 +250,23 @@ func (c *Call) finish(err error) Code {
 	return OK
 }
 
+// uncount takes the call off what the server's limits count, when its answer is about to leave: whoever has got that finds a place for
+// its next request, though the worker may not have come that far.
+func (c *Call) uncount() {
+	c.conn.srv.pool.uncount(c)
+	if c.copied != 0 {
+		c.conn.srv.copied.Add(-c.copied)
+		c.copied = 0
+	}
+}
+
 // releaseRequest gives back the receive slot, or the share of memory, that the request lies in.
 func (c *Call) releaseRequest() {
+	c.uncount()
 	if c.holds {
 		c.conn.link.release(c.msg)
 		c.conn.held.Add(-1)
 		c.msg, c.holds = message{}, false
-	}
-	if c.copied != 0 {
-		c.conn.srv.copied.Add(-c.copied)
-		c.copied = 0
 	}
 }
 

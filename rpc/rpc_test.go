@@ -469,7 +469,31 @@ func TestNoQueue(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		testutil.Eventually(t, "a worker is free", func() bool { return echo(ctx, r.cl, mEchoSlow, nil) == nil })
+		if err := echo(ctx, r.cl, mEchoSlow, nil); err != nil {
+			t.Error("both have their answers:", err)
+		}
+	})
+}
+
+// Whoever has an answer finds a place for the next request, whatever the answer was.
+func TestAnsweredCallLeavesItsPlace(t *testing.T) {
+	onEach(t, &ServerConfig{MaxConcurrent: 1, MaxQueue: -1}, nil, func(t *testing.T, r *rig) {
+		ctx := ctxFor(t)
+		n := 3000
+		if testing.Short() {
+			n = 500
+		}
+		for i := range n {
+			if err := echo(ctx, r.cl, mEchoSlow, pattern(i%300)); err != nil {
+				t.Fatalf("call %d: %v", i, err)
+			}
+			switch i % 8 {
+			case 3:
+				wantCode(t, r.cl.CallRaw(ctx, mFail, nil, nil), NotFound)
+			case 7:
+				wantCode(t, r.cl.CallRaw(ctx, mGoexit, nil, nil), Internal)
+			}
+		}
 	})
 }
 

@@ -13,7 +13,7 @@ type workers struct {
 	stop  chan struct{}
 
 	started atomic.Int32
-	idle    atomic.Int32 // workers less calls: below zero, calls are waiting
+	idle    atomic.Int32 // workers less calls that are not answered: below zero, calls are waiting
 	wg      sync.WaitGroup
 
 	mu      sync.Mutex
@@ -54,16 +54,25 @@ func (w *workers) submit(c *Call) bool {
 	if waiting < 0 && int(w.started.Load()) < w.max && w.start() {
 		waiting++
 	}
+	c.counted = true
 	if int(-waiting) > cap(w.queue)-w.max {
-		w.idle.Add(1)
+		w.uncount(c)
 		return false
 	}
 	select {
 	case w.queue <- c:
 		return true
 	default:
-		w.idle.Add(1)
+		w.uncount(c)
 		return false
+	}
+}
+
+// uncount has c not be counted any more: it was not taken, or is answered.
+func (w *workers) uncount(c *Call) {
+	if c.counted {
+		c.counted = false
+		w.idle.Add(1)
 	}
 }
 
@@ -85,9 +94,9 @@ func (w *workers) work() {
 	normal := false
 	defer func() {
 		if !normal {
-			// A handler has called runtime.Goexit: the goroutine is going, the worker is replaced. One worker and one call
-			// less leave idle as it is.
+			// A handler has called runtime.Goexit: the goroutine is going, the worker is replaced.
 			w.started.Add(-1)
+			w.idle.Add(-1)
 			w.start()
 		}
 		w.wg.Done()
@@ -96,7 +105,6 @@ func (w *workers) work() {
 		select {
 		case c := <-w.queue:
 			c.conn.run(c)
-			w.idle.Add(1)
 		case <-w.stop:
 			// What is left was queued before the connections ended; it is answered into the void, so that its buffers go back.
 			for {
