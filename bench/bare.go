@@ -2,11 +2,12 @@ package main
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"runtime"
 	"slices"
+	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -21,26 +22,35 @@ const (
 	bareBytes = 12 + 64 + 4 // BTH, payload, and invariant CRC: UDP's payload of a SEND of 64 bytes
 )
 
-// netBare is one run of it between the namespaces.
-type netBare struct{ iter int }
-
-// bareArgs are what the client is told.
-type bareArgs struct {
-	From, To string // its address, the server's address and port
-	Iter     int
+// bare is one run of it.
+type bare struct {
+	client, server string // addresses; the server listens at the second
+	pin            bool   // the client to clientCPU, the server to serverCPU
+	iter           int
 }
 
-func (m netBare) run(*config) (values, error) {
-	server, err := start("bare-server", struct{}{})
+// bareArgs are what both sides are told.
+type bareArgs struct {
+	At   string // the address to be at
+	To   string // the client: the server's address and port
+	Iter int    // the client: round trips
+	CPU  int    // the processor to stay on; -1: any
+}
+
+func (m bare) run(*config) (values, error) {
+	c, s := bareArgs{At: m.client, Iter: m.iter, CPU: -1}, bareArgs{At: m.server, CPU: -1}
+	if m.pin {
+		c.CPU, s.CPU = clientCPU, serverCPU
+	}
+	server, err := start("bare-server", s)
 	if err != nil {
 		return nil, err
 	}
 	defer server.stop()
-	a := bareArgs{From: network.client, Iter: m.iter}
-	if err := server.expect("addr", &a.To, 10*time.Second); err != nil {
+	if err := server.expect("addr", &c.To, 10*time.Second); err != nil {
 		return nil, err
 	}
-	client, err := start("bare-client", a)
+	client, err := start("bare-client", c)
 	if err != nil {
 		return nil, err
 	}
@@ -50,16 +60,31 @@ func (m netBare) run(*config) (values, error) {
 	return v, err
 }
 
-// bareSocket has a UDP socket at an address.
-func bareSocket(at netip.AddrPort) (fd int, err error) {
+// bareSocket has a UDP socket at the address of args, and the calling goroutine on a thread of its own, on the processor.
+func bareSocket(args json.RawMessage) (a bareArgs, fd int, err error) {
+	if err := json.Unmarshal(args, &a); err != nil {
+		return a, -1, err
+	}
+	at, err := netip.ParseAddr(a.At)
+	if err != nil {
+		return a, -1, err
+	}
+	runtime.LockOSThread()
+	if a.CPU >= 0 {
+		var only unix.CPUSet
+		only.Set(a.CPU)
+		if err := unix.SchedSetaffinity(0, &only); err != nil {
+			return a, -1, fmt.Errorf("processor %d: %w", a.CPU, err)
+		}
+	}
 	if fd, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0); err != nil {
-		return -1, err
+		return a, -1, err
 	}
-	if err := unix.Bind(fd, &unix.SockaddrInet4{Port: int(at.Port()), Addr: at.Addr().As4()}); err != nil {
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: at.As4()}); err != nil {
 		unix.Close(fd)
-		return -1, err
+		return a, -1, err
 	}
-	return fd, nil
+	return a, fd, nil
 }
 
 // await takes the next datagram. While none has come it looks again and again, until the parent is gone: false.
@@ -82,13 +107,8 @@ func await(fd int, b []byte) (bool, error) {
 }
 
 // bareServer sends back what comes.
-func bareServer(json.RawMessage) error {
-	runtime.LockOSThread()
-	host, err := netip.ParseAddr(listenHost())
-	if err != nil {
-		return err
-	}
-	fd, err := bareSocket(netip.AddrPortFrom(host, 0))
+func bareServer(args json.RawMessage) error {
+	a, fd, err := bareSocket(args)
 	if err != nil {
 		return err
 	}
@@ -97,7 +117,7 @@ func bareServer(json.RawMessage) error {
 	if err != nil {
 		return err
 	}
-	say("addr", netip.AddrPortFrom(host, uint16(at.(*unix.SockaddrInet4).Port)).String())
+	say("addr", net.JoinHostPort(a.At, strconv.Itoa(at.(*unix.SockaddrInet4).Port)))
 	b := make([]byte, bareBytes)
 	n, from, err := unix.Recvfrom(fd, b, 0)
 	for ; err == unix.EAGAIN; n, from, err = unix.Recvfrom(fd, b, 0) {
@@ -125,21 +145,15 @@ func bareServer(json.RawMessage) error {
 
 // bareClient measures half of a round trip.
 func bareClient(args json.RawMessage) error {
-	runtime.LockOSThread()
-	var a bareArgs
-	if err := json.Unmarshal(args, &a); err != nil {
-		return err
-	}
-	from, err1 := netip.ParseAddr(a.From)
-	to, err2 := netip.ParseAddrPort(a.To)
-	if err := errors.Join(err1, err2); err != nil {
-		return err
-	}
-	fd, err := bareSocket(netip.AddrPortFrom(from, 0))
+	a, fd, err := bareSocket(args)
 	if err != nil {
 		return err
 	}
 	defer unix.Close(fd)
+	to, err := netip.ParseAddrPort(a.To)
+	if err != nil {
+		return err
+	}
 	if err := unix.Connect(fd, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}); err != nil {
 		return err
 	}

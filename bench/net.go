@@ -182,7 +182,7 @@ func netMeasurements(c *config) []measurement {
 	}
 	ucx("tag_lat", 64, 100_000)
 	ours("send", "lat", 64, 100_000)
-	all = append(all, measurement{bareName, netBare{c.scale(100_000, 5_000)}.run})
+	all = append(all, measurement{bareName, bare{client: network.client, server: network.server, iter: c.scale(100_000, 5_000)}.run})
 	ucx("tag_bw", 64, 1_000_000)
 	ours("send", "rate", 64, 2_000_000)
 	ucx("ucp_put_bw", mib, 2_000)

@@ -54,6 +54,7 @@ func rxeReport(plan *vmPlan, host *conditions, r *results) string {
 			limit := softTargets[c.kind]
 			b.line("| %s %s, %s | %s |", sizeName(c.size), rxeOps[c.op], unit, r.beside(c.soft(), c.rxe(), metric, scale, &limit))
 		}
+		b.line("| as many bytes as a 64 B SEND, over bare UDP sockets, p50, us | %s |", r.beside(bareName, softCase{"send", "lat", 64}.rxe(), "p50", 1, nil))
 	})
 }
 

@@ -125,10 +125,11 @@ func measureInVM(arg string) error {
 	for _, c := range softCases {
 		pairs = append(pairs, c.pair(&r))
 	}
+	pairs = append(pairs, []measurement{{bareName, bare{clientAddr, serverAddr, plan.Pin, softCases[0].iters(plan.Quick)}.run}})
 	for round := range plan.Rounds {
 		fmt.Printf("round %d of %d, load average %s\n", round+1, plan.Rounds, loadAverage())
 		for _, pair := range pairs {
-			if !only.MatchString(pair[0].name) && !only.MatchString(pair[1].name) {
+			if !slices.ContainsFunc(pair, func(m measurement) bool { return only.MatchString(m.name) }) {
 				continue
 			}
 			pair := slices.Clone(pair)

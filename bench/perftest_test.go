@@ -114,6 +114,7 @@ func TestRXEReport(t *testing.T) {
 	lat, rate, soft := softCase{"send", "lat", 64}, softCase{"send", "rate", 64}, softCase{"write", "bw", 65536}
 	for name, v := range map[string]values{
 		lat.soft(): {"p50": 50}, lat.rxe(): {"p50": 40}, rate.soft(): {"rate": 30_000}, rate.rxe(): {"rate": 10_000}, soft.soft(): {"bw": 0.1},
+		bareName: {"p50": 30},
 	} {
 		file.Runs = append(file.Runs, vmRun{Name: name, Values: v})
 	}
@@ -126,6 +127,7 @@ func TestRXEReport(t *testing.T) {
 		"| 64 B SEND, p50, us | 50.0 | 40.0 | 1.25 (1.25..1.25) | at most 1.00, **short** |",
 		"| 64 B SEND, messages/s | 30,000 | 10,000 | 3.00 (3.00..3.00) | at least 1.00, pass |",
 		"| 64 KiB WRITE, MB/s | 100 | - | - (-) | at least 1.00, not measured |",
+		"| as many bytes as a 64 B SEND, over bare UDP sockets, p50, us | 30.0 | 40.0 | 0.75 (0.75..0.75) |",
 		"- ib_write_lat 4 KiB, round 2: failed: did not end",
 		"Only 2 round(s) were measured.",
 	} {
