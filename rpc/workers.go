@@ -12,11 +12,13 @@ type workers struct {
 	queue chan *Call
 	stop  chan struct{}
 
-	started atomic.Int32
-	idle    atomic.Int32 // workers less calls that are not answered: below zero, calls are waiting
-	wg      sync.WaitGroup
+	// idle is workers less calls that are not answered: below zero, calls are waiting. It is counted up with mu held or not, and
+	// down with it, so that who has it sees what there is, or less.
+	idle atomic.Int32
+	wg   sync.WaitGroup
 
 	mu      sync.Mutex
+	started int
 	free    *Call
 	stopped bool
 }
@@ -50,8 +52,10 @@ func (w *workers) put(c *Call) {
 
 // submit hands c to a worker. It returns false if all are busy and the queue is full. It never blocks.
 func (w *workers) submit(c *Call) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	waiting := w.idle.Add(-1)
-	if waiting < 0 && int(w.started.Load()) < w.max && w.start() {
+	if waiting < 0 && w.startLocked() {
 		waiting++
 	}
 	c.counted = true
@@ -76,14 +80,12 @@ func (w *workers) uncount(c *Call) {
 	}
 }
 
-// start starts a worker, unless another submit has just started the last one.
-func (w *workers) start() bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.stopped || int(w.started.Load()) >= w.max {
+// startLocked starts a worker, unless there are all.
+func (w *workers) startLocked() bool {
+	if w.stopped || w.started >= w.max {
 		return false
 	}
-	w.started.Add(1)
+	w.started++
 	w.idle.Add(1)
 	w.wg.Add(1)
 	go w.work()
@@ -95,9 +97,11 @@ func (w *workers) work() {
 	defer func() {
 		if !normal {
 			// A handler has called runtime.Goexit: the goroutine is going, the worker is replaced.
-			w.started.Add(-1)
+			w.mu.Lock()
+			w.started--
 			w.idle.Add(-1)
-			w.start()
+			w.startLocked()
+			w.mu.Unlock()
 		}
 		w.wg.Done()
 	}()
