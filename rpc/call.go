@@ -183,14 +183,18 @@ func (sc *serverConn) allocPatiently(n int) (sendBuf, error) {
 	return buf, err
 }
 
-// invoke runs the handler and turns a panic into an error.
+// invoke runs the handler, and turns what it returns, or a panic, into an Error, or nil. The methods of an error that it returns are
+// the handler's code, too.
 func (c *Call) invoke() (err error) {
 	defer func() {
 		if v := recover(); v != nil {
 			err = c.conn.srv.panicError(c.method, v)
 		}
 	}()
-	return c.method.handler(c, c.req)
+	if e := FromError(c.method.handler(c, c.req)); e != nil {
+		return e
+	}
+	return nil
 }
 
 // finish sends the response, or the status that err stands for. It returns the code that was sent.

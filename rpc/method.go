@@ -27,7 +27,8 @@ type Spec struct {
 	// Name, such as "kv.Store/Get", is resolved to a number once a connection. At most 255 bytes.
 	Name string
 	// Inline runs the handler on the goroutine that polls the connection, with no switch to another one: the fastest
-	// way, for handlers that are short and never block. A blocking inline handler stalls every connection of its poller.
+	// way, for handlers that are short and never block. A blocking inline handler stalls every connection of its poller, and one
+	// that calls runtime.Goexit ends it: there is nobody else to poll.
 	// Default: handlers run on the server's workers.
 	Inline bool
 }

@@ -145,12 +145,11 @@ func Errorf(code Code, format string, args ...any) *Error {
 // CodeOf returns the status that err stands for: OK for nil, the code of an Error or Code found in its tree, Canceled
 // and DeadlineExceeded for the context errors, Unavailable for net.ErrClosed and io.EOF, else Unknown.
 func CodeOf(err error) Code {
-	if err == nil {
-		return OK
-	}
-	var e *Error
-	if errors.As(err, &e) {
+	if e := errorIn(err); e != nil {
 		return e.Code
+	}
+	if none(err) {
+		return OK
 	}
 	var c Code
 	if errors.As(err, &c) {
@@ -168,16 +167,31 @@ func CodeOf(err error) Code {
 }
 
 // FromError returns err as an Error: the one in its tree, or a new one with CodeOf(err) and err's text, that unwraps to
-// err. FromError(nil) is nil.
+// err. FromError(nil) is nil, and so is that of a nil *Error, which is what `return rpc.FromError(err)` makes of no error.
 func FromError(err error) *Error {
-	if err == nil {
-		return nil
-	}
-	var e *Error
-	if errors.As(err, &e) {
+	if e := errorIn(err); e != nil || none(err) {
 		return e
 	}
 	return &Error{Code: CodeOf(err), Message: err.Error(), cause: err}
+}
+
+// none reports whether err is no error.
+func none(err error) bool {
+	e, ok := err.(*Error)
+	return err == nil || ok && e == nil
+}
+
+// errorIn is the Error in err's tree, or nil.
+func errorIn(err error) *Error {
+	if err == nil {
+		return nil
+	}
+	if e, ok := err.(*Error); ok {
+		return e
+	}
+	var e *Error
+	errors.As(err, &e)
+	return e
 }
 
 // maxStatusLen bounds the encoded status that a server sends; details, then the message's end, are dropped to fit it.
@@ -246,6 +260,9 @@ func toValidUTF8(s string) string {
 // parseStatus decodes a status. Codes that this side does not know become Unknown, as in gRPC; unknown fields are
 // skipped.
 func parseStatus(word uint32, flags uint16, b []byte) (*Error, error) {
+	if len(b) > maxStatusLen { // and each of its many details would take a hundred times its bytes
+		return nil, frameError("status: %d bytes are more than %d", len(b), maxStatusLen)
+	}
 	e := &Error{Code: Code(word), NotExecuted: flags&flagNotExecuted != 0}
 	if e.Code > maxCode {
 		e.Code = Unknown
