@@ -46,11 +46,12 @@ func (o *outbox) send(frame []byte) error {
 	return nil
 }
 
-// push takes over frame. It returns false if the outbox is full or closed.
+// push takes over frame. It returns false if the outbox is full or closed. One frame it takes whatever its length: a response may be
+// longer than the limit.
 func (o *outbox) push(frame []byte) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.closed || o.bytes+len(frame) > o.limit {
+	if o.closed || o.bytes > 0 && o.bytes+len(frame) > o.limit {
 		return false
 	}
 	o.frames = append(o.frames, frame)
