@@ -97,6 +97,9 @@ func (c *Client) CallBulk(ctx context.Context, m Method, req []byte, bulk []Bulk
 	if err = c.send(s, buf, &h, false); err == nil {
 		err = c.awaitBulk(ctx, s, lasting)
 	}
+	if lasting && c.closed.Load() && (err != nil || s.err != nil) {
+		<-c.conn.Done() // nobody has withdrawn the access, and the server may still use it
+	}
 	if err != nil {
 		s.mm.end(s.start, CodeOf(err))
 		c.clear(s)
