@@ -101,7 +101,7 @@ func (c *Client) requestBuf(ctx context.Context, head, n int) (sendBuf, error) {
 			return buf, nil
 		}
 	}
-	return sendBuf{}, callError(err)
+	return sendBuf{}, unsent(err)
 }
 
 // timeoutOf returns what a request's timeout field says for ctx.
@@ -126,7 +126,7 @@ func (c *Client) send(s *slot, buf sendBuf, h *header, more bool) error {
 		err = c.link.post(buf, n)
 	}
 	if err != nil && s.giveUp() {
-		return callError(err)
+		return unsent(err)
 	}
 	// Pairs with handleClose: it sees the pending slot, or we see that it is closed. The store in begin is visible before
 	// this load, because post takes a lock between the two.
@@ -177,6 +177,17 @@ func callError(err error) error {
 	return unavailable(err)
 }
 
+// unsent is callError for a call whose request did not leave.
+func unsent(err error) error {
+	e := FromError(callError(err))
+	if !e.NotExecuted {
+		c := *e
+		c.NotExecuted = true
+		e = &c
+	}
+	return e
+}
+
 // Calls.
 
 // CallRaw calls method m with req and waits for the response, which it hands to fn: resp is lent until fn returns. req
@@ -224,11 +235,11 @@ func (c *Client) fill(s *slot, buf sendBuf, n int, fill func(req []byte) error) 
 // prepare returns a slot and a send slot for a call with head bytes of header and descriptors and n of request.
 func (c *Client) prepare(ctx context.Context, head, n int) (*slot, sendBuf, error) {
 	if err := ctx.Err(); err != nil {
-		return nil, sendBuf{}, callError(err)
+		return nil, sendBuf{}, unsent(err)
 	}
 	s, err := c.acquire(ctx)
 	if err != nil {
-		return nil, sendBuf{}, err
+		return nil, sendBuf{}, unsent(err)
 	}
 	buf, err := c.requestBuf(ctx, head, n)
 	if err != nil {
@@ -444,12 +455,15 @@ func (c *Client) fail(err error) {
 }
 
 // handleClose implements linkHandler: every call in flight ends with Unavailable.
-func (c *Client) handleClose(err error) {
+func (c *Client) handleClose(err error) { c.end(err, false) }
+
+// end ends every call in flight with Unavailable. notExecuted: none of them has reached a handler.
+func (c *Client) end(err error, notExecuted bool) {
 	c.closeOnce.Do(func() {
 		if err == nil {
 			err = net.ErrClosed
 		}
-		e := &Error{Code: Unavailable, Message: "connection lost: " + err.Error(), cause: err}
+		e := &Error{Code: Unavailable, Message: "connection lost: " + err.Error(), NotExecuted: notExecuted, cause: err}
 		c.stop(e)
 		c.closed.Store(true) // before the sweep: pairs with send
 		close(c.ended)
@@ -471,8 +485,12 @@ func (c *Client) handleClose(err error) {
 	})
 }
 
-// handleEOF implements linkHandler: a server that sends no more answers no more.
-func (c *Client) handleEOF() { c.fail(errServerEOF) }
+// handleEOF implements linkHandler: a server that sends no more answers no more. If it has said before that it would go, it has answered
+// all that it has executed.
+func (c *Client) handleEOF() {
+	c.end(errServerEOF, c.stopped.Load() != nil)
+	c.link.abort(errServerEOF)
+}
 
 var errServerEOF = fmt.Errorf("the server closed the connection: %w", io.EOF)
 

@@ -61,6 +61,8 @@ func (l *connLink) setHandler(h linkHandler) {
 	l.conn.SetHandler(l)
 }
 
+func (l *connLink) between(f func())   { l.poller.Do(f) }
+func (l *connLink) closeWrite()        { _ = l.conn.CloseWrite() } // it has failed otherwise, which the handler hears of
 func (l *connLink) closeGently() error { return l.conn.Close() }
 func (l *connLink) abort(reason error) { l.conn.Abort(reason) }
 

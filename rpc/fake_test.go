@@ -18,15 +18,16 @@ type fakeLink struct {
 	max  int
 	recv int // receive slots
 
-	mu      sync.Mutex
-	in      [][]byte
-	slots   int // free send slots
-	credits int // messages that may be sent to the peer
-	handler linkHandler
-	ended   bool
-	endErr  error
-	told    bool // handleClose was called
-	changed chan struct{}
+	mu          sync.Mutex
+	in          [][]byte
+	slots       int // free send slots
+	credits     int // messages that may be sent to the peer
+	handler     linkHandler
+	ended       bool
+	endErr      error
+	writeClosed bool
+	told        bool // handleClose was called
+	changed     chan struct{}
 
 	role   sync.Mutex
 	taken  atomic.Int32
@@ -76,6 +77,8 @@ func (l *fakeLink) tryAlloc(n int) (sendBuf, error) {
 	switch {
 	case l.ended:
 		return sendBuf{}, l.endErr
+	case l.writeClosed:
+		return sendBuf{}, errWriteClosed
 	case n > l.max:
 		return sendBuf{}, errors.New("fake link: message too large")
 	case l.slots == 0 || l.stall.Load():
@@ -272,6 +275,19 @@ func (l *fakeLink) end(err error) {
 		l.ended, l.endErr = true, err
 		l.changeLocked()
 	}
+	l.mu.Unlock()
+}
+
+func (l *fakeLink) between(f func()) {
+	l.role.Lock()
+	defer l.role.Unlock()
+	f()
+}
+
+func (l *fakeLink) closeWrite() {
+	l.mu.Lock()
+	l.writeClosed = true
+	l.changeLocked()
 	l.mu.Unlock()
 }
 

@@ -39,6 +39,11 @@ type link interface {
 	// poll drives the poller once, and returns how many completions it has handled.
 	poll() int
 
+	// between runs f while no handler runs: at once, or on the goroutine that runs one, behind it. It does not wait for that.
+	between(f func())
+	// closeWrite closes the sending side: what was posted goes out, and then the peer hears of the end. Whoever wants to send more gets
+	// errWriteClosed.
+	closeWrite()
 	// closeGently sends what was posted, and closes then. It blocks, and must not be called from handlers.
 	closeGently() error
 	// abort closes the link at once; reason is told to the peer if possible. It may be called from handlers.
@@ -68,6 +73,9 @@ type message struct {
 }
 
 var errWouldBlock = errors.New("rpc: no send slot is free")
+
+// errWriteClosed: closeWrite was called.
+var errWriteClosed = transport.ErrWriteClosed
 
 // waiter is one pending completion: Done may be called more than once here, and a stale Done is only a wake-up in vain.
 type waiter = transport.Waiter

@@ -128,7 +128,7 @@ func (q *Queue) prepare(ctx context.Context, n int) (*slot, sendBuf, error) {
 		return nil, sendBuf{}, ErrQueueFull
 	}
 	if e := q.c.stopped.Load(); e != nil {
-		return nil, sendBuf{}, e
+		return nil, sendBuf{}, unsent(e)
 	}
 	buf, err := q.c.requestBuf(ctx, headerLen, n)
 	if err != nil {

@@ -162,13 +162,18 @@ func (s *Server) snapshotConns() []*serverConn {
 	return l
 }
 
-// finished takes n calls off the count of active ones.
+// finished takes a call off the count of active ones.
 func (s *Server) finished() {
 	if s.active.Add(-1) == 0 && s.draining.Load() {
-		select {
-		case s.idle <- struct{}{}:
-		default:
-		}
+		s.tellIdle()
+	}
+}
+
+// tellIdle has a Shutdown that waits look whether calls are active.
+func (s *Server) tellIdle() {
+	select {
+	case s.idle <- struct{}{}:
+	default:
 	}
 }
 
@@ -195,6 +200,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 			err = ctx.Err()
 		}
 	}
+	s.tellIdle() // whoever else waits
 	for _, sc := range s.snapshotConns() {
 		if err == nil {
 			err = sc.drain(ctx)
@@ -444,9 +450,9 @@ func (sc *serverConn) handleEOF() {
 	}
 }
 
-// closeGently closes the connection once the responses posted so far have been sent.
+// closeGently closes the connection once the responses so far have been sent. Calls that come meanwhile must be refused already.
 func (sc *serverConn) closeGently() {
-	for sc.out.waiting.Load() != 0 {
+	for !sc.endSends() {
 		select {
 		case <-sc.closedCh:
 			return
@@ -455,6 +461,25 @@ func (sc *serverConn) closeGently() {
 	}
 	_ = sc.link.closeGently()
 	sc.handleClose(net.ErrClosed)
+}
+
+// endSends closes the sending side, if there is nothing in the outbox. It waits for an inline handler that runs: no more than that it has
+// returned says that its response was posted.
+func (sc *serverConn) endSends() bool {
+	done := make(chan bool, 1)
+	sc.link.between(func() {
+		empty := sc.out.waiting.Load() == 0
+		if empty {
+			sc.link.closeWrite()
+		}
+		done <- empty
+	})
+	select {
+	case empty := <-done:
+		return empty
+	case <-sc.closedCh:
+		return false
+	}
 }
 
 // cancel ends the context of the call that the client has given up. A call that is not there has been answered.
@@ -505,9 +530,9 @@ func encodeStatus(h *header, e *Error, maxMessage int) []byte {
 	return b
 }
 
-// sendNow sends a small frame without waiting.
+// sendNow sends a small frame without waiting. When the sending side is closed, it is dropped: what the client hears next is that.
 func (sc *serverConn) sendNow(frame []byte) {
-	if err := sc.out.send(frame); err != nil {
+	if err := sc.out.send(frame); err != nil && !errors.Is(err, errWriteClosed) {
 		sc.close(err)
 	}
 }
@@ -516,7 +541,10 @@ var errPeerStalled = errors.New("rpc: the peer sends requests and takes no respo
 
 // stalled closes the connection to a peer that takes no responses.
 func (sc *serverConn) stalled(err error) {
-	if errors.Is(err, context.DeadlineExceeded) {
+	switch {
+	case errors.Is(err, errWriteClosed): // as in sendNow
+		return
+	case errors.Is(err, context.DeadlineExceeded):
 		err = errPeerStalled
 	}
 	sc.close(err)

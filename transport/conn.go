@@ -214,7 +214,7 @@ func (c *Conn) discard() {
 		c.q.Close()
 	}
 	ch := make(chan struct{})
-	c.p.do(func() {
+	c.p.Do(func() {
 		c.freeSlots()
 		if c.rcv.shared > 0 {
 			c.p.srq.part(c, c.rcv.shared)
@@ -241,7 +241,7 @@ func (c *Conn) start() {
 // SetHandler makes h get the connection's messages from now on, those first that have come already. It may be called
 // once, and not after Recv. If the connection has ended by then, h still gets what came before, and HandleClose.
 func (c *Conn) SetHandler(h Handler) {
-	c.p.do(func() {
+	c.p.Do(func() {
 		r := &c.rcv
 		if r.handler != nil {
 			return
@@ -363,7 +363,7 @@ func (c *Conn) teardown(e *CloseError) {
 	c.q.Fail(ctx) // nothing arrives any more; what has arrived is in the CQ
 	cancel()
 	ch := make(chan struct{})
-	c.p.do(func() {
+	c.p.Do(func() {
 		if !errors.Is(e.Err, net.ErrClosed) {
 			c.p.drain() // deliver what came before the end
 		}
@@ -382,7 +382,7 @@ func (c *Conn) teardown(e *CloseError) {
 	c.tcp.Close()
 	c.tcpReader.Wait()
 	ch = make(chan struct{})
-	c.p.do(func() {
+	c.p.Do(func() {
 		c.p.part(c) // polls once more: completions still count, for what they say of buffers
 		c.endSends(e)
 		c.endReceives(e)
@@ -446,7 +446,7 @@ func (c *Conn) watchPeer() {
 		end.Reason = err.Error()
 	}
 	// What the peer sent before its end is in the CQ. It is handled first.
-	c.p.do(func() {
+	c.p.Do(func() {
 		c.p.drain()
 		if cause := c.cause.Load(); cause != nil && err == nil {
 			end = cause // the peer has noticed it

@@ -55,6 +55,6 @@ func Received(p *Poller) int { return p.received.Stats().InUse }
 // Stalled is how many of the connection's messages wait for memory.
 func Stalled(c *Conn) int {
 	n := make(chan int)
-	go c.p.do(func() { n <- len(c.rcv.stalled) })
+	go c.p.Do(func() { n <- len(c.rcv.stalled) })
 	return <-n
 }

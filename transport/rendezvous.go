@@ -22,7 +22,7 @@ func (p *Poller) stall(c *Conn) {
 func (p *Poller) unstall() {
 	// Looking comes after the Release, and in readInto after the Store in stall comes another Get: one of the two sees the other.
 	if p.hungry.Load() && p.hungry.CompareAndSwap(true, false) {
-		go p.do(p.readStalled) // not here: the caller may hold locks that the polling goroutine takes
+		go p.Do(p.readStalled) // not here: the caller may hold locks that the polling goroutine takes
 	}
 }
 

@@ -91,8 +91,10 @@ func (p *Poller) removeSleeper(w *Waiter) (heir bool) {
 	return heir
 }
 
-// do runs f with the role held: at once if nobody polls, otherwise by the polling goroutine between two polls.
-func (p *Poller) do(f func()) {
+// Do runs f while no handler of the poller's connections runs: at once if nobody polls, otherwise on the goroutine that does, between two
+// polls, and perhaps after Do has returned. So what a handler did that had begun before is done when f runs. What f must not do is what
+// handlers must not.
+func (p *Poller) Do(f func()) {
 	p.taskMu.Lock()
 	p.tasks = append(p.tasks, f)
 	p.taskMu.Unlock()
@@ -385,7 +387,7 @@ func (p *Poller) sleepInChannel(done <-chan struct{}, w *Waiter) outcome {
 
 // channelFailed ends everything, and waits a little: a channel that fails for good must not make its sleepers spin.
 func (p *Poller) channelFailed(err error) {
-	p.do(func() { p.broken(err) })
+	p.Do(func() { p.broken(err) })
 	select {
 	case <-p.dead:
 	case <-time.After(10 * time.Millisecond):
