@@ -14,6 +14,7 @@ import (
 	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/transport"
 	"github.com/ringside-rdma/ringside/transport/transporttest"
+	"github.com/ringside-rdma/ringside/verbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -281,6 +282,38 @@ func TestBulkStuckServer(t *testing.T) {
 		if lasting {
 			wantCode(t, err, Unavailable)
 		}
+	}
+}
+
+// Memory that a call has lent by the caller's own grant is the caller's again only when the connection is down, if that is what ends the call.
+func TestBulkWhileClosing(t *testing.T) {
+	testutil.CheckLeaks(t)
+	r := bulkRig(t)
+	stuck := make(chan struct{})
+	r.ts.HandleRaw(Spec{Number: 300}, func(*Call, []byte) error {
+		r.ts.entered <- struct{}{}
+		<-stuck
+		return nil
+	})
+	m := alloc(t, r, 4096, bulkAll)
+	result := make(chan error, 1)
+	go func() {
+		err := r.cl.CallBulk(ctxFor(t), 300, nil, []Bulk{{Remote: m.RemoteRange(0, m.Len())}}, nil)
+		select {
+		case <-r.cl.Conn().Done():
+		default:
+			err = errors.New("the queue pair is up")
+		}
+		result <- err
+	}()
+	<-r.ts.entered
+	closed := make(chan error, 1)
+	go func() { closed <- r.cl.Close() }()
+	testutil.Eventually(t, "calls end", r.cl.closed.Load)
+	close(stuck) // or Close lingers
+	wantCode(t, <-result, Unavailable)
+	if err := <-closed; !errors.Is(err, verbs.ErrBusy) {
+		t.Errorf("%v, want the word that a region is open", err)
 	}
 }
 
