@@ -542,3 +542,40 @@ func TestSendContext(t *testing.T) {
 		cancel()
 	}
 }
+
+// slowHandler is in each message until it may go on.
+type slowHandler struct {
+	entered, goOn chan struct{}
+	returned      atomic.Bool
+}
+
+func (h *slowHandler) HandleMessage(*transport.Conn, *transport.Message) {
+	h.entered <- struct{}{}
+	<-h.goOn
+	h.returned.Store(true)
+}
+
+func (h *slowHandler) HandleClose(*transport.Conn, error) {}
+
+// What is given to Do runs behind a handler that runs, and does not keep its giver.
+func TestDoIsBetweenHandlers(t *testing.T) {
+	a, b := transporttest.Pair(t, nil)
+	h := &slowHandler{entered: make(chan struct{}), goOn: make(chan struct{})}
+	b.SetHandler(h)
+	if err := a.Send(t.Context(), []byte("hold on")); err != nil {
+		t.Fatal(err)
+	}
+	<-h.entered
+	behind := make(chan bool, 1)
+	do := func() { b.Poller().Do(func() { behind <- h.returned.Load() }) }
+	do()
+	if len(behind) != 0 {
+		t.Fatal("Do did not wait for the handler")
+	}
+	close(h.goOn)
+	if !<-behind {
+		t.Error("Do ran beside the handler")
+	}
+	do() // whether somebody polls or not
+	<-behind
+}
