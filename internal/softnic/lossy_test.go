@@ -2,10 +2,12 @@ package softnic
 
 import (
 	"bytes"
+	"context"
 	"net/netip"
 	"testing"
 	"time"
 
+	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/softnic/simnet"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -54,13 +56,12 @@ func unreliable(t *testing.T, net *simnet.Network, typ ib.QPType, lossy bool) (s
 		defer ends[i].close()
 	}
 	a, b := ends[0], ends[1]
-	to := ib.AHAttr{DGID: ib.GIDFromAddr(addrs[1]), SGIDIndex: 1, Port: 1}
 	wr := ib.SendWR{Opcode: ib.OpSendWithImm, Flags: ib.SendSignaled}
 	head := 0
 	if typ == ib.UD {
 		a.ready()
 		b.ready()
-		ah, err := a.pd.CreateAH(to)
+		ah, err := a.pd.CreateAH(ib.AHAttr{DGID: ib.GIDFromAddr(addrs[1]), SGIDIndex: 1, Port: 1})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -68,17 +69,7 @@ func unreliable(t *testing.T, net *simnet.Network, typ ib.QPType, lossy bool) (s
 		wr.AH, wr.RemoteQPN, wr.RemoteQKey = ah.Num(), b.q.QPN(), testQKey
 		head = ib.GRHLen
 	} else {
-		for i, e := range ends {
-			e.init()
-			to.DGID = ib.GIDFromAddr(addrs[1-i])
-			rtr := ib.QPAttr{State: ib.RTR, AH: to, PathMTU: ib.MTU256, DestQPN: ends[1-i].q.QPN()}
-			if err := e.q.Modify(t.Context(), &rtr, ib.AttrState|ib.AttrAV|ib.AttrPathMTU|ib.AttrDestQPN|ib.AttrRQPSN); err != nil {
-				t.Fatal(err)
-			}
-			if err := e.q.Modify(t.Context(), &ib.QPAttr{State: ib.RTS}, ib.AttrState|ib.AttrSQPSN); err != nil {
-				t.Fatal(err)
-			}
-		}
+		connectUC(ends, addrs)
 	}
 	for i := range 2 * messages {
 		b.recv(uint64(i), b.sge(base+i*room, room))
@@ -116,4 +107,62 @@ func unreliable(t *testing.T, net *simnet.Network, typ ib.QPType, lossy bool) (s
 		t.Errorf("%d datagrams have come, and the network says %+v", receives, c)
 	}
 	return messages, len(seen)
+}
+
+// connectUC takes two ends on a simulated network, at these addresses, to RTS.
+func connectUC(ends [2]*end, addrs [2]netip.Addr) {
+	for i, e := range ends {
+		e.t.Helper()
+		e.init()
+		to := ib.AHAttr{DGID: ib.GIDFromAddr(addrs[1-i]), SGIDIndex: 1, Port: 1}
+		rtr := ib.QPAttr{State: ib.RTR, AH: to, PathMTU: ib.MTU256, DestQPN: ends[1-i].q.QPN()}
+		if err := e.q.Modify(context.Background(), &rtr, ib.AttrState|ib.AttrAV|ib.AttrPathMTU|ib.AttrDestQPN|ib.AttrRQPSN); err != nil {
+			e.t.Fatal(err)
+		}
+		if err := e.q.Modify(context.Background(), &ib.QPAttr{State: ib.RTS}, ib.AttrState|ib.AttrSQPSN); err != nil {
+			e.t.Fatal(err)
+		}
+	}
+}
+
+// Requests behind one that is executed here are sent with those before it: of UC nothing else would come that has them sent.
+func TestUnreliableBehindLocal(t *testing.T) {
+	net := simnet.New(1, simnet.Faults{Delay: 5 * time.Microsecond})
+	var ends [2]*end
+	addrs := [2]netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2")}
+	for i := range ends {
+		n, err := OpenSim(net, addrs[i])
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { n.Close() })
+		ends[i] = newEnd(t, n, endConfig{typ: ib.UC})
+	}
+	a, b := ends[0], ends[1]
+	connectUC(ends, addrs)
+	w, err := a.pd.(driver.MWAllocator).AllocMW()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	send := ib.SendWR{Opcode: ib.OpSend, SGEs: a.sge(0, 600)}
+	key := w.RKey() + 1
+	bind := ib.SendWR{Opcode: ib.OpBindMW, Bind: &ib.BindMW{Window: w.Handle(), RKey: key, MRLKey: a.mr.LKey(), Addr: addrOf(a.buf), Length: 64, Access: ib.AccessRemoteRead}}
+	invalidate := ib.SendWR{Opcode: ib.OpLocalInv, InvalidateRKey: key}
+	wrs := []ib.SendWR{send, bind, send, invalidate, send}
+	wrs[4].ID, wrs[4].Flags = 5, ib.SendSignaled
+	for i := range 3 {
+		b.recv(uint64(i), b.sge(i*1024, 1024))
+	}
+	if n, err := a.q.PostSend(wrs); n != len(wrs) || err != nil {
+		t.Fatalf("%d are posted: %v", n, err)
+	}
+	net.Advance(time.Second)
+	var wcs [4]ib.WC
+	if n := a.cq.Poll(wcs[:]); n != 1 || wcs[0].ID != 5 || wcs[0].Status != ib.WCSuccess {
+		t.Errorf("%d have ended: %+v", n, wcs[:max(n, 0)])
+	}
+	if n := b.cq.Poll(wcs[:]); n != 3 {
+		t.Errorf("%d messages have come", n)
+	}
 }

@@ -317,7 +317,7 @@ func (w *wireQP) pump(wait bool) {
 	var at time.Duration
 	for {
 		q.sq.Lock()
-		full := false
+		full, more := false, false
 		if !w.over {
 			w.feed()
 			switch {
@@ -327,13 +327,14 @@ func (w *wireQP) pump(wait bool) {
 			case w.ureq != nil:
 				full = w.ureq.Pump(w.port.now, &w.out)
 			}
-			w.feed() // what waited for those before it
+			w.feed()                                    // what waited for those before it
+			more = w.ureq != nil && w.ureq.Queued() > 0 // of UC they have ended as they were sent, and nothing else will come
 		}
 		q.unlockSends()
-		if !full {
+		if !full && !more {
 			break
 		}
-		if w.full() {
+		if full && w.full() {
 			return
 		}
 	}
