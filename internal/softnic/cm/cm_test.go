@@ -227,6 +227,9 @@ func TestSilence(t *testing.T) {
 		if s.came[0].end() != ErrNoAnswer || s.came[0].up != 0 {
 			t.Errorf("%v", s.came[0].end())
 		}
+		if client.end() != ErrGivenUp || client.c.state == established {
+			t.Errorf("the client: %v", client.end())
+		}
 	})
 	t.Run("no answer to the end", func(t *testing.T) {
 		n, a, b, s := pairOf(t, 10)
@@ -250,12 +253,13 @@ func TestAbandon(t *testing.T) {
 		client bool
 		want   error
 	}{
-		"request, by the client":    {0, true, ErrGivenUp},
-		"request, by the server":    {0, false, &RejectError{Reason: roce.RejectConsumer}},
-		"acceptance, by the client": {1, true, &RejectError{Reason: roce.RejectConsumer}},
-		"acceptance, by the server": {1, false, &RejectError{Reason: roce.RejectConsumer}},
-		"connection, by the client": {2, true, ErrDisconnected},
-		"connection, by the server": {2, false, ErrDisconnected},
+		"request, by the client":     {0, true, ErrGivenUp},
+		"request, by the server":     {0, false, &RejectError{Reason: roce.RejectConsumer}},
+		"acceptance, by the client":  {1, true, &RejectError{Reason: roce.RejectConsumer}},
+		"acceptance, by the server":  {1, false, &RejectError{Reason: roce.RejectConsumer}},
+		"connection, by the client":  {2, true, ErrDisconnected},
+		"connection, by the server":  {2, false, ErrDisconnected},
+		"unconfirmed, by the server": {3, false, &RejectError{Reason: roce.RejectConsumer}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n, a, b, s := pairOf(t, 10)
@@ -264,6 +268,9 @@ func TestAbandon(t *testing.T) {
 			if c.steps > 0 {
 				s.came[0].accept()
 				n.run(time.Millisecond)
+			}
+			if c.steps > 2 {
+				n.lose = func(_, _ netip.Addr, m roce.CMMessage) bool { return m.Attr() == roce.CMRTU }
 			}
 			if c.steps > 1 {
 				client.c.Ready()
@@ -283,6 +290,25 @@ func TestAbandon(t *testing.T) {
 				t.Error("something is left")
 			}
 		})
+	}
+}
+
+// Who disconnects is done when it hears that the peer has given the connection up.
+func TestRejectedDisconnect(t *testing.T) {
+	n, a, b, s := pairOf(t, 10)
+	n.lose = func(from, _ netip.Addr, m roce.CMMessage) bool {
+		return m.Attr() == roce.CMRTU || m.Attr() == roce.CMDREQ
+	}
+	client := a.dial(b, nil)
+	n.run(time.Millisecond)
+	s.came[0].accept()
+	n.run(time.Millisecond)
+	client.c.Ready()
+	client.c.Disconnect(n.now)
+	s.came[0].c.Abandon(n.now)
+	n.run(time.Millisecond)
+	if client.end() != ErrDisconnected || a.e.Leaving() != 0 || len(a.e.timers) != 0 {
+		t.Errorf("%v, %d are leaving", client.end(), a.e.Leaving())
 	}
 }
 

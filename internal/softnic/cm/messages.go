@@ -166,6 +166,15 @@ func (e *Engine) rejected(from netip.AddrPort, m *roce.REJ, now time.Duration) {
 		c.stop()
 		c.forget()
 		c.ended(&RejectError{Reason: m.Reason, Private: m.Private[:]})
+	case dreqSent:
+		c.over(now)
+		c.ended(ErrDisconnected)
+	case established:
+		if c.request != nil { // the peer has confirmed, and has nothing left to reject
+			e.Counters.Strange++
+			return
+		}
+		fallthrough // the peer waits no longer for the confirmation, which was lost or is on its way
 	case repReceived, reqReceived, repSent:
 		var err error = &RejectError{Reason: m.Reason, Private: m.Private[:]}
 		if m.Reason == roce.RejectTimeout {
