@@ -147,16 +147,23 @@ func (n *cmConn) dial(ctx context.Context, q *QP, gid int, port uint16, to netip
 	n.data = reply.Private[:]
 	a := cmAttr{gid: gid, mtu: mtu, rqPSN: psn, peer: to.Addr(), peerQPN: reply.QPN, sqPSN: reply.StartingPSN, retryCount: p.RetryCount, rnrRetry: reply.RNRRetryCount,
 		responder: reply.InitiatorDepth, initiator: reply.ResponderResources}
-	if err := n.connect(ctx, q, p, &a); err != nil {
+	if err = n.connect(ctx, q, p, &a); err != nil {
 		n.abandon()
-		n.failQP()
-		return err
+	} else {
+		n.port.manage(func(*cm.Engine, time.Duration) error {
+			n.c.Ready()
+			return nil
+		})
 	}
-	n.port.manage(func(*cm.Engine, time.Duration) error {
-		n.c.Ready()
-		return nil
-	})
-	return nil
+	select {
+	case <-n.ended: // behind the reply: finish may have found no queue pair yet, or one that was not connected
+		err = n.endErr
+	default:
+	}
+	if err != nil {
+		n.failQP()
+	}
+	return err
 }
 
 // cmParams is what this side says.
