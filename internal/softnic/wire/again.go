@@ -25,6 +25,7 @@ func (r *Requester) Expire(now time.Duration) {
 	if r.rnrUntil != 0 {
 		if now >= r.rnrUntil {
 			r.rnrUntil = 0
+			r.sel.since, r.sel.backoff = now, 0 // the peer has asked for the silence until now
 		}
 		return
 	}

@@ -204,3 +204,27 @@ func TestEarlyInPlace(t *testing.T) {
 		t.Errorf("it fails with %v", b.fatal)
 	}
 }
+
+// The time that a peer without a receive has asked for is not silence: what is lost after it is sent again, and no retry is counted.
+func TestLossAfterRNR(t *testing.T) {
+	n := newNetwork(t, 1, func(c *Config) {
+		c.Selective, c.AckTimeout, c.RetryCount, c.MinRNRTimer = true, 8*time.Millisecond, 2, 20 // 10.24 ms
+	})
+	a, b := n.nodes[0], n.nodes[1]
+	naks := 0
+	n.drop = func(_ *node, p *roce.Packet) bool {
+		if _, rnr := p.Syndrome.IsRNR(); !rnr || p.Opcode.Op() != roce.Acknowledge {
+			return false
+		}
+		naks++
+		return naks%2 == 0
+	}
+	a.post(Request{Op: ib.OpSend, Len: 64}, make([]byte, 64))
+	a.pump()
+	n.run(func() bool { return naks == 20 || len(a.done) > 0 })
+	b.recvs = 1
+	n.run(func() bool { return len(a.done) > 0 })
+	if c := a.req.Counters; a.done[0] != ib.WCSuccess || c.Timeouts < 9 {
+		t.Errorf("it ends with %v: %+v", a.done[0], c)
+	}
+}
