@@ -470,6 +470,42 @@ func TestStreamsMany(t *testing.T) {
 	}
 }
 
+// What has come before the queue pair is ready for it is not received before: nobody looks at the stream until then.
+func TestStreamPolledWhileConnected(t *testing.T) {
+	n := openNIC(t, false)
+	c, d := tcpPair(t)
+	v := &streamVictim{end: newEnd(t, n, endConfig{typ: ib.RC, size: victimSize}), raw: d}
+	v.useStream(c)
+	v.recv(1, v.sge(0, 64))
+	v.raw.Write(v.to(roce.Op(roce.RC, roce.SendOnly), 60, nil))
+	q := v.q.(*QP)
+	q.rq.Lock() // holds it up on its way to RTR
+	connected := make(chan struct{})
+	go func() {
+		defer close(connected)
+		v.connectTo(n.gid, strangeQPN)
+	}()
+	testutil.Eventually(t, "the queue pair is on its way", func() bool {
+		n.streams.mu.Lock()
+		l := n.streams.link
+		n.streams.mu.Unlock()
+		if l == nil {
+			return false
+		}
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return len(l.ports[v.cq.(*CQ)]) > 0
+	})
+	for range 10 {
+		n.pollPorts()
+	}
+	q.rq.Unlock()
+	<-connected
+	if wc := v.poll(); wc.ID != 1 || wc.Status != ib.WCSuccess {
+		t.Errorf("%+v; the stream: %v", wc, q.StreamErr())
+	}
+}
+
 func TestUseStreamRefused(t *testing.T) {
 	n := openNIC(t, false)
 	c, d := tcpPair(t)

@@ -140,16 +140,23 @@ func (s *streamPorts) polled() *[]*netPort {
 	return nil
 }
 
-// add makes a port of one end of a stream.
-func (s *streamPorts) add(n *NIC, sock *stream.Socket) *netPort {
+// port makes a port of one end of a stream. Nobody else knows of it before it is added.
+func (s *streamPorts) port(n *NIC, sock *stream.Socket) *netPort {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	if s.link == nil {
 		s.link = netLink(n)
 	}
 	p := newNetPort(n, simMTU, s.link)
+	s.mu.Unlock()
 	p.stream = &streamSocket{Socket: sock, opened: time.Now()}
 	p.sock, p.recv = p.stream, p.receiveStream
+	return p
+}
+
+// add has pollers look at a port. Its queue pair has joined it: what comes for nobody would end the stream.
+func (s *streamPorts) add(p *netPort) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	var all []*netPort
 	if l := s.all.Load(); l != nil {
 		all = append(all, *l...)
@@ -157,7 +164,6 @@ func (s *streamPorts) add(n *NIC, sock *stream.Socket) *netPort {
 	all = append(all, p)
 	s.all.Store(&all)
 	s.used = true
-	return p
 }
 
 // counters are those of all streams together, those that are gone included; false: there was none.
@@ -178,17 +184,6 @@ func (s *streamPorts) finish(p *netPort) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.left.add(p, true)
-	s.dropLocked(p)
-}
-
-// drop forgets a port.
-func (s *streamPorts) drop(p *netPort) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.dropLocked(p)
-}
-
-func (s *streamPorts) dropLocked(p *netPort) {
 	all := slices.DeleteFunc(slices.Clone(*s.all.Load()), func(o *netPort) bool { return o == p })
 	if len(all) == 0 {
 		s.all.Store(nil)
@@ -230,12 +225,12 @@ func (q *QP) StreamErr() error {
 
 // toRTRStream is toRTR for a peer at the other end of a stream. Called with cfg held.
 func (q *QP) toRTRStream(attr *ib.QPAttr, mask ib.QPAttrMask) error {
-	p := q.nic.streams.add(q.nic, q.stream)
+	p := q.nic.streams.port(q.nic, q.stream)
 	if err := q.connectWire(p, p.stream, attr, mask, wire.Config{Selective: true, Stream: true}); err != nil {
-		q.nic.streams.drop(p)
 		return err
 	}
 	q.stream = nil // it is the port's
+	q.nic.streams.add(p)
 	go p.drive()
 	return nil
 }
