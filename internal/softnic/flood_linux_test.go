@@ -42,40 +42,65 @@ func TestProbeFlood(t *testing.T) {
 	}
 }
 
-// An acknowledgement waits for what is posted because of the message, and not for packets that are for nobody: a flood of them would hold it
-// back, and with it the sender, whose window is full.
+// An acknowledgement waits for what is posted because of the message, and not for packets that are for nobody, nor for long for what else
+// comes: a flood of them would hold it back, and with it the sender, whose window is full.
 func TestFloodHoldsNoAcknowledgement(t *testing.T) {
 	x, y := newEnd(t, openNIC(t, true), endConfig{typ: ib.RC}), newEnd(t, openNIC(t, true), endConfig{typ: ib.RC})
 	joinUDP(t, x, y, 0)
 	y.recv(1, y.sge(0, 64))
+	y.recv(2, y.sge(0, 64))
+	datagrams := newEnd(t, y.n, endConfig{typ: ib.UD})
+	datagrams.ready()
 	p := y.q.(*QP).wire.port
 	raw, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(p.sock.Local()))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer raw.Close()
-	nobodys := bytesOf(&roce.Packet{Opcode: roce.Op(roce.RC, roce.SendOnly), PKey: roce.DefaultPKey, DestQP: uint32(y.q.QPN()) ^ 0x5555}, 64)
+	var crc roce.ICRC
+	crc.Init(raw.LocalAddr().(*net.UDPAddr).AddrPort(), p.sock.Local())
+	nobodys := crc.Put(bytesOf(&roce.Packet{Opcode: roce.Op(roce.RC, roce.SendOnly), PKey: roce.DefaultPKey, DestQP: uint32(y.q.QPN()) ^ 0x5555}, 64))
+	wrongQKey := crc.Put(bytesOf(&roce.Packet{Opcode: roce.Op(roce.UD, roce.SendOnly), PKey: roce.DefaultPKey, DestQP: uint32(datagrams.q.QPN()), QKey: uint32(testQKey) + 1}, 64))
 
 	p.mu.Lock() // the port is this test's, which does what pollers do
 	defer p.mu.Unlock()
-	x.send(ib.SendWR{Opcode: ib.OpSend, Flags: ib.SendSignaled, SGEs: x.sge(0, 64)})
-	for end := time.Now().Add(10 * time.Second); len(p.owing) == 0; {
-		if p.turn(true); time.Now().After(end) {
-			t.Fatal("no acknowledgement waits")
+	wait := func() (sent uint64) {
+		t.Helper()
+		x.send(ib.SendWR{Opcode: ib.OpSend, Flags: ib.SendSignaled, SGEs: x.sge(0, 64)})
+		for end := time.Now().Add(10 * time.Second); len(p.owing) == 0; {
+			if p.turn(true); time.Now().After(end) {
+				t.Fatal("no acknowledgement waits")
+			}
+		}
+		return p.sock.Stats().Sent
+	}
+	flood := func(b []byte, c *uint64) {
+		t.Helper()
+		for range 3 {
+			if _, err := raw.Write(b); err != nil {
+				t.Fatal(err)
+			}
+		}
+		was := *c
+		if !p.turn(true) || *c == was {
+			t.Fatal("the flood has not come")
 		}
 	}
-	sent := p.sock.Stats().Sent
-	for range 3 {
-		if _, err := raw.Write(nobodys); err != nil {
-			t.Fatal(err)
-		}
-	}
-	was := p.drops.NoQP
-	if !p.turn(true) || p.drops.NoQP == was {
-		t.Fatal("the flood has not come")
-	}
+	sent := wait()
+	flood(nobodys, &p.drops.NoQP)
 	if n := p.sock.Stats().Sent - sent; n != 1 || len(p.owing) != 0 {
 		t.Errorf("%d packets were sent, %d acknowledgements wait", n, len(p.owing))
+	}
+	sent = wait()
+	p.owingAt = p.now + time.Hour
+	flood(wrongQKey, &p.drops.QKey)
+	if n := p.sock.Stats().Sent - sent; n != 0 || len(p.owing) != 1 {
+		t.Errorf("at once, %d packets were sent, %d acknowledgements wait", n, len(p.owing))
+	}
+	p.owingAt = p.now - lateAck
+	flood(wrongQKey, &p.drops.QKey)
+	if n := p.sock.Stats().Sent - sent; n != 1 || len(p.owing) != 0 {
+		t.Errorf("after a while, %d packets were sent, %d acknowledgements wait", n, len(p.owing))
 	}
 }
 

@@ -57,6 +57,7 @@ type netPort struct {
 	ud      *wireUD       // the same
 	mad     bool          // it is for queue pair 1
 	owing   []*wireQP     // have an acknowledgement that waits for company
+	owingAt time.Duration // since when, the first of them
 	late    []*wireQP     // have something to acknowledge that the peer does not wait for
 	lateAt  time.Duration // when that is to be done, if late is not empty
 	now     time.Duration // of this turn, or this part of it
@@ -276,7 +277,8 @@ func (p *netPort) turn(receive bool) (some bool) {
 		p.putOff = 0
 		p.timers.due(p.now, (*wireQP).expire)
 	}
-	if !p.took { // what is for nobody has nobody post anything: a flood of it must not hold acknowledgements back
+	// What is for nobody has nobody post anything, and what somebody takes need not: a flood of either must not hold acknowledgements back.
+	if !p.took || len(p.owing) > 0 && p.now-p.owingAt >= lateAck {
 		p.settle()
 	}
 	p.sock.Flush()
@@ -298,8 +300,8 @@ func (p *netPort) settle() {
 	p.owing = p.owing[:0]
 }
 
-// lateAck is how long an acknowledgement takes that the peer does not wait for: much less than a requester's patience, and longer
-// than a few messages with which one may be asked for.
+// lateAck is how long an acknowledgement takes that the peer does not wait for, and at most one that waits for company: much less than
+// a requester's patience, and longer than a few messages with which one may be asked for.
 const lateAck = 100 * time.Microsecond
 
 // lately has what w has received acknowledged in a moment.

@@ -348,9 +348,12 @@ func (w *wireQP) pump(wait bool) {
 func (w *wireQP) respond(wait bool) {
 	for w.resp != nil && w.resp.Pending() {
 		if wait && w.resp.OnlyAck() {
-			if !w.owing {
+			if p := w.port; !w.owing {
+				if len(p.owing) == 0 {
+					p.owingAt = p.now
+				}
 				w.owing = true
-				w.port.owing = append(w.port.owing, w)
+				p.owing = append(p.owing, w)
 			}
 			return
 		}
