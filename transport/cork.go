@@ -1,6 +1,11 @@
 package transport
 
-import "github.com/ringside-rdma/ringside/verbs/ib"
+import (
+	"sync/atomic"
+
+	"github.com/ringside-rdma/ringside/internal/ring"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
 
 // corkMax is how many messages are posted together at most.
 const corkMax = 16
@@ -42,6 +47,7 @@ func (c *Conn) holdLocked(b *SendBuf, flags uint8) error {
 	c.stampLocked(wr, signal)
 	s.head++
 	k.n++
+	ring.StoreRel32(&s.held, 1)
 	if k.n == corkMax {
 		return c.flushLocked()
 	}
@@ -57,6 +63,7 @@ func (c *Conn) flushLocked() error {
 	}
 	n := k.n
 	k.n = 0
+	ring.StoreRel32(&s.held, 0)
 	posted, err := c.q.PostSend(k.wrs[:n])
 	for i := range n {
 		if b := k.bufs[i]; b != nil {
@@ -108,6 +115,13 @@ func (c *Conn) Flush() error {
 	}
 	s.mu.Unlock()
 	return err
+}
+
+// flushHeld posts what the caller has kept back before it waits for the peer's answer.
+func (c *Conn) flushHeld() {
+	if atomic.LoadUint32(&c.snd.held) != 0 { // without the lock, which costs every Recv
+		c.Flush()
+	}
 }
 
 // corkFor has the connection keep back what its handler posts until the completions at hand have been handled. The role is

@@ -1,6 +1,7 @@
 package transport_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/transport"
 	"github.com/ringside-rdma/ringside/transport/transporttest"
+	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
 // postMore posts msg with PostMore.
@@ -71,6 +73,58 @@ func TestPostMore(t *testing.T) {
 	if err := a.Flush(); err == nil {
 		t.Error("Flush of a closed connection")
 	}
+}
+
+// What is kept back goes out before anything waits for what the peer does with it, be it to return credits.
+func TestPostMoreBeforeWaits(t *testing.T) {
+	small, large := pattern(40, 1), pattern(20000, 2)
+	for name, last := range map[string]func(t *testing.T, a *transport.Conn) error{
+		"Post":     func(t *testing.T, a *transport.Conn) error { return a.Send(t.Context(), large) },
+		"PostMore": func(t *testing.T, a *transport.Conn) error { postMore(t, a, large); return nil },
+		"SendRegion": func(t *testing.T, a *transport.Conn) error {
+			m := alloc(t, a, len(large), ib.AccessLocalWrite|ib.AccessRemoteRead)
+			copy(m.Bytes(), large)
+			return a.SendRegion(t.Context(), m, 0, len(large))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx := patience(t)
+			a, b := transporttest.Pair(t, &transport.Config{RecvDepth: 8})
+			for range 8 {
+				postMore(t, a, small)
+			}
+			sent := make(chan error, 1)
+			go func() { sent <- last(t, a) }()
+			for i := range 9 {
+				err := b.Recv(ctx, func(m *transport.Message) error {
+					if want := [][]byte{small, large}[i/8]; !bytes.Equal(m.Bytes(), want) {
+						t.Errorf("message %d differs", i)
+					}
+					return nil
+				})
+				if err != nil {
+					t.Fatalf("message %d: %v", i, err)
+				}
+			}
+			if err := <-sent; err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	t.Run("Recv", func(t *testing.T) {
+		a, b := transporttest.Pair(t, nil)
+		b.SetHandler(newEcho(t))
+		postMore(t, a, small)
+		err := a.Recv(patience(t), func(m *transport.Message) error {
+			if !bytes.Equal(m.Bytes(), small) {
+				t.Error("the answer differs")
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	})
 }
 
 // Everything that a connection sends, in a random mixture, arrives in order, over windows that are too small for it.

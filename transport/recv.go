@@ -554,6 +554,7 @@ func (c *Conn) next(ctx context.Context) (*Message, error) {
 		w.Reset()
 		r.waiting.push(w)
 		r.mu.Unlock()
+		c.flushHeld()
 		err := c.p.Wait(ctx, &w.Waiter)
 		r.mu.Lock()
 		if w.in {

@@ -54,8 +54,9 @@ type sendSide struct {
 
 	batches *Batch // free ones, for single operations
 
-	cork   *cork // made when first needed
-	corked bool  // the poller posts what is kept back, when it has handled what has come
+	cork   *cork  // made when first needed
+	held   uint32 // it has messages; written under mu, looked at without
+	corked bool   // the poller posts what is kept back, when it has handled what has come
 
 	wr      [1]ib.SendWR
 	sge     [1]ib.SGE
@@ -170,6 +171,9 @@ func (c *Conn) postBufLocked(b *SendBuf, n int, more bool) error {
 		}
 		s.pendTail = b
 		c.dutyLocked()
+		if !s.corked { // else it goes out in a moment
+			return c.flushLocked() // it may have what b waits for
+		}
 		return nil
 	}
 	return c.transmitLocked(b, more)
