@@ -254,7 +254,7 @@ func (c *Conn) SetHandler(h Handler) {
 		c.p.addDuties(1)
 		c.deliverQueued(h)
 		r.handler = h
-		if r.eof {
+		if r.eofSeen { // r.eof is not enough: messages before the EOS may still be read, and endOfStream comes after them
 			if e, ok := h.(EOFHandler); ok {
 				e.HandleEOF(c)
 			}

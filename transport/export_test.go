@@ -58,3 +58,10 @@ func Stalled(c *Conn) int {
 	go c.p.Do(func() { n <- len(c.rcv.stalled) })
 	return <-n
 }
+
+// EOSCame reports whether the peer's EOS is here, be it before messages that are still being read.
+func EOSCame(c *Conn) bool {
+	came := make(chan bool)
+	go c.p.Do(func() { came <- c.rcv.eof })
+	return <-came
+}

@@ -271,3 +271,45 @@ func TestMemoryComesBackFromCancelled(t *testing.T) {
 	}
 	kept.Release()
 }
+
+// orderOfCalls notes what is called.
+type orderOfCalls struct{ calls chan string }
+
+func (h orderOfCalls) HandleMessage(*transport.Conn, *transport.Message) { h.calls <- "message" }
+func (h orderOfCalls) HandleEOF(*transport.Conn)                         { h.calls <- "EOF" }
+func (h orderOfCalls) HandleClose(*transport.Conn, error)                { h.calls <- "close" }
+
+// TestEOFAfterWhatWaits: a handler that comes after the EOS, and before a message that waits for memory, hears of them in that order.
+func TestEOFAfterWhatWaits(t *testing.T) {
+	ctx := patience(t)
+	p := limited(t, 1<<20)
+	a, b := transporttest.PairConfig(t, nil, &transport.Config{Poller: p})
+	for i := range uint64(2) {
+		if err := a.Send(ctx, pattern(600_000, i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var kept *transport.Message
+	if err := b.Recv(ctx, func(m *transport.Message) error { kept = m.Take(); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	testutil.Eventually(t, "a message waits", func() bool { p.Poll(); return transport.Stalled(b) == 1 })
+	a.CloseWrite()
+	testutil.Eventually(t, "the EOS is here", func() bool { p.Poll(); return transport.EOSCame(b) })
+	h := orderOfCalls{make(chan string, 10)}
+	b.SetHandler(h)
+	kept.Release()
+	for _, want := range []string{"message", "EOF", "close"} {
+		select {
+		case got := <-h.calls:
+			if got != want {
+				t.Errorf("%s comes, want %s", got, want)
+			}
+		case <-ctx.Done():
+			t.Fatalf("%s does not come", want)
+		}
+		if want == "EOF" {
+			a.Close()
+		}
+	}
+}

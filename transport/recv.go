@@ -86,7 +86,7 @@ type recvSide struct {
 	closed     bool
 	hasHandler bool
 	endErr     error
-	eofSeen    bool    // everything before the EOS is in queue
+	eofSeen    bool    // everything before the EOS is in queue; the role's holder, who alone writes it, may read it without mu
 	queue      msgList // for Recv
 	returned   []ib.RecvWR
 	waiting    recvWaitList
