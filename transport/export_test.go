@@ -65,3 +65,10 @@ func EOSCame(c *Conn) bool {
 	go c.p.Do(func() { came <- c.rcv.eof })
 	return <-came
 }
+
+// Queued reports whether messages wait to be sent.
+func (c *Conn) Queued() bool {
+	c.snd.mu.Lock()
+	defer c.snd.mu.Unlock()
+	return c.snd.pend != nil
+}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"io"
 	"testing"
 	"time"
 
@@ -444,6 +445,35 @@ func TestSendRegion(t *testing.T) {
 		t.Fatal(err)
 	}
 	recvEqual(t, b, pattern(200000, 8))
+}
+
+// TestSendRegionCancelledBeforeEOS: what waits behind a message that is taken back goes out, be it the end.
+func TestSendRegionCancelledBeforeEOS(t *testing.T) {
+	ctx := patience(t)
+	a, b := transporttest.Pair(t, &transport.Config{RecvDepth: 2})
+	m := alloc(t, a, 20000, ib.AccessLocalWrite|ib.AccessRemoteRead)
+	for i := range uint64(2) { // as many as b has room for
+		if err := a.Send(ctx, pattern(40, i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sending, cancel := context.WithCancel(ctx)
+	done := make(chan error, 1)
+	go func() { done <- a.SendRegion(sending, m, 0, 20000) }()
+	testutil.Eventually(t, "the message is queued", a.Queued)
+	if err := a.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Errorf("SendRegion: %v", err)
+	}
+	for i := range uint64(2) {
+		recvEqual(t, b, pattern(40, i))
+	}
+	if err := b.Recv(ctx, func(*transport.Message) error { return nil }); err != io.EOF {
+		t.Errorf("after the last message: %v", err)
+	}
 }
 
 // TestManyConnections: on two pollers with shared receive queues.

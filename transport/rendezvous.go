@@ -185,6 +185,7 @@ func (c *Conn) SendRegion(ctx context.Context, m *mr.MR, off, n int) error {
 		}
 		b.rel = nil
 		c.putLocked(b)
+		c.drainLocked() // what was behind it may go, the EOS included
 		s.mu.Unlock()
 		return err
 	default:
