@@ -207,22 +207,18 @@ func newConn(ctx context.Context, p *Poller, cfg *Config) (c *Conn, err error) {
 	return c, c.snd.init(c, depth)
 }
 
-// discard frees a connection that was never started.
+// discard frees a connection that was never started. The peer may have sent already, if the queue pair was connected.
 func (c *Conn) discard() {
+	e := &CloseError{Err: net.ErrClosed}
+	c.fail(e) // what has come is not read any more, nor answered
+	if c.q != nil {
+		c.quiesce(e)
+	}
 	c.closeCM()
 	if c.q != nil {
 		c.q.Close()
 	}
-	ch := make(chan struct{})
-	c.p.Do(func() {
-		c.freeSlots()
-		if c.rcv.shared > 0 {
-			c.p.srq.part(c, c.rcv.shared)
-		}
-		c.p.part(c)
-		close(ch)
-	})
-	<-ch
+	c.release(e)
 }
 
 // start begins service after the handshake: the peer may have sent already.
@@ -357,19 +353,8 @@ func (c *Conn) teardown(e *CloseError) {
 	s.mu.Lock()
 	s.err = e
 	s.mu.Unlock()
-
 	c.sayGoodbye(e)
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-	c.q.Fail(ctx) // nothing arrives any more; what has arrived is in the CQ
-	cancel()
-	ch := make(chan struct{})
-	c.p.Do(func() {
-		if !errors.Is(e.Err, net.ErrClosed) {
-			c.p.drain() // deliver what came before the end
-		}
-		close(ch)
-	})
-	<-ch
+	c.quiesce(e)
 	c.closeCM()
 	if err := c.q.Close(); err != nil {
 		c.failMu.Lock()
@@ -381,7 +366,28 @@ func (c *Conn) teardown(e *CloseError) {
 	c.endGrants()
 	c.tcp.Close()
 	c.tcpReader.Wait()
-	ch = make(chan struct{})
+	c.release(e)
+	close(c.done)
+}
+
+// quiesce takes the device's access away, and handles what has arrived by then.
+func (c *Conn) quiesce(e *CloseError) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	c.q.Fail(ctx) // nothing arrives any more; what has arrived is in the CQ
+	cancel()
+	ch := make(chan struct{})
+	c.p.Do(func() {
+		if !errors.Is(e.Err, net.ErrClosed) {
+			c.p.drain() // deliver what came before the end
+		}
+		close(ch)
+	})
+	<-ch
+}
+
+// release gives back what the connection holds, after its queue pair was closed.
+func (c *Conn) release(e *CloseError) {
+	ch := make(chan struct{})
 	c.p.Do(func() {
 		c.p.part(c) // polls once more: completions still count, for what they say of buffers
 		c.endSends(e)
@@ -392,7 +398,6 @@ func (c *Conn) teardown(e *CloseError) {
 		close(ch)
 	})
 	<-ch
-	close(c.done)
 }
 
 // sayGoodbye tells the peer why, as far as it can be told without waiting long.
