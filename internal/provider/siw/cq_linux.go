@@ -253,7 +253,7 @@ func (q *cq) flushLater(l *ledger) {
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.q.mem == nil {
+	if q.q.mem == nil || q.qps[uint32(l.q.QPN())] != l.q { // it may have been closed since it was seen to fail
 		return
 	}
 	if !l.flushing {

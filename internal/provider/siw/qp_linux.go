@@ -158,6 +158,9 @@ func (q *qp) Close() error {
 	defer q.sendMu.Unlock()
 	q.recvMu.Lock()
 	defer q.recvMu.Unlock()
+	if q.closed {
+		return nil // its number may be another's
+	}
 	return q.destroy()
 }
 

@@ -1,0 +1,53 @@
+package siw
+
+import (
+	"testing"
+
+	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/verbs/ib"
+)
+
+// A queue pair may be closed between the poll that finds it failed and what that does about it: nothing of it may come back.
+func TestClosedBesideFailure(t *testing.T) {
+	for _, oneCQ := range []bool{false, true} {
+		b := connected(t, benchOpts{oneCQ: oneCQ})
+		b.q.PostRecv([]ib.RecvWR{{ID: 1}, {ID: 2}})
+		b.post(send(3, 0), send(4, 0))
+		e := b.kq.rq.take()
+		b.kr.complete(le.Uint64(e), 8, 4, 0, b.kq.num)
+		var wcs [8]ib.WC
+		b.rcq.mu.Lock()
+		b.rcq.poll(wcs[:])
+		bad, wake := b.rcq.toDo()
+		b.rcq.mu.Unlock()
+		if len(bad) != 1 {
+			t.Fatalf("%d have failed", len(bad))
+		}
+		if err := b.q.Close(); err != nil {
+			t.Fatal(err)
+		}
+		next, err := b.pd.CreateQP(driver.QPConfig{Type: ib.RC, SendCQ: b.scq, RecvCQ: b.rcq, Cap: ib.QPCap{MaxSendWR: 4, MaxRecvWR: 4, MaxRecvSGE: 1}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		finish(bad, wake)
+		if next.QPN() != b.q.QPN() {
+			t.Errorf("the next has the number %v", next.QPN())
+		}
+		for _, q := range []*cq{b.rcq, b.scq} {
+			if len(q.flushing) > 0 {
+				t.Fatalf("one CQ %v: what was posted to a closed queue pair is to be flushed", oneCQ)
+			}
+			if got := b.poll(q); len(got) != 0 {
+				t.Errorf("one CQ %v: %+v", oneCQ, got)
+			}
+		}
+		if err := b.q.Close(); err != nil { // again
+			t.Error(err)
+		}
+		if b.scq.qps[uint32(next.QPN())] != next {
+			t.Error("a second Close has taken the next one's number")
+		}
+		next.Close()
+	}
+}
