@@ -59,6 +59,8 @@ type CmdError struct {
 	Op     string // "reg_mr", as the specification of verbs names it
 	Errno  syscall.Errno
 	Hint   string // what to do, if that is known
+
+	path bool // the command had to find the way to a peer
 }
 
 func (e *CmdError) Error() string {
@@ -75,6 +77,10 @@ func (e *CmdError) Unwrap() []error {
 		return []error{e.Errno, driver.ErrDeviceRemoved}
 	case syscall.EHOSTUNREACH, syscall.ENETUNREACH:
 		return []error{e.Errno, driver.ErrUnreachable}
+	case syscall.ETIMEDOUT, syscall.ENETDOWN: // no neighbour has answered in time, or the net device is down; of other commands the device
+		if e.path {
+			return []error{e.Errno, driver.ErrUnreachable}
+		}
 	}
 	return []error{e.Errno}
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/abi"
 	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
 // A file that is no RDMA device refuses the ioctl, and then the write: here /dev/null takes the write.
@@ -144,5 +145,28 @@ func TestRemoved(t *testing.T) {
 	}
 	if errors.Is(&CmdError{Errno: unix.EINVAL}, driver.ErrDeviceRemoved) {
 		t.Error("any error is a removed device")
+	}
+}
+
+// What the kernel says when no neighbour answers, or the net device is down, is said of the path only by commands that look for one.
+func TestUnreachable(t *testing.T) {
+	k := &listener{}
+	f := NewFile(k, "rxe0", 1)
+	defer f.Close()
+	h := &ib.AHAttr{Port: 1}
+	for _, c := range []struct {
+		errno syscall.Errno
+		want  bool
+	}{{unix.ETIMEDOUT, true}, {unix.ENETDOWN, true}, {unix.EHOSTUNREACH, true}, {unix.EINVAL, false}} {
+		k.errno = c.errno
+		err := f.ModifyQP(1, &ib.QPAttr{AH: *h}, ib.AttrAV, ib.LinkEthernet)
+		if _, ahErr := f.CreateAH(1, h, ib.LinkEthernet, nil); errors.Is(err, driver.ErrUnreachable) != c.want || errors.Is(ahErr, driver.ErrUnreachable) != c.want ||
+			!errors.Is(err, c.errno) {
+			t.Errorf("%v, %v", err, ahErr)
+		}
+	}
+	k.errno = unix.ETIMEDOUT // the device's firmware does not answer
+	if err := f.ModifyQP(1, &ib.QPAttr{State: ib.RTS}, ib.AttrState, ib.LinkEthernet); errors.Is(err, driver.ErrUnreachable) {
+		t.Error(err)
 	}
 }

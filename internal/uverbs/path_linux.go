@@ -35,7 +35,7 @@ func (c *Context) explainPath(err error, h *ib.AHAttr) error {
 	switch i := slices.IndexFunc(gids, func(g ib.GIDEntry) bool { return g.Index == h.SGIDIndex }); {
 	case i < 0:
 		ce.Hint = remedy.NoGIDAt(h.Port, h.SGIDIndex, gids, c.netDevs())
-	case gids[i].GID.Addr().IsLinkLocalUnicast() && c.Link == ib.LinkEthernet && errors.Is(err, driver.ErrUnreachable):
+	case gids[i].GID.Addr().IsLinkLocalUnicast() && c.Link == ib.LinkEthernet && (ce.Errno == unix.EHOSTUNREACH || ce.Errno == unix.ENETUNREACH):
 		ce.Hint = fmt.Sprintf("the GID at index %d is a link-local address, %s: does its net device have that? `ip address add ADDRESS/PREFIX dev %s` gives it another",
 			h.SGIDIndex, gids[i].GID.Addr(), gids[i].NetDev)
 	}

@@ -262,9 +262,8 @@ func (f *File) ModifyQP(handle uint32, a *ib.QPAttr, mask ib.QPAttrMask, link ib
 			HopLimit: h.HopLimit, TrafficClass: h.TrafficClass, SL: h.SL, IsGlobal: global(h, link), PortNum: h.Port}
 	}
 	err := f.Write("modify_qp", &WriteCmd{Cmd: abi.IB_USER_VERBS_CMD_MODIFY_QP, In: Bytes(&cmd)})
-	var ce *CmdError
-	if mask&ib.AttrAV != 0 && errors.As(err, &ce) {
-		ce.Hint = pathHint(ce.Errno, &a.AH)
+	if mask&ib.AttrAV != 0 {
+		aboutPath(err, &a.AH)
 	}
 	return err
 }
@@ -275,6 +274,14 @@ func global(h *ib.AHAttr, link ib.LinkLayer) uint8 {
 		return 1
 	}
 	return 0
+}
+
+// aboutPath completes the error of a command that had to find the way to h.
+func aboutPath(err error, h *ib.AHAttr) {
+	var ce *CmdError
+	if errors.As(err, &ce) {
+		ce.path, ce.Hint = true, pathHint(ce.Errno, h)
+	}
 }
 
 // pathHint says what may be wrong when the path to a peer cannot be set up.
@@ -329,10 +336,7 @@ func (f *File) CreateAH(pd uint32, h *ib.AHAttr, link ib.LinkLayer, uhwOut []byt
 	}}
 	var resp abi.CreateAHResp
 	err = f.Write("create_ah", &WriteCmd{Cmd: abi.IB_USER_VERBS_CMD_CREATE_AH, In: Bytes(&cmd), Out: Bytes(&resp), UHWOut: uhwOut})
-	var ce *CmdError
-	if errors.As(err, &ce) {
-		ce.Hint = pathHint(ce.Errno, h)
-	}
+	aboutPath(err, h)
 	return resp.AHHandle, err
 }
 
