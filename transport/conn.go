@@ -377,7 +377,8 @@ func (c *Conn) quiesce(e *CloseError) {
 	cancel()
 	ch := make(chan struct{})
 	c.p.Do(func() {
-		if !errors.Is(e.Err, net.ErrClosed) {
+		c.rcv.dropping = errors.Is(e.Err, net.ErrClosed)
+		if !c.rcv.dropping || c.rcv.shared > 0 { // receives of the shared queue would go with the queue pair's completions
 			c.p.drain() // deliver what came before the end
 		}
 		close(ch)

@@ -81,6 +81,8 @@ type recvSide struct {
 	nrndv   int        // rendezvous of the peer's without a FIN
 	corked  bool       // what the handler posts is kept back until the completions at hand are handled
 	lost    bool       // a receive was flushed
+	// dropping: nobody asks for what still comes, because the connection was ended here.
+	dropping bool
 
 	mu         sync.Mutex
 	closed     bool
@@ -229,13 +231,13 @@ func (c *Conn) received(m *Message, wc *ib.WC) {
 	}
 	n := int(wc.ByteLen)
 	if n > c.rcv.payload+headerLen {
-		c.fail(protocolErrorf("message of %d bytes in a slot of %d", n, c.rcv.payload+headerLen))
+		c.broken(m, protocolErrorf("message of %d bytes in a slot of %d", n, c.rcv.payload+headerLen))
 		return
 	}
 	b := m.slot.mem[:n:n]
 	h, err := parseHeader(b)
 	if err != nil {
-		c.fail(err)
+		c.broken(m, err)
 		return
 	}
 	switch h.typ() {
@@ -254,7 +256,7 @@ func (c *Conn) received(m *Message, wc *ib.WC) {
 	case msgRTS:
 		key, err := parseRTS(b[headerLen:], c.maxMessage)
 		if err != nil {
-			c.fail(err)
+			c.broken(m, err)
 			return
 		}
 		if cr := h.credits(); cr != 0 {
@@ -316,6 +318,15 @@ func (c *Conn) endOfStream() {
 	r.mu.Unlock()
 }
 
+// broken ends the connection because of m, which the protocol does not allow. The role is held.
+func (c *Conn) broken(m *Message, err error) {
+	if m.shared { // others go with the queue pair
+		m.clear()
+		c.p.srq.recycle(m)
+	}
+	c.fail(err)
+}
+
 // recvFailed handles a receive that did not complete: the queue pair is in the error state.
 func (c *Conn) recvFailed(m *Message, wc *ib.WC) {
 	if m.shared {
@@ -355,7 +366,7 @@ func (c *Conn) creditCheck() {
 func (c *Conn) arrived(m *Message, flags uint8) {
 	r := &c.rcv
 	if r.eof {
-		c.fail(protocolErrorf("a message after EOS"))
+		c.broken(m, protocolErrorf("a message after EOS"))
 		return
 	}
 	low := flags&flagLow != 0
@@ -377,6 +388,10 @@ func (c *Conn) arrived(m *Message, flags uint8) {
 // deliver gives a message to the application. The role is held.
 func (c *Conn) deliver(m *Message) {
 	r := &c.rcv
+	if r.dropping {
+		c.recycle(m)
+		return
+	}
 	if h := r.handler; h != nil {
 		if c.p.follows && !r.corked {
 			c.p.corkFor(c)
@@ -616,7 +631,7 @@ func (c *Conn) dropQueue() {
 func (c *Conn) endReceives(e *CloseError) {
 	r := &c.rcv
 	for m := r.order.pop(); m != nil; m = r.order.pop() {
-		m.dropBig()
+		m.clear()
 		if m.shared {
 			c.p.srq.recycle(m)
 		}
@@ -627,7 +642,7 @@ func (c *Conn) endReceives(e *CloseError) {
 	if errors.Is(e.Err, net.ErrClosed) { // nobody will ask for what is queued
 		for m := r.queue.pop(); m != nil; m = r.queue.pop() {
 			m.held = false
-			m.dropBig()
+			m.clear()
 			if m.shared {
 				r.heldShared.Add(-1)
 				c.p.srq.recycle(m)

@@ -212,7 +212,7 @@ func (c *Conn) SendRegion(ctx context.Context, m *mr.MR, off, n int) error {
 func (c *Conn) startRendezvous(m *Message, h header, key mr.RemoteKey) {
 	r := &c.rcv
 	if r.eof {
-		c.fail(protocolErrorf("a message after EOS"))
+		c.broken(m, protocolErrorf("a message after EOS"))
 		return
 	}
 	m.ready, m.id, m.key, m.reading = false, h.arg(), key, false
