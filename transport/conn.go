@@ -68,8 +68,9 @@ type Conn struct {
 	rcv   recvSide
 	slots []Message // own receive slots; empty with a shared queue
 
-	grantMu sync.Mutex
-	grants  map[*Grant]struct{} // that have windows
+	grantMu     sync.Mutex
+	grants      map[*Grant]struct{} // that have not ended
+	grantsEnded bool                // with the connection
 
 	closeOnce sync.Once
 	unrefOnce sync.Once

@@ -59,6 +59,9 @@ func Stalled(c *Conn) int {
 	return <-n
 }
 
+// Tasks is how many functions wait for Do to run them.
+func Tasks(p *Poller) int { return int(p.ntasks.Load()) }
+
 // EOSCame reports whether the peer's EOS is here, be it before messages that are still being read.
 func EOSCame(c *Conn) bool {
 	came := make(chan bool)

@@ -536,16 +536,17 @@ func (c *Conn) Grant(ctx context.Context, m *mr.MR, off, n int, access ib.Access
 		return nil, fmt.Errorf("transport: Grant: %w", err)
 	}
 	c.grantMu.Lock()
-	if c.grants == nil {
-		c.grants = make(map[*Grant]struct{})
+	ended := c.grantsEnded
+	if !ended {
+		if c.grants == nil {
+			c.grants = make(map[*Grant]struct{})
+		}
+		c.grants[g] = struct{}{}
 	}
-	c.grants[g] = struct{}{}
 	c.grantMu.Unlock()
-	select {
-	case <-c.done: // and with it the grant: endGrants may have missed it
+	if ended {
 		g.close()
 		return nil, c.Err()
-	default:
 	}
 	return g, nil
 }
@@ -593,7 +594,7 @@ func (g *Grant) close() error {
 func (c *Conn) endGrants() {
 	c.grantMu.Lock()
 	grants := c.grants
-	c.grants = nil
+	c.grants, c.grantsEnded = nil, true
 	c.grantMu.Unlock()
 	for g := range grants {
 		g.close() // only the device's failure could keep it, and then the region's Close says so

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"net"
 	"testing"
 	"time"
 
@@ -332,6 +333,31 @@ func TestRefusedByWho(t *testing.T) {
 			}
 			<-b.Done()
 		})
+	}
+}
+
+// TestGrantWhileEnding: a grant of a connection that is being taken down is refused, and does not outlive it.
+func TestGrantWhileEnding(t *testing.T) {
+	_, b := transporttest.Pair(t, nil)
+	m := alloc(t, b, 4096, ib.AccessLocalWrite|ib.AccessRemote) // no windows, which need the queue pair
+	p := b.Poller()
+	first, second := make(chan struct{}), make(chan struct{})
+	began := make(chan struct{})
+	go p.Do(func() { close(began); <-first })
+	<-began
+	b.Abort(nil)
+	testutil.Eventually(t, "the connection's end has begun", func() bool { return transport.Tasks(p) == 1 })
+	p.Do(func() { <-second })
+	close(first)
+	testutil.Eventually(t, "all that is left is to give things back", func() bool { return transport.Tasks(p) == 1 })
+	_, err := b.Grant(t.Context(), m, 0, 4096, ib.AccessRemoteWrite)
+	close(second)
+	if !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Grant: %v", err)
+	}
+	<-b.Done()
+	if err := m.Close(); err != nil {
+		t.Error(err)
 	}
 }
 
