@@ -310,11 +310,7 @@ func (c *Conn) Close() error {
 	})
 	<-c.done
 	c.dropQueue()
-	c.unrefOnce.Do(func() {
-		c.p.refMu.Lock()
-		c.p.refs--
-		c.p.refMu.Unlock()
-	})
+	c.unrefOnce.Do(c.p.unretain)
 	return c.p.closeUnused()
 }
 

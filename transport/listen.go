@@ -93,11 +93,7 @@ func (l *Listener) Accept(ctx context.Context) (*Conn, error) {
 func (l *Listener) Close() error {
 	l.shut(fmt.Errorf("transport: listener: %w", net.ErrClosed))
 	l.work.Wait()
-	l.once.Do(func() {
-		l.p.refMu.Lock()
-		l.p.refs--
-		l.p.refMu.Unlock()
-	})
+	l.once.Do(l.p.unretain)
 	return l.p.closeUnused()
 }
 

@@ -14,6 +14,7 @@ import (
 	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/transport"
 	"github.com/ringside-rdma/ringside/transport/transporttest"
+	"github.com/ringside-rdma/ringside/verbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -270,6 +271,41 @@ func TestMemoryComesBackFromCancelled(t *testing.T) {
 		t.Error(err)
 	}
 	kept.Release()
+}
+
+// TestCloseWithQueuedMessages: Close closes the poller, and says if it cannot, also when messages that nobody has received keep it.
+func TestCloseWithQueuedMessages(t *testing.T) {
+	for _, shared := range []bool{false, true} {
+		vctx, err := verbs.Open(transporttest.Device)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := listen(t, &transport.Config{Device: transporttest.Device})
+		a, b := transporttest.Connect(t, l, &transport.Config{Context: vctx, SharedReceive: shared})
+		m, err := mr.Alloc(a.PD(), 4096, ib.AccessLocalWrite)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range uint64(16) {
+			if err := b.Send(t.Context(), pattern(40, i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		b.Close()
+		<-a.Done()
+		if err := a.Close(); !errors.Is(err, verbs.ErrBusy) {
+			t.Errorf("Close before the memory's: %v", err)
+		}
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+		if err := a.Close(); err != nil {
+			t.Errorf("Close after the memory's: %v", err)
+		}
+		if err := vctx.Close(); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // orderOfCalls notes what is called.

@@ -391,11 +391,16 @@ func (p *Poller) retain() error {
 	return nil
 }
 
-// unref undoes retain, and closes the poller if that was the last use of one that nobody else will close.
-func (p *Poller) unref() error {
+// unretain undoes retain. closeUnused is to follow.
+func (p *Poller) unretain() {
 	p.refMu.Lock()
 	p.refs--
 	p.refMu.Unlock()
+}
+
+// unref undoes retain, and closes the poller if that was the last use of one that nobody else will close.
+func (p *Poller) unref() error {
+	p.unretain()
 	return p.closeUnused()
 }
 

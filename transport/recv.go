@@ -470,6 +470,13 @@ func (c *Conn) postReceives(wrs []ib.RecvWR, credits int) {
 
 // giveBack is recycle for any goroutine, for messages that were taken, or lent by Recv.
 func (c *Conn) giveBack(m *Message, taken bool) {
+	if c.putBack(m, taken) {
+		go c.p.unref() // not here: a Handler may be calling
+	}
+}
+
+// putBack is giveBack, but reports whether the message kept the poller: the caller then gives that up.
+func (c *Conn) putBack(m *Message, taken bool) (kept bool) {
 	r := &c.rcv
 	r.mu.Lock()
 	if taken && !m.state.CompareAndSwap(msgKept, msgLent) {
@@ -507,9 +514,7 @@ func (c *Conn) giveBack(m *Message, taken bool) {
 			c.creditCheck()
 		}
 	}
-	if closed {
-		go c.p.unref() // the message kept the poller; not here: a Handler may be calling
-	}
+	return closed
 }
 
 // Recv waits for the next message and calls fn with it; the message is lent until fn returns, see Message.Take. Recv
@@ -611,7 +616,8 @@ func (c *Conn) deliverQueued(h Handler) {
 	r.mu.Unlock()
 }
 
-// dropQueue gives back the messages that nobody will ask for, because the connection was closed here after it had ended.
+// dropQueue gives back the messages that nobody will ask for, because the connection was closed here after it had ended. It leaves
+// closing the poller to its caller, who has an error to return.
 func (c *Conn) dropQueue() {
 	r := &c.rcv
 	for {
@@ -622,7 +628,9 @@ func (c *Conn) dropQueue() {
 		if m == nil {
 			return
 		}
-		c.giveBack(m, false)
+		if c.putBack(m, false) {
+			c.p.unretain()
+		}
 	}
 }
 
