@@ -363,6 +363,8 @@ func (q *qp) Path() string {
 
 // Modify implements driver.QP.
 func (q *qp) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) error {
+	own := *attr // the caller's are the caller's again when this returns, which the end of ctx may bring about first
+	attr = &own
 	return q.Change(ctx, attr, mask, func() {
 		switch {
 		case mask&ib.AttrState == 0:

@@ -149,6 +149,8 @@ func (q *qp) Path() string {
 
 // Modify implements driver.QP.
 func (q *qp) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) error {
+	own := *attr // the caller's are the caller's again when this returns, which the end of ctx may bring about first
+	attr = &own
 	return q.ChangeAround(ctx, attr, mask, func(change func() error) error {
 		if mask&ib.AttrState != 0 && attr.State == ib.Reset {
 			command := change

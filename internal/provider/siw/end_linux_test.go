@@ -1,9 +1,12 @@
 package siw
 
 import (
+	"context"
+	"errors"
 	"testing"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
+	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -49,5 +52,24 @@ func TestClosedBesideFailure(t *testing.T) {
 			t.Error("a second Close has taken the next one's number")
 		}
 		next.Close()
+	}
+}
+
+// The caller's attributes are the caller's again when Modify returns, also if that is before the kernel has answered.
+func TestModifyKeepsNoAttributes(t *testing.T) {
+	b := newBench(t, benchOpts{})
+	before := b.q.access.Load()
+	ctx, cancel := context.WithCancel(t.Context())
+	returned := make(chan struct{})
+	b.k.During[26] = func() { cancel(); <-returned }
+	attr := &ib.QPAttr{Access: ib.AccessLocalWrite, AH: ib.AHAttr{Port: 1}}
+	if err := b.q.Modify(ctx, attr, ib.AttrAccess|ib.AttrAV); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	attr.Access = ib.AccessRemoteRead
+	close(returned)
+	testutil.Eventually(t, "the kernel's answer", func() bool { return b.q.access.Load() != before })
+	if a := b.q.access.Load(); a != uint32(ib.AccessLocalWrite) {
+		t.Errorf("the access is %v", ib.Access(a))
 	}
 }

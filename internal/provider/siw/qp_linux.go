@@ -178,6 +178,8 @@ func (q *qp) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) er
 		return fmt.Errorf("P_Key index %d: iWARP has no P_Keys", attr.PKeyIndex)
 	}
 	mask &^= ib.AttrPKeyIndex
+	own := *attr // the caller's are the caller's again when this returns, which the end of ctx may bring about first
+	attr = &own
 	to := q.State()
 	if mask&ib.AttrState != 0 {
 		to = attr.State
