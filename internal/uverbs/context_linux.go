@@ -35,7 +35,8 @@ type Context struct {
 
 	async  *EventFile
 	events chan driver.AsyncEvent // what AsyncEvent has not returned yet; the oldest go when it is full
-	pumped chan struct{}          // closed when no event will be added any more
+	pumped chan struct{}          // closed when no event of the kernel's will be added any more
+	noMore error                  // why; valid once pumped is closed
 	closed chan struct{}
 
 	removed  chan struct{} // closed when the device is known to have gone
@@ -133,6 +134,11 @@ func NewContext(f *File, uhwIn, uhwOut []byte) (*Context, error) {
 		f.Close()
 		return nil, err
 	}
+	if err := c.async.Park(); err != nil { // now, when there is somebody to tell
+		c.async.Close()
+		f.Close()
+		return nil, err
+	}
 	go c.pump()
 	if p, err := f.QueryPort(1); err == nil {
 		c.Link = linkLayer(p.LinkLayer)
@@ -220,6 +226,7 @@ func (c *Context) pump() {
 			c.Remove()
 		}
 		if err != nil {
+			c.noMore = err
 			return
 		}
 		if n != len(b) {
@@ -293,12 +300,27 @@ func (c *Context) AsyncEvent(ctx context.Context) (driver.AsyncEvent, error) {
 	case <-ctx.Done():
 		return driver.AsyncEvent{}, ctx.Err()
 	case <-c.removed:
+		return c.lastEvent(errRemoved)
+	case <-c.pumped:
+		err := c.noMore
 		select {
-		case e := <-c.events: // the last ones
-			return e, nil
+		case <-c.closed:
+			err = net.ErrClosed
+		case <-c.removed:
+			err = errRemoved
 		default:
-			return driver.AsyncEvent{}, errRemoved
 		}
+		return c.lastEvent(err)
+	}
+}
+
+// lastEvent is AsyncEvent when no more will come, because of err.
+func (c *Context) lastEvent(err error) (driver.AsyncEvent, error) {
+	select {
+	case e := <-c.events:
+		return e, nil
+	default:
+		return driver.AsyncEvent{}, err
 	}
 }
 

@@ -144,6 +144,13 @@ func (e *EventFile) over() error {
 // nothing; but to give it up and make it again costs more, in programs that use both ways to wait.
 const keepParked = 16
 
+// Park is what the first Wait does beforehand, and what can fail of it: for who waits where nobody hears of an error.
+func (e *EventFile) Park() error {
+	e.turn <- struct{}{}
+	defer func() { <-e.turn }()
+	return e.park()
+}
+
 // park puts the file on the netpoller. Called with turn held.
 func (e *EventFile) park() error {
 	e.unused = 0

@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -14,6 +15,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/testutil"
+	"github.com/ringside-rdma/ringside/internal/uverbs/uverbstest"
 )
 
 // newPipe is an EventFile whose kernel is the test.
@@ -278,6 +280,84 @@ func TestEventEOF(t *testing.T) {
 		t.Error(err)
 	}
 	if _, err := e.WaitThread(make([]byte, 8)); !errors.Is(err, driver.ErrDeviceRemoved) {
+		t.Error(err)
+	}
+}
+
+// newAsync is a context whose asynchronous events come from fd, which it takes.
+func newAsync(t *testing.T, fd int) (*Context, error) {
+	k := &uverbstest.Kernel{Method: func(id uint32, _ uverbstest.Attrs) syscall.Errno {
+		if id == 0x00020000 { // QUERY_PORT
+			return 0
+		}
+		return uverbstest.AsUsual
+	}}
+	k.Init(t, 1)
+	unix.Close(k.Async[0])
+	k.Async[0] = fd
+	return NewContext(NewFile(k, "test0", 1), nil, nil)
+}
+
+// A context whose events cannot be waited for is not made.
+func TestAsyncWithoutDescriptors(t *testing.T) {
+	var p [2]int
+	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(p[1])
+	e, _ := newPipe(t)
+	e.Nudge()
+	e.Wait(t.Context(), make([]byte, 8)) // the netpoller has its own descriptors
+	var free [4]int                      // the kernel's pipe, of which one goes back; the bell; one too many
+	for i := range free {
+		fd, err := unix.FcntlInt(uintptr(p[1]), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		free[i] = fd
+	}
+	for _, fd := range free {
+		unix.Close(fd)
+	}
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(free[2]), Max: limit.Max}); err != nil {
+		t.Fatal(err)
+	}
+	c, err := newAsync(t, p[0])
+	if err == nil {
+		c.Close()
+	}
+	if !errors.Is(err, unix.EMFILE) {
+		t.Error(err)
+	}
+	if _, err := unix.FcntlInt(uintptr(p[0]), unix.F_GETFD, 0); !errors.Is(err, unix.EBADF) {
+		t.Errorf("the events' descriptor is left: %v", err)
+	}
+}
+
+// What ends the events is said to who waits for them.
+func TestAsyncUnreadable(t *testing.T) {
+	fd, err := unix.Open("/", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := newAsync(t, fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), testutil.Patience)
+	defer cancel()
+	if _, err := c.AsyncEvent(ctx); !errors.Is(err, unix.EISDIR) {
+		t.Error(err)
+	}
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := c.AsyncEvent(ctx); !errors.Is(err, net.ErrClosed) {
 		t.Error(err)
 	}
 }
