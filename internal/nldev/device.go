@@ -6,7 +6,8 @@ package nldev
 // A Device is an RDMA device as the kernel describes it, before it is opened.
 type Device struct {
 	Name     string // "rxe0"
-	Index    uint32 // of the kernel's list
+	Index    uint32 // of the kernel's list, if HasIndex
+	HasIndex bool   // false: the kernel has not been asked
 	Ports    uint32 // numbered from 1
 	NodeType uint8  // RDMA_NODE_*: 1 is a channel adapter, 4 an RNIC
 	NodeGUID uint64

@@ -142,7 +142,7 @@ func parseDevice(body []byte) (Device, error) {
 	err := netlink.Attributes(body, func(typ uint16, v []byte) {
 		switch typ {
 		case abi.RDMA_NLDEV_ATTR_DEV_INDEX:
-			d.Index = u32(v)
+			d.Index, d.HasIndex = u32(v), len(v) == 4
 		case abi.RDMA_NLDEV_ATTR_DEV_NAME:
 			d.Name = text(v)
 		case abi.RDMA_NLDEV_ATTR_PORT_INDEX:

@@ -81,9 +81,9 @@ func TestRecorded(t *testing.T) {
 		t.Fatalf("%+v", list)
 	}
 	for i, want := range map[int]Device{
-		0: {Name: "rxe0", Ports: 1, NodeType: abi.RDMA_NODE_IB_CA, NodeGUID: 0xfffe000001, Protocol: "roce", NetDevs: []string{"veth0"},
+		0: {Name: "rxe0", HasIndex: true, Ports: 1, NodeType: abi.RDMA_NODE_IB_CA, NodeGUID: 0xfffe000001, Protocol: "roce", NetDevs: []string{"veth0"},
 			Chardev: "uverbs0", Major: 231, Minor: 192, ABI: 2, DriverID: abi.RDMA_DRIVER_RXE, HasDriverID: true},
-		3: {Name: "siw1", Index: 3, Ports: 1, NodeType: abi.RDMA_NODE_RNIC, NodeGUID: 0xfffe000002, Protocol: "iw", NetDevs: []string{"veth1"},
+		3: {Name: "siw1", Index: 3, HasIndex: true, Ports: 1, NodeType: abi.RDMA_NODE_RNIC, NodeGUID: 0xfffe000002, Protocol: "iw", NetDevs: []string{"veth1"},
 			Chardev: "uverbs3", Major: 231, Minor: 195, ABI: 1, DriverID: abi.RDMA_DRIVER_SIW, HasDriverID: true},
 	} {
 		if d := cmp.Diff(want, list[i]); d != "" {

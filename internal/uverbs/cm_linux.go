@@ -100,8 +100,11 @@ func (c *Context) newID() (*rdmacm.ID, error) {
 
 // takes checks that the connection manager has chosen this context's device for an ID.
 func (c *Context) takes(a *rdmacm.Addr) error {
-	switch {
-	case !a.Bound, a.HasDeviceIndex && (c.index == nil || a.DeviceIndex == *c.index), !a.HasDeviceIndex && (c.guid == 0 || a.NodeGUID == c.guid):
+	mine := c.guid == 0 || a.NodeGUID == c.guid
+	if a.HasDeviceIndex && c.index != nil {
+		mine = a.DeviceIndex == *c.index // of several devices on one net device, some drivers give all one GUID
+	}
+	if !a.Bound || mine {
 		return nil
 	}
 	other := fmt.Sprintf("the RDMA device with index %d", a.DeviceIndex)
@@ -110,7 +113,11 @@ func (c *Context) takes(a *rdmacm.Addr) error {
 	}
 	if list, err := Devices(); err == nil {
 		for i := range list {
-			if a.HasDeviceIndex && list[i].Index == a.DeviceIndex || !a.HasDeviceIndex && ib.GUID(list[i].NodeGUID) == a.NodeGUID {
+			named := ib.GUID(list[i].NodeGUID) == a.NodeGUID
+			if a.HasDeviceIndex && list[i].HasIndex {
+				named = list[i].Index == a.DeviceIndex
+			}
+			if named {
 				other = list[i].Name
 			}
 		}

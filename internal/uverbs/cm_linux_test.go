@@ -60,6 +60,19 @@ func TestTakes(t *testing.T) {
 			t.Errorf("%+v: %v", x.a, err)
 		}
 	}
+	// Where nothing has told the kernel's index, it goes by the GUID.
+	for _, d := range newHost(t, map[string]string{
+		"sys/class/infiniband_verbs/uverbs0/ibdev": "mlx5_0", "sys/class/infiniband/mlx5_0/node_guid": "0000:0000:0000:0007",
+	}).devices() {
+		c := &Context{File: &File{device: "mlx5_0"}}
+		c.know(&d)
+		if err := c.takes(&rdmacm.Addr{Bound: true, HasDeviceIndex: true, DeviceIndex: 5, NodeGUID: 7}); err != nil {
+			t.Error(err)
+		}
+		if err := c.takes(&rdmacm.Addr{Bound: true, HasDeviceIndex: true, NodeGUID: 9}); err == nil {
+			t.Error("it takes what is for another device")
+		}
+	}
 	if err := (&Context{}).takes(&rdmacm.Addr{Bound: true, HasDeviceIndex: true, DeviceIndex: 5}); err != nil {
 		t.Error(err)
 	}

@@ -85,10 +85,18 @@ func OpenContext(d *Device, uhwIn, uhwOut []byte) (*Context, error) {
 		stop()
 		return nil, ExplainOpen(d, err)
 	}
-	c.index, c.guid = &d.Index, ib.GUID(d.NodeGUID)
+	c.know(d)
 	c.stop = stop
 	w.arm(c)
 	return c, nil
+}
+
+// know notes what the connection manager may name d by.
+func (c *Context) know(d *Device) {
+	c.guid = ib.GUID(d.NodeGUID)
+	if d.HasIndex {
+		c.index = &d.Index
+	}
 }
 
 // A removalWatch tells a context that its device has gone, also if that is known before there is a context.

@@ -12,7 +12,7 @@ import (
 
 // What sysfs alone tells, where the kernel (or who stands before it) has no netlink for RDMA devices.
 
-// devices lists the devices that have character devices, sorted by name.
+// devices lists the devices that have character devices, sorted by name. Their indices in the kernel's list are not known.
 func (h *host) devices() (list []Device) {
 	entries, _ := os.ReadDir(h.class(classVerbs))
 	for _, e := range entries {
@@ -23,9 +23,6 @@ func (h *host) devices() (list []Device) {
 		list = append(list, h.device(name))
 	}
 	slices.SortFunc(list, func(a, b Device) int { return strings.Compare(a.Name, b.Name) })
-	for i := range list {
-		list[i].Index = uint32(i)
-	}
 	return list
 }
 

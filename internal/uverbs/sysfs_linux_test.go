@@ -29,9 +29,9 @@ func TestDevicesFromSysfs(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []Device{
-		{Name: "mlx5_0", Index: 0, Ports: 2, NodeType: 1, NodeGUID: 0x0002c90300ab0001, Protocol: "roce", Firmware: "22.31.1014",
+		{Name: "mlx5_0", Ports: 2, NodeType: 1, NodeGUID: 0x0002c90300ab0001, Protocol: "roce", Firmware: "22.31.1014",
 			NetDevs: []string{"eth0"}, Chardev: "uverbs1", Major: 231, Minor: 193, ABI: 1, DriverID: abi.RDMA_DRIVER_MLX5, HasDriverID: true},
-		{Name: "siw0", Index: 1, Ports: 1, NodeType: 4, Protocol: "iw", Chardev: "uverbs0", Major: 231, Minor: 192},
+		{Name: "siw0", Ports: 1, NodeType: 4, Protocol: "iw", Chardev: "uverbs0", Major: 231, Minor: 192},
 	}
 	if d := cmp.Diff(want, h.devices()); d != "" {
 		t.Error(d)
