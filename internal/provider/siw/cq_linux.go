@@ -225,12 +225,13 @@ func (q *cq) isDue(l *ledger) {
 	}
 }
 
-// flush flushes the ledgers of queue pairs that the kernel has nothing more to say about; it has taken everything that it has
-// said. It reports whether there is something to hand out now.
+// flush flushes the ledgers of queue pairs that the kernel has nothing more to say about, when everything is taken that it has
+// said. It reports whether there is something to hand out now, or to take.
 func (q *cq) flush() bool {
 	rest := q.flushing[:0]
 	for _, l := range q.flushing {
-		if !l.q.quiet.Load() {
+		// The kernel may have said something, and then got quiet, since Poll has looked.
+		if !l.q.quiet.Load() || q.q.head(q.at)&validCQE != 0 {
 			rest = append(rest, l)
 			continue
 		}
@@ -242,7 +243,7 @@ func (q *cq) flush() bool {
 	}
 	clear(q.flushing[len(rest):])
 	q.flushing = rest
-	return q.due != nil
+	return q.due != nil || len(rest) > 0 && q.q.head(q.at)&validCQE != 0
 }
 
 // flushLater has a ledger of a failed queue pair flushed by the next Poll that finds it quiet. Whoever waits for the completion

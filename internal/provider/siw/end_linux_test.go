@@ -73,3 +73,19 @@ func TestModifyKeepsNoAttributes(t *testing.T) {
 		t.Errorf("the access is %v", ib.Access(a))
 	}
 }
+
+// What the kernel says before it gets quiet is taken before the rest is flushed, also if Poll had looked before.
+func TestLastWord(t *testing.T) {
+	b := connected(t, benchOpts{})
+	b.post(send(1, ib.SendSignaled), send(2, ib.SendSignaled))
+	e := b.kq.sq.take()
+	b.k.onErr = func(*fakeQP) { b.complete(e, 0) }
+	b.q.Moved(ib.Err)
+	b.scq.mu.Lock() // as Poll goes on when it has found nothing
+	more := b.scq.flush()
+	b.scq.mu.Unlock()
+	wcs := b.poll(b.scq)
+	if !more || len(wcs) != 2 || wcs[0].ID != 1 || wcs[0].Status != ib.WCSuccess || wcs[1].ID != 2 || wcs[1].Status != ib.WCFlushErr {
+		t.Errorf("more: %v, %+v", more, wcs)
+	}
+}
