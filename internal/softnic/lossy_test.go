@@ -125,19 +125,24 @@ func connectUC(ends [2]*end, addrs [2]netip.Addr) {
 	}
 }
 
-// Requests behind one that is executed here are sent with those before it: of UC nothing else would come that has them sent.
-func TestUnreliableBehindLocal(t *testing.T) {
-	net := simnet.New(1, simnet.Faults{Delay: 5 * time.Microsecond})
-	var ends [2]*end
-	addrs := [2]netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2")}
+// simPair makes two ends, at these addresses of a simulated network that loses nothing.
+func simPair(t *testing.T, typ ib.QPType) (net *simnet.Network, ends [2]*end, addrs [2]netip.Addr) {
+	net = simnet.New(1, simnet.Faults{Delay: 5 * time.Microsecond})
+	addrs = [2]netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2")}
 	for i := range ends {
 		n, err := OpenSim(net, addrs[i])
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { n.Close() })
-		ends[i] = newEnd(t, n, endConfig{typ: ib.UC})
+		ends[i] = newEnd(t, n, endConfig{typ: typ})
 	}
+	return net, ends, addrs
+}
+
+// Requests behind one that is executed here are sent with those before it: of UC nothing else would come that has them sent.
+func TestUnreliableBehindLocal(t *testing.T) {
+	net, ends, addrs := simPair(t, ib.UC)
 	a, b := ends[0], ends[1]
 	connectUC(ends, addrs)
 	w, err := a.pd.(driver.MWAllocator).AllocMW()

@@ -33,7 +33,7 @@ type netPort struct {
 
 	again  atomic.Bool   // there is work that mu's holder may not have seen
 	users  atomic.Int32  // QPs; without any, pollers stay away
-	looks  atomic.Uint32 // times that somebody has polled; written with mu held
+	looks  atomic.Uint32 // times that somebody has polled, or has filled the socket; written with mu held
 	attach sync.Once     // attachUDs
 	wakeC  chan struct{} // for a drive that looks whether somebody polls
 	ended  chan struct{} // drive has returned
@@ -51,7 +51,10 @@ type netPort struct {
 	wakeAt  time.Duration // what drive waits for at most; neverWake: nothing
 	taken   []*wireQP     // what ready was swapped with
 	touched []*wireQP     // have received something
-	blocked []*wireQP     // could not send: the socket was full
+	blocked []*wireQP     // could not send: the socket was full, or had been for too often
+	retried []*wireQP     // what blocked was swapped with
+	filled  int           // times that the socket was full in this turn
+	putBack bool          // of blocked, there are some that the socket has room for
 	recv    func(netip.AddrPort, *roce.Packet)
 	conn    *wireQP       // of the packet that the socket has asked about (expect)
 	ud      *wireUD       // the same
@@ -225,6 +228,9 @@ func (n *NIC) pollPorts() (some bool) {
 const (
 	// maxBatches bounds how much one turn receives.
 	maxBatches = 4
+	// maxFilled bounds how much one turn sends beyond a socket's room for each connection: the answer to one READ can be 2 GiB, and so a
+	// message of UC, and nothing is received, and no timer looked at, meanwhile.
+	maxFilled = 8
 	// maxPutOff bounds for how many turns timers wait for packets that are left in the socket: as many turns as a full one takes.
 	maxPutOff = 64
 )
@@ -238,7 +244,7 @@ func (p *netPort) turn(receive bool) (some bool) {
 	if p.closed {
 		return false
 	}
-	p.took = false
+	p.took, p.filled = false, 0
 	p.now = p.sock.Now()
 	p.sendReady()
 	if len(p.late) > 0 && p.now >= p.lateAt {
@@ -328,9 +334,9 @@ func (p *netPort) acknowledge() {
 func (p *netPort) sendReady() {
 	if len(p.blocked) > 0 {
 		p.sock.Flush()
-		again := p.blocked
-		p.blocked = nil
-		for _, w := range again {
+		p.blocked, p.retried, p.putBack = p.retried[:0], p.blocked, false
+		for i, w := range p.retried {
+			p.retried[i] = nil
 			w.blocked = false
 			w.pump(false)
 		}
@@ -537,6 +543,10 @@ func (p *netPort) round() bool {
 		s.AwaitRoom(s.awaited)
 	}
 	p.wakeInTime()
+	if p.putBack { // nobody else is there to go on
+		p.wakeAt = p.now
+		p.sock.SetDeadline(p.now)
+	}
 	p.unlock()
 	return true
 }

@@ -374,12 +374,19 @@ func (w *wireQP) respond(wait bool) {
 	}
 }
 
-// full makes room in the socket; true: there is none.
+// full makes room in the socket; true: there is none, or what is left waits until the port has received.
 func (w *wireQP) full() bool {
-	if w.port.sock.Flush() || w.port.sock.Room() > 0 {
+	p := w.port
+	if !p.sock.Flush() && p.sock.Room() == 0 {
+		p.block(w)
+		return true
+	}
+	p.looks.Store(p.looks.Load() + 1) // a turn that sends this much is a long one, and drive would wait for its end
+	if p.filled++; p.filled < maxFilled {
 		return false
 	}
-	w.port.block(w)
+	p.putBack = true
+	p.block(w)
 	return true
 }
 
