@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"strings"
 	"sync"
@@ -75,6 +76,50 @@ func TestHostilePeer(t *testing.T) {
 				t.Errorf("a ended with %v", a.Err())
 			}
 		})
+	}
+}
+
+// TestWindowIsEnforced: a peer that sends more than it has credits for has broken the protocol.
+func TestWindowIsEnforced(t *testing.T) {
+	for _, shared := range []bool{false, true} {
+		for name, send := range map[string]func(ctx context.Context, a *transport.Conn, near *mr.MR, far transport.Remote) error{
+			"data": func(ctx context.Context, a *transport.Conn, _ *mr.MR, _ transport.Remote) error {
+				return a.Send(ctx, []byte("x"))
+			},
+			"RTS": func(ctx context.Context, a *transport.Conn, _ *mr.MR, _ transport.Remote) error {
+				return a.Send(ctx, pattern(20000, 1))
+			},
+			"immediate": func(ctx context.Context, a *transport.Conn, near *mr.MR, far transport.Remote) error {
+				return a.WriteImm(ctx, near.SGE(0, 8), far, 0, 1)
+			},
+		} {
+			t.Run(fmt.Sprintf("%s/shared=%t", name, shared), func(t *testing.T) {
+				ctx := patience(t)
+				a, b := transporttest.Pair(t, &transport.Config{RecvDepth: 4, SharedReceive: shared})
+				near := alloc(t, a, 8, ib.AccessLocalWrite)
+				far := grant(t, b, alloc(t, b, 8, allAccess), 0, 8, ib.AccessRemoteWrite).Remote()
+				a.ForgeCredits(3)
+				var held []*transport.Message
+				for range 4 {
+					if err := a.Send(ctx, []byte("x")); err != nil {
+						t.Fatal(err)
+					}
+					if err := b.Recv(ctx, func(m *transport.Message) error { held = append(held, m.Take()); return nil }); err != nil {
+						t.Fatal(err)
+					}
+				}
+				sent := make(chan error, 1)
+				go func() { sent <- send(ctx, a, near, far) }()
+				err := b.Recv(ctx, func(*transport.Message) error { return nil })
+				if !errors.Is(err, transport.ErrProtocol) || !strings.Contains(err.Error(), "credit") {
+					t.Errorf("a message beyond the window: %v", err)
+				}
+				<-sent
+				for _, m := range held {
+					m.Release()
+				}
+			})
+		}
 	}
 }
 

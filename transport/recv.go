@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/ringside-rdma/ringside/internal/ring"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -68,7 +69,9 @@ type recvSide struct {
 	payload   int // of our slots
 
 	// owed is how many credits the peer can be given: their receives are posted again.
-	owed       atomic.Uint32
+	owed atomic.Uint32
+	// given is how many the peer was given in all, modulo 2^32. Written with snd.mu held, read atomically by the role's holder.
+	given      uint32
 	heldShared atomic.Int32 // messages of the shared queue that are queued, lent by Recv or taken
 	peerLow    atomic.Bool  // the peer has no credit and waits
 
@@ -79,6 +82,8 @@ type recvSide struct {
 	order   msgList    // messages behind a rendezvous that is still being read, that one first
 	stalled []*Message // rendezvous that wait for memory of the pool
 	nrndv   int        // rendezvous of the peer's without a FIN
+	left    uint32     // messages that the peer still has credits for, without those given since counted was
+	counted uint32     // given when left was last raised
 	corked  bool       // what the handler posts is kept back until the completions at hand are handled
 	lost    bool       // a receive was flushed
 	// dropping: nobody asks for what still comes, because the connection was ended here.
@@ -146,6 +151,7 @@ func (r *recvSide) size(cfg *Config) int {
 	r.threshold = uint32(max(1, cfg.RecvDepth/2))
 	r.batchMax = max(1, cfg.RecvDepth/8)
 	r.payload = cfg.EagerSize
+	r.left = uint32(cfg.RecvDepth)
 	r.batch = make([]ib.RecvWR, 0, r.batchMax+1)
 	r.returned = make([]ib.RecvWR, 0, r.batchMax+1)
 	return cfg.RecvDepth + creditSlots + 3*cfg.RendezvousDepth
@@ -195,9 +201,26 @@ func (c *Conn) takeOwed() uint16 {
 		return 0
 	}
 	n = min(n, 0xffff)
-	r.owed.Add(-n) // only takeOwed lowers it
+	r.owed.Add(-n)                       // only takeOwed lowers it
+	ring.StoreRel32(&r.given, r.given+n) // before the peer can use them
 	r.peerLow.Store(false)
 	return uint16(n)
+}
+
+// spend takes the credit of a message that came with one, and reports false if the peer had none: that ends the connection.
+// The role is held.
+func (c *Conn) spend(m *Message) bool {
+	r := &c.rcv
+	if r.left == 0 {
+		given := atomic.LoadUint32(&r.given)
+		r.left, r.counted = given-r.counted, given
+		if r.left == 0 {
+			c.broken(m, protocolErrorf("a message without credit, with a window of %d", c.cfg.RecvDepth))
+			return false
+		}
+	}
+	r.left--
+	return true
 }
 
 // returnCredits sends the credits owed in a message of their own.
@@ -225,6 +248,9 @@ func (c *Conn) received(m *Message, wc *ib.WC) {
 	}
 	m.c = c
 	if wc.Opcode == ib.WCRecvRDMAWithImm {
+		if !c.spend(m) {
+			return
+		}
 		m.data, m.imm, m.hasImm = nil, wc.Imm, true
 		c.arrived(m, 0)
 		return
@@ -242,12 +268,18 @@ func (c *Conn) received(m *Message, wc *ib.WC) {
 	}
 	switch h.typ() {
 	case msgData:
+		if !c.spend(m) {
+			return
+		}
 		if cr := h.credits(); cr != 0 {
 			c.addCredits(uint32(cr))
 		}
 		m.data = b[headerLen:]
 		c.arrived(m, h.flags())
 	case msgImm:
+		if !c.spend(m) {
+			return
+		}
 		if cr := h.credits(); cr != 0 {
 			c.addCredits(uint32(cr))
 		}
@@ -257,6 +289,9 @@ func (c *Conn) received(m *Message, wc *ib.WC) {
 		key, err := parseRTS(b[headerLen:], c.maxMessage)
 		if err != nil {
 			c.broken(m, err)
+			return
+		}
+		if !c.spend(m) {
 			return
 		}
 		if cr := h.credits(); cr != 0 {
