@@ -384,6 +384,16 @@ func (q *QP) Flush() error {
 	})
 }
 
+// End moves the queue pair to Err, also when its device is known to have gone: until the kernel has done so it may work on.
+func (q *QP) End() error {
+	q.modify.Lock()
+	defer q.modify.Unlock()
+	if q.ended {
+		return driver.ErrClosed
+	}
+	return q.C.ModifyQP(q.Handle, &ib.QPAttr{State: ib.Err}, ib.AttrState, q.C.Link)
+}
+
 // Named runs a command that names the queue pair, unless that is destroyed, or is being: the kernel gives its handle to another then.
 // It does not wait, for it may be called by who polls.
 func (q *QP) Named(command func() error) error {

@@ -3,7 +3,11 @@ package siw
 import (
 	"context"
 	"errors"
+	"slices"
+	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/testutil"
@@ -87,5 +91,47 @@ func TestLastWord(t *testing.T) {
 	wcs := b.poll(b.scq)
 	if !more || len(wcs) != 2 || wcs[0].ID != 1 || wcs[0].Status != ib.WCSuccess || wcs[1].ID != 2 || wcs[1].Status != ib.WCFlushErr {
 		t.Errorf("more: %v, %+v", more, wcs)
+	}
+}
+
+// The kernel is told also when the device is known to have gone: until then it uses the memory of what was posted.
+func TestErrorAfterRemoval(t *testing.T) {
+	b := connected(t, benchOpts{oneCQ: true})
+	b.q.PostRecv([]ib.RecvWR{{ID: 1}})
+	b.post(send(2, ib.SendSignaled))
+	b.c.Remove()
+	if err := b.q.Modify(t.Context(), &ib.QPAttr{State: ib.Err}, ib.AttrState); !errors.Is(err, driver.ErrDeviceRemoved) {
+		t.Error(err)
+	}
+	if !slices.Equal(b.kq.states, []byte{1, 6}) {
+		t.Errorf("the kernel has heard of the states %v", b.kq.states)
+	}
+	if wcs := b.poll(b.scq); len(wcs) != 2 || wcs[0].Status != ib.WCFlushErr || wcs[1].Status != ib.WCFlushErr {
+		t.Errorf("%+v", wcs)
+	}
+	if n := b.scq.Poll(make([]ib.WC, 1)); n != -1 {
+		t.Errorf("Poll: %d", n)
+	}
+}
+
+// What the kernel was not told of it has, and it may be told again.
+func TestErrorThatFails(t *testing.T) {
+	for _, c := range []struct {
+		errno   syscall.Errno
+		flushed int // at once
+	}{{unix.ENOMEM, 0}, {unix.EIO, 1}} {
+		b := connected(t, benchOpts{})
+		b.q.PostRecv([]ib.RecvWR{{ID: 1}})
+		b.k.Errs[26] = c.errno
+		b.q.Moved(ib.Err)
+		wcs := b.poll(b.rcq)
+		if len(wcs) != c.flushed {
+			t.Errorf("%v: %+v", c.errno, wcs)
+		}
+		delete(b.k.Errs, 26)
+		b.q.Moved(ib.Err)
+		if wcs = append(wcs, b.poll(b.rcq)...); len(wcs) != 1 || wcs[0].Status != ib.WCFlushErr {
+			t.Errorf("%v, and again: %+v", c.errno, wcs)
+		}
 	}
 }

@@ -49,8 +49,8 @@ type qp struct {
 
 	failed atomic.Bool // it is in Err, or on its way there, for good
 	quiet  atomic.Bool // it is, and the kernel has said all about its requests
-	end    sync.Once   // what leads there
-	endErr error       // of that; valid after end
+	endMu  sync.Mutex  // held on the way there
+	endErr error       // guarded by endMu: how that went the last time
 
 	sendMu sync.Mutex
 	sq     queue            // guarded by sendMu, and read by ledger.flush; no memory once closed
@@ -189,8 +189,7 @@ func (q *qp) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) er
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		q.fail()
-		return q.endErr
+		return q.fail()
 	case to == ib.RTR || to == ib.RTS && q.State() < ib.RTS:
 		return errByHand
 	case to == ib.SQD || to == ib.SQE:
@@ -283,19 +282,35 @@ func (q *qp) Event(t ib.EventType) {
 	}
 }
 
-// fail moves the queue pair to Err, if it is not there, and has what is posted flushed. When it returns, from whichever of
-// several calls, the kernel has flushed.
-func (q *qp) fail() {
-	q.end.Do(func() {
-		q.failed.Store(true)
-		q.endErr = q.Change(context.Background(), &ib.QPAttr{State: ib.Err}, ib.AttrState, func() {})
-		q.SetState(ib.Err)
-		q.quiet.Store(true)
-	})
+// fail moves the queue pair to Err, if it is not there, and has what is posted flushed. When it returns without an error, from
+// whichever of several calls, the kernel has flushed. Otherwise the kernel has the requests, as far as is known: nothing is said of
+// them before it is called again, or the queue pair is closed.
+func (q *qp) fail() error {
+	q.failed.Store(true)
+	err := q.end()
 	q.scq.flushLater(&q.send)
 	if q.srq == nil {
 		q.rcq.flushLater(&q.recv)
 	}
+	return err
+}
+
+// end tells the kernel, once.
+func (q *qp) end() error {
+	q.endMu.Lock()
+	defer q.endMu.Unlock()
+	if q.quiet.Load() {
+		return q.endErr
+	}
+	q.endErr = q.End() // also if the device is on its way out: the kernel goes on with what it has for as long as it has the device
+	q.SetState(ib.Err)
+	if q.endErr == nil || errors.Is(q.endErr, driver.ErrDeviceRemoved) || errors.Is(q.endErr, driver.ErrClosed) {
+		q.quiet.Store(true)
+	}
+	if q.endErr == nil {
+		q.endErr = q.c.Removed()
+	}
+	return q.endErr
 }
 
 // PostSend implements driver.QP.
