@@ -377,21 +377,12 @@ func (q *QP) Ask() (ib.QPAttr, error) {
 }
 
 // Flush tells the kernel that the queue pair is in the error state, also if it knows: some drivers look for what is to be flushed only
-// then.
+// then. It does so also when the device is known to have gone: until the kernel has heard of it, that may work on. It does not wait for
+// Destroy, see Named.
 func (q *QP) Flush() error {
 	return q.Named(func() error {
 		return q.C.ModifyQP(q.Handle, &ib.QPAttr{State: ib.Err}, ib.AttrState, q.C.Link)
 	})
-}
-
-// End moves the queue pair to Err, also when its device is known to have gone: until the kernel has done so it may work on.
-func (q *QP) End() error {
-	q.modify.Lock()
-	defer q.modify.Unlock()
-	if q.ended {
-		return driver.ErrClosed
-	}
-	return q.C.ModifyQP(q.Handle, &ib.QPAttr{State: ib.Err}, ib.AttrState, q.C.Link)
 }
 
 // Named runs a command that names the queue pair, unless that is destroyed, or is being: the kernel gives its handle to another then.

@@ -19,15 +19,41 @@ import (
 type siwContext struct {
 	*uverbs.Context
 
-	// qpMu is held while a queue pair is made, and from before one is destroyed until its completions are gone from the queues:
-	// the kernel gives the lowest number that is free to the next.
-	qpMu sync.Mutex
+	qpMu    sync.Mutex     // held for moments only: the kernel may take minutes to destroy a queue pair that is being connected
+	ending  map[uint32]*qp // guarded by qpMu: see settle
+	settled sync.Cond      // on qpMu: one of them has gone
 
 	tellsState bool // the kernel's driver does, of queue pairs
 }
 
 func newContext(c *uverbs.Context) *siwContext {
-	return &siwContext{Context: c, tellsState: tellsState()}
+	s := &siwContext{Context: c, tellsState: tellsState(), ending: map[uint32]*qp{}}
+	s.settled.L = &s.qpMu
+	return s
+}
+
+// endNumber notes that the kernel is about to destroy q, until the result is called when q's completions are gone from the queues.
+func (c *siwContext) endNumber(q *qp) (done func()) {
+	number := uint32(q.QPN())
+	c.qpMu.Lock()
+	c.ending[number] = q
+	c.qpMu.Unlock()
+	return func() {
+		c.qpMu.Lock()
+		delete(c.ending, number)
+		c.qpMu.Unlock()
+		c.settled.Broadcast()
+	}
+}
+
+// settle waits until what is left of the queue pair that had this number before has gone: the kernel gives the lowest number that is
+// free to the next, at once. It is not for long, as the kernel is done with that one.
+func (c *siwContext) settle(number uint32) {
+	c.qpMu.Lock()
+	for c.ending[number] != nil {
+		c.settled.Wait()
+	}
+	c.qpMu.Unlock()
 }
 
 // tellsState reports whether this kernel's driver tells the state of a queue pair. Before Linux 6.8 siw_query_qp leaves it out, and

@@ -303,6 +303,9 @@ func (q *cq) add(p *qp) {
 func (q *cq) drop(p *qp) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	if q.qps[uint32(p.QPN())] != p {
+		return // it was not made
+	}
 	delete(q.qps, uint32(p.QPN()))
 	for i, end := q.at, q.at+uint64(q.q.len()); q.q.mem != nil && i < end; i++ {
 		head := q.q.head(i)

@@ -3,9 +3,13 @@ package siw
 import (
 	"context"
 	"errors"
+	"fmt"
+	"runtime"
 	"slices"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -133,5 +137,111 @@ func TestErrorThatFails(t *testing.T) {
 		if wcs = append(wcs, b.poll(b.rcq)...); len(wcs) != 1 || wcs[0].Status != ib.WCFlushErr {
 			t.Errorf("%v, and again: %+v", c.errno, wcs)
 		}
+	}
+}
+
+// The kernel may take minutes to destroy a queue pair, while it connects it. Nobody but who closes that one waits.
+func TestCloseTakesLong(t *testing.T) {
+	b := connected(t, benchOpts{oneCQ: true})
+	cfg := driver.QPConfig{Type: ib.RC, SendCQ: b.scq, RecvCQ: b.scq, Cap: ib.QPCap{MaxSendWR: 4, MaxRecvWR: 4, MaxRecvSGE: 1}}
+	b.q.PostRecv([]ib.RecvWR{{ID: 1}})
+	begun, goOn, closed := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	var first atomic.Bool
+	b.k.During[27] = func() {
+		if !first.Swap(true) {
+			close(begun)
+			<-goOn
+		}
+	}
+	go func() { closed <- b.q.Close() }()
+	<-begun
+	e := b.kq.rq.take() // what destroying flushes
+	b.kr.complete(le.Uint64(e), 8, 4, 0, b.kq.num)
+	others := make(chan error, 1)
+	go func() {
+		q, err := b.pd.CreateQP(cfg)
+		if err == nil {
+			err = q.Close()
+		}
+		if wcs := b.poll(b.scq); len(wcs) != 1 || wcs[0].ID != 1 {
+			err = errors.Join(err, fmt.Errorf("polled %+v", wcs))
+		}
+		others <- errors.Join(err, b.scq.Arm(false))
+	}()
+	select {
+	case err := <-others:
+		if err != nil {
+			t.Error(err)
+		}
+		close(goOn)
+	case <-time.After(testutil.Patience):
+		t.Error("the others wait as well")
+		close(goOn)
+		<-others
+	}
+	if err := <-closed; err != nil {
+		t.Error(err)
+	}
+}
+
+// A Close that the kernel refuses makes up for what was not done about the queue pair's failure beside it.
+func TestFailureBesideARefusedClose(t *testing.T) {
+	b := connected(t, benchOpts{})
+	b.q.PostRecv([]ib.RecvWR{{ID: 1}})
+	b.k.Errs[27] = unix.EBUSY
+	b.k.During[27] = func() {
+		b.q.Moved(ib.Err)
+		if len(b.kq.states) != 1 {
+			t.Errorf("states %v", b.kq.states)
+		}
+	}
+	if err := b.q.Close(); !errors.Is(err, driver.ErrBusy) {
+		t.Error(err)
+	}
+	delete(b.k.Errs, 27)
+	delete(b.k.During, 27)
+	if wcs := b.poll(b.rcq); len(wcs) != 1 || wcs[0].Status != ib.WCFlushErr || !slices.Equal(b.kq.states, []byte{1, 6}) {
+		t.Errorf("%+v, states %v", wcs, b.kq.states)
+	}
+}
+
+// The kernel gives a number away when it has destroyed its queue pair; the next one's completions count from when the old ones are gone.
+func TestNumberIsReusedEarly(t *testing.T) {
+	b := connected(t, benchOpts{})
+	b.q.PostRecv([]ib.RecvWR{{ID: 1}})
+	e := b.kq.rq.take()
+	b.kr.complete(le.Uint64(e), 8, 0, 5, b.kq.num)
+	closed, made := make(chan error, 1), make(chan driver.QP, 1)
+	b.scq.mu.Lock() // Close comes as far as this when the kernel is done
+	go func() { closed <- b.q.Close() }()
+	testutil.Eventually(t, "the kernel has destroyed it", func() bool { return b.k.Count(27) == 1 })
+	go func() {
+		q, err := b.pd.CreateQP(driver.QPConfig{Type: ib.RC, SendCQ: b.rcq, RecvCQ: b.rcq, Cap: ib.QPCap{MaxSendWR: 4, MaxRecvWR: 4, MaxRecvSGE: 1}})
+		if err != nil {
+			t.Error(err)
+		}
+		made <- q
+	}()
+	testutil.Eventually(t, "the kernel has made another", func() bool { return b.k.Count(24) == 2 })
+	for range 100 {
+		runtime.Gosched()
+	}
+	select {
+	case q := <-made:
+		t.Error("there are two of one number")
+		made <- q
+	default:
+	}
+	b.scq.mu.Unlock()
+	if err := <-closed; err != nil {
+		t.Error(err)
+	}
+	q := (<-made).(*qp)
+	q.PostRecv([]ib.RecvWR{{ID: 2}}) // also the first
+	if wcs := b.poll(b.rcq); len(wcs) != 0 || q.QPN() != b.q.QPN() {
+		t.Errorf("number %v, %+v", q.QPN(), wcs)
+	}
+	if err := q.Close(); err != nil {
+		t.Error(err)
 	}
 }

@@ -41,6 +41,7 @@ type qp struct {
 	scq, rcq *cq
 	srq      *srq // nil: own receive queue
 	sigAll   bool
+	made     chan struct{} // closed when it is made, or cannot be
 
 	access    atomic.Uint32 // what the last Modify has said
 	port      atomic.Uint32
@@ -79,19 +80,19 @@ func (p *pd) CreateQP(cfg driver.QPConfig) (driver.QP, error) {
 		return nil, errors.New("the QP's CQs or SRQ belong to another device")
 	}
 	cfg.Cap.MaxSendWR = max(cfg.Cap.MaxSendWR, 1) // the driver wants a send queue
-	q := &qp{c: p.c, scq: scq, rcq: rcq, srq: s, sigAll: cfg.SignalAll}
+	q := &qp{c: p.c, scq: scq, rcq: rcq, srq: s, sigAll: cfg.SignalAll, made: make(chan struct{})}
+	defer close(q.made)
 	srqHandle := -1
 	if s != nil {
 		srqHandle = int(s.handle)
 	}
-	p.c.qpMu.Lock()
-	defer p.c.qpMu.Unlock()
 	q.cookie = p.c.Track(q)
 	var resp abi.SiwUrespCreateQP
 	if err := q.Init(&p.PD, &cfg, q.cookie, scq.handle, rcq.handle, srqHandle, nil, uverbs.Bytes(&resp)); err != nil {
 		p.c.Forget(q.cookie)
 		return nil, err
 	}
+	p.c.settle(uint32(q.QPN()))
 	if err := q.open(&resp, &cfg.Cap); err != nil {
 		return nil, errors.Join(fmt.Errorf("create_qp: %w", err), q.destroy())
 	}
@@ -131,8 +132,9 @@ func (q *qp) open(resp *abi.SiwUrespCreateQP, asked *ib.QPCap) (err error) {
 	return nil
 }
 
-// destroy ends the queue pair in the kernel, then here. If the kernel refuses, nothing has changed. Called with qpMu held.
+// destroy ends the queue pair in the kernel, then here. If the kernel refuses, nothing has changed.
 func (q *qp) destroy() error {
+	defer q.c.endNumber(q)()
 	if err := q.Destroy(); err != nil {
 		return err
 	}
@@ -152,8 +154,14 @@ func (q *qp) destroy() error {
 
 // Close implements driver.QP.
 func (q *qp) Close() error {
-	q.c.qpMu.Lock()
-	defer q.c.qpMu.Unlock()
+	err := q.close()
+	if err != nil && q.failed.Load() {
+		q.fail() // who has tried that meanwhile was turned away
+	}
+	return err
+}
+
+func (q *qp) close() error {
 	q.sendMu.Lock()
 	defer q.sendMu.Unlock()
 	q.recvMu.Lock()
@@ -205,6 +213,9 @@ func (q *qp) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) er
 			q.port.Store(uint32(attr.Port))
 		}
 	})
+	if q.failed.Load() { // meanwhile
+		q.SetState(ib.Err)
+	}
 	if err == nil && to == ib.Reset {
 		q.forget() // not in the change: Close holds recvMu when it waits for that to end
 	}
@@ -275,8 +286,7 @@ func (q *qp) Event(t ib.EventType) {
 	switch t {
 	case ib.EventQPFatal, ib.EventQPReqErr, ib.EventQPAccessErr:
 		go func() {
-			q.c.qpMu.Lock()   // until it is made
-			q.c.qpMu.Unlock() //lint:ignore SA2001 nothing is to be done meanwhile
+			<-q.made
 			q.fail()
 		}()
 	}
@@ -302,9 +312,9 @@ func (q *qp) end() error {
 	if q.quiet.Load() {
 		return q.endErr
 	}
-	q.endErr = q.End() // also if the device is on its way out: the kernel goes on with what it has for as long as it has the device
+	q.endErr = q.Flush() // also if the device is on its way out: the kernel goes on with what it has for as long as it has the device
 	q.SetState(ib.Err)
-	if q.endErr == nil || errors.Is(q.endErr, driver.ErrDeviceRemoved) || errors.Is(q.endErr, driver.ErrClosed) {
+	if q.endErr == nil || errors.Is(q.endErr, driver.ErrDeviceRemoved) {
 		q.quiet.Store(true)
 	}
 	if q.endErr == nil {
