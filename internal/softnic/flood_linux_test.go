@@ -197,3 +197,23 @@ func BenchmarkWrongPackets(b *testing.B) {
 		})
 	}
 }
+
+// The request without an answer is the first that is posted once the peer is gone, also while the QP is on its way to ERR.
+func TestPostedWhilePeerGoes(t *testing.T) {
+	x, y := newEnd(t, openNIC(t, true), endConfig{typ: ib.RC}), newEnd(t, openNIC(t, true), endConfig{typ: ib.RC})
+	joinUDP(t, x, y, 0)
+	q := x.q.(*QP)
+	q.cfg.Lock()
+	q.sq.Lock()
+	q.unanswered()
+	q.sq.Unlock()
+	x.send(ib.SendWR{ID: 1, Opcode: ib.OpSend, Flags: ib.SendSignaled, SGEs: x.sge(0, 64)})
+	q.toErrorLocked(ib.EventQPFatal, true)
+	q.cfg.Unlock()
+	x.q.PostSend([]ib.SendWR{{ID: 2, Opcode: ib.OpSend, Flags: ib.SendSignaled, SGEs: x.sge(0, 64)}})
+	for i, want := range []ib.WCStatus{ib.WCRetryExceeded, ib.WCFlushErr} {
+		if wc := x.poll(); wc.ID != uint64(i+1) || wc.Status != want {
+			t.Errorf("%+v, want %v", wc, want)
+		}
+	}
+}

@@ -50,6 +50,10 @@ func (q *QP) toErrorLocked(ev ib.EventType, raise bool) {
 		q.sq.Unlock()
 		return
 	}
+	if q.lost && q.pendLen > 0 { // posted since the peer was seen to be gone: that is the request that has no answer
+		q.lost = false
+		q.unanswered()
+	}
 	q.state.Store(uint32(ib.Err))
 	w := q.wire
 	if w != nil {
