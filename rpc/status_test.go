@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -109,6 +110,13 @@ func TestStatusIsBoundedAndValid(t *testing.T) {
 	}
 	if !utf8.ValidString(got.Message) || len(got.Message) == 0 || len(got.Details) == 0 {
 		t.Fatalf("message of %d bytes, %d details", len(got.Message), len(got.Details))
+	}
+	empty := bytes.Repeat([]byte{statusFieldDetails<<3 | 2, 0}, maxStatusLen/2) // two bytes a detail
+	if got, err := parseStatus(uint32(Internal), 0, empty); err != nil || len(got.Details) != maxStatusLen/2 {
+		t.Errorf("the longest status: %v", err)
+	}
+	if _, err := parseStatus(uint32(Internal), 0, append(empty, empty[:2]...)); err == nil {
+		t.Error("a status that is longer than any is taken")
 	}
 	if got, err := parseStatus(1000, 0, nil); err != nil || got.Code != Unknown || !strings.Contains(got.Message, "1000") {
 		t.Fatalf("unknown code: %v, %v", got, err)
