@@ -29,7 +29,7 @@ type Config struct {
 	// SharedReceive; 256 B to 1 MiB.
 	EagerSize int
 	SendDepth int // messages allocated, queued or in flight towards the peer; default 128, 32 with SharedReceive
-	RecvDepth int // messages that the peer may have on the way or undelivered here; default 128, 16 with SharedReceive
+	RecvDepth int // messages that the peer may have on the way or undelivered here, or it loses its connection; default 128, 16 with SharedReceive
 	// RendezvousDepth is the number of long messages in flight towards the peer; default 8, 2 with SharedReceive.
 	RendezvousDepth int
 	// SharedReceive takes receive slots from the poller's shared receive queue: an idle connection costs RecvDepth

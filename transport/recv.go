@@ -1,15 +1,12 @@
 package transport
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"sync"
 	"sync/atomic"
 
-	"github.com/ringside-rdma/ringside/internal/ring"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -100,52 +97,6 @@ type recvSide struct {
 	spare      *recvWaiter
 }
 
-type recvWaiter struct {
-	Waiter
-	next *recvWaiter
-	in   bool
-}
-
-type recvWaitList struct{ head, tail *recvWaiter }
-
-func (l *recvWaitList) push(w *recvWaiter) {
-	w.next, w.in = nil, true
-	if l.tail != nil {
-		l.tail.next = w
-	} else {
-		l.head = w
-	}
-	l.tail = w
-}
-
-func (l *recvWaitList) wakeOne() {
-	if w := l.head; w != nil {
-		l.head = w.next
-		if l.head == nil {
-			l.tail = nil
-		}
-		w.next, w.in = nil, false
-		w.Done()
-	}
-}
-
-func (l *recvWaitList) remove(w *recvWaiter) {
-	for p, prev := l.head, (*recvWaiter)(nil); p != nil; prev, p = p, p.next {
-		if p == w {
-			if prev != nil {
-				prev.next = p.next
-			} else {
-				l.head = p.next
-			}
-			if l.tail == p {
-				l.tail = prev
-			}
-			p.next, p.in = nil, false
-			return
-		}
-	}
-}
-
 // size works the geometry out and returns the number of receives that the peer may use.
 func (r *recvSide) size(cfg *Config) int {
 	r.threshold = uint32(max(1, cfg.RecvDepth/2))
@@ -191,53 +142,6 @@ func (c *Conn) freeSlots() (held int) {
 		}
 	}
 	return held
-}
-
-// takeOwed takes the credits that a message to the peer can carry. snd.mu is held.
-func (c *Conn) takeOwed() uint16 {
-	r := &c.rcv
-	n := r.owed.Load()
-	if n == 0 {
-		return 0
-	}
-	n = min(n, 0xffff)
-	r.owed.Add(-n)                       // only takeOwed lowers it
-	ring.StoreRel32(&r.given, r.given+n) // before the peer can use them
-	r.peerLow.Store(false)
-	return uint16(n)
-}
-
-// spend takes the credit of a message that came with one, and reports false if the peer had none: that ends the connection.
-// The role is held.
-func (c *Conn) spend(m *Message) bool {
-	r := &c.rcv
-	if r.left == 0 {
-		given := atomic.LoadUint32(&r.given)
-		r.left, r.counted = given-r.counted, given
-		if r.left == 0 {
-			c.broken(m, protocolErrorf("a message without credit, with a window of %d", c.cfg.RecvDepth))
-			return false
-		}
-	}
-	r.left--
-	return true
-}
-
-// returnCredits sends the credits owed in a message of their own.
-func (c *Conn) returnCredits() {
-	s := &c.snd
-	s.mu.Lock()
-	if c.rcv.mustReturn() { // still: takeOwed runs under mu
-		c.controlLocked(makeHeader(msgCredit, 0, 0, 0))
-	}
-	s.mu.Unlock()
-}
-
-// mustReturn reports whether credits are worth a message of their own: the peer waits for them, or they are half of the
-// window. creditSlots depends on it being no earlier.
-func (r *recvSide) mustReturn() bool {
-	n := r.owed.Load()
-	return n >= r.threshold || n != 0 && r.peerLow.Load()
 }
 
 // received handles a receive completion. The role is held.
@@ -377,24 +281,6 @@ func (c *Conn) recvFailed(m *Message, wc *ib.WC) {
 		return
 	}
 	c.fail(&CloseError{Err: wc.Status, Reason: "a receive failed"})
-}
-
-// low: the peer has used its last credit. What can be given back is made ready, for the next message to it to carry.
-func (c *Conn) low() {
-	r := &c.rcv
-	r.peerLow.Store(true)
-	c.flushBatch()
-	r.mu.Lock()
-	c.flushReturnedLocked()
-	r.mu.Unlock()
-	c.creditCheck()
-}
-
-// creditCheck sends credits by themselves if the peer waits for them, or if they have become many.
-func (c *Conn) creditCheck() {
-	if c.rcv.mustReturn() {
-		c.returnCredits()
-	}
 }
 
 // arrived handles a message that is complete: in its turn. The role is held.
@@ -550,123 +436,6 @@ func (c *Conn) putBack(m *Message, taken bool) (kept bool) {
 		}
 	}
 	return closed
-}
-
-// Recv waits for the next message and calls fn with it; the message is lent until fn returns, see Message.Take. Recv
-// returns fn's error. It returns io.EOF when the peer has sent its last message, ctx's error if that ends first, and the
-// reason once the connection has ended and the messages that came before are received. Handlers must not call it.
-func (c *Conn) Recv(ctx context.Context, fn func(*Message) error) error {
-	m, err := c.next(ctx)
-	if err != nil {
-		return err
-	}
-	back := true
-	defer func() { // also when fn panics
-		if back {
-			c.giveBack(m, false)
-		}
-	}()
-	err = fn(m)
-	r := &c.rcv
-	r.mu.Lock()
-	if m.endLoan() {
-		m.held = false // it is the taker's from here on
-		back = false
-	}
-	r.mu.Unlock()
-	return err
-}
-
-func (c *Conn) next(ctx context.Context) (*Message, error) {
-	r := &c.rcv
-	for {
-		r.mu.Lock()
-		if m := r.queue.pop(); m != nil {
-			r.mu.Unlock()
-			return m, nil
-		}
-		switch {
-		case r.hasHandler:
-			r.mu.Unlock()
-			return nil, ErrHandlerSet
-		case r.closed:
-			err := r.endErr
-			if r.eofSeen && !errors.Is(err, net.ErrClosed) {
-				err = io.EOF
-			}
-			r.mu.Unlock()
-			return nil, err
-		case r.eofSeen:
-			r.mu.Unlock()
-			return nil, io.EOF
-		}
-		w := r.spare
-		if w != nil {
-			r.spare = w.next
-		} else {
-			w = new(recvWaiter)
-		}
-		w.Reset()
-		r.waiting.push(w)
-		r.mu.Unlock()
-		c.flushHeld()
-		err := c.p.Wait(ctx, &w.Waiter)
-		r.mu.Lock()
-		if w.in {
-			r.waiting.remove(w)
-		} else if err != nil && r.queue.head != nil {
-			r.waiting.wakeOne() // the message that woke us is for somebody else
-		}
-		w.next = r.spare
-		r.spare = w
-		r.mu.Unlock()
-		if err != nil {
-			return nil, err
-		}
-	}
-}
-
-// deliverQueued gives a new handler the messages that came before it. The role is held.
-func (c *Conn) deliverQueued(h Handler) {
-	r := &c.rcv
-	r.mu.Lock()
-	r.hasHandler = true
-	for r.waiting.head != nil {
-		r.waiting.wakeOne()
-	}
-	for m := r.queue.pop(); m != nil; m = r.queue.pop() {
-		r.mu.Unlock()
-		h.HandleMessage(c, m)
-		r.mu.Lock()
-		kept := m.endLoan()
-		if kept {
-			m.held = false // heldShared counts it already
-		}
-		r.mu.Unlock()
-		if !kept {
-			c.giveBack(m, false)
-		}
-		r.mu.Lock()
-	}
-	r.mu.Unlock()
-}
-
-// dropQueue gives back the messages that nobody will ask for, because the connection was closed here after it had ended. It leaves
-// closing the poller to its caller, who has an error to return.
-func (c *Conn) dropQueue() {
-	r := &c.rcv
-	for {
-		r.mu.Lock()
-		r.endErr = &CloseError{Err: net.ErrClosed}
-		m := r.queue.pop()
-		r.mu.Unlock()
-		if m == nil {
-			return
-		}
-		if c.putBack(m, false) {
-			c.p.unretain()
-		}
-	}
 }
 
 // endReceives gives back what the receiving side holds, and tells the application. The queue pair is closed, and the
