@@ -33,7 +33,8 @@ func rts(id uint32, addr, n uint64, rkey uint32) []byte {
 	return binary.LittleEndian.AppendUint32(b, uint32(ib.AccessRemoteRead))
 }
 
-// TestHostilePeer sends what the protocol does not allow: the connection ends with the reason on both sides, and nothing else happens.
+// TestHostilePeer sends what the protocol does not allow: the connection ends with the reason on both sides, and what was sent after that
+// does not reach the application.
 func TestHostilePeer(t *testing.T) {
 	for name, c := range map[string]struct {
 		frames [][]byte
@@ -57,9 +58,9 @@ func TestHostilePeer(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			a, b := transporttest.Pair(t, nil)
-			h := newEcho(t)
+			h := &countingEcho{echo: newEcho(t)}
 			b.SetHandler(h)
-			for _, f := range c.frames {
+			for _, f := range append(c.frames, head(1, 0, 0, 1, 'x')) {
 				if err := a.PostRaw(f); err != nil {
 					break // it has ended already
 				}
@@ -71,12 +72,26 @@ func TestHostilePeer(t *testing.T) {
 			if !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
 				t.Errorf("b ended with %v", err)
 			}
+			if h.messages != 0 {
+				t.Errorf("b got %d messages", h.messages)
+			}
 			<-a.Done()
 			if a.Err() == nil || c.want == transport.ErrProtocol && !errors.Is(a.Err(), transport.ErrProtocol) {
 				t.Errorf("a ended with %v", a.Err())
 			}
 		})
 	}
+}
+
+// countingEcho counts what it is given.
+type countingEcho struct {
+	*echo
+	messages int // for whoever has taken from closed
+}
+
+func (e *countingEcho) HandleMessage(c *transport.Conn, m *transport.Message) {
+	e.messages++
+	e.echo.HandleMessage(c, m)
 }
 
 // TestWindowIsEnforced: a peer that sends more than it has credits for has broken the protocol.
@@ -131,7 +146,8 @@ func TestUnknownCancel(t *testing.T) {
 	recvEqual(t, b, []byte("x"))
 }
 
-// TestGarbage sends random frames for a while: the connection ends with a reason, on both sides, or it still works.
+// TestGarbage sends random frames for a while: the connection ends with a reason, on both sides, or it still works, as it does if the
+// frames say nothing that counts.
 func TestGarbage(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	pairs := 60
@@ -139,19 +155,19 @@ func TestGarbage(t *testing.T) {
 		pairs = 15
 	}
 	ended, works := 0, 0
-	for range pairs {
+	for i := range pairs {
 		a, b := transporttest.Pair(t, nil)
 		h := newEcho(t)
 		b.SetHandler(h)
-		for range 1 + rng.IntN(50) {
-			f := make([]byte, 8+rng.IntN(60))
-			for i := range f {
-				f[i] = byte(rng.Uint32())
+		frames := make([][]byte, 1+rng.IntN(50))
+		for j := range frames {
+			if i%2 == 0 {
+				frames[j] = garbage(rng)
+			} else {
+				frames[j] = head(4, 0, 0, rng.Uint32()) // a cancel of a rendezvous that is over
 			}
-			f[0], f[1] = byte(rng.IntN(8)), f[1]&3
-			if rng.IntN(2) == 0 {
-				binary.LittleEndian.PutUint32(f[4:], uint32(len(f)-8))
-			}
+		}
+		for _, f := range frames {
 			if a.PostRaw(f) != nil {
 				break
 			}
@@ -181,12 +197,28 @@ func TestGarbage(t *testing.T) {
 		} else {
 			works++
 		}
+		if err == back && i%2 == 0 && len(frames) > 10 {
+			t.Errorf("the connection works after %d frames of garbage", len(frames))
+		}
 		a.Close()
 		b.Close()
 	}
 	if ended == 0 || works == 0 {
 		t.Errorf("%d connections have ended, %d work", ended, works)
 	}
+}
+
+// garbage makes a frame whose type, and in half of the cases the length, may be right.
+func garbage(rng *rand.Rand) []byte {
+	f := make([]byte, 8+rng.IntN(60))
+	for i := range f {
+		f[i] = byte(rng.Uint32())
+	}
+	f[0], f[1] = byte(rng.IntN(8)), f[1]&3
+	if rng.IntN(2) == 0 {
+		binary.LittleEndian.PutUint32(f[4:], uint32(len(f)-8))
+	}
+	return f
 }
 
 // TestPoolExhausted receives more long messages than the poller has memory for, and none is lost.

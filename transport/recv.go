@@ -83,6 +83,7 @@ type recvSide struct {
 	counted uint32     // given when left was last raised
 	corked  bool       // what the handler posts is kept back until the completions at hand are handled
 	lost    bool       // a receive was flushed
+	deaf    bool       // the peer has broken the protocol: nothing that comes after that is looked at
 	// dropping: nobody asks for what still comes, because the connection was ended here.
 	dropping bool
 
@@ -148,6 +149,12 @@ func (c *Conn) freeSlots() (held int) {
 func (c *Conn) received(m *Message, wc *ib.WC) {
 	if wc.Status != ib.WCSuccess {
 		c.recvFailed(m, wc)
+		return
+	}
+	if c.rcv.deaf {
+		if m.shared {
+			c.p.srq.recycle(m)
+		}
 		return
 	}
 	m.c = c
@@ -233,7 +240,7 @@ func (c *Conn) control(m *Message, h header) {
 		}
 	case msgEOS:
 		if r.eof {
-			c.fail(protocolErrorf("a second EOS"))
+			c.violated(protocolErrorf("a second EOS"))
 			return
 		}
 		r.eof = true
@@ -263,6 +270,13 @@ func (c *Conn) broken(m *Message, err error) {
 		m.clear()
 		c.p.srq.recycle(m)
 	}
+	c.violated(err)
+}
+
+// violated ends the connection because of what the peer sent. The application gets nothing that came later: what is missing before
+// it, nobody could tell. The role is held.
+func (c *Conn) violated(err error) {
+	c.rcv.deaf = true
 	c.fail(err)
 }
 

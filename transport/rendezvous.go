@@ -59,7 +59,7 @@ func (c *Conn) finRendezvous(id uint32, cancelled bool) {
 	s.mu.Lock()
 	if i >= len(s.rndv) || s.rndv[i].buf == nil || s.rndv[i].gen != gen || cancelled && !s.rndv[i].cancelled {
 		s.mu.Unlock()
-		c.fail(protocolErrorf("FIN for rendezvous %#x, which is not open", id))
+		c.violated(protocolErrorf("FIN for rendezvous %#x, which is not open", id))
 		return
 	}
 	c.endRendezvousLocked(i, cancelled)
@@ -218,7 +218,7 @@ func (c *Conn) startRendezvous(m *Message, h header, key mr.RemoteKey) {
 	m.ready, m.id, m.key, m.reading = false, h.arg(), key, false
 	r.order.push(m)
 	if r.nrndv++; r.nrndv > c.cfg.RendezvousDepth {
-		c.fail(protocolErrorf("%d rendezvous at a time, at most %d", r.nrndv, c.cfg.RendezvousDepth))
+		c.violated(protocolErrorf("%d rendezvous at a time, at most %d", r.nrndv, c.cfg.RendezvousDepth))
 		return
 	}
 	c.readInto(m)

@@ -393,7 +393,7 @@ func (c *Conn) idleLocked() bool {
 	return s.eosSent && int32(s.tail-s.eosSeq) > 0 && len(s.rndvFree) == len(s.rndv)
 }
 
-// addCredits takes the credits that the peer returned.
+// addCredits takes the credits that the peer returned. The role is held.
 func (c *Conn) addCredits(n uint32) {
 	s := &c.snd
 	s.mu.Lock()
@@ -401,7 +401,7 @@ func (c *Conn) addCredits(n uint32) {
 	s.lowTold = false
 	if s.credits > s.window {
 		s.mu.Unlock()
-		c.fail(protocolErrorf("%d credits of a window of %d", s.credits, s.window))
+		c.violated(protocolErrorf("%d credits of a window of %d", s.credits, s.window))
 		return
 	}
 	if s.pend != nil || s.ops.head != nil {
