@@ -124,6 +124,44 @@ func TestCMSoftEnds(t *testing.T) {
 	})
 }
 
+// A connection that the other side ends before this one has returned from making it was made all the same, on both sides.
+func TestCMSoftEndsAtOnce(t *testing.T) {
+	onlySoft(t, func(t *testing.T, here, there *cmNode, from, to netip.Addr) {
+		l := cmListen(t, there, to)
+		defer l.Close()
+		for i := range 12 {
+			accepted := make(chan error, 1)
+			go func() {
+				r, err := l.Accept(timeout(t))
+				if err != nil {
+					accepted <- err
+					return
+				}
+				q := must(there.ready())
+				c, err := r.Accept(timeout(t), q, qp.CMParams{})
+				if err == nil {
+					if i%2 == 1 {
+						<-c.Done()
+					}
+					err = c.Close()
+				}
+				accepted <- errors.Join(err, q.Close())
+			}()
+			q := must(here.ready())
+			c, err := q.Dial(timeout(t), netip.AddrPortFrom(from, 0), l.Addr(), qp.CMParams{})
+			if err == nil {
+				if i%2 == 0 {
+					<-c.Done()
+				}
+				err = c.Close()
+			}
+			if err := errors.Join(err, q.Close(), <-accepted); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
+
 // A queue pair that was reset, for something else, is not of its connection any more, whichever side ends that.
 func TestCMSoftReset(t *testing.T) {
 	onlySoft(t, func(t *testing.T, here, there *cmNode, from, to netip.Addr) {

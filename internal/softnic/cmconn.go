@@ -147,23 +147,35 @@ func (n *cmConn) dial(ctx context.Context, q *QP, gid int, port uint16, to netip
 	n.data = reply.Private[:]
 	a := cmAttr{gid: gid, mtu: mtu, rqPSN: psn, peer: to.Addr(), peerQPN: reply.QPN, sqPSN: reply.StartingPSN, retryCount: p.RetryCount, rnrRetry: reply.RNRRetryCount,
 		responder: reply.InitiatorDepth, initiator: reply.ResponderResources}
+	ready := false
 	if err = n.connect(ctx, q, p, &a); err != nil {
 		n.abandon()
 	} else {
 		n.port.manage(func(*cm.Engine, time.Duration) error {
-			n.c.Ready()
+			ready = n.c.Ready()
 			return nil
 		})
 	}
-	select {
-	case <-n.ended: // behind the reply: finish may have found no queue pair yet, or one that was not connected
-		err = n.endErr
-	default:
+	if over := n.overBefore(ready); over != nil {
+		err = over
 	}
 	if err != nil {
 		n.failQP()
 	}
 	return err
+}
+
+// overBefore returns why there was no connection, although the peer has replied: finish may have found no queue pair yet, or one that
+// was not connected. One that was ready, and that the peer has ended since, there was.
+func (n *cmConn) overBefore(ready bool) error {
+	select {
+	case <-n.ended:
+		if !ready || !errors.Is(n.endErr, cm.ErrDisconnected) {
+			return n.endErr
+		}
+	default:
+	}
+	return nil
 }
 
 // cmParams is what this side says.
@@ -333,6 +345,9 @@ func (n *cmConn) accept(ctx context.Context, dq driver.QP, p *driver.CMParam) er
 		case <-n.confirmed:
 			return nil
 		case <-n.ended:
+			if errors.Is(n.endErr, cm.ErrDisconnected) { // there was a connection: the peer has ended it. Its confirmation may be lost
+				return nil
+			}
 			err = n.endErr
 		case <-ctx.Done():
 			err = ctx.Err()

@@ -46,3 +46,36 @@ func TestDialEndsWithReply(t *testing.T) {
 		t.Error("the reply was never seen first")
 	}
 }
+
+// What has ended by the time its dial returns: a connection that the peer knew was one.
+func TestDialOfWhatHasEnded(t *testing.T) {
+	addr := netip.MustParseAddr("10.0.0.1")
+	n, err := OpenSim(simnet.New(1, simnet.Faults{}), addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { n.Close() })
+	port, _, err := n.cmPort(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name  string
+		ready bool
+		end   error
+		want  error
+	}{
+		{"goes on", true, nil, nil},
+		{"ended by the peer", true, cm.ErrDisconnected, nil},
+		{"ended before this side was ready", false, cm.ErrDisconnected, cm.ErrDisconnected},
+		{"the confirmation came too late", true, cm.ErrGivenUp, cm.ErrGivenUp},
+	} {
+		conn := newCMConn(n, port)
+		if c.end != nil {
+			conn.Ended(c.end)
+		}
+		if err := conn.overBefore(c.ready); err != c.want {
+			t.Errorf("%s: %v, want %v", c.name, err, c.want)
+		}
+	}
+}

@@ -213,12 +213,15 @@ func (c *Conn) giveUp() {
 	c.forget()
 }
 
-// Ready confirms the connection: this side's queue pair sends and receives. It is for who has heard Replied.
-func (c *Conn) Ready() {
-	if c.state == repReceived {
-		c.state = established
-		c.once(c.tid, &roce.RTU{LocalID: c.localID, RemoteID: c.remoteID})
+// Ready confirms the connection: this side's queue pair sends and receives. It is for who has heard Replied, and false if the connection
+// is over by now.
+func (c *Conn) Ready() bool {
+	if c.state != repReceived {
+		return false
 	}
+	c.state = established
+	c.once(c.tid, &roce.RTU{LocalID: c.localID, RemoteID: c.remoteID})
+	return true
 }
 
 // Accept takes a request: this side's queue pair receives. Established follows, or Ended.
