@@ -100,9 +100,9 @@ func testDeviceRemovedInUse(t *testing.T, kind string) {
 		return err
 	})
 	fatal := make(chan struct{})
-	if kind == "siw" {
-		waiter("Accept", func() error {
-			l, err := qp.Listen(c.Context, netip.AddrPortFrom(c.addr, 0), 0)
+	accept := func(at netip.Addr) func() error {
+		return func() error {
+			l, err := qp.Listen(c.Context, netip.AddrPortFrom(at, 0), 0)
 			if err != nil {
 				return err
 			}
@@ -110,8 +110,12 @@ func testDeviceRemovedInUse(t *testing.T, kind string) {
 			waiting.Add(1)
 			_, err = l.Accept(background)
 			return err
-		})
+		}
 	}
+	if kind == "siw" {
+		waiter("Accept", accept(c.addr))
+	}
+	waiter("Accept from anywhere", accept(netip.IPv4Unspecified()))
 	waiter("AsyncEvent", func() error {
 		for {
 			e, err := c.AsyncEvent(background)

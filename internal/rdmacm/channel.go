@@ -54,6 +54,10 @@ func (c *Channel) Close() error {
 	return err
 }
 
+// Fail ends everything with a reason, as when the device that the channel is for has gone: waits and connections end with it, and no
+// new IDs are made. The kernel still has what there is, until it is closed.
+func (c *Channel) Fail(cause error) { c.end(cause) }
+
 // end ends all IDs, and lets no new ones be made. It reports whether this is the first time that it is told to close.
 func (c *Channel) end(cause error) bool {
 	c.mu.Lock()

@@ -396,12 +396,13 @@ func TestCloseEndsWaits(t *testing.T) {
 }
 
 func TestDeviceRemoval(t *testing.T) {
-	eachWait(t, func(k *fakeKernel, _ *Channel, id *ID, _ func()) { k.tell(id.num, EventDeviceRemoval, 0) },
-		func(t *testing.T, id *ID, err error) {
-			if !errors.Is(err, driver.ErrDeviceRemoved) || !errors.Is(isDone(t, id), driver.ErrDeviceRemoved) {
-				t.Error(err)
-			}
-		})
+	check := func(t *testing.T, id *ID, err error) {
+		if !errors.Is(err, driver.ErrDeviceRemoved) || !errors.Is(isDone(t, id), driver.ErrDeviceRemoved) {
+			t.Error(err)
+		}
+	}
+	eachWait(t, func(k *fakeKernel, _ *Channel, id *ID, _ func()) { k.tell(id.num, EventDeviceRemoval, 0) }, check)
+	eachWait(t, func(_ *fakeKernel, c *Channel, _ *ID, _ func()) { c.Fail(driver.ErrDeviceRemoved) }, check)
 	k, c := fakeChannel(t)
 	id := newID(t, c, TCP)
 	for _, errno := range []syscall.Errno{syscall.EIO, syscall.ENXIO} {

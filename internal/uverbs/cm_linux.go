@@ -31,15 +31,15 @@ type movedQP interface {
 type connManager struct {
 	mu        sync.Mutex
 	ch        *rdmacm.Channel               // guarded by mu
-	closed    bool                          // guarded by mu
+	over      error                         // guarded by mu: why no more can be begun; nil while it can
 	accepting map[driver.QP]*rdmacm.Request // guarded by mu: whose peer has yet to confirm
 }
 
 func (m *connManager) channel() (*rdmacm.Channel, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.closed {
-		return nil, net.ErrClosed
+	if m.over != nil {
+		return nil, m.over
 	}
 	if m.ch == nil {
 		ch, err := rdmacm.Open()
@@ -52,13 +52,24 @@ func (m *connManager) channel() (*rdmacm.Channel, error) {
 }
 
 func (m *connManager) close() {
-	m.mu.Lock()
-	m.closed = true
-	ch := m.ch
-	m.mu.Unlock()
-	if ch != nil {
+	if ch := m.end(net.ErrClosed); ch != nil {
 		ch.Close()
 	}
+}
+
+// fail ends all listeners, connections, and waits, because of cause. The kernel does not do it where it knows of no device of theirs, as
+// with listeners on a wildcard address, and does it late where it lets go of uverbs first.
+func (m *connManager) fail(cause error) {
+	if ch := m.end(cause); ch != nil {
+		ch.Fail(cause)
+	}
+}
+
+func (m *connManager) end(cause error) *rdmacm.Channel {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.over = cause
+	return m.ch
 }
 
 // awaits remembers that q's peer has yet to confirm r, until the result is called.
@@ -88,9 +99,6 @@ func (m *connManager) commEst(q driver.QP) {
 
 // newID makes an ID of the context's channel.
 func (c *Context) newID() (*rdmacm.ID, error) {
-	if err := c.Removed(); err != nil {
-		return nil, err
-	}
 	ch, err := c.cm.channel()
 	if err != nil {
 		return nil, err

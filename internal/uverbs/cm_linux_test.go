@@ -1,13 +1,20 @@
 package uverbs
 
 import (
+	"context"
+	"encoding/binary"
 	"errors"
+	"net/netip"
+	"sync"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ringside-rdma/ringside/internal/abi"
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/rdmacm"
+	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -97,6 +104,8 @@ type fakeMoved struct {
 
 func (f *fakeMoved) Moved(to ib.QPState) { f.state = to }
 
+func (f *fakeMoved) Query() (ib.QPAttr, error) { return ib.QPAttr{State: f.state}, nil }
+
 func TestCloseAfterTheKernel(t *testing.T) {
 	id, q := &fakeID{done: make(chan struct{})}, &fakeMoved{state: ib.RTS}
 	n := (&Context{}).newConn(id, q, rdmacm.Addr{}, nil)
@@ -105,5 +114,99 @@ func TestCloseAfterTheKernel(t *testing.T) {
 	}
 	if err := n.Close(); err != nil || id.closed != 1 || q.state != ib.Err {
 		t.Errorf("Close: %v, %d times, the queue pair is in %v", err, id.closed, q.state)
+	}
+}
+
+// A quietManager is a connection manager that does what it is told, knows no device of its IDs, and reports nothing of them.
+type quietManager struct {
+	closed chan struct{}
+
+	mu       sync.Mutex
+	commands map[uint32]int // guarded by mu: how many there were
+}
+
+func (k *quietManager) Write(cmd []byte) syscall.Errno {
+	code := binary.NativeEndian.Uint32(cmd)
+	if code == abi.RDMA_USER_CM_CMD_GET_EVENT {
+		return unix.EAGAIN
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.commands[code]++
+	return 0
+}
+
+func (k *quietManager) count(code uint32) int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.commands[code]
+}
+
+func (k *quietManager) Wait()        { <-k.closed }
+func (k *quietManager) Close() error { close(k.closed); return nil }
+
+// The removal of the device ends what waits for the connection manager, whether or not that says anything of it.
+func TestRemovalEndsConnections(t *testing.T) {
+	testutil.CheckLeaks(t)
+	var events [2]int
+	if err := unix.Pipe2(events[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(events[1])
+	c, err := newAsync(t, events[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	k := &quietManager{closed: make(chan struct{}), commands: map[uint32]int{}}
+	c.cm.ch = rdmacm.OpenOn(k)
+	anywhere := netip.AddrPortFrom(netip.IPv4Unspecified(), 0)
+	l, err := c.CMListen(anywhere, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, err := c.newID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := &fakeMoved{state: ib.RTS}
+	conn := c.newConn(id, q, rdmacm.Addr{}, nil)
+	ctx, cancel := context.WithTimeout(t.Context(), testutil.Patience)
+	defer cancel()
+	accepted, dialed := make(chan error), make(chan error)
+	go func() {
+		_, err := l.Accept(ctx)
+		accepted <- err
+	}()
+	go func() {
+		_, err := c.CMDial(ctx, &fakeMoved{}, netip.AddrPort{}, netip.MustParseAddrPort("10.77.0.1:7471"), &driver.CMParam{})
+		dialed <- err
+	}()
+	testutil.Eventually(t, "the kernel resolves an address", func() bool { return k.count(abi.RDMA_USER_CM_CMD_RESOLVE_ADDR) > 0 })
+	c.Remove()
+	for what, ended := range map[string]chan error{"Accept": accepted, "Dial": dialed} {
+		if err := <-ended; !errors.Is(err, driver.ErrDeviceRemoved) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	select {
+	case <-conn.Done():
+	case <-ctx.Done():
+		t.Fatal("the connection goes on")
+	}
+	if err := conn.Err(); !errors.Is(err, driver.ErrDeviceRemoved) || q.state != ib.Err {
+		t.Errorf("the connection: %v, the queue pair is in %v", err, q.state)
+	}
+	if _, err := c.CMListen(anywhere, 0); !errors.Is(err, driver.ErrDeviceRemoved) {
+		t.Errorf("another listener: %v", err)
+	}
+	// The kernel has to hear of it when they are closed: it waits for that.
+	if err := errors.Join(l.Close(), conn.Close()); err != nil {
+		t.Error(err)
+	}
+	if n := k.count(abi.RDMA_USER_CM_CMD_DESTROY_ID); n != 3 {
+		t.Errorf("%d IDs were destroyed", n)
+	}
+	if err := c.Close(); err != nil {
+		t.Error(err)
 	}
 }

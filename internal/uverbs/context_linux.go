@@ -215,10 +215,11 @@ func (c *Context) Remove() {
 	c.addEvent(driver.AsyncEvent{Type: ib.EventDeviceFatal})
 	close(c.removed)
 	c.chanMu.Lock()
-	defer c.chanMu.Unlock()
 	for ch := range c.channels {
 		ch.e.Fail(errRemoved)
 	}
+	c.chanMu.Unlock()
+	c.cm.fail(errRemoved)
 }
 
 const asyncEventSize = 16 // struct ib_uverbs_async_event_desc
