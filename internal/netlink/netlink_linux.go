@@ -134,7 +134,7 @@ func replies(b []byte, seq uint32, fn func(body []byte)) (done bool, err error) 
 			case unix.NLMSG_ERROR:
 				return true, ackError(flags, body)
 			case unix.NLMSG_DONE:
-				return true, nil
+				return true, doneError(flags, body)
 			default:
 				if fn != nil {
 					fn(body)
@@ -151,14 +151,27 @@ func ackError(flags uint16, body []byte) error {
 	if len(body) < 4+unix.SizeofNlMsghdr {
 		return errors.New("netlink: a short acknowledgement")
 	}
-	errno := unix.Errno(-int32(binary.NativeEndian.Uint32(body)))
-	if errno == 0 {
-		return nil
-	}
 	rest := body[4+unix.SizeofNlMsghdr:]
 	if flags&unix.NLM_F_CAPPED == 0 { // the request follows in full
 		request := int(binary.NativeEndian.Uint32(body[4:]))
 		rest = body[min(4+max(request, unix.SizeofNlMsghdr), len(body)):]
+	}
+	return errnoError(flags, body, rest)
+}
+
+// doneError is the error in the end of a dump, which has no other acknowledgement: an errno, and possibly attributes with a text.
+func doneError(flags uint16, body []byte) error {
+	if len(body) < 4 {
+		return nil
+	}
+	return errnoError(flags, body, body[4:])
+}
+
+// errnoError is the errno that body begins with, with what the attributes in rest say of it.
+func errnoError(flags uint16, body, rest []byte) error {
+	errno := unix.Errno(-int32(binary.NativeEndian.Uint32(body)))
+	if errno == 0 {
+		return nil
 	}
 	why := ""
 	if flags&unix.NLM_F_ACK_TLVS != 0 {

@@ -40,6 +40,10 @@ func TestReplies(t *testing.T) {
 		{"explained", reply(unix.NLMSG_ERROR, unix.NLM_F_ACK_TLVS, 9, errnoBody(22, text...)...), true, unix.EINVAL, "no such device type"},
 		{"explained, capped", reply(unix.NLMSG_ERROR, unix.NLM_F_ACK_TLVS|unix.NLM_F_CAPPED, 9, errnoBody(22, text...)...), true, unix.EINVAL, "no such device type"},
 		{"the end of a dump", reply(unix.NLMSG_DONE, 0, 9, 0, 0, 0, 0), true, nil, ""},
+		{"the end of an old kernel's dump", reply(unix.NLMSG_DONE, 0, 9), true, nil, ""},
+		{"a dump that failed", reply(unix.NLMSG_DONE, unix.NLM_F_MULTI, 9, errnoBody(22)[:4]...), true, unix.EINVAL, ""},
+		{"a dump that failed, explained", reply(unix.NLMSG_DONE, unix.NLM_F_MULTI|unix.NLM_F_ACK_TLVS, 9, append(errnoBody(22)[:4], text...)...),
+			true, unix.EINVAL, "no such device type"},
 	} {
 		done, err := replies(c.wire, 9, nil)
 		if done != c.done || !errors.Is(err, c.err) || c.text != "" && !strings.Contains(err.Error(), c.text) {
