@@ -231,11 +231,20 @@ func (p netPerf) run(c *config) (values, error) {
 	if err != nil {
 		return nil, err
 	}
-	v, err := parsePerf(out, p.path)
-	if err == nil && p.kind == "bw" {
-		v["cpu"] = float64(cpu.Nanoseconds()) / float64(p.iter) / float64(p.size) // ns a byte, both, start and end included
+	return p.values(out, cpu)
+}
+
+// values reads what a client has written. cpu is the time of both processes from their start to their end: the warm-up's, too.
+func (p netPerf) values(out []byte, cpu time.Duration) (values, error) {
+	r, err := readPerf(out, p.path)
+	if err != nil {
+		return nil, err
 	}
-	return v, err
+	v := r.values()
+	if p.kind == "bw" {
+		v["cpu"] = float64(cpu.Nanoseconds()) / float64(r.Warmup+r.Messages) / float64(p.size) // ns a byte
+	}
+	return v, nil
 }
 
 // netUCX is one run of ucx_perftest over TCP between the namespaces.
@@ -248,10 +257,10 @@ func (u netUCX) run(*config) (values, error) {
 	if _, err := exec.LookPath("ucx_perftest"); err != nil {
 		return nil, fmt.Errorf("%w: ucx_perftest is not installed (Debian package ucx-utils)", errSkipped)
 	}
-	port := strconv.Itoa(netService)
+	port, warmup := strconv.Itoa(netService), max(100, u.iter/20)
 	server := elsewhere(true, "ucx_perftest", "-p", port)
 	client := exec.Command("ucx_perftest", network.server, "-p", port, "-v", "-t", u.test, "-s", strconv.Itoa(u.size), "-n", strconv.Itoa(u.iter),
-		"-w", strconv.Itoa(max(100, u.iter/20)))
+		"-w", strconv.Itoa(warmup))
 	client.Env = append(os.Environ(), "UCX_TLS=tcp,self", "UCX_NET_DEVICES="+network.devA, "UCX_WARN_UNUSED_ENV_VARS=n")
 	server.Env = append(os.Environ(), "UCX_TLS=tcp,self", "UCX_NET_DEVICES="+network.devB, "UCX_WARN_UNUSED_ENV_VARS=n")
 	out, cpu, err := clientAndServer(client, server, nil)
@@ -260,7 +269,7 @@ func (u netUCX) run(*config) (values, error) {
 	}
 	v, err := parseUCX(out)
 	if err == nil && u.size == mib {
-		v["cpu"] = float64(cpu.Nanoseconds()) / float64(u.iter+u.iter/20) / float64(u.size)
+		v["cpu"] = float64(cpu.Nanoseconds()) / float64(warmup+u.iter) / float64(u.size)
 	}
 	return v, err
 }
@@ -367,7 +376,8 @@ func netReport(c *config, host *conditions, r *results) string {
 		b.line("`ringside perf` on soft0 over RoCEv2 and UDP, `ucx_perftest` with `UCX_TLS=tcp`, and grpc-go over TCP, between two network")
 		b.line("namespaces of one host: in turn, in processes of their own for each run, not pinned. As above otherwise. The last column of the")
 		b.line("first table is the software NIC where UDP is blocked: queue pairs over TCP (`--path tcp`). Losses are made by the receiving")
-		b.line("software NIC (`RINGSIDE_SOFT_FAULTS=loss=1%%`). CPU is of client and server together, in nanoseconds a byte.\n")
+		b.line("software NIC (`RINGSIDE_SOFT_FAULTS=loss=1%%`). CPU is of client and server together, in nanoseconds a byte,")
+		b.line("from their start to their end, warm-up included.\n")
 		b.WriteString(circumstances(c.rounds, c.quick, host, "load average after each round", r.loads))
 		b.line("%s", targetTableOf(netTargets, r))
 		b.line("| | ringside | UCX over TCP | | ringside over TCP |\n|---|---|---|---|---|")

@@ -1,9 +1,11 @@
 package main
 
 import (
+	"maps"
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 )
 
 // Two processes have nothing in common, what a dead one has left can be found by its names, and the host's own subnets are left alone.
@@ -39,5 +41,19 @@ func TestNetNames(t *testing.T) {
 	}
 	if _, err := namesFor(7, []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}); err == nil || !strings.Contains(err.Error(), "in use") {
 		t.Errorf("without a subnet: %v", err)
+	}
+}
+
+// The CPU time is that of the whole processes, and so is what they have moved in it: the warm-up is part of both.
+func TestNetCPU(t *testing.T) {
+	const out = `{"path": "udp", "results": [{"messages": 4000, "warmup": 1000, "megabytes_per_second": 1400}]}`
+	for kind, want := range map[string]values{"bw": {"rate": 0, "bw": 1.4, "cpu": 2}, "rate": {"rate": 0, "bw": 1.4}} {
+		v, err := netPerf{"write", kind, 1000, 4000, "udp", ""}.values([]byte(out), 10*time.Millisecond)
+		if err != nil || !maps.Equal(v, want) {
+			t.Errorf("%s: %v, %v", kind, v, err)
+		}
+	}
+	if v, err := (netPerf{path: "tcp"}).values([]byte(out), 0); err == nil {
+		t.Errorf("another path gave %v", v)
 	}
 }
