@@ -65,21 +65,30 @@ func perftestMain(args []string) error {
 	defer stop()
 
 	begin := time.Now()
-	host := vmHostConditions(&plan)
+	host := vmHostConditions()
 	got, runErr := runInVM(ctx, *softRoCE, &plan)
 	if got == nil {
 		return runErr
 	}
+	host.set("rounds", fmt.Sprint(len(got.Loads)))
 	for _, k := range got.Conditions {
 		host.set(k[0], k[1])
 	}
 	host.set("duration", time.Since(begin).Round(time.Second).String())
+	return c.publishVM(&plan, host, got, runErr)
+}
+
+// publishVM publishes what the machine has found. What there was until an error is only printed: the results file has a whole
+// measurement.
+func (c *config) publishVM(plan *vmPlan, host *conditions, got *vmFile, runErr error) error {
 	r := got.results()
-	if err := c.publish(rxePart, rxeReport(&plan, host, r)); err != nil {
-		return err
-	}
+	section := rxeReport(plan, host, r)
 	if runErr != nil {
+		fmt.Print("\n", section)
 		return runErr
+	}
+	if err := c.publish(rxePart, section); err != nil {
+		return err
 	}
 	return r.err()
 }
@@ -137,13 +146,12 @@ func (f *vmFile) results() *results {
 }
 
 // vmHostConditions are the conditions on this side of the machine.
-func vmHostConditions(plan *vmPlan) *conditions {
+func vmHostConditions() *conditions {
 	c := new(conditions)
 	c.set("date", time.Now().UTC().Format("2006-01-02 15:04 MST"))
 	c.set("host's CPU", fmt.Sprintf("%s, %d cores", cpuModel(), runtime.NumCPU()))
 	c.set("Go", runtime.Version()+", "+profileUse())
 	c.set("ringside", revision())
-	c.set("rounds", fmt.Sprint(plan.Rounds))
 	c.set(busyBefore, fmt.Sprintf("%.2f", busyCores(2*time.Second)))
 	return c
 }

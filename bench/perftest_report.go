@@ -23,7 +23,7 @@ func rxeReport(plan *vmPlan, host *conditions, r *results) string {
 		b.line("SEND and WRITE, of the whole operation for READ and FETCH_ADD. Bandwidth: %d work requests in flight, each signaled and", bwDepth)
 		b.line("posted by itself; %d receives; the average, in 10^6 bytes a second. Every number is the median over the rounds, with the", bwRecvDepth)
 		b.line("smallest and largest value in parentheses; ratios are ringside / perftest.\n")
-		b.WriteString(circumstances(plan.Rounds, plan.Quick, host, "load average in the machine after each round", r.loads))
+		b.WriteString(circumstances(len(r.loads), plan.Quick, host, "load average in the machine after each round", r.loads))
 
 		row := func(c vmCase, metric string, scale float64, also func(name string) string) {
 			limit := rxeLimits[c.kind]

@@ -119,7 +119,7 @@ func TestRXEReport(t *testing.T) {
 		file.Runs = append(file.Runs, vmRun{Name: name, Values: v})
 	}
 	r := file.results()
-	text := rxeReport(&vmPlan{Rounds: 2}, new(conditions), r)
+	text := rxeReport(&vmPlan{Rounds: 17}, new(conditions), r)
 	for _, want := range []string{
 		"| 8 B SEND | 44.0 (44.0..44.0) | 38.0 (36.0..40.0) | 1.16 (1.10..1.22) | at most 1.10, **short** | 100 (100..100) | 90.0 (90.0..90.0) |",
 		"| 4 KiB WRITE | 60.0 (60.0..60.0) | - | - (-) | at most 1.10, not measured |",
@@ -140,6 +140,25 @@ func TestRXEReport(t *testing.T) {
 	}
 	if n := r.failures(); n != 1 {
 		t.Errorf("%d failures", n)
+	}
+}
+
+// What was measured until an error does not take the place of a whole measurement.
+func TestPublishVM(t *testing.T) {
+	c := &config{results: filepath.Join(t.TempDir(), "RESULTS.md")}
+	published := rxePart.begin + "\n\nof 17 rounds\n\n" + rxePart.end + "\n"
+	if err := os.WriteFile(c.results, []byte(published), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	plan, got := &vmPlan{Rounds: 17}, &vmFile{Loads: []string{"2.00", "2.10"}}
+	for _, runErr := range []error{errors.New("exit status 130"), nil} {
+		if err := c.publishVM(plan, new(conditions), got, runErr); err != runErr {
+			t.Errorf("%v, want %v", err, runErr)
+		}
+		text, err := os.ReadFile(c.results)
+		if err != nil || (string(text) == published) != (runErr != nil) {
+			t.Errorf("after %v: %v, %s", runErr, err, text)
+		}
 	}
 }
 
