@@ -5,13 +5,20 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ringside-rdma/ringside/internal/testutil"
 )
 
 func TestOptions(t *testing.T) {
@@ -64,6 +71,48 @@ func TestExecInGoFlags(t *testing.T) {
 	}
 	if _, err := withExec(nil, "/a b/s"); err == nil {
 		t.Error("a path with spaces was taken")
+	}
+}
+
+func init() {
+	testutil.RegisterChild("native", func(args []string) {
+		ctx, cancel := context.WithCancelCause(context.Background())
+		go func() { cancel(errors.New(<-testutil.ChildInput())) }()
+		_, err := runToTheLast(ctx, new(interrupt), []string{"sh", "-c", args[0]}, os.Environ())
+		fmt.Println("ended:", err)
+	})
+}
+
+// Without a machine, nothing is left of a command when its devices are removed.
+func TestNothingIsLeftOfACommand(t *testing.T) {
+	for _, c := range []struct {
+		command string
+		pids    int // lines with these
+		stopped bool
+	}{
+		{"sleep 1000 & echo $!", 1, false},
+		{`sleep 1000 & echo $!; sh -c 'trap "" TERM; sleep 1000 & echo $!; echo $$; wait' & wait`, 3, true},
+	} {
+		child := testutil.StartChild(t, "native", c.command)
+		var pids []int
+		for range c.pids {
+			pid, err := strconv.Atoi(child.Line())
+			if err != nil {
+				t.Fatal(err)
+			}
+			pids = append(pids, pid)
+		}
+		if c.stopped {
+			child.Send("stopped")
+		}
+		if end := child.Expect("ended:"); (end == "stopped") != c.stopped {
+			t.Error(end)
+		}
+		for _, pid := range pids {
+			if err := unix.Kill(pid, unix.SIGKILL); err != unix.ESRCH {
+				t.Errorf("%s: process %d is left: %v", c.command, pid, err)
+			}
+		}
 	}
 }
 

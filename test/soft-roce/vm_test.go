@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -233,7 +232,10 @@ func TestMachineDiesWithUs(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-up
-	machines := children(t, cmd.Process.Pid)
+	machines, err := children(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
 	cmd.Process.Kill()
 	cmd.Wait()
 	if len(machines) != 1 {
@@ -253,28 +255,6 @@ func TestMachineDiesWithUs(t *testing.T) {
 			}
 		}
 	}
-}
-
-func children(t *testing.T, pid int) (pids []int) {
-	t.Helper()
-	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, f := range files {
-		text, err := os.ReadFile(f)
-		if err != nil {
-			continue // a thread that has ended
-		}
-		for _, field := range strings.Fields(string(text)) {
-			n, err := strconv.Atoi(field)
-			if err != nil {
-				t.Fatal(err)
-			}
-			pids = append(pids, n)
-		}
-	}
-	return pids
 }
 
 type writerFunc func([]byte) (int, error)
