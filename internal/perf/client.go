@@ -419,7 +419,7 @@ func (l *verbsLoad) run(n int64, d time.Duration, record bool) (t tally, err err
 		return l.runLatency(n, d, record)
 	}
 	if d > 0 {
-		defer time.AfterFunc(d, l.side.stop).Stop()
+		defer time.AfterFunc(d, l.side.expire).Stop() // which needs to wake nobody: who sleeps has something in flight
 	}
 	s := l.side
 	cpu, ok := processCPU()

@@ -342,7 +342,7 @@ func (s *side) operate(n int) (done int, err error) {
 }
 
 // stream is the client of every bw and rate test: it keeps up to depth work requests in flight on each QP, in batches,
-// until n messages are complete, or those in flight after a stop. A stop may add one message a QP, signaled, that shows
+// until n messages are complete, or those in flight when it is to end. The end may add one message a QP, signaled, that shows
 // when the unsignaled ones before it are done.
 func (s *side) stream(n int64) (done int64, err error) {
 	lanes, spec := s.lanes, &s.spec
@@ -355,7 +355,7 @@ func (s *side) stream(n int64) (done int64, err error) {
 	inFlight := int64(0)
 	stopping := false
 	for {
-		if !stopping && s.stopped.Load() {
+		if !stopping && (s.expired.Load() || s.stopped.Load()) {
 			stopping = true
 			for i := range lanes {
 				lanes[i].left = 0

@@ -134,7 +134,8 @@ type rpcLoad struct {
 	failed error
 
 	record  bool
-	stopped atomic.Bool
+	expired atomic.Bool     // the duration is over: start no more calls
+	stopped atomic.Bool     // the same, and those in flight have stopGrace
 	ctx     context.Context // of the calls: ends when there is no hope for those in flight
 	cancel  context.CancelFunc
 
@@ -216,7 +217,7 @@ func (l *rpcLoad) run(n int64, d time.Duration, record bool) (t tally, err error
 		return l.runLatency(n, d, record)
 	}
 	if d > 0 {
-		defer time.AfterFunc(d, l.stop).Stop()
+		defer time.AfterFunc(d, func() { l.expired.Store(true) }).Stop()
 	}
 	cpu, ok := processCPU()
 	t0 := l.clk.now()
@@ -269,7 +270,7 @@ func (l *rpcLoad) stream(n int64) (done int64, err error) {
 	started := int64(0)
 	l.now = l.clk.now()
 	for {
-		for len(l.free) > 0 && started < n && !l.stopped.Load() {
+		for len(l.free) > 0 && started < n && !l.expired.Load() && !l.stopped.Load() {
 			tag := l.free[len(l.free)-1]
 			l.begun[tag] = l.now
 			if err := l.queue.Start(l.ctx, echoMethod, l.req, tag); err != nil {

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/testutil"
+	"github.com/ringside-rdma/ringside/rpc"
+	"github.com/ringside-rdma/ringside/transport"
 	"github.com/ringside-rdma/ringside/verbs"
 )
 
@@ -388,6 +390,59 @@ func TestInterrupt(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What is in flight when the duration is over has all the time that it takes, and not the grace period of an interrupt.
+func TestEndOfDuration(t *testing.T) {
+	const many = 1 << 40
+	t.Run("verbs", func(t *testing.T) {
+		client, _ := sidePair(t, Spec{Op: OpWrite, Kind: Rate, Duration: time.Millisecond}.WithDefaults())
+		client.grace = 0
+		l := &verbsLoad{side: client}
+		if got, err := l.run(many, time.Millisecond, false); err != nil || got.n == many {
+			t.Fatalf("%d operations, %v", got.n, err)
+		}
+		if err := client.swait.idle(); err != nil {
+			t.Errorf("waiting for what is in flight: %v", err)
+		}
+		client.stop()
+		if err := client.swait.idle(); !errors.Is(err, errHalted) {
+			t.Errorf("waiting for what is in flight after an interrupt: %v", err)
+		}
+	})
+	t.Run("rpc", func(t *testing.T) {
+		spec := Spec{Op: OpRPC, Kind: Rate, Duration: time.Millisecond}.WithDefaults()
+		l, err := transport.Listen(t.Context(), "127.0.0.1:0", transportConfig(&spec))
+		if err != nil {
+			t.Fatal(err)
+		}
+		server := rpc.NewServer(nil)
+		server.HandleRaw(rpc.Spec{Number: echoMethod, Inline: true}, func(call *rpc.Call, req []byte) error { return call.ReplyBytes(req) })
+		served := make(chan error, 1)
+		go func() { served <- server.Serve(context.Background(), l) }()
+		defer func() {
+			server.Close()
+			if err := <-served; !errors.Is(err, rpc.ErrServerClosed) {
+				t.Error(err)
+			}
+		}()
+		cl, err := rpc.Dial(t.Context(), l.Addr().String(), transportConfig(&spec), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer cl.Close()
+		load, err := newRPCLoad(&spec, cl, clock{base: time.Now(), nsPerTick: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer load.close()
+		if got, err := load.run(many, time.Millisecond, false); err != nil || got.n == many {
+			t.Fatalf("%d calls, %v", got.n, err)
+		}
+		if load.stopped.Load() {
+			t.Error("the grace period has begun")
+		}
+	})
 }
 
 func TestInterruptBeforeMeasuring(t *testing.T) {

@@ -166,7 +166,8 @@ type side struct {
 	yieldAt   uint64 // on clk: when the loop should yield again
 	unyielded int    // what was posted since the clock was last looked at for that: messages and pages
 
-	stopped atomic.Bool // finish what is in flight, then end
+	expired atomic.Bool // the duration is over: finish what is in flight, however long that takes, then end
+	stopped atomic.Bool // the same, but within grace
 	halted  atomic.Bool // end now: the peer is gone
 	ctx     context.Context
 	cancel  context.CancelFunc
@@ -455,9 +456,10 @@ func (s *side) repost(l *lane, n int) error {
 	return nil
 }
 
-// stop ends the loop when what is in flight is done; halt ends it at once.
-func (s *side) stop() { s.stopped.Store(true); s.cancel() }
-func (s *side) halt() { s.halted.Store(true); s.stop() }
+// expire ends the loop when what is in flight is done, stop also when the grace period is over; halt ends it at once.
+func (s *side) expire() { s.expired.Store(true) }
+func (s *side) stop()   { s.stopped.Store(true); s.cancel() }
+func (s *side) halt()   { s.halted.Store(true); s.stop() }
 
 // atomicSum adds up the words that an atomic test works on.
 func (s *side) atomicSum() uint64 {
