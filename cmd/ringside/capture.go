@@ -180,11 +180,11 @@ func (f *captureFlags) run(cmd *cobra.Command, s *observe.Session, program []str
 		s.Sink = &observe.FileSink{Files: files, Renderer: r}
 	}
 	s.Sink = &lossCounter{s.Sink, &lost}
-	// Who ends a capture so wants what was captured until then.
-	ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM)
-	defer stop()
 	var status error
 	if len(program) == 0 {
+		// Who ends a capture so wants what was captured until then.
+		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM)
+		defer stop()
 		err = s.Run(ctx)
 	} else {
 		status, err = f.runProgram(cmd, s, program)
@@ -205,7 +205,8 @@ func (l *lossCounter) Finish(n *observe.Source, lost uint64) error {
 	return l.Sink.Finish(n, lost)
 }
 
-// runProgram runs a program and captures its NICs, until both have ended. status is the program's failure.
+// runProgram runs a program and captures its NICs, until both have ended. It hands SIGTERM on to the program. status is the program's
+// failure.
 func (f *captureFlags) runProgram(cmd *cobra.Command, s *observe.Session, program []string) (status, err error) {
 	l, err := observe.Listen()
 	if err != nil {
@@ -220,6 +221,9 @@ func (f *captureFlags) runProgram(cmd *cobra.Command, s *observe.Session, progra
 	if f.file == "-" || f.file == "" { // standard output is ours
 		child.Stdout = cmd.ErrOrStderr()
 	}
+	ends := make(chan os.Signal, 1)
+	signal.Notify(ends, syscall.SIGTERM)
+	defer signal.Stop(ends)
 	if err := child.Start(); err != nil {
 		l.Close()
 		for range calls {
@@ -232,8 +236,22 @@ func (f *captureFlags) runProgram(cmd *cobra.Command, s *observe.Session, progra
 		l.Close()
 		done <- err
 	}()
-	// Also after -c packets, the program goes on; and after an interrupt, what it still sends is captured.
-	err = s.Run(context.WithoutCancel(cmd.Context()))
+	ctx, cancel := context.WithCancel(context.WithoutCancel(cmd.Context()))
+	defer cancel()
+	go func() {
+		for {
+			select {
+			case sig := <-ends:
+				if child.Process.Signal(sig) != nil {
+					cancel() // it has ended, and the NICs are its children's
+				}
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	// Also after -c packets, the program goes on; and after an interrupt or SIGTERM, what it still sends is captured.
+	err = s.Run(ctx)
 	go func() {
 		for n := range calls {
 			n.Close()

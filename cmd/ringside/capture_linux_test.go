@@ -1,13 +1,17 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
+	"github.com/ringside-rdma/ringside/internal/perf"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 )
 
@@ -49,6 +53,39 @@ func TestCaptureProgram(t *testing.T) {
 				t.Errorf("opcode %s at %s", p[0], p[1])
 			}
 		}
+	}
+}
+
+// SIGTERM goes on to the program, and its last packets are captured.
+func TestCaptureProgramTerminated(t *testing.T) {
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := command(t, "capture", "-w", filepath.Join(t.TempDir(), "trace"), "--", exe, "perf", "server", "--listen", "127.0.0.1:0")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // so that a failure leaves nothing
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	kill := func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	defer time.AfterFunc(testutil.Patience, kill).Stop()
+	line, err := bufio.NewReader(stdout).ReadString('\n')
+	if err != nil || !strings.HasPrefix(line, perf.ListeningPrefix) {
+		kill()
+		t.Errorf("the server says %q, %v", line, err)
+	}
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Error(err)
+	}
+	err = cmd.Wait()
+	if s := stderr.String(); cmd.ProcessState.ExitCode() != 1 || !strings.Contains(s, " packets captured") || !strings.Contains(s, "signal: terminated") {
+		t.Errorf("%v: it says %q", err, s)
 	}
 }
 
