@@ -349,6 +349,9 @@ func TestSpawn(t *testing.T) {
 
 func TestSpawnPlot(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "x.svg")
+	if err := os.WriteFile(file, make([]byte, 1<<20), 0o644); err != nil { // a longer one
+		t.Fatal(err)
+	}
 	status, stdout, stderr := ringside("perf", "read", "lat", "--spawn", "--size", "8,64", "--iters", "100", "--plot", file)
 	if status != 0 {
 		t.Fatalf("status %d: %s", status, stderr)
@@ -358,8 +361,39 @@ func TestSpawnPlot(t *testing.T) {
 		t.Errorf("got %s", stdout)
 	}
 	b, err := os.ReadFile(file)
-	if err != nil || !bytes.Contains(b, []byte("</svg>")) {
+	if err != nil || !bytes.HasPrefix(b, []byte("<svg")) || !bytes.HasSuffix(b, []byte("</svg>\n")) {
 		t.Errorf("%v, %s", err, b)
+	}
+}
+
+// A run without results leaves what there was in place of a picture, and nothing where there was nothing.
+func TestPlotOfFailure(t *testing.T) {
+	dir := t.TempDir()
+	old, none, device := filepath.Join(dir, "old.svg"), filepath.Join(dir, "none.svg"), filepath.Join(dir, "device")
+	if err := os.WriteFile(old, []byte("earlier"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	files := []string{old, none}
+	if os.Symlink(os.DevNull, device) == nil { // rather than the device itself, which must not go if this fails
+		files = append(files, device)
+	}
+	for _, server := range []string{"127.0.0.1:1", "--spawn --server-device nosuch0"} {
+		for _, file := range files {
+			if status, _, stderr := ringside(append([]string{"perf", "read", "lat", "--plot", file}, strings.Fields(server)...)...); status != 1 {
+				t.Errorf("%s, %s: status %d: %s", server, file, status, stderr)
+			}
+		}
+		if b, err := os.ReadFile(old); err != nil || string(b) != "earlier" {
+			t.Errorf("%s: %v, the earlier picture is %q", server, err, b)
+		}
+		if left, err := os.ReadDir(dir); err != nil || len(left) != len(files)-1 {
+			t.Errorf("%s: %v, %v are left", server, err, left)
+		}
+	}
+	if len(files) == 3 {
+		if status, _, stderr := ringside("perf", "read", "lat", "--spawn", "--iters", "100", "--plot", device); status != 0 {
+			t.Errorf("status %d: %s", status, stderr)
+		}
 	}
 }
 

@@ -1,10 +1,12 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"os/signal"
@@ -333,13 +335,13 @@ func (f *testFlags) config(cmd *cobra.Command, a []string) (*perf.Config, error)
 // run measures and prints.
 func (f *testFlags) run(cmd *cobra.Command, cfg *perf.Config) (err error) {
 	ctx := cmd.Context()
-	var plot *os.File
+	var plot *plotFile
 	if f.plot != "" {
 		// Opened before the work, so that a mistake in the name does not cost the results.
-		if plot, err = os.Create(f.plot); err != nil {
+		if plot, err = openPlot(f.plot); err != nil {
 			return fmt.Errorf("--plot: %w", err)
 		}
-		defer plot.Close()
+		defer func() { err = errors.Join(err, plot.close()) }()
 	}
 	if f.spawn {
 		child, err := f.spawnServer(ctx, cmd)
@@ -360,7 +362,7 @@ func (f *testFlags) run(cmd *cobra.Command, cfg *perf.Config) (err error) {
 	}
 	rep, runErr := perf.Run(ctx, cfg)
 	if rep == nil {
-		return errors.Join(runErr, removeEmpty(plot))
+		return runErr
 	}
 	if p := cfg.Progress; p != nil {
 		p(perf.Progress{})
@@ -371,11 +373,7 @@ func (f *testFlags) run(cmd *cobra.Command, cfg *perf.Config) (err error) {
 		err = rep.WriteText(cmd.OutOrStdout())
 	}
 	if plot != nil && len(rep.Results) > 0 && err == nil {
-		if err = rep.WritePlot(plot); err == nil {
-			err = plot.Close()
-		}
-	} else {
-		err = errors.Join(err, removeEmpty(plot))
+		err = plot.draw(rep)
 	}
 	if rep.Interrupted && runErr == nil && err == nil {
 		return context.Canceled
@@ -383,13 +381,52 @@ func (f *testFlags) run(cmd *cobra.Command, cfg *perf.Config) (err error) {
 	return errors.Join(runErr, err)
 }
 
-// removeEmpty removes the file of a picture that there was nothing to draw in.
-func removeEmpty(f *os.File) error {
-	if f == nil {
-		return nil
+// A plotFile is where a picture goes. Until it is drawn, a file that was there before stays as it was.
+type plotFile struct {
+	f     *os.File
+	fresh bool // made here, and not drawn in yet
+}
+
+func openPlot(name string) (*plotFile, error) {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
+	if err == nil {
+		return &plotFile{f: f, fresh: true}, nil
 	}
-	f.Close()
-	return os.Remove(f.Name())
+	if errors.Is(err, fs.ErrExist) {
+		f, err = os.OpenFile(name, os.O_WRONLY|os.O_CREATE, 0o666)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &plotFile{f: f}, nil
+}
+
+// draw writes the picture of r in place of what was there.
+func (p *plotFile) draw(r *perf.Report) error {
+	var b bytes.Buffer
+	if err := r.WritePlot(&b); err != nil {
+		return err
+	}
+	st, err := p.f.Stat()
+	if err == nil && st.Mode().IsRegular() { // and not a pipe or a terminal
+		err = p.f.Truncate(0)
+	}
+	if err != nil {
+		return err
+	}
+	if _, err = p.f.Write(b.Bytes()); err == nil {
+		p.fresh = false
+	}
+	return err
+}
+
+// close also removes a file that was made for nothing.
+func (p *plotFile) close() error {
+	err := p.f.Close()
+	if p.fresh {
+		err = errors.Join(err, os.Remove(p.f.Name()))
+	}
+	return err
 }
 
 func (f *testFlags) spawnServer(ctx context.Context, cmd *cobra.Command) (*perf.Child, error) {
