@@ -145,7 +145,7 @@ func (f *captureFlags) session() (*observe.Session, error) {
 	return s, err
 }
 
-// selection is what --pid and --gid ask for; nil: everything.
+// selection tells which NICs --pid and --gid ask for: those that fit both, where both are given; nil: all.
 func selection(pids []int, gids []string) (func(*observe.Source) bool, error) {
 	var all []ib.GID
 	for _, t := range gids {
@@ -158,7 +158,9 @@ func selection(pids []int, gids []string) (func(*observe.Source) bool, error) {
 	if len(pids) == 0 && len(all) == 0 {
 		return nil, nil
 	}
-	return func(n *observe.Source) bool { return slices.Contains(pids, n.PID) || slices.Contains(all, n.GID) }, nil
+	return func(n *observe.Source) bool {
+		return (len(pids) == 0 || slices.Contains(pids, n.PID)) && (len(all) == 0 || slices.Contains(all, n.GID))
+	}, nil
 }
 
 func (f *captureFlags) run(cmd *cobra.Command, s *observe.Session, program []string) (err error) {

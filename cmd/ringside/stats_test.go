@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"github.com/ringside-rdma/ringside/internal/softnic/observe"
+	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
 // What a connection and a port are shown as.
@@ -27,5 +28,38 @@ func TestStatsText(t *testing.T) {
 `
 	if b.String() != want {
 		t.Errorf("%s\nwant\n%s", b.String(), want)
+	}
+}
+
+// A NIC has to fit both --pid and --gid.
+func TestSelection(t *testing.T) {
+	for _, tt := range []struct {
+		pids []int
+		gids []string
+		want string // of the NICs below
+	}{
+		{[]int{7}, nil, "ab"},
+		{nil, []string{"fd00::1"}, "ac"},
+		{[]int{7}, []string{"fd00::1"}, "a"},
+		{[]int{7, 8}, []string{"fd00::1"}, "ac"},
+		{[]int{7, 8}, []string{"fd00::2", "fd00::1"}, "abc"},
+		{[]int{9}, []string{"fd00::1"}, ""},
+	} {
+		is, err := selection(tt.pids, tt.gids)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := ""
+		for name, n := range []*observe.Source{{PID: 7, GID: ib.GID{0: 0xfd, 15: 1}}, {PID: 7, GID: ib.GID{0: 0xfd, 15: 2}}, {PID: 8, GID: ib.GID{0: 0xfd, 15: 1}}} {
+			if is(n) {
+				got += string(rune('a' + name))
+			}
+		}
+		if got != tt.want {
+			t.Errorf("--pid %v --gid %v: %q, want %q", tt.pids, tt.gids, got, tt.want)
+		}
+	}
+	if is, err := selection(nil, nil); is != nil || err != nil {
+		t.Errorf("nothing asked for: %v", err)
 	}
 }
