@@ -74,6 +74,7 @@ func TestMistakes(t *testing.T) {
 		{"perf write lat --spawn --iters -5", "positive"},
 		{"perf write lat --spawn --duration -5s", "positive"},
 		{"perf write lat --spawn --warmup -7", "warmup is -7"},
+		{"perf send lat --spawn --poll adaptive --spin 0", "or --poll event"},
 		{"perf write lat --spawn --poll lazy", "busy adaptive event"},
 		{"perf write lat --spawn --poll event", "measure send lat"},
 		{"perf write lat --spawn --qps 2", "uses 1 QP"},

@@ -283,6 +283,8 @@ func (f *testFlags) config(cmd *cobra.Command, a []string) (*perf.Config, error)
 		return nil, fmt.Errorf("--iters %d: want a positive number", f.spec.Iters)
 	case f.spec.Duration < 0:
 		return nil, fmt.Errorf("--duration %v: want a positive time", f.spec.Duration)
+	case cmd.Flags().Changed("spin") && f.spec.Spin == 0: // to Spec, the default
+		return nil, errors.New("--spin 0: want a positive time, or --poll event, which does not poll before it sleeps")
 	case f.cpu < -1 || f.serverCPU < -1:
 		return nil, errors.New("--cpu and --server-cpu take the number of a processor, from 0")
 	}

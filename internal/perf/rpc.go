@@ -15,11 +15,19 @@ import (
 // echoMethod answers with its argument.
 const echoMethod rpc.Method = 1
 
-// transportConfig is what both sides of an rpc test connect with.
-func transportConfig(spec *Spec) *transport.Config {
+// pollerConfig is how both sides of an rpc test wait.
+func pollerConfig(spec *Spec) *transport.PollerConfig {
+	return &transport.PollerConfig{
+		Mode:       map[PollMode]transport.PollMode{PollBusy: transport.Busy, PollAdaptive: transport.Adaptive, PollEvent: transport.Event}[spec.Poll],
+		SpinBudget: spec.Spin,
+	}
+}
+
+// transportConfig is what both sides of an rpc test connect with, each with a poller by pollerConfig.
+func transportConfig(spec *Spec, p *transport.Poller) *transport.Config {
 	return &transport.Config{
+		Poller:     p,
 		Path:       map[Path]transport.Path{PathMemory: transport.PathMemory, PathUDP: transport.PathUDP, PathTCP: transport.PathTCP}[spec.Path],
-		PollMode:   map[PollMode]transport.PollMode{PollBusy: transport.Busy, PollAdaptive: transport.Adaptive, PollEvent: transport.Event}[spec.Poll],
 		MaxMessage: max(16<<20, min(spec.Size+4096, MaxSize)), // the frame's header needs room too
 		SendDepth:  max(128, spec.InFlight+16),                // what is in flight must not wait for slots
 		RecvDepth:  max(128, spec.InFlight+16),
@@ -29,17 +37,21 @@ func transportConfig(spec *Spec) *transport.Config {
 
 // testRPC serves an rpc test: an echo server on a port of its own, for one connection.
 func (s *Server) testRPC(ctx context.Context, c *control, t *setup) error {
-	cfg := transportConfig(&t.spec)
-	cfg.Context = s.vctx
+	p, err := transport.NewPoller(s.vctx, pollerConfig(&t.spec))
+	if err != nil {
+		return err
+	}
+	defer p.Close()
 	// The address at which the client has found this server is one at which it can find another.
 	host, _, err := net.SplitHostPort(c.conn.LocalAddr().String())
 	if err != nil {
 		return err
 	}
-	l, err := transport.Listen(ctx, net.JoinHostPort(host, "0"), cfg)
+	l, err := transport.Listen(ctx, net.JoinHostPort(host, "0"), transportConfig(&t.spec, p))
 	if err != nil {
 		return err
 	}
+	defer l.Close() // or the poller is not closed, if it does not come to serving
 	v := &rpcService{listener: l, server: rpc.NewServer(nil)}
 	defer v.halt()
 	v.server.HandleRaw(rpc.Spec{Number: echoMethod, Inline: true}, func(call *rpc.Call, req []byte) error {
@@ -101,9 +113,12 @@ func (r *runner) measureRPC(ctx context.Context, spec *Spec, step, steps int) (*
 	if err != nil {
 		return nil, "", err
 	}
-	cfg := transportConfig(spec)
-	cfg.Context = r.vctx
-	cl, err := rpc.Dial(ctx, addr, cfg, &rpc.ClientConfig{MaxInFlight: max(1024, spec.InFlight)})
+	p, err := transport.NewPoller(r.vctx, pollerConfig(spec))
+	if err != nil {
+		return nil, "", err
+	}
+	defer p.Close()
+	cl, err := rpc.Dial(ctx, addr, transportConfig(spec, p), &rpc.ClientConfig{MaxInFlight: max(1024, spec.InFlight)})
 	if err != nil {
 		return nil, "", r.cause(err)
 	}

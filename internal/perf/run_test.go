@@ -412,7 +412,7 @@ func TestEndOfDuration(t *testing.T) {
 	})
 	t.Run("rpc", func(t *testing.T) {
 		spec := Spec{Op: OpRPC, Kind: Rate, Duration: time.Millisecond}.WithDefaults()
-		l, err := transport.Listen(t.Context(), "127.0.0.1:0", transportConfig(&spec))
+		l, err := transport.Listen(t.Context(), "127.0.0.1:0", transportConfig(&spec, nil))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -426,7 +426,7 @@ func TestEndOfDuration(t *testing.T) {
 				t.Error(err)
 			}
 		}()
-		cl, err := rpc.Dial(t.Context(), l.Addr().String(), transportConfig(&spec), nil)
+		cl, err := rpc.Dial(t.Context(), l.Addr().String(), transportConfig(&spec, nil), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -458,6 +458,20 @@ func TestInterruptBeforeMeasuring(t *testing.T) {
 	rep, err := Run(ctx, cfg)
 	if err != nil || rep == nil || !rep.Interrupted || len(rep.Results) != 0 {
 		t.Fatalf("%+v, %v", rep, err)
+	}
+}
+
+// Spec.Spin reaches what polls for calls, on both sides.
+func TestRPCSpin(t *testing.T) {
+	for _, spec := range []Spec{{Op: OpRPC, Kind: Lat, Poll: PollAdaptive, Spin: 7 * time.Microsecond}, {Op: OpRPC, Kind: Rate, Poll: PollAdaptive}} {
+		want := spec.Spin
+		if want == 0 {
+			want = 50 * time.Microsecond
+		}
+		spec = spec.WithDefaults()
+		if c := pollerConfig(&spec); c.Mode != transport.Adaptive || c.SpinBudget != want {
+			t.Errorf("%v: mode %v, %v; want %v", spec.Kind, c.Mode, c.SpinBudget, want)
+		}
 	}
 }
 

@@ -57,6 +57,7 @@ func TestSpecValidate(t *testing.T) {
 		{"too much memory", Spec{Op: OpWrite, Kind: BW, Size: MaxSize, QPs: 4}, "registered memory"},
 		{"inline read", Spec{Op: OpRead, Kind: Lat, Inline: 8}, "cannot be inline"},
 		{"inline", Spec{Op: OpWrite, Kind: Lat, Inline: -2}, "inline is -2"},
+		{"spin", Spec{Op: OpRPC, Kind: Lat, Spin: -5}, "spin is -5: want 1 to"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := tt.spec.WithDefaults()
