@@ -66,6 +66,7 @@ func TestMistakes(t *testing.T) {
 		{"perf write lat --spawn host", "choose one"},
 		{"perf write lat host --server-cpu 1", "give --cpu to the server"},
 		{"perf write lat host --server-device x", "give --device to the server"},
+		{"perf write lat host --server-gid-index 0", "give --gid-index to the server"},
 		{"perf write lat --spawn --size 0", "not a size"},
 		{"perf write lat --spawn --size 5x", "not a size"},
 		{"perf write lat --spawn --size 2G", "not a size"},
@@ -398,10 +399,21 @@ func TestPlotOfFailure(t *testing.T) {
 	}
 }
 
-// TestSpawnFails: what the server says about its failure is shown.
+// TestSpawnFails: what the server says about its failure is shown. It has the client's port, on the client's device.
 func TestSpawnFails(t *testing.T) {
-	status, _, stderr := ringside("perf", "read", "lat", "--spawn", "--server-device", "nosuch0")
-	if status != 1 || !strings.Contains(stderr, "--spawn") {
+	for _, tt := range []struct{ args, want string }{
+		{"--server-device nosuch0", "nosuch0"},
+		{"--ib-port 99", "--ib-port 99 does not exist"},
+		{"--ib-port 99 --device soft0 --server-device soft0", "--ib-port 99 does not exist"},
+	} {
+		status, _, stderr := ringside(append([]string{"perf", "read", "lat", "--spawn"}, strings.Fields(tt.args)...)...)
+		if status != 1 || !strings.Contains(stderr, "--spawn") || !strings.Contains(stderr, tt.want) {
+			t.Errorf("%s: status %d: %s", tt.args, status, stderr)
+		}
+	}
+	// Another device may have fewer ports: here it is the client that fails.
+	status, _, stderr := ringside("perf", "read", "lat", "--spawn", "--ib-port", "99", "--server-device", "soft0")
+	if status != 1 || strings.Contains(stderr, "--spawn") || !strings.Contains(stderr, "--ib-port 99 does not exist") {
 		t.Errorf("status %d: %s", status, stderr)
 	}
 }

@@ -275,6 +275,8 @@ func (f *testFlags) config(cmd *cobra.Command, a []string) (*perf.Config, error)
 		return nil, errors.New("--server-cpu works with --spawn only: give --cpu to the server instead")
 	case !f.spawn && cmd.Flags().Changed("server-device"):
 		return nil, errors.New("--server-device works with --spawn only: give --device to the server instead")
+	case !f.spawn && cmd.Flags().Changed("server-gid-index"):
+		return nil, errors.New("--server-gid-index works with --spawn only: give --gid-index to the server instead")
 	case f.all && len(f.sizes.v) > 0:
 		return nil, errors.New("both --size and --all are given: choose one")
 	case f.spec.Iters != 0 && f.spec.Duration != 0:
@@ -441,12 +443,19 @@ func (f *testFlags) spawnServer(ctx context.Context, cmd *cobra.Command) (*perf.
 	if dev == "" {
 		dev = f.device
 	}
-	if gid < 0 && dev == f.device {
-		gid = f.gidIndex
+	port := 0
+	if dev == f.device {
+		port = f.port
+		if gid < 0 {
+			gid = f.gidIndex
+		}
 	}
 	a := []string{"perf", "server", "--child", "--once", "--listen", "127.0.0.1:0", "--cpu", strconv.Itoa(f.serverCPU)}
 	if dev != "" {
 		a = append(a, "--device", dev)
+	}
+	if port != 0 {
+		a = append(a, "--ib-port", strconv.Itoa(port))
 	}
 	if gid >= 0 {
 		a = append(a, "--gid-index", strconv.Itoa(gid))

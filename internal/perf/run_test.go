@@ -257,7 +257,7 @@ func TestRunRefused(t *testing.T) {
 	if _, err := Run(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "no GID at index 77") {
 		t.Errorf("a client's wrong GID index: %v", err)
 	}
-	if _, err := NewServer(ServerConfig{GIDIndex: -1, Port: 99}); err == nil || !strings.Contains(err.Error(), "--port 99") {
+	if _, err := NewServer(ServerConfig{GIDIndex: -1, Port: 99}); err == nil || !strings.Contains(err.Error(), "--ib-port 99") {
 		t.Errorf("bad port: %v", err)
 	}
 }

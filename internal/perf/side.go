@@ -39,7 +39,7 @@ func choosePort(vctx *verbs.Context, opt portOptions) (port, error) {
 		return port{}, err
 	}
 	if int(opt.port) > a.Ports {
-		return port{}, fmt.Errorf("%s has %d port(s): --port %d does not exist", vctx.Name(), a.Ports, opt.port)
+		return port{}, fmt.Errorf("%s has %d port(s): --ib-port %d does not exist", vctx.Name(), a.Ports, opt.port)
 	}
 	var down error
 	for n := 1; n <= a.Ports; n++ {
@@ -51,7 +51,7 @@ func choosePort(vctx *verbs.Context, opt portOptions) (port, error) {
 			return port{}, err
 		}
 		if p.attr.State != ib.PortActive {
-			down = fmt.Errorf("port %d of %s is %v, not ACTIVE: bring its link up, or choose another with --port or --device", n, vctx.Name(), p.attr.State)
+			down = fmt.Errorf("port %d of %s is %v, not ACTIVE: bring its link up, or choose another with --ib-port or --device", n, vctx.Name(), p.attr.State)
 			continue
 		}
 		if err := p.chooseGID(vctx, opt); err != nil {
