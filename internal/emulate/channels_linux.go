@@ -55,11 +55,11 @@ type openChannel struct {
 
 // openChannel answers the open of the connection manager's node.
 func (s *Session) openChannel(c call, flags int) error {
-	m, tgid, err := opener(c)
+	m, err := c.Memory()
 	if err != nil {
 		return err
 	}
-	o := &openChannel{mem: m, tgid: tgid, fd: -1}
+	o := &openChannel{mem: m, tgid: m.PID(), fd: -1}
 	theirs, err := o.makePipe(flags&unix.O_NONBLOCK != 0)
 	if err != nil {
 		m.Close()

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -29,21 +28,9 @@ type openContext struct {
 	id     fileID
 }
 
-// opener returns the memory and the process of who opens a node. The caller closes the memory.
-func opener(c call) (m *procmem.Memory, tgid int, err error) {
-	if m, err = c.Memory(); err != nil {
-		return nil, 0, err
-	}
-	if tgid, err = processOf(c); err != nil {
-		m.Close()
-		return nil, 0, err
-	}
-	return m, tgid, nil
-}
-
 // openDevice answers the open of a device's node.
 func (s *Session) openDevice(c call, device, flags int) error {
-	m, tgid, err := opener(c)
+	m, err := c.Memory()
 	if err != nil {
 		return err
 	}
@@ -53,7 +40,7 @@ func (s *Session) openDevice(c call, device, flags int) error {
 		s.complain("open %s: %v", s.devices[device].Name(), err)
 		return c.Fail(unix.ENODEV)
 	}
-	o := &openContext{ctx: ctx, device: device, mem: m, tgid: tgid}
+	o := &openContext{ctx: ctx, device: device, mem: m, tgid: m.PID()}
 	// An open file of its own, not a duplicate of ours: its lock goes with the program's last reference to it.
 	theirs, err := reopen(ctx.Pages())
 	if err != nil {
@@ -122,16 +109,11 @@ func (s *Session) openOf(c call, fd uint64) (*openContext, *openChannel, error) 
 
 // processOf is the number of the process that a call comes from.
 func processOf(c call) (int, error) {
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", c.TID))
+	tgid, err := procmem.ProcessOf(c.TID)
 	if !c.Valid() {
 		return 0, errWithdrawn
 	}
-	if err != nil {
-		return 0, err
-	}
-	_, rest, _ := strings.Cut(string(status), "\nTgid:")
-	line, _, _ := strings.Cut(rest, "\n")
-	return strconv.Atoi(strings.TrimSpace(line))
+	return tgid, err
 }
 
 // passer gives the caller of an ioctl descriptors.

@@ -104,6 +104,11 @@ func TestNobodyAnswers(t *testing.T) {
 	end(t, s, 0)
 }
 
+// A context is the process', also when the thread that has opened it has ended.
+func TestOpenerEnds(t *testing.T) {
+	end(t, start(t, Config{Log: t.Output()}, "openerends"), 0)
+}
+
 func TestOtherProcess(t *testing.T) {
 	var log lockedBuffer
 	end(t, start(t, Config{Log: &log}, "fork"), 0)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -14,6 +15,14 @@ import (
 	"github.com/ringside-rdma/ringside/internal/seccomp"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 )
+
+// The first thread of some programs is that of main, and of nobody else.
+func init() {
+	switch os.Args[0] {
+	case "program:openerends":
+		runtime.LockOSThread()
+	}
+}
 
 func TestMain(m *testing.M) {
 	seccomp.Main()
@@ -34,6 +43,7 @@ var programs = map[string]func(args []string) error{
 	"steps":          steps,
 	"golden":         golden,
 	"fork":           fork,
+	"openerends":     openerEnds,
 	"use":            use,
 	"refused":        refused,
 	"orphans":        orphans,

@@ -4,7 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"runtime"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/mem"
@@ -141,4 +145,42 @@ func verbs([]string) error {
 		}
 	}
 	return nil
+}
+
+// An opened is a device that was opened already.
+type opened struct {
+	driver.Device
+	ctx driver.Context
+}
+
+func (o opened) Open() (driver.Context, error) { return o.ctx, nil }
+
+// openerEnds has a thread open the device and end, before others use it.
+func openerEnds([]string) error {
+	devices, err := mlx5.Provider().Devices()
+	if err != nil {
+		return err
+	}
+	var ctx driver.Context
+	tid := make(chan int)
+	go func() {
+		runtime.LockOSThread() // it ends with this
+		ctx, err = devices[0].Open()
+		tid <- unix.Gettid()
+	}()
+	task := fmt.Sprintf("/proc/self/task/%d", <-tid)
+	if err != nil {
+		return err
+	}
+	for range 1000 {
+		if _, err := os.Stat(task); err != nil {
+			s, err := newSide(opened{devices[0], ctx})
+			if err != nil {
+				return err
+			}
+			return s.connect(s)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return errors.New("the thread has not ended")
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -14,9 +15,9 @@ import (
 // Check reports, with EFAULT, whether the program may at present read [va, va+n), and write it, if write is set: what the kernel
 // looks at when memory is registered. It is ErrGone if the memory is not the process' any more.
 func (m *Memory) Check(va, n uint64, write bool) error {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/maps", m.pid))
+	f, err := m.openMaps()
 	if err != nil {
-		return ErrGone
+		return err
 	}
 	defer f.Close()
 	// The list is that of whoever has the number now, and of the program that it runs now. If our memory is there after that, it is the
@@ -26,6 +27,34 @@ func (m *Memory) Check(va, n uint64, write bool) error {
 		return err
 	}
 	return checkMaps(f, va, n, write)
+}
+
+// openMaps opens the process' list of mappings. A thread that has ended has none, and the first one may end before the others.
+func (m *Memory) openMaps() (*os.File, error) {
+	if f := openFilled(fmt.Sprintf("/proc/%d/maps", m.pid)); f != nil {
+		return f, nil
+	}
+	lists, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/maps", m.pid))
+	for _, name := range lists {
+		if f := openFilled(name); f != nil {
+			return f, nil
+		}
+	}
+	return nil, ErrGone
+}
+
+// openFilled opens a file, or returns nil if that cannot be, or it is empty.
+func openFilled(name string) *os.File {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil
+	}
+	var b [1]byte
+	if _, err := f.ReadAt(b[:], 0); err != nil {
+		f.Close()
+		return nil
+	}
+	return f
 }
 
 // checkMaps is Check for a list of mappings in the form of /proc/PID/maps.

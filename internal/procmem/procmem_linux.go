@@ -3,6 +3,8 @@ package procmem
 import (
 	"fmt"
 	"os"
+	"strconv"
+	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -17,7 +19,7 @@ var ErrGone = fmt.Errorf("no memory is left: %w", os.ErrProcessDone)
 // Access is as a device's to pages that were registered: what the program itself may not write at present is written all the same,
 // so who makes regions of it checks first (Check).
 type Memory struct {
-	pid int
+	pid int // the process', whichever thread it was opened by: threads end
 
 	mu sync.RWMutex // held for reading during accesses, for writing by Close
 	fd int          // /proc/PID/mem, which keeps the address space's structure, not its pages; -1 once closed
@@ -29,7 +31,12 @@ func Open(pid int) (*Memory, error) {
 	fd, err := unix.Open(fmt.Sprintf("/proc/%d/mem", pid), unix.O_RDWR|unix.O_CLOEXEC, 0)
 	switch err {
 	case nil:
-		return &Memory{pid: pid, fd: fd}, nil
+		process, err := ProcessOf(pid)
+		if err != nil {
+			unix.Close(fd)
+			return nil, ErrGone
+		}
+		return &Memory{pid: process, fd: fd}, nil
 	case unix.ENOENT, unix.ESRCH:
 		return nil, ErrGone
 	case unix.EACCES, unix.EPERM:
@@ -39,8 +46,19 @@ func Open(pid int) (*Memory, error) {
 	return nil, fmt.Errorf("memory of process %d: %w", pid, err)
 }
 
-// PID is the number that the process was opened by.
+// PID is the number of the process, also if it was opened by a thread's.
 func (m *Memory) PID() int { return m.pid }
+
+// ProcessOf is the number of the process that a thread is of.
+func ProcessOf(tid int) (int, error) {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", tid))
+	if err != nil {
+		return 0, err
+	}
+	_, rest, _ := strings.Cut(string(status), "\nTgid:")
+	line, _, _ := strings.Cut(rest, "\n")
+	return strconv.Atoi(strings.TrimSpace(line))
+}
 
 // ReadAt fills p from address va on. All of it, or an error: ErrGone, or that there is no memory (EFAULT).
 func (m *Memory) ReadAt(p []byte, va uint64) error { return m.access(unix.Pread, "read", p, va) }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -16,6 +17,9 @@ import (
 )
 
 func TestMain(m *testing.M) { testutil.Main(m) }
+
+// The first thread is that of main, and of nobody else.
+func init() { runtime.LockOSThread() }
 
 // target is a process with known memory: three pages, of which the second can only be read and the third not at all.
 func target([]string) {
@@ -29,10 +33,21 @@ func target([]string) {
 	unix.Mprotect(b[page:2*page], unix.PROT_READ)
 	unix.Mprotect(b[2*page:], unix.PROT_NONE)
 	fmt.Printf("at %#x\n", address(b))
+	thread, end := make(chan int), make(chan struct{})
+	go func() {
+		runtime.LockOSThread() // it ends with this
+		thread <- unix.Gettid()
+		<-end
+	}()
+	fmt.Println("thread", <-thread)
 	for line := range testutil.ChildInput() {
 		switch line {
 		case "show":
 			fmt.Printf("memory %q\n", b[:8])
+		case "end thread":
+			close(end)
+		case "end first":
+			unix.Syscall(unix.SYS_EXIT, 0, 0, 0)
 		case "exec":
 			unix.Exec("/bin/sleep", []string{"sleep", "1000"}, nil)
 		}
@@ -147,6 +162,56 @@ func TestGone(t *testing.T) {
 	if _, err := Open(cmd.Process.Pid); !errors.Is(err, ErrGone) {
 		t.Errorf("open: %v", err)
 	}
+}
+
+// The memory is the process', whichever of its threads have ended.
+func TestThreadsEnd(t *testing.T) {
+	accessible := func(t *testing.T, m *Memory, at uint64) {
+		t.Helper()
+		if err := m.ReadAt(make([]byte, 1), at); err != nil {
+			t.Errorf("read: %v", err)
+		}
+		if err := m.Check(at, 4096, true); err != nil {
+			t.Errorf("check: %v", err)
+		}
+		if err := m.Check(at, 4097, true); !errors.Is(err, unix.EFAULT) {
+			t.Errorf("check of what may not be written: %v", err)
+		}
+	}
+	t.Run("opened by", func(t *testing.T) {
+		c, _, at := open(t)
+		tid, err := strconv.Atoi(c.Expect("thread "))
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := Open(tid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		if m.PID() != c.PID() {
+			t.Errorf("thread %d is said to be of process %d, not %d", tid, m.PID(), c.PID())
+		}
+		c.Send("end thread")
+		testutil.Eventually(t, "the thread has ended", func() bool {
+			_, err := os.Stat(fmt.Sprintf("/proc/%d", tid))
+			return os.IsNotExist(err)
+		})
+		accessible(t, m, at)
+	})
+	t.Run("first", func(t *testing.T) {
+		c, m, at := open(t)
+		c.Send("end first")
+		testutil.Eventually(t, "the first thread has ended", func() bool {
+			status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", c.PID()))
+			return strings.Contains(string(status), "\nState:\tZ")
+		})
+		accessible(t, m, at)
+		c.Kill()
+		if err := m.Check(at, 1, false); !errors.Is(err, ErrGone) {
+			t.Errorf("check without a process: %v", err)
+		}
+	})
 }
 
 // firstMapping is an address at which a process has memory to read.
