@@ -234,7 +234,7 @@ func (s *Session) write(c call) error {
 			if nonblock, err := isNonblock(c, c.Args[0]); nonblock || err != nil {
 				return c.Fail(unix.EAGAIN)
 			}
-			w = &waiter{tgid: o.tgid, tid: c.TID}
+			w = &waiter{tgid: o.tgid, tid: c.TID, held: &s.held}
 			let, err := o.hold()
 			if err != nil {
 				return c.Fail(errnoOf(err))

@@ -56,6 +56,7 @@ type Session struct {
 	numbers numbers    // of files of channels
 	placing sync.Mutex // held while a file gets one of the numbers
 	once    sync.Once  // the complaint that there is no number for a file
+	held    held
 
 	mu       sync.Mutex
 	contexts map[fileID]*openContext // guarded by mu, as what follows
@@ -78,7 +79,8 @@ func Start(cfg Config, path string, argv []string) (*Session, error) {
 	if !(cfg.Loss >= 0 && cfg.Loss < 1) {
 		return nil, fmt.Errorf("a loss of %v: it is a probability, at least 0 and less than 1", cfg.Loss)
 	}
-	s := &Session{cfg: cfg, contexts: map[fileID]*openContext{}, channels: map[fileID]*openChannel{}, served: make(chan error, 1)}
+	s := &Session{cfg: cfg, contexts: map[fileID]*openContext{}, channels: map[fileID]*openChannel{}, served: make(chan error, 1),
+		held: held{calls: map[int]call{}}}
 	if err := s.start(path, argv); err != nil {
 		s.end()
 		return nil, err
@@ -161,6 +163,8 @@ func (s *Session) serve() {
 }
 
 func (s *Session) handle(c call) {
+	s.held.enter(c)
+	defer s.held.leave(c)
 	h, ok := calls[c.Number]
 	var err error
 	if !ok {

@@ -19,7 +19,7 @@ import (
 // The first thread of some programs is that of main, and of nobody else.
 func init() {
 	switch os.Args[0] {
-	case "program:openerends":
+	case "program:openerends", "program:threewaiters":
 		runtime.LockOSThread()
 	}
 }
@@ -53,6 +53,7 @@ var programs = map[string]func(args []string) error{
 	"fewnumbers":     fewNumbers,
 	"waitforevent":   waitForEvent,
 	"waitfornothing": waitForNothing,
+	"threewaiters":   threeWaiters,
 	"afterexec":      afterExec,
 	"channelsteps":   channelSteps,
 	"exit":           func([]string) error { os.Exit(5); return nil },

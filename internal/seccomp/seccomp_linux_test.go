@@ -163,7 +163,7 @@ func TestChosenNumber(t *testing.T) {
 
 // A call that was taken is not begun anew by a signal: what it has made would be made twice.
 func TestOnceUnderSignals(t *testing.T) {
-	if oldKernel(t) {
+	if testutil.KernelBefore(t, 5, 19) { // without SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
 		testutil.Skip(t, "before Linux 5.19, signals restart calls")
 	}
 	p := start(t, openRules, "storm")
@@ -207,19 +207,6 @@ func TestAnswersUnderSignals(t *testing.T) {
 	if n := s.calls.Load(); n != 200 {
 		t.Errorf("%d calls arrived of 200", n)
 	}
-}
-
-// oldKernel reports a kernel without SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV.
-func oldKernel(t *testing.T) bool {
-	t.Helper()
-	var u unix.Utsname
-	if err := unix.Uname(&u); err != nil {
-		t.Fatal(err)
-	}
-	v := strings.SplitN(unix.ByteSliceToString(u.Release[:]), ".", 3)
-	major, _ := strconv.Atoi(v[0])
-	minor, _ := strconv.Atoi(v[1])
-	return major < 5 || major == 5 && minor < 19
 }
 
 func TestEnds(t *testing.T) {
