@@ -386,15 +386,13 @@ func notify(w *call) syscall.Errno {
 		}
 		heard := false
 		err := x.at.Manage(func(*cm.Engine, time.Duration) error {
-			heard = x.conn.Heard()
+			if heard = x.conn.Heard(); heard {
+				x.Established() // here, as the engine does it: else the end may be told before
+			}
 			return nil
 		})
-		if err != nil {
+		if err != nil || heard {
 			return errnoOf(err)
-		}
-		if heard {
-			x.Established()
-			return 0
 		}
 		x.m.mu.Lock()
 		defer x.m.mu.Unlock()
