@@ -14,7 +14,7 @@ type call struct {
 	in    []byte // what follows the header: all of it, whatever that says
 	inLen int    // what it says
 	out   uint16 // room for the response
-	file  func(fd int) *Channel
+	file  func(fd int) (*Channel, bool)
 }
 
 // commands are what there is, by number.
@@ -46,8 +46,9 @@ const headerSize = 8
 
 // Write executes one command: b is all that the client has written, header and payload, and on success, which is 0, all of it was
 // taken. It never waits: GET_EVENT without an event is EAGAIN. file says which channel a file descriptor of the client's is, for
-// MIGRATE_ID; without, that is EBADF, and with a file of another kind, for which it returns nil, EINVAL.
-func (c *Channel) Write(b []byte, file func(fd int) *Channel) syscall.Errno {
+// MIGRATE_ID, and whether it is open; without, that is EBADF. One that is not open is ENOENT, and a file of another kind, for which the
+// channel is nil, EINVAL.
+func (c *Channel) Write(b []byte, file func(fd int) (*Channel, bool)) syscall.Errno {
 	if len(b) < headerSize {
 		return unix.EINVAL
 	}

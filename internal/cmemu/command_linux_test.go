@@ -79,12 +79,12 @@ func (r *raw) run(cmd uint32, in []byte, out int) syscall.Errno {
 	return r.c.Write(b, r.file)
 }
 
-// file knows the channel by the number 7, and no other.
-func (r *raw) file(fd int) *Channel {
+// file knows the channel by the number 7, and a file that is none by 8.
+func (r *raw) file(fd int) (*Channel, bool) {
 	if fd == 7 {
-		return r.c
+		return r.c, true
 	}
-	return nil
+	return nil, fd == 8
 }
 
 func (r *raw) must(errno syscall.Errno) {
@@ -364,7 +364,8 @@ func TestErrors(t *testing.T) {
 		"option, listening":        {r.option(l, abi.RDMA_OPTION_ID, abi.RDMA_OPTION_ID_REUSEADDR, []byte{1, 0, 0, 0}), unix.EINVAL},
 		"join":                     {r.run(abi.RDMA_USER_CM_CMD_JOIN_MCAST, bytesOf(&abi.CMJoinMcast{ID: idle, AddrSize: 16}), 4), unix.EINVAL},
 		"leave":                    {r.run(abi.RDMA_USER_CM_CMD_LEAVE_MCAST, bytesOf(&abi.CMDestroyID{ID: idle}), 4), unix.ENOENT},
-		"migrate, no such file":    {migrate(8, idle), unix.EINVAL},
+		"migrate, other file":      {migrate(8, idle), unix.EINVAL},
+		"migrate, not open":        {migrate(9, idle), unix.ENOENT},
 		"migrate, no ID":           {migrate(7, 99), unix.ENOENT},
 		"migrate, no file":         {r.c.Write(append(bytesOf(&abi.CMCmdHdr{Cmd: abi.RDMA_USER_CM_CMD_MIGRATE_ID, In: 16, Out: 4}), make([]byte, 16)...), nil), unix.EBADF},
 		"migrate to where it is":   {migrate(7, idle), 0},
@@ -705,11 +706,11 @@ func TestMigrate(t *testing.T) {
 	other := from.create(9)
 	b := append(bytes.Clone(bytesOf(&abi.CMCmdHdr{Cmd: abi.RDMA_USER_CM_CMD_MIGRATE_ID, In: 16, Out: 4})),
 		bytesOf(&abi.CMMigrateID{ID: l, FD: 5, Response: arenaAt})...)
-	to.must(to.c.Write(b, func(fd int) *Channel {
+	to.must(to.c.Write(b, func(fd int) (*Channel, bool) {
 		if fd != 5 {
 			t.Errorf("descriptor %d", fd)
 		}
-		return from.c
+		return from.c, true
 	}))
 	if n := native.Uint32(to.mem.b[:]); n != 0 {
 		t.Errorf("%d events were delivered", n)

@@ -30,7 +30,7 @@ func FuzzWrite(f *testing.F) {
 			}
 			rs[i] = r
 		}
-		other := func(fd int) *Channel { return rs[fd&1].c }
+		other := func(fd int) (*Channel, bool) { return rs[fd&1].c, true }
 		for n := 0; len(script) >= 4 && n < 100; n++ {
 			cmd, how, size := script[0], script[1], int(binary.LittleEndian.Uint16(script[2:]))
 			script = script[4:]

@@ -122,8 +122,12 @@ func migrateID(w *call) syscall.Errno {
 	if w.file == nil {
 		return unix.EBADF
 	}
-	from, to, m := w.file(int(int32(q.FD))), w.c, w.c.m
-	if from == nil || from.m != m {
+	from, open := w.file(int(int32(q.FD)))
+	to, m := w.c, w.c.m
+	switch {
+	case !open:
+		return unix.ENOENT
+	case from == nil || from.m != m:
 		return unix.EINVAL
 	}
 	m.mu.Lock()

@@ -136,6 +136,13 @@ func channel([]string) error {
 	check(!f.readable(0), "it is readable without further events")
 
 	// What the kernel refuses.
+	for fd, want := range map[int]error{f.fd + 20: unix.ENOENT, unix.AT_FDCWD: unix.ENOENT, 1: unix.EINVAL} {
+		err = f.command(abi.RDMA_USER_CM_CMD_MIGRATE_ID, 16, 4, func(b []byte) {
+			binary.NativeEndian.PutUint64(b, f.responseVA())
+			binary.NativeEndian.PutUint32(b[12:], uint32(int32(fd)))
+		})
+		check(err == want, "an id of the file %d, which is no channel: %v, want %v", fd, err, want)
+	}
 	_, err = unix.Write(f.fd, make([]byte, 7))
 	check(err == unix.EINVAL, "half a header: %v", err)
 	err = f.command(0xffff, 0, 0, func([]byte) {})

@@ -212,11 +212,12 @@ func (s *Session) write(c call) error {
 	case err != nil:
 		return c.Fail(unix.EFAULT)
 	}
-	file := func(fd int) *cmemu.Channel {
-		if o := s.channelOf(c, uint64(fd)); o != nil {
-			return o.ch
+	file := func(fd int) (ch *cmemu.Channel, open bool) {
+		_, o, err := s.openOf(c, uint64(fd))
+		if o != nil {
+			ch = o.ch
 		}
-		return nil
+		return ch, fd >= 0 && err != unix.ENOENT // below 0, there is AT_FDCWD
 	}
 	var w *waiter
 	for {
