@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"strconv"
 	"strings"
@@ -138,9 +139,17 @@ func TestCommandsBetweenProcesses(t *testing.T) {
 	}
 }
 
-// freePort returns a port that nothing listens on now. Programs that take no listener need one.
+// freePort returns a port that nothing listens on now. Programs that take no listener need one. It is none of those that the system gives
+// out by itself, from 32768 on: tests beside this one would get it for a connection before the program listens there.
 func freePort(t *testing.T) int {
-	l, port := local(t)
-	l.Close()
-	return port
+	t.Helper()
+	for range 1000 {
+		port := 20000 + rand.IntN(12000)
+		if l, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(port))); err == nil {
+			l.Close()
+			return port
+		}
+	}
+	t.Fatal("no port is free")
+	return 0
 }
