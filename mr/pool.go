@@ -10,6 +10,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 
 	"github.com/ringside-rdma/ringside/internal/life"
 	"github.com/ringside-rdma/ringside/verbs"
@@ -19,7 +20,7 @@ import (
 // Errors of pools.
 var (
 	// ErrPoolExhausted: all memory that the pool may have is in use, or in slabs with buffers that are; see Pool. Release
-	// buffers, or raise PoolConfig.Limit.
+	// buffers, or raise PoolConfig.Limit. If the system's limit was met before the pool's, its error is wrapped, too.
 	ErrPoolExhausted = errors.New("mr: pool is exhausted: all of its memory is in use; release buffers or raise PoolConfig.Limit")
 	// ErrTooLarge: no buffer of the pool is that large; use Alloc, or raise PoolConfig.MaxBuffer or Limit.
 	ErrTooLarge = errors.New("mr: larger than the pool's largest buffer: use Alloc or raise PoolConfig.MaxBuffer or Limit")
@@ -29,6 +30,7 @@ const (
 	minClassBits = 6 // 64 B: a cache line, so that no two buffers share one
 	maxClassBits = 30
 	minSlab      = 64 << 10
+	leastSlab    = 4 << 10 // where the system has no more: less would still take a page
 )
 
 // PoolConfig describes a pool. Zero fields take their defaults.
@@ -53,13 +55,13 @@ type PoolConfig struct {
 // A Pool hands out buffers of registered memory: in size classes, powers of two from 64 bytes on, carved from slabs that
 // are allocated as needed. In steady state Get and Release make no system call, no garbage and take no lock.
 //
-// Registering memory is dear, so slabs are kept, also those that nobody uses at the moment. Only when Limit leaves no room
-// for a buffer of another size are slabs given back for it: such that have no buffer in use, the oldest first. Get then
-// waits for the device, as MR.Close does. A slab stays as long as one of its buffers is in use, or a window on it or a region
-// that was made of it (MR.Sub) is open. So a few small buffers that are held for long can keep much memory from the other
-// sizes, and a large one may have to wait for as long as small ones keep all slabs busy. What is certain: when all buffers
-// are released, there is room for one of any size up to MaxBuffer. If no room can be made, a larger buffer than asked for
-// is handed out if one is free.
+// Registering memory is dear, so slabs are kept, also those that nobody uses at the moment. Only when Limit, or what the
+// system lets the process have (RLIMIT_MEMLOCK), leaves no room for a buffer of another size are slabs given back for it: such
+// that have no buffer in use, the oldest first. Get then waits for the device, as MR.Close does. A slab stays as long as one of
+// its buffers is in use, or a window on it or a region that was made of it (MR.Sub) is open. So a few small buffers that are held
+// for long can keep much memory from the other sizes, and a large one may have to wait for as long as small ones keep all slabs
+// busy. What is certain: when all buffers are released, there is room for one of any size up to MaxBuffer, if the system has that
+// much. If no room can be made, a larger buffer than asked for is handed out if one is free.
 //
 // A Pool is safe for concurrent use, and goroutines keep out of each other's way where they can.
 type Pool struct {
@@ -322,10 +324,11 @@ func (p *Pool) growLocked(i int, h *hints) (*Buffer, error) {
 	for size > p.cfg.Limit-p.bytes {
 		size = max(size/2, c.size)
 	}
-	m, err := AllocOptions(p.pd, size, p.cfg.Access, p.cfg.Options)
+	m, err := p.allocLocked(i, size)
 	if err != nil {
 		return nil, err
 	}
+	size = m.Len()
 	words := slices.Clone(*c.words.Load())
 	mine := len(words)
 	bufs := make([]Buffer, size/c.size)
@@ -351,6 +354,52 @@ func (p *Pool) growLocked(i int, h *hints) (*Buffer, error) {
 	p.bytes += size
 	p.slabs = append(p.slabs, slab{class: i, mr: m, words: slices.Clone(words[mine:])})
 	return b, nil
+}
+
+// allocLocked makes a region of size bytes for class i. The system may have less than Limit allows: then the region is smaller, and
+// if not even one buffer fits, slabs of other classes of which no buffer is in use are given back, the oldest first, until one does.
+func (p *Pool) allocLocked(i, size int) (*MR, error) {
+	least := max(p.classes[i].size, leastSlab)
+	inUse := false
+	for {
+		m, err := AllocOptions(p.pd, size, p.cfg.Access, p.cfg.Options)
+		switch {
+		case err == nil || !shortage(err):
+			return m, err
+		case size > least:
+			size = max(size/2, least)
+			continue
+		}
+		if !inUse { // asked before slabs are looked at: a Release after that is one that whoever waits for it hears of
+			inUse = p.statsLocked().InUse > 0
+		}
+		if !p.giveBackOldestLocked(i) {
+			if inUse {
+				err = fmt.Errorf("%w; the system has no more for it: %w", ErrPoolExhausted, err)
+			}
+			return nil, err
+		}
+	}
+}
+
+// shortage reports whether an error of AllocOptions can be another one's use of memory, regions or descriptors.
+func shortage(err error) bool {
+	for _, e := range []error{syscall.ENOMEM, syscall.EAGAIN, syscall.ENOSPC, syscall.EMFILE, syscall.ENFILE} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// giveBackOldestLocked gives back one slab of another class than i, if there is one of which no buffer is in use.
+func (p *Pool) giveBackOldestLocked(i int) bool {
+	for k := range p.slabs {
+		if s := &p.slabs[k]; s.class != i && s.claim() && p.giveBackLocked(k) {
+			return true
+		}
+	}
+	return false
 }
 
 // makeRoomLocked makes sure that the pool may take n bytes for class i, by giving back slabs of other classes of which no buffer is
@@ -554,8 +603,8 @@ type PoolStats struct {
 	Bytes int // bytes it has taken
 	Slabs int // regions they are in
 	InUse int // buffers that are not released
-	// Returned is how many slabs were given back so far because Limit left no room for other sizes. If it grows all the time, the
-	// pool registers memory again and again: raise Limit.
+	// Returned is how many slabs were given back so far because Limit, or the system, left no room for other sizes. If it grows all
+	// the time, the pool registers memory again and again: raise Limit, or the system's (RLIMIT_MEMLOCK).
 	Returned int
 }
 
@@ -563,6 +612,10 @@ type PoolStats struct {
 func (p *Pool) Stats() PoolStats {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	return p.statsLocked()
+}
+
+func (p *Pool) statsLocked() PoolStats {
 	s := PoolStats{Limit: p.cfg.Limit, Bytes: p.bytes, Slabs: len(p.slabs), Returned: p.returned}
 	for i := range p.classes {
 		for _, w := range *p.classes[i].words.Load() {

@@ -10,6 +10,7 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
@@ -41,11 +42,13 @@ type Device struct {
 	OpenErr    error        // what Open fails with
 	PortState  ib.PortState // default ib.PortActive
 	NoOptions  bool         // leave out the optional parts of the contract
+	Memory     int          // how many bytes can be registered at a time, for RegisterMR to fail with ENOMEM beyond; 0: any number
 
-	mu   sync.Mutex
-	live map[string]int
-	fail map[string]error
-	next uint32
+	mu         sync.Mutex
+	live       map[string]int
+	fail       map[string]error
+	next       uint32
+	registered int // bytes, with Memory
 }
 
 // New returns a device called name.
@@ -256,10 +259,25 @@ type PD struct{ object }
 // RegisterMR makes an *MR.
 func (pd *PD) RegisterMR(cfg driver.MRConfig) (driver.MR, error) {
 	m := &MR{Config: cfg}
+	if err := pd.dev.pin(len(cfg.Mem)); err != nil {
+		return nil, err
+	}
 	if err := errors.Join(pd.err(), m.init(pd.dev, "mr", "reg_mr")); err != nil {
+		pd.dev.pin(-len(cfg.Mem))
 		return nil, err
 	}
 	return m, nil
+}
+
+// pin counts n bytes of registered memory, or -n that is not registered any more.
+func (d *Device) pin(n int) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.Memory != 0 && n > d.Memory-d.registered {
+		return syscall.ENOMEM
+	}
+	d.registered += n
+	return nil
 }
 
 // RegisterDMABuf makes an *MR.
@@ -328,6 +346,14 @@ func (m *MR) LKey() ib.LKey { return ib.LKey(m.num << 8) }
 
 // RKey is another number.
 func (m *MR) RKey() ib.RKey { return ib.RKey(m.num<<8 | 1) }
+
+// Close counts, of the memory too.
+func (m *MR) Close() error {
+	if err := m.object.Close(); err != nil {
+		return err
+	}
+	return m.dev.pin(-len(m.Config.Mem))
+}
 
 // CQ is a completion queue, of what Push puts into it.
 type CQ struct {
