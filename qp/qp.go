@@ -18,7 +18,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"sync"
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/life"
@@ -71,7 +70,9 @@ type QP struct {
 	srq     *SRQ
 	untrack func()
 
-	modMu sync.Mutex // one Modify at a time: the state that was checked is the state that is changed
+	// modify is a lock that can be waited for with a context, and is held when there is something in it: one Modify at a time, so that
+	// the state that was checked is the state that is changed.
+	modify chan struct{}
 }
 
 // New makes a queue pair in state Reset.
@@ -81,7 +82,7 @@ func New(pd *verbs.PD, cfg *Config) (*QP, error) {
 	if err != nil {
 		return nil, opErr("create_qp", dev, err)
 	}
-	q := &QP{typ: d.Type, pd: pd, sendCQ: cfg.SendCQ, recvCQ: cfg.RecvCQ, srq: cfg.SRQ}
+	q := &QP{typ: d.Type, pd: pd, sendCQ: cfg.SendCQ, recvCQ: cfg.RecvCQ, srq: cfg.SRQ, modify: make(chan struct{}, 1)}
 	if q.recvCQ == nil {
 		q.recvCQ = q.sendCQ
 	}
@@ -236,10 +237,19 @@ func (q *QP) Path() string {
 
 // Modify sets the attributes of attr that mask names; with ib.AttrState it changes the state. The call is checked
 // against the state table first: a *StateError names attributes that are missing or not allowed, and nothing has
-// changed. It may block while a path to the peer is set up; ctx bounds that.
+// changed. It may block while a path to the peer is set up, or another Modify is in progress; ctx bounds that. A change that the
+// device had begun when ctx ended may still be made; one that it had not is not.
 func (q *QP) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) error {
-	q.modMu.Lock()
-	defer q.modMu.Unlock()
+	select {
+	case q.modify <- struct{}{}:
+	default: // in this order, so that ctx decides nothing when there is nothing to wait for
+		select {
+		case q.modify <- struct{}{}:
+		case <-ctx.Done():
+			return q.err("modify_qp", ctx.Err())
+		}
+	}
+	defer func() { <-q.modify }()
 	now, err := q.Query()
 	if err != nil {
 		return err

@@ -1,10 +1,14 @@
 package qp
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"testing"
+	"time"
 
+	"github.com/ringside-rdma/ringside/internal/driver/drivertest"
+	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/verbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -149,6 +153,32 @@ func TestModifyWithoutStateStays(t *testing.T) {
 	var se *StateError
 	if !errors.As(err, &se) || se.From != ib.RTS || se.To != ib.RTS || se.NotAllowed != ib.AttrPathMTU {
 		t.Error(err)
+	}
+}
+
+// A Modify that waits for another one ends with its context.
+func TestModifyWaitsWithContext(t *testing.T) {
+	reached, release := make(chan struct{}, 2), make(chan struct{})
+	r := newRig(t, func(d *drivertest.Device) { d.Modifying = func() { reached <- struct{}{}; <-release } })
+	q, dq := r.qp(t, ib.RC)
+	first, second := make(chan error, 1), make(chan error, 1)
+	go func() { first <- q.Init(t.Context(), 1, 0) }()
+	<-reached
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	go func() { second <- q.Reset(ctx) }()
+	select {
+	case err := <-second:
+		var oe *verbs.OpError
+		if !errors.Is(err, context.Canceled) || !errors.As(err, &oe) {
+			t.Error(err)
+		}
+	case <-time.After(testutil.Patience):
+		t.Error("a Modify waits for another one in spite of its context")
+	}
+	close(release)
+	if err := <-first; err != nil || q.State() != ib.Init || len(dq.Mods) != 1 {
+		t.Error(err, q.State(), dq.Mods)
 	}
 }
 

@@ -20,8 +20,8 @@ import (
 // If UseStream fails, c stays as it was. The error matches errors.ErrUnsupported for other devices and types of queue pairs, and
 // verbs.ErrState in other states.
 func (q *QP) UseStream(c *net.TCPConn) error {
-	q.modMu.Lock()
-	defer q.modMu.Unlock()
+	q.modify <- struct{}{}
+	defer func() { <-q.modify }()
 	if q.life.Closed() {
 		return q.err("use_stream", net.ErrClosed)
 	}

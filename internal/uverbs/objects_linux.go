@@ -209,7 +209,9 @@ type QP struct {
 	PD  uint32
 	typ ib.QPType
 
-	modify sync.Mutex    // one change at a time, and none beside Destroy: what is locked within a change must not be held by who destroys
+	// modify is a lock that can be waited for with a context, and is held when there is something in it: one change at a time, and none
+	// beside Destroy. What is locked within a change must not be held by who destroys.
+	modify chan struct{}
 	handle sync.RWMutex  // held alone when the kernel is told to destroy it, and by who names it to the kernel otherwise
 	ended  bool          // guarded by modify and handle: written with both
 	state  atomic.Uint32 // as last heard, in the lowest 8 bits; errors change it without a word. Above: how often SetState was called
@@ -230,6 +232,7 @@ func (q *QP) Init(p *PD, cfg *driver.QPConfig, cookie uint64, sendCQ, recvCQ uin
 	if srq >= 0 {
 		cmd.IsSRQ, cmd.SRQHandle = 1, uint32(srq)
 	}
+	q.modify = make(chan struct{}, 1)
 	info, err := p.C.CreateQP(&cmd, uhwIn, uhwOut)
 	if err != nil {
 		return err
@@ -260,7 +263,7 @@ func (q *QP) SetState(s ib.QPState) {
 const stateBits = 0xff // of QP.state
 
 // Change modifies the queue pair and then, with no other change in between, calls then; that is also done if ctx ends
-// before the kernel has answered, which cannot be stopped.
+// before the kernel has answered, which cannot be stopped. A change that ctx ends before its turn is never made.
 func (q *QP) Change(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask, then func()) error {
 	return q.ChangeAround(ctx, attr, mask, func(change func() error) error {
 		if err := change(); err != nil {
@@ -282,10 +285,14 @@ func (q *QP) ChangeAround(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMa
 	if err := q.check(attr, mask); err != nil {
 		return err
 	}
+	select {
+	case q.modify <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 	a := *attr
 	change := func() error {
-		q.modify.Lock()
-		defer q.modify.Unlock()
+		defer func() { <-q.modify }()
 		if q.ended {
 			return driver.ErrClosed
 		}
@@ -400,8 +407,8 @@ func (q *QP) Named(command func() error) error {
 
 // Destroy ends the queue pair; a change that is in progress ends first.
 func (q *QP) Destroy() error {
-	q.modify.Lock()
-	defer q.modify.Unlock()
+	q.modify <- struct{}{}
+	defer func() { <-q.modify }()
 	if q.ended {
 		return nil
 	}

@@ -43,6 +43,7 @@ type Device struct {
 	PortState  ib.PortState // default ib.PortActive
 	NoOptions  bool         // leave out the optional parts of the contract
 	Memory     int          // how many bytes can be registered at a time, for RegisterMR to fail with ENOMEM beyond; 0: any number
+	Modifying  func()       // if not nil, what QP.Modify does first
 
 	mu         sync.Mutex
 	live       map[string]int
@@ -487,6 +488,9 @@ func (q *QP) SetState(s ib.QPState) {
 
 // Modify keeps the whole of attr, and the mask.
 func (q *QP) Modify(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMask) error {
+	if q.dev.Modifying != nil {
+		q.dev.Modifying()
+	}
 	if err := q.dev.failure("modify_qp"); err != nil {
 		return err
 	}
