@@ -139,6 +139,9 @@ func TestCloseOrder(t *testing.T) {
 			t.Errorf("Close of %s: %v", what, err)
 		}
 	}
+	if err := srq.SetLimit(7); err != nil {
+		t.Error(err)
+	}
 	for range 2 {
 		if err := errors.Join(q.Close(), srq.Close()); err != nil {
 			t.Error(err)
@@ -159,8 +162,8 @@ func TestCloseOrder(t *testing.T) {
 			t.Errorf("%s after Close: %v", name, err)
 		}
 	}
-	if q.State() != ib.Err || q.Path() != "" {
-		t.Error(q.State(), q.Path())
+	if q.State() != ib.Err || q.Path() != "" || srq.Limit() != 0 {
+		t.Error(q.State(), q.Path(), srq.Limit())
 	}
 }
 

@@ -91,8 +91,13 @@ func (s *SRQ) SetLimit(n int) error {
 	return opErr("modify_srq", dev, s.drv.SetLimit(n))
 }
 
-// Limit is the armed limit, or 0 if none is armed.
-func (s *SRQ) Limit() int { return s.drv.Limit() }
+// Limit is the armed limit, or 0 if none is armed, or the queue is closed.
+func (s *SRQ) Limit() int {
+	if s.life.Closed() {
+		return 0
+	}
+	return s.drv.Limit()
+}
 
 // Close destroys the queue. It fails with verbs.ErrBusy while a queue pair uses it.
 func (s *SRQ) Close() error {

@@ -207,7 +207,7 @@ func (q *qp) open(p *pd, cfg *driver.QPConfig, z size) (err error) {
 	}
 	srqHandle := -1
 	if q.srq != nil {
-		srqHandle = int(q.srq.handle)
+		srqHandle = int(q.srq.Handle)
 	}
 	q.cookie = c.Track(q)
 	if !c.info.byIndex {

@@ -18,8 +18,8 @@ import (
 // tells which it has used, in any order; they are put behind the last one again. The slot at the end is never used, as the
 // number of the one that will follow it is not known yet.
 type srq struct {
+	uverbs.SRQ
 	c      *mlx5Context
-	handle uint32
 	number uint32
 	cookie uint64
 	rec    *record
@@ -74,8 +74,8 @@ func (s *srq) open(p *pd, slots, stride uint32) (err error) {
 	}
 	cmd := abi.Mlx5CreateSRQ{BufAddr: uverbs.AddrOf(s.mem), DBAddr: s.rec.addr}
 	var resp abi.Mlx5CreateSRQResp
-	var wr int
-	if s.handle, wr, _, err = s.c.Context.CreateSRQ(p.Handle, int(slots-1), s.maxSGE, s.cookie, uverbs.Bytes(&cmd), uverbs.Bytes(&resp)); err != nil {
+	wr, _, err := s.Init(&p.PD, int(slots-1), s.maxSGE, s.cookie, uverbs.Bytes(&cmd), uverbs.Bytes(&resp))
+	if err != nil {
 		return err
 	}
 	s.number = resp.SRQN
@@ -88,7 +88,7 @@ func (s *srq) open(p *pd, slots, stride uint32) (err error) {
 	if err == nil {
 		return nil
 	}
-	if still := uverbs.Destroyed(s.c.DestroySRQ(s.handle)); still != nil {
+	if still := s.Destroy(); still != nil {
 		s.c.leave(s.mem)
 		s.mem, s.rec = nil, nil
 		err = errors.Join(err, still)
@@ -163,25 +163,11 @@ func (s *srq) received(slot uint16) (id uint64, err error) {
 }
 
 // SetLimit implements driver.SRQ.
-func (s *srq) SetLimit(n int) error {
-	if err := s.c.Removed(); err != nil {
-		return err
-	}
-	return s.c.SetSRQLimit(s.handle, n, nil)
-}
-
-// Limit implements driver.SRQ.
-func (s *srq) Limit() int {
-	n, err := s.c.SRQLimit(s.handle)
-	if err != nil {
-		return 0
-	}
-	return n
-}
+func (s *srq) SetLimit(n int) error { return s.Arm(n, nil) }
 
 // Close implements driver.SRQ.
 func (s *srq) Close() error {
-	if err := uverbs.Destroyed(s.c.DestroySRQ(s.handle)); err != nil {
+	if err := s.Destroy(); err != nil {
 		return err
 	}
 	s.mu.Lock()

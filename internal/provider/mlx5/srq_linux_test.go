@@ -27,8 +27,12 @@ func (b *bench) newSRQ(cfg driver.SRQConfig) (*srq, *fakeSRQ) {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	b.t.Cleanup(func() { b.close(s) })
-	return s.(*srq), b.k.srqs[s.(*srq).handle]
+	b.t.Cleanup(func() {
+		if !s.(*srq).closed {
+			b.close(s)
+		}
+	})
+	return s.(*srq), b.k.srqs[s.(*srq).Handle]
 }
 
 func withSRQ(s driver.SRQ) func(*driver.QPConfig) {
@@ -167,6 +171,13 @@ func TestSRQLimits(t *testing.T) {
 	if n, err := s.PostRecv([]ib.RecvWR{{SGEs: make([]ib.SGE, 2)}}); n != 0 || err != driver.ErrTooManySGEs {
 		t.Errorf("%d, %v", n, err)
 	}
+	// The handle of a closed queue may be another's.
+	closed, _ := b.newSRQ(driver.SRQConfig{MaxWR: 7, MaxSGE: 1})
+	b.close(closed)
+	before := len(b.k.Commands)
+	if err := closed.SetLimit(1); !errors.Is(err, driver.ErrClosed) || closed.Limit() != 0 || len(b.k.Commands) != before {
+		t.Errorf("%v, commands %d", err, b.k.Commands[before:])
+	}
 	b = bare(t, func(k *fakeKernel) { k.resp.MaxSRQRecvWR = 0 })
 	if a, err := b.c.QueryDevice(); err != nil || a.Caps.Has(ib.CapSRQ) {
 		t.Errorf("%v, %v", a.Caps, err)
@@ -180,7 +191,7 @@ func TestSharedQueueClosedFirst(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s, k := o.(*srq), b.k.srqs[o.(*srq).handle]
+		s, k := o.(*srq), b.k.srqs[o.(*srq).Handle]
 		if n, err := s.PostRecv(make([]ib.RecvWR, 7)); n != 7 {
 			t.Fatal(err)
 		}

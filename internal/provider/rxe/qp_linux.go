@@ -60,7 +60,7 @@ func (p *pd) CreateQP(cfg driver.QPConfig) (driver.QP, error) {
 	q.cookie = p.c.Track(q)
 	srqHandle := -1
 	if s != nil {
-		srqHandle = int(s.handle)
+		srqHandle = int(s.Handle)
 	}
 	var resp abi.RxeCreateQPResp
 	if err := q.Init(&p.PD, &cfg, q.cookie, scq.handle, rcq.handle, srqHandle, nil, uverbs.Bytes(&resp)); err != nil {

@@ -108,7 +108,7 @@ func TestRecvElements(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kq := b.k.srqs[s.(*srq).handle]
+	kq := b.k.srqs[s.(*srq).Handle]
 	kq.fill(0xee)
 	if n, err := s.PostRecv([]ib.RecvWR{{ID: 9, SGEs: []ib.SGE{{Addr: 0x5000, Length: 6, LKey: 7}}}}); n != 1 || err != nil {
 		t.Error(n, err)
@@ -121,6 +121,9 @@ func TestRecvElements(t *testing.T) {
 	b.close(q, s)
 	if _, err := s.PostRecv([]ib.RecvWR{{}}); !errors.Is(err, driver.ErrClosed) {
 		t.Error(err)
+	}
+	if err := s.SetLimit(1); !errors.Is(err, driver.ErrClosed) || s.Limit() != 0 || b.k.Count(33)+b.k.Count(34) != 0 {
+		t.Error("a closed SRQ's limit is still set or asked for", err)
 	}
 }
 

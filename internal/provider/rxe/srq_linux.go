@@ -12,8 +12,8 @@ import (
 )
 
 type srq struct {
+	uverbs.SRQ
 	c      *rxeContext
-	handle uint32
 	cookie uint64
 	maxWR  int
 	maxSGE int
@@ -31,7 +31,7 @@ func (p *pd) CreateSRQ(cfg driver.SRQConfig) (driver.SRQ, error) {
 	s.cookie = p.c.Track(s)
 	var resp abi.RxeCreateSRQResp
 	var err error
-	if s.handle, s.maxWR, s.maxSGE, err = p.c.Context.CreateSRQ(p.Handle, cfg.MaxWR, cfg.MaxSGE, s.cookie, nil, uverbs.Bytes(&resp)); err != nil {
+	if s.maxWR, s.maxSGE, err = s.Init(&p.PD, cfg.MaxWR, cfg.MaxSGE, s.cookie, nil, uverbs.Bytes(&resp)); err != nil {
 		p.c.Forget(s.cookie)
 		return nil, err
 	}
@@ -62,27 +62,15 @@ func (s *srq) PostRecv(wrs []ib.RecvWR) (int, error) {
 
 // SetLimit implements driver.SRQ.
 func (s *srq) SetLimit(n int) error {
-	if err := s.c.Removed(); err != nil {
-		return err
-	}
 	var cmd abi.RxeModifySRQCmd // where a new mapping would be told: only the limit changes, but the driver insists
-	return s.c.SetSRQLimit(s.handle, n, uverbs.Bytes(&cmd))
-}
-
-// Limit implements driver.SRQ.
-func (s *srq) Limit() int {
-	n, err := s.c.SRQLimit(s.handle)
-	if err != nil {
-		return 0
-	}
-	return n
+	return s.Arm(n, uverbs.Bytes(&cmd))
 }
 
 // Close implements driver.SRQ.
 func (s *srq) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := uverbs.Destroyed(s.c.DestroySRQ(s.handle)); err != nil {
+	if err := s.Destroy(); err != nil {
 		return err
 	}
 	s.c.unmapQueue(&s.q)

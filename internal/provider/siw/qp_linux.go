@@ -84,7 +84,7 @@ func (p *pd) CreateQP(cfg driver.QPConfig) (driver.QP, error) {
 	defer close(q.made)
 	srqHandle := -1
 	if s != nil {
-		srqHandle = int(s.handle)
+		srqHandle = int(s.Handle)
 	}
 	q.cookie = p.c.Track(q)
 	var resp abi.SiwUrespCreateQP

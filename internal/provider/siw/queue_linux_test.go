@@ -552,7 +552,7 @@ func TestNumberIsReused(t *testing.T) {
 
 func TestSRQ(t *testing.T) {
 	b := connected(t, benchOpts{depth: 4, srq: true})
-	k := b.k.srqs[b.srq.handle]
+	k := b.k.srqs[b.srq.Handle]
 	if n, err := b.q.PostRecv([]ib.RecvWR{{}}); n != 0 || !errors.Is(err, driver.ErrInvalidWR) {
 		t.Error(n, err)
 	}
@@ -583,7 +583,7 @@ func TestSRQ(t *testing.T) {
 	if err := b.srq.SetLimit(3); err != nil || b.srq.Limit() != 3 || b.k.limit != 3 {
 		t.Error(err, b.srq.Limit(), b.k.limit)
 	}
-	b.k.Event(b.srq.handle, ib.EventSRQLimit)
+	b.k.Event(b.srq.Handle, ib.EventSRQLimit)
 	testutil.Eventually(t, "the event", func() bool { return b.srq.Limit() == 0 })
 	// Receives of a queue pair in error stay.
 	b.srq.PostRecv([]ib.RecvWR{{ID: 1}})

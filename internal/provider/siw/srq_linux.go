@@ -13,8 +13,8 @@ import (
 )
 
 type srq struct {
+	uverbs.SRQ
 	c      *siwContext
-	handle uint32
 	cookie uint64
 	maxSGE int
 	maxWR  int
@@ -35,7 +35,7 @@ func (p *pd) CreateSRQ(cfg driver.SRQConfig) (driver.SRQ, error) {
 	s.cookie = p.c.Track(s)
 	var resp abi.SiwUrespCreateSRQ
 	var err error
-	if s.handle, _, s.maxSGE, err = p.c.Context.CreateSRQ(p.Handle, cfg.MaxWR, cfg.MaxSGE, s.cookie, nil, uverbs.Bytes(&resp)); err != nil {
+	if _, s.maxSGE, err = s.Init(&p.PD, cfg.MaxWR, cfg.MaxSGE, s.cookie, nil, uverbs.Bytes(&resp)); err != nil {
 		p.c.Forget(s.cookie)
 		return nil, err
 	}
@@ -88,7 +88,7 @@ func (s *srq) SetLimit(n int) error {
 		return err
 	}
 	s.limit.Store(int32(n)) // before the event may come
-	err := s.c.SetSRQLimit(s.handle, n, nil)
+	err := s.Arm(n, nil)
 	if err != nil {
 		s.limit.Store(0)
 	}
@@ -113,7 +113,7 @@ func (s *srq) Close() error {
 }
 
 func (s *srq) destroy() error {
-	if err := uverbs.Destroyed(s.c.DestroySRQ(s.handle)); err != nil {
+	if err := s.Destroy(); err != nil {
 		return err
 	}
 	s.c.unmapQueue(&s.q)
