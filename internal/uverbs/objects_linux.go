@@ -214,6 +214,7 @@ type QP struct {
 	modify chan struct{}
 	handle sync.RWMutex  // held alone when the kernel is told to destroy it, and by who names it to the kernel otherwise
 	ended  bool          // guarded by modify and handle: written with both
+	port   uint8         // guarded by modify: the one that was set last, or 0
 	state  atomic.Uint32 // as last heard, in the lowest 8 bits; errors change it without a word. Above: how often SetState was called
 
 	windows WindowRequests
@@ -282,9 +283,6 @@ func (q *QP) ChangeAround(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMa
 	if err := q.C.Removed(); err != nil {
 		return err
 	}
-	if err := q.check(attr, mask); err != nil {
-		return err
-	}
 	select {
 	case q.modify <- struct{}{}:
 	case <-ctx.Done():
@@ -296,6 +294,9 @@ func (q *QP) ChangeAround(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMa
 		if q.ended {
 			return driver.ErrClosed
 		}
+		if err := q.check(&a, mask); err != nil {
+			return err
+		}
 		return around(func() error {
 			if err := q.C.ModifyQP(q.Handle, &a, mask, q.C.Link); err != nil {
 				if mask&ib.AttrAV != 0 {
@@ -305,6 +306,9 @@ func (q *QP) ChangeAround(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMa
 			}
 			if mask&ib.AttrState != 0 {
 				q.SetState(a.State)
+			}
+			if mask&ib.AttrPort != 0 {
+				q.port = a.Port
 			}
 			return nil
 		})
@@ -322,7 +326,8 @@ func (q *QP) ChangeAround(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMa
 	}
 }
 
-// check finds values that a port does not have: the kernel's structures would cut them short, and some drivers do not look.
+// check finds values that a port does not have: the kernel's structures would cut them short, and some drivers do not look. The port is
+// the one that is named, or else the one that was named last. Called with modify held.
 func (q *QP) check(a *ib.QPAttr, mask ib.QPAttrMask) error {
 	if mask&ib.AttrPathMTU != 0 && a.PathMTU.Bytes() == 0 {
 		return q.C.errorf("modify_qp", fmt.Errorf("%d is no path MTU", uint8(a.PathMTU)))
@@ -330,9 +335,12 @@ func (q *QP) check(a *ib.QPAttr, mask ib.QPAttrMask) error {
 	if mask&(ib.AttrAV|ib.AttrPKeyIndex) == 0 {
 		return nil
 	}
-	port := a.Port
-	if mask&ib.AttrAV != 0 {
+	port := q.port
+	switch {
+	case mask&ib.AttrAV != 0:
 		port = a.AH.Port
+	case mask&ib.AttrPort != 0:
+		port = a.Port
 	}
 	p, err := q.C.QueryPort(port)
 	if err != nil {

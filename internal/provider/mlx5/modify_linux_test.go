@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -17,6 +18,27 @@ import (
 )
 
 const modifyQP = 26
+
+// A P_Key index without a port is of the port that the queue pair has.
+func TestModifyPKeyIndex(t *testing.T) {
+	b := bare(t)
+	o, err := b.pd.CreateQP(b.config(ib.UD))
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := o.(*qp)
+	defer b.close(q)
+	if err := q.Modify(t.Context(), &ib.QPAttr{State: ib.Init, Port: 1}, ib.AttrState|ib.AttrPort|ib.AttrPKeyIndex|ib.AttrQKey); err != nil {
+		t.Fatal(err)
+	}
+	err = q.Modify(t.Context(), &ib.QPAttr{State: ib.RTR, PKeyIndex: 128}, ib.AttrState|ib.AttrPKeyIndex)
+	if err == nil || !strings.Contains(err.Error(), "P_Key index 128: port 1 has 128 P_Keys") {
+		t.Error(err)
+	}
+	if err := q.Modify(t.Context(), &ib.QPAttr{State: ib.RTR, PKeyIndex: 127}, ib.AttrState|ib.AttrPKeyIndex); err != nil {
+		t.Error(err)
+	}
+}
 
 // endsLater is a context that has ended, which shows at the second look only.
 type endsLater struct {
