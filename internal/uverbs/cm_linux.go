@@ -419,6 +419,8 @@ type cmConn struct {
 	data []byte
 	done chan struct{}
 	err  error // valid once done is closed
+
+	ending sync.Mutex // held by Disconnect and Close: behind Close, the queue pair may be another connection's
 }
 
 func (c *Context) newConn(id cmID, q driver.QP, a rdmacm.Addr, data []byte) *cmConn {
@@ -455,6 +457,12 @@ func (n *cmConn) Err() error {
 
 // Disconnect implements driver.CMConn.
 func (n *cmConn) Disconnect() error {
+	n.ending.Lock()
+	defer n.ending.Unlock()
+	return n.disconnect()
+}
+
+func (n *cmConn) disconnect() error {
 	if n.over() {
 		return nil
 	}
@@ -478,7 +486,9 @@ func (n *cmConn) over() bool {
 // Close implements driver.CMConn. What the kernel says to the disconnect is no reason to keep the connection: it may know of an
 // end, by the peer or with the device, of which the event has not come here yet.
 func (n *cmConn) Close() error {
-	n.Disconnect()
+	n.ending.Lock()
+	defer n.ending.Unlock()
+	n.disconnect()
 	err := n.id.Close()
 	<-n.done
 	return err

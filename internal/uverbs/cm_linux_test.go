@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -105,6 +106,64 @@ type fakeMoved struct {
 func (f *fakeMoved) Moved(to ib.QPState) { f.state = to }
 
 func (f *fakeMoved) Query() (ib.QPAttr, error) { return ib.QPAttr{State: f.state}, nil }
+
+// A slowID is one of which Disconnect sees, at the second look, that it is not over, and is held up then.
+type slowID struct {
+	fakeID
+	looks           atomic.Int32
+	looked, release chan struct{}
+}
+
+func (f *slowID) Disconnect() error { return nil }
+func (f *slowID) Done() <-chan struct{} {
+	if f.looks.Add(1) != 2 { // the first look is watch's
+		return f.done
+	}
+	close(f.looked)
+	<-f.release
+	return nil
+}
+
+// countMoves is a queue pair that counts how often it is moved.
+type countMoves struct {
+	driver.QP
+	n atomic.Int32
+}
+
+func (c *countMoves) Moved(ib.QPState) { c.n.Add(1) }
+
+// Behind Close the queue pair may be another connection's: a Disconnect that has begun before ends before.
+func TestCloseWaitsForDisconnect(t *testing.T) {
+	id, q := &slowID{fakeID: fakeID{done: make(chan struct{})}, looked: make(chan struct{}), release: make(chan struct{})}, &countMoves{}
+	n := (&Context{}).newConn(id, q, rdmacm.Addr{}, nil)
+	testutil.Eventually(t, "watched", func() bool { return id.looks.Load() == 1 })
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := n.Disconnect(); err != nil {
+			t.Error(err)
+		}
+	})
+	<-id.looked
+	closed := make(chan int32, 1)
+	wg.Go(func() {
+		if err := n.Close(); err != nil {
+			t.Error(err)
+		}
+		closed <- q.n.Load()
+	})
+	testutil.Eventually(t, "Close is over, or has to wait", func() bool {
+		if n.ending.TryLock() {
+			n.ending.Unlock()
+			return len(closed) > 0
+		}
+		return true
+	})
+	close(id.release)
+	wg.Wait()
+	if before, now := <-closed, q.n.Load(); now != before {
+		t.Errorf("moved %d times by the end of Close, and %d times now", before, now)
+	}
+}
 
 func TestCloseAfterTheKernel(t *testing.T) {
 	id, q := &fakeID{done: make(chan struct{})}, &fakeMoved{state: ib.RTS}
