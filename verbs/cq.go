@@ -14,10 +14,10 @@ import (
 // CQConfig describes a completion queue. The zero value is good for a start.
 type CQConfig struct {
 	// Entries is how many completions the queue must hold; default 256. One completion more than the queue has room for
-	// is an overrun, which breaks it and its queue pairs: count every signaled send and every receive that may be
-	// outstanding. Devices round up; CQ.Entries tells. An overrun raises ib.EventCQErr for the queue, and ib.EventQPFatal for its
-	// queue pairs, which go to Err, and Poll fails. Devices do so as the completion comes, the software NIC with the next Poll; rxe
-	// only raises the event of the queue.
+	// is an overrun, which breaks it and its queue pairs: count every send and every receive that may be outstanding. Unsignaled
+	// sends are among them, since they complete, too, when their queue pair fails. Devices round up; CQ.Entries tells. An overrun
+	// raises ib.EventCQErr for the queue, and ib.EventQPFatal for its queue pairs, which go to Err, and Poll fails. Devices do so as
+	// the completion comes, the software NIC with the next Poll; rxe only raises the event of the queue.
 	Entries int
 	// Channel is told of armed completions; nil for a queue that is only polled.
 	Channel *CompChannel

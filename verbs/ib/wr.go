@@ -64,7 +64,7 @@ type SendFlags uint8
 const (
 	// SendFence holds the request back until all earlier RDMA READs and atomics of the QP are complete (IBA 10.8.3.3).
 	SendFence SendFlags = 1 << 0
-	// SendSignaled asks for a completion. Requests without it complete silently unless they fail; their queue slot is
+	// SendSignaled asks for a completion. Requests without it complete silently unless they fail or are flushed; their queue slot is
 	// given back by the next completion of the same send queue.
 	SendSignaled SendFlags = 1 << 1
 	// SendSolicited raises a solicited event at the receiver (IBA 11.4.2.2).
