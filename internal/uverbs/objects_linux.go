@@ -120,6 +120,9 @@ func (c *Context) deviceCaps() (ib.DeviceCaps, error) {
 
 const capsKnown = 1 << 63 // in Context.caps
 
+// OptionalAccess reports whether access flags that are only wishes, as ib.AccessRelaxedOrdering, get to the kernel's driver.
+func (c *Context) OptionalAccess() bool { return c.optional }
+
 // forkSafe is ForkSafe, asked once. A kernel that does not answer is old.
 var forkSafe = sync.OnceValue(func() bool {
 	safe, err := ForkSafe()
@@ -160,6 +163,12 @@ func (p *PD) registerDMABuf(cfg driver.DMABufConfig) (*MR, error) {
 		return nil, err
 	}
 	return &MR{info, p.C, access}, nil
+}
+
+// TakesDMABufs reports whether the device's driver registers dma-bufs. It looks for one behind a descriptor that is none.
+func (p *PD) TakesDMABufs() bool {
+	_, err := p.C.RegDMABuf(p.Handle, -1, 0, uint64(unix.Getpagesize()), 0, ib.AccessLocalWrite)
+	return errors.Is(err, unix.EBADF)
 }
 
 // LKey implements driver.MR.

@@ -54,8 +54,8 @@ const (
 	CapUD
 	CapUC
 	CapODP
-	CapDMABuf
-	CapRelaxedOrdering
+	CapDMABuf          // regions of dma-bufs: mr.RegisterDMABuf
+	CapRelaxedOrdering // AccessRelaxedOrdering is heeded where the device, and what it is plugged into, can; elsewhere it is ignored
 	// CapImm: SEND and RDMA WRITE with immediate data. iWARP has none.
 	CapImm
 	// CapCMOnly is a restriction: queue pairs are connected by the connection manager only (qp.Listen, qp.QP.Dial), and

@@ -30,6 +30,8 @@ type mlx5Context struct {
 
 	windows *uverbs.Windows
 
+	dmaBufs func() bool // whether the kernel's driver takes them; asked once
+
 	mu   sync.Mutex
 	left [][]byte // guarded by mu: memory of queues that the kernel did not take back; the device may use it
 }
@@ -37,6 +39,7 @@ type mlx5Context struct {
 // newContext takes over a context that the kernel has made. It closes it if it fails.
 func newContext(u *uverbs.Context, resp *abi.Mlx5AllocUcontextResp) (*mlx5Context, error) {
 	c := &mlx5Context{Context: u, windows: uverbs.NewWindows()}
+	c.dmaBufs = sync.OnceValue(c.askDMABufs)
 	err := c.open(resp)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", u.Device(), err), c.Close())
@@ -84,10 +87,27 @@ func (c *mlx5Context) QueryDevice() (ib.DeviceAttr, error) {
 	} else {
 		a.Caps &^= ib.CapFlowSteering | ib.CapFrameChecksum
 	}
+	if c.OptionalAccess() {
+		a.Caps |= ib.CapRelaxedOrdering
+	}
+	if c.dmaBufs() {
+		a.Caps |= ib.CapDMABuf
+	}
 	a.MaxInline = c.maxInline()
 	a.MaxSGE = min(a.MaxSGE, c.maxSGE())
 	a.MaxSGERead = min(a.MaxSGERead, a.MaxSGE)
 	return a, nil
+}
+
+// askDMABufs finds out by trying: the kernel tells it in no other way. Without a protection domain to try it in, there are none.
+func (c *mlx5Context) askDMABufs() bool {
+	p, err := c.AllocPD()
+	if err != nil {
+		return false
+	}
+	takes := p.(*pd).TakesDMABufs()
+	p.Close() // if it fails, the context's end does it
+	return takes
 }
 
 // hasFrames reports whether there can be raw packet queue pairs: they need Ethernet, and completions that name queue pairs by index, as

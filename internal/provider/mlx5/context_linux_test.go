@@ -6,6 +6,7 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -14,6 +15,7 @@ import (
 	"github.com/ringside-rdma/ringside/internal/abi"
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/uverbs"
+	"github.com/ringside-rdma/ringside/internal/uverbs/uverbstest"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -212,6 +214,45 @@ func TestNoBlueFlame(t *testing.T) {
 	sameBytes(t, "the register", reg, b.kq.sq[:8])
 	if be.Uint64(reg[8:]) != 0 {
 		t.Error("more than a word was written")
+	}
+}
+
+// What the kernel does not list among the device's features is found out, and once.
+func TestCapsFoundOut(t *testing.T) {
+	const getContext, regDMABuf = 0x00030000, abi.UVERBS_METHOD_REG_DMABUF_MR<<16 | abi.UVERBS_OBJECT_MR
+	for _, x := range []struct {
+		dmaBuf   syscall.Errno
+		optional byte
+		want     ib.DeviceCaps
+	}{
+		{unix.EBADF, 1, ib.CapDMABuf | ib.CapRelaxedOrdering},
+		{unix.EBADF, 0, ib.CapDMABuf},
+		{unix.EOPNOTSUPP, 1, ib.CapRelaxedOrdering},
+		{unix.EPROTONOSUPPORT, 0, 0},
+		{unix.EINVAL, 0, 0},
+	} {
+		asked := 0
+		_, c := newFake(t, func(k *fakeKernel) {
+			method := k.Method
+			k.Method = func(id uint32, a uverbstest.Attrs) syscall.Errno {
+				switch e := method(id, a); id {
+				case getContext:
+					a[0].Data[0], a[1].Data[0] = 1, x.optional // num_comp_vectors, core_support
+					return 0
+				case regDMABuf:
+					asked++
+					return x.dmaBuf
+				default:
+					return e
+				}
+			}
+		})
+		for range 2 {
+			a, err := c.QueryDevice()
+			if got := a.Caps & (ib.CapDMABuf | ib.CapRelaxedOrdering); got != x.want || err != nil || asked != 1 {
+				t.Errorf("%+v: %v, %v, asked %d times", x, got, err, asked)
+			}
+		}
 	}
 }
 

@@ -204,6 +204,9 @@ func (k *fakeKernel) method(id uint32, attrs uverbstest.Attrs) syscall.Errno {
 		}
 		le.PutUint64(attrs[3].Data, 3)
 	case abi.UVERBS_METHOD_REG_DMABUF_MR<<16 | abi.UVERBS_OBJECT_MR:
+		if int32(le.Uint32(attrs[abi.UVERBS_ATTR_REG_DMABUF_MR_FD].Data)) == -1 {
+			return unix.EBADF
+		}
 		h := k.Handle("mr")
 		le.PutUint64(attrs[abi.UVERBS_ATTR_REG_DMABUF_MR_HANDLE].Value, uint64(h))
 		le.PutUint32(attrs[abi.UVERBS_ATTR_REG_DMABUF_MR_RESP_LKEY].Data, h<<8|0x42)
