@@ -31,7 +31,7 @@ type region struct {
 	foreign   ForeignMemory // another process' memory instead of mem, or nil
 	foreignAt uint64        // its address there that memAt stands for
 
-	windows  atomic.Int32 // windows bound to the region
+	windows  atomic.Int32 // windows that are bound to the region, or about to be; closed: a large negative number
 	exported atomic.Bool  // some peer was told about it
 	receives atomic.Bool  // receives were posted from it: peers may map it by its handle
 }
@@ -219,9 +219,14 @@ func (m *MR) LKey() ib.LKey { return ib.LKey(m.r.handle) }
 // RKey implements driver.MR.
 func (m *MR) RKey() ib.RKey { return m.r.rkey }
 
+const regionClosed = -1 << 30
+
 // Close implements driver.MR.
 func (m *MR) Close() error {
-	if m.r.windows.Load() > 0 {
+	if !m.r.windows.CompareAndSwap(0, regionClosed) {
+		if m.r.windows.Load() < 0 {
+			return driver.ErrClosed
+		}
 		return fmt.Errorf("%w: memory windows are bound to the region", driver.ErrBusy)
 	}
 	if !m.r.nic.revokeRegion(m.r) {

@@ -47,14 +47,15 @@ func (w *MW) RKey() ib.RKey {
 
 // unbindLocked takes the window's binding away. The table slot is given back once nobody can be using it.
 func (w *MW) unbindLocked() bool {
-	r := w.bound
+	r, under := w.bound, w.under
 	if r == nil {
 		return false
 	}
-	w.bound = nil
-	w.under.windows.Add(-1)
-	w.under = nil
-	if w.nic.regions.revoke(r) {
+	w.bound, w.under = nil, nil
+	// Counted until its key is dead: closing the region waits for those who have seen the key alive, but not for those who will.
+	revoked := w.nic.regions.revoke(r)
+	under.windows.Add(-1)
+	if revoked {
 		w.nic.later(func() {
 			w.nic.quiesce()
 			if r.exported.Load() {
@@ -117,10 +118,14 @@ func (q *QP) bind(b *ib.BindMW) ib.WCStatus {
 		n.memAt = r.memAt - b.Addr
 		n.base = 0
 	}
-	if err := q.nic.regions.insert(n); err != nil {
+	if r.windows.Add(1) <= 0 { // the region was closed since it was looked up
+		r.windows.Add(-1)
 		return ib.WCMWBindErr
 	}
-	r.windows.Add(1)
+	if err := q.nic.regions.insert(n); err != nil {
+		r.windows.Add(-1)
+		return ib.WCMWBindErr
+	}
 	w.bound, w.under, w.rkey = n, r, b.RKey
 	return ib.WCSuccess
 }
