@@ -1,8 +1,10 @@
 package mlx5emu
 
 import (
+	"errors"
 	"sync"
 
+	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -59,6 +61,10 @@ func (r *receiver) request(d *Device, id uint64, b []byte) []ib.RecvWR {
 	return r.wrs[:]
 }
 
+// noRecv reports whether what was refused is no receive and never will be, as one of more than 2 GiB. Otherwise the queue is full, and
+// completions that were not taken yet make room.
+func noRecv(err error) bool { return errors.Is(err, driver.ErrInvalidWR) }
+
 // refill is what the software NIC calls. A queue that cannot be read is left to the engine, which finds it so, too.
 func (n *qp) refill() {
 	if n.srq != nil {
@@ -106,7 +112,7 @@ func (n *qp) takeRecvs() (some, lost bool) {
 		}
 		wr := r.request(n.c.dev, uint64(n.life)<<48|uint64(n.recvNext), slot)
 		if _, err := n.soft.PostRecv(wr); err != nil {
-			break // it is full: completions that were not taken yet make room
+			return some, noRecv(err)
 		}
 		n.recvNext++
 		some = true

@@ -190,7 +190,7 @@ func (n *srq) take() (some, lost bool) {
 		}
 		wr := r.request(n.c.dev, uint64(n.next), slot[nextSegSize:])
 		if _, err := n.soft.PostRecv(wr); err != nil {
-			break // it is full: completions that were not taken yet make room
+			return some, noRecv(err)
 		}
 		next := uint32(be.Uint16(slot[2:]))
 		if next >= n.slots {

@@ -83,6 +83,9 @@ func (q *QP) local(wr *ib.SendWR, need ib.Access) (b []byte, n uint32, st ib.WCS
 		if r == nil || r.pd != q.pd || r.qpn != 0 || r.access&need != need || !r.contains(s.Addr, s.Length) {
 			return nil, 0, ib.WCLocalProtErr
 		}
+		if s.Length > ib.MaxMessage {
+			return nil, 0, ib.WCLocalLengthErr
+		}
 		if r.mem == nil {
 			return nil, s.Length, ib.WCSuccess // foreign memory
 		}

@@ -200,6 +200,10 @@ func (q *QP) PostRecv(wrs []ib.RecvWR) (int, error) {
 		r.id, r.sges = wr.ID, uint16(len(wr.SGEs))
 		if len(wr.SGEs) == 1 { // the common case, without a loop
 			s := &wr.SGEs[0]
+			if s.Length > ib.MaxMessage {
+				err = errTooLong
+				break
+			}
 			r.total = s.Length
 			q.recSGE[int(k)*q.cap.MaxRecvSGE], r.private = q.nic.recvDesc(q.pd, s)
 		} else {

@@ -3,6 +3,7 @@ package softnic
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"sync/atomic"
 	"testing"
@@ -282,6 +283,38 @@ func TestRNR(t *testing.T) {
 		}
 		if wc := b.poll(); wc.ID != 2 || wc.ByteLen != 64 {
 			t.Fatal(wc)
+		}
+	})
+}
+
+// What is longer than a message can be is neither received into nor sent, in one element as little as in several.
+func TestLongerThanAMessage(t *testing.T) {
+	const size = 3 << 30
+	paths(t, func(t *testing.T, na, nb *NIC) {
+		a, b := newEnd(t, na, endConfig{typ: ib.RC}), newEnd(t, nb, endConfig{typ: ib.RC})
+		a.connect(b)
+		b.connect(a)
+		long := func(e *end) []ib.SGE {
+			mr, err := e.pd.(*PD).RegisterForeign(shelf(nil), 0, size, 0, ib.AccessLocalWrite) // there is nothing behind it
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { mr.Close() })
+			return []ib.SGE{{Length: ib.MaxMessage + 1, LKey: mr.LKey()}}
+		}
+		to, from := long(b), long(a)
+		for _, list := range [][]ib.SGE{to, {{Length: 1 << 30, LKey: to[0].LKey}, {Length: ib.MaxMessage - 1<<30 + 1, LKey: to[0].LKey}}} {
+			if n, err := b.q.PostRecv([]ib.RecvWR{{ID: 1, SGEs: b.sge(0, 64)}, {ID: 2, SGEs: list}}); n != 1 || !errors.Is(err, driver.ErrInvalidWR) {
+				t.Errorf("%d are posted: %v", n, err)
+			}
+			a.send(ib.SendWR{ID: 3, Opcode: ib.OpSend, SGEs: a.sge(0, 10)})
+			if wc := b.poll(); wc.ID != 1 || wc.Status != ib.WCSuccess {
+				t.Errorf("the receive in front of it: %+v", wc)
+			}
+		}
+		a.send(ib.SendWR{ID: 4, Opcode: ib.OpRDMAWrite, SGEs: from, RemoteAddr: addrOf(b.buf), RKey: b.mr.RKey()})
+		if wc := a.poll(); wc.ID != 4 || wc.Status != ib.WCLocalLengthErr {
+			t.Errorf("sent: %+v", wc)
 		}
 	})
 }
