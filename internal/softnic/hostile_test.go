@@ -3,7 +3,9 @@ package softnic
 import (
 	"bytes"
 	"encoding/binary"
+	"fmt"
 	"math/rand/v2"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -11,6 +13,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/mem"
+	"github.com/ringside-rdma/ringside/internal/roce"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -417,6 +420,66 @@ func TestHostileMemory(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// A peer that shares a receive queue has its entries lead elsewhere: what comes from a network goes to no memory but receives'.
+func TestHostileEntries(t *testing.T) {
+	const size = 500
+	for _, typ := range []ib.QPType{ib.RC, ib.UD} {
+		for _, list := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%v list=%v", typ, list), func(t *testing.T) {
+				net, ends, addrs := simPair(t, typ)
+				a, b := ends[0], ends[1]
+				wr := ib.SendWR{ID: 1, Opcode: ib.OpSend, Flags: ib.SendSignaled, SGEs: a.sge(0, 200)}
+				fails := ib.WCRemoteOpErr
+				srq := b.q.(*QP).srq // a UD queue pair's own
+				if typ == ib.UD {
+					a.ready()
+					b.ready()
+					ah, err := a.pd.CreateAH(ib.AHAttr{DGID: ib.GIDFromAddr(addrs[1]), SGIDIndex: 1, Port: 1})
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer ah.Close()
+					wr.AH, wr.RemoteQPN, wr.RemoteQKey = ah.Num(), b.q.QPN(), testQKey
+					fails = ib.WCSuccess // the sender of a datagram hears nothing
+				} else {
+					pd := allocPD(t, b.n)
+					srq = newTestSRQ(t, pd)
+					b = makeEndIn(t, b.n, pd, endConfig{typ: typ, size: 4096, srq: srq})
+					defer b.close() // last
+					defer srq.Close()
+					defer b.q.Close()
+					at := func(side int) netip.AddrPort { return netip.AddrPortFrom(addrs[side], roce.Port) }
+					a.wire(wireTo{gid: 1, addr: at(1), own: true, qpn: b.q.QPN()})
+					b.wire(wireTo{gid: 1, addr: at(0), own: true, qpn: a.q.QPN()})
+				}
+				secret := makeSecret(t, b) // no receive was ever posted to it
+				defer secret.close()
+				sges := b.sge(0, size)
+				if list {
+					sges = append(b.sge(0, 8), b.sge(8, size-8)...)
+				}
+				if n, err := srq.PostRecv([]ib.RecvWR{{ID: 2, SGEs: sges}}); n != 1 || err != nil {
+					t.Fatal(n, err)
+				}
+				words := srq.entries[srqAddr:]
+				if list {
+					words = srq.lists[2:]
+				}
+				words[0], words[1] = addrOf(secret.buf), uint64(uint32(words[1]))|uint64(secret.mr.LKey())<<32
+				a.send(wr)
+				if wc := a.poll(); wc.ID != 1 || wc.Status != fails {
+					t.Errorf("sent: %+v", wc)
+				}
+				if wc := b.poll(); wc.ID != 2 || wc.Status != ib.WCLocalProtErr {
+					t.Errorf("received: %+v", wc)
+				}
+				net.Advance(time.Millisecond)
+				secret.check(1)
+			})
+		}
+	}
 }
 
 func FuzzHostileMemory(f *testing.F) {

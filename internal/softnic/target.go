@@ -31,7 +31,8 @@ func (t *target) Put(off uint32, data []byte) ib.WCStatus {
 	return t.q.nic.putSlot(&t.v.slot, off, data)
 }
 
-// putSlot copies data to a receive of this NIC, from byte off on.
+// putSlot copies data to a receive of this NIC, from byte off on. Where it is may come from a queue that other peers write to, too: so
+// each word is read once, and only memory that receives were posted to is written, which such a peer can have mapped anyway.
 func (n *NIC) putSlot(s *recvSlot, off uint32, data []byte) ib.WCStatus {
 	if uint64(off)+uint64(len(data)) > uint64(s.length()) {
 		return ib.WCRemoteInvalidReqErr
@@ -45,17 +46,18 @@ func (n *NIC) putSlot(s *recvSlot, off uint32, data []byte) ib.WCStatus {
 		list = s.list[:2*s.addr]
 	}
 	for ; len(list) > 0 && len(data) > 0; list = list[2:] {
-		size := uint32(list[1])
+		addr, lenHdl := list[0], list[1]
+		size := uint32(lenHdl)
 		if off >= size {
 			off -= size
 			continue
 		}
 		k := min(uint32(len(data)), size-off)
-		r := n.regions.lookup(uint32(list[1] >> 32))
-		if r == nil || !r.contains(list[0], size) {
+		r := n.regions.lookup(uint32(lenHdl >> 32))
+		if r == nil || !r.receives.Load() || !r.contains(addr, size) {
 			return ib.WCRemoteOpErr
 		}
-		if !r.store(list[0]+uint64(off), data[:k]) {
+		if !r.store(addr+uint64(off), data[:k]) {
 			return ib.WCRemoteOpErr
 		}
 		data, off = data[k:], 0
