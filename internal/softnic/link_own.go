@@ -1,6 +1,7 @@
 package softnic
 
 import (
+	"errors"
 	"fmt"
 	"runtime"
 
@@ -96,10 +97,16 @@ func (l *link) alloc(n uint32) (block, error) {
 			m.fd, m.hasFD = reg.FD(), true
 		}
 		m.x = uint64(len(c.mem))
-		l.chunks = append(l.chunks, c)
-		if err := l.out.send(m); err != nil {
+		if err := l.out.send(m); err != nil { // a chunk that the peer does not know is none: with the next one, it is tried again
+			if c.reg != nil {
+				c.reg.Close()
+			}
+			if errors.Is(err, errLinkBusy) { // it may be on its way all the same
+				l.nic.later(func() { l.close(err) })
+			}
 			return block{}, err
 		}
+		l.chunks = append(l.chunks, c)
 	}
 	b := block{chunk: c.id, off: c.used, mem: c.mem[c.used : c.used+n : c.used+n]}
 	c.used += n

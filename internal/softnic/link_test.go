@@ -2,6 +2,9 @@ package softnic
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -35,6 +38,58 @@ func TestResetWhileLinkEnds(t *testing.T) {
 	<-done
 	if s := ib.QPState(q.state.Load()); s != ib.Init {
 		t.Errorf("after a reset and the step to INIT: %v", s)
+	}
+}
+
+// A chunklessWriter cannot pass chunks on while it is told so, as when no file descriptor is left.
+type chunklessWriter struct {
+	ctlWriter
+	fails atomic.Bool
+}
+
+var errNoChunk = errors.New("no descriptor is left")
+
+func (w *chunklessWriter) send(m ctl) error {
+	if m.kind == ctlChunk && w.fails.Load() {
+		return errNoChunk
+	}
+	return w.ctlWriter.send(m)
+}
+
+// Memory that the peer could not be told of is not used: the QP that wanted it is not connected, and the next one is.
+func TestChunkIsNotPassedOn(t *testing.T) {
+	testutil.CheckLeaks(t)
+	for _, viaDoor := range []bool{false, true} {
+		t.Run(fmt.Sprintf("door=%v", viaDoor), func(t *testing.T) {
+			na, nb := openNIC(t, viaDoor), openNIC(t, viaDoor)
+			if viaDoor && na.sharedE != nil {
+				testutil.Skip(t, na.sharedE.Error())
+			}
+			if _, err := na.CheckReach(t.Context(), nb.gid); err != nil {
+				t.Fatal(err)
+			}
+			l := na.linkWith(nb)
+			w := &chunklessWriter{ctlWriter: l.out}
+			l.mu.Lock()
+			l.out = w
+			l.mu.Unlock()
+			first, a, b := newEnd(t, na, endConfig{typ: ib.RC}), newEnd(t, na, endConfig{typ: ib.RC}), newEnd(t, nb, endConfig{typ: ib.RC})
+			w.fails.Store(true)
+			first.init()
+			err := first.q.Modify(t.Context(), &ib.QPAttr{State: ib.RTR, AH: ib.AHAttr{DGID: nb.gid, Port: 1}, PathMTU: ib.MTU4096, DestQPN: b.q.QPN()},
+				ib.AttrState|ib.AttrAV|ib.AttrPathMTU|ib.AttrDestQPN|ib.AttrRQPSN|ib.AttrMaxDestRdAtomic|ib.AttrMinRNRTimer)
+			if !errors.Is(err, errNoChunk) {
+				t.Fatalf("without a chunk: %v", err)
+			}
+			w.fails.Store(false)
+			a.connect(b)
+			b.connect(a)
+			exchange(a, b)
+			exchange(b, a)
+			if err := l.reason(); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 
