@@ -95,6 +95,52 @@ func TestRegionGoesBeforeItIsTold(t *testing.T) {
 	}
 }
 
+// A receive whose region has gone since it was posted fails on both sides, also when the message before has gone to the same region.
+func TestRegionGoesBetweenMessages(t *testing.T) {
+	paths(t, func(t *testing.T, na, nb *NIC) {
+		a, b := newEnd(t, na, endConfig{typ: ib.RC}), newEnd(t, nb, endConfig{typ: ib.RC})
+		a.connect(b)
+		b.connect(a)
+		reg, err := mem.Alloc(8192, mem.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer reg.Close()
+		mr, err := b.pd.RegisterMR(driver.MRConfig{Mem: reg.Bytes(), FD: reg.FD(), Access: ib.AccessLocalWrite})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for id := range uint64(2) {
+			b.recv(id, []ib.SGE{{Addr: addrOf(reg.Bytes()), Length: 64, LKey: mr.LKey()}})
+		}
+		a.send(ib.SendWR{ID: 10, Opcode: ib.OpSend, SGEs: a.sge(0, 64)})
+		if wc := b.poll(); wc.ID != 0 || wc.Status != ib.WCSuccess {
+			t.Fatalf("before the region has gone: %+v", wc)
+		}
+		if err := mr.Close(); err != nil {
+			t.Fatal(err)
+		}
+		la := na.linkWith(nb)
+		testutil.Eventually(t, "the sender has unmapped the region", func() bool {
+			la.regMu.RLock()
+			defer la.regMu.RUnlock()
+			r := la.byHandle[uint32(mr.LKey())]
+			return r == nil || r.missing // it may have asked when it was being told
+		})
+		copy(a.buf, "late")
+		a.send(ib.SendWR{ID: 11, Opcode: ib.OpSend, SGEs: a.sge(0, 64)})
+		if wc := a.poll(); wc.ID != 11 || wc.Status != ib.WCRemoteOpErr {
+			t.Errorf("send: %+v", wc)
+		}
+		if wc := b.poll(); wc.ID != 1 || wc.Status != ib.WCLocalProtErr {
+			t.Errorf("recv: %+v", wc)
+		}
+		if string(reg.Bytes()[:4]) == "late" {
+			t.Error("the message is in memory that was deregistered")
+		}
+	})
+}
+
 // A zero-based window in the middle of its region is reached by peers.
 func TestZeroBasedWindow(t *testing.T) {
 	paths(t, func(t *testing.T, na, nb *NIC) {

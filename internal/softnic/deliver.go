@@ -48,6 +48,8 @@ func (q *QP) deliver(v *peerView, wr *ib.SendWR, b []byte, n, imm uint32, flags 
 		if r == nil {
 			return 0, stallResolve
 		}
+		// If it has gone, the last one must not be taken for it: handles are the same. deliverSlow then says how the message ends.
+		v.hdl, v.region = sgeList, nil
 		if !r.missing && r.ok() && r.mem != nil { // only what is mapped can be received into
 			v.hdl, v.region = h, r
 		}
