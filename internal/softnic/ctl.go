@@ -103,8 +103,8 @@ type connectMsg struct {
 	channel            uint32 // 0: none
 	srq                uint32 // 0: none
 	pd                 uint32
-	qkey               uint32
-	asks               bool // see peerView.asks
+	tag                uint32 // see peerView.tag; 0 from versions that do not tell
+	asks               bool   // see peerView.asks
 }
 
 // connectAsks is the flag of a block whose receives are to be asked for where there are none.
@@ -121,7 +121,7 @@ func (c *connectMsg) into(m *ctl) {
 	m.x = uint64(c.portChunk)<<32 | uint64(c.portOff)
 	m.y = uint64(c.bit)<<32 | uint64(c.channel)
 	m.z = uint64(c.srq)<<32 | uint64(c.pd)
-	m.id = c.qkey
+	m.id = c.tag
 	if c.asks {
 		m.flags |= connectAsks
 	}
@@ -130,7 +130,7 @@ func (c *connectMsg) into(m *ctl) {
 func (c *connectMsg) from(m *ctl) error {
 	*c = connectMsg{chunk: m.a, off: m.b, geo: geometry{depth: m.c, sges: m.d & 0xff, cqeWords: m.d >> 8 & 0xff, srq: m.d>>24 == 1},
 		portChunk: uint32(m.x >> 32), portOff: uint32(m.x), bit: uint32(m.y >> 32), channel: uint32(m.y),
-		srq: uint32(m.z >> 32), pd: uint32(m.z), qkey: m.id, asks: m.flags&connectAsks != 0}
+		srq: uint32(m.z >> 32), pd: uint32(m.z), tag: m.id, asks: m.flags&connectAsks != 0}
 	if m.d>>24 > 1 || m.d>>16&0xff != 0 || !c.geo.valid() || c.bit >= portQPs || c.off%cacheLine != 0 || c.portOff%cacheLine != 0 {
 		return errCtl
 	}

@@ -20,6 +20,7 @@ type inbound struct {
 	geo     geometry
 	connect connectMsg
 	dst     uint32 // the peer's QPN, 0 for UD
+	tag     uint32 // what the peer claims receives of a shared queue with: the QPN, or, for UD, a number of its own
 
 	state  *uint32
 	access *uint32
@@ -66,8 +67,12 @@ func (q *QP) openInbound(l *link, dst uint32) (*inbound, error) {
 			in.sges = w64[g.sgeOff()/8:][:g.depth*g.sges*2]
 		}
 	}
+	if in.tag = uint32(q.qpn); q.typ == ib.UD {
+		q.peers++
+		in.tag = uint32(ib.MaxQPN) + 1 + q.peers&uint32(ib.MaxQPN) // never a QPN, srqFree or srqSkip
+	}
 	in.connect = connectMsg{chunk: b.chunk, off: b.off, geo: g, portChunk: p.mem.chunk, portOff: p.mem.off, bit: uint32(bit),
-		channel: l.tellChannel(q.rcq.channel), srq: 0, pd: q.pd.id, asks: q.refill != nil}
+		channel: l.tellChannel(q.rcq.channel), srq: 0, pd: q.pd.id, tag: in.tag, asks: q.refill != nil}
 	if g.srq {
 		in.connect.srq = l.tellSRQ(q.srq)
 	}

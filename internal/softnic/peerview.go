@@ -18,6 +18,7 @@ type peerView struct {
 	chunk, off uint32 // the block, which tells this connection of the two QPs from earlier and later ones
 	geo        geometry
 	mask       uint32
+	tag        uint32 // what receives of a shared queue are claimed with
 
 	state     *uint32
 	access    *uint32
@@ -54,6 +55,9 @@ func newPeerView(l *link, c *connectMsg, qpn ib.QPN, b []byte, port portView, sr
 		}
 	} else {
 		v.limit = g.depth
+		if v.tag = c.tag; v.tag == srqFree {
+			v.tag = uint32(qpn)
+		}
 	}
 	return v
 }
@@ -117,7 +121,7 @@ func (v *peerView) peek(s *recvSlot) bool {
 
 // take makes the receive that peek showed ours. Only with an SRQ can somebody else have been faster.
 func (v *peerView) take(s *recvSlot) bool {
-	return !v.geo.srq || v.srq.claim(s, uint32(v.qpn))
+	return !v.geo.srq || v.srq.claim(s, v.tag)
 }
 
 // complete publishes the completion of the receive that was taken.

@@ -83,6 +83,7 @@ type QP struct {
 	recSGE   []descriptor // cap.MaxRecvSGE for each rec
 	in       atomic.Pointer[inbound]
 	ins      atomic.Pointer[[]*inbound] // UD: one for each peer that sends
+	peers    uint32                     // UD: counts those that have had a block; guarded by cfg
 	epoch    atomic.Uint32              // counts resets: what was found out before one does not concern the QP after it
 	flushing atomic.Bool
 	lastWQE  bool

@@ -165,10 +165,10 @@ func (q *QP) reset() {
 	q.scq.queued += q.recount(q.scq)
 	q.scq.mu.Unlock()
 
-	if q.srq != nil {
-		q.srq.giveUp(q, in, ins)
-	}
 	if in != nil {
+		if q.srq != nil {
+			q.srq.giveUp(in)
+		}
 		in.release()
 	}
 	if ins != nil {

@@ -14,9 +14,9 @@ import (
 // SRQ is a receive queue that several peers take from, themselves: a shared receive queue, or the receive queue of a UD QP.
 //
 // Entries are claimed in order by CAS on the entry's claim word: {sequence, free} becomes {sequence, claimer's tag}. The
-// sequence says that the entry was posted in this lap, the tag (the owner's QPN that the message is for) whose claim it is,
-// so that the owner can take back what a dead peer had claimed and not completed. The head only helps claimers to find the
-// first free entry; whoever sees a claimed entry at the head moves it on.
+// sequence says that the entry was posted in this lap, the tag (see inbound.tag) whose claim it is, so that the owner can take
+// back what a dead peer had claimed and not completed. The head only helps claimers to find the first free entry; whoever sees
+// a claimed entry at the head moves it on.
 //
 // The ring is twice as long as the queue: an entry at the tail that is still in use (its receive was claimed long ago, and the
 // completion not polled yet) is skipped.
@@ -346,34 +346,19 @@ func (s *SRQ) clear() {
 	}
 }
 
-// giveUp settles the receives that peers of q have claimed, after they have stopped: those with a completion are lost with
-// the QP's completions, the others (a peer died in between) go back to the queue.
-func (s *SRQ) giveUp(q *QP, in *inbound, ins *[]*inbound) {
-	if in == nil && ins == nil {
-		return
-	}
+// giveUp settles the receives that the peer of a block has claimed, after it has stopped: those with a completion are lost with
+// the QP's completions, the others (the peer died in between) go back to the queue.
+func (s *SRQ) giveUp(in *inbound) {
 	done := map[uint32]bool{}
-	died := false
-	note := func(in *inbound) {
-		in.published(done)
-		died = died || in.link.reason() != nil || in.link.net // which may have been in the middle of a message
-	}
-	if in != nil {
-		note(in)
-	}
-	if ins != nil {
-		for _, in := range *ins {
-			note(in)
-		}
-	}
-	if died {
-		s.takeBack(uint32(q.qpn), done, true)
+	in.published(done)
+	if in.link.reason() != nil || in.link.net { // it may have been in the middle of a message
+		s.takeBack(in.tag, done, true)
 		return
 	}
 	// A peer that has stopped alive has completed all that it claimed: no need to look for more.
 	s.mu.Lock()
 	for k := range done {
-		if k <= s.mask && s.claimedBy(k, uint32(q.qpn)) {
+		if k <= s.mask && s.claimedBy(k, in.tag) {
 			s.freeLocked(&s.recs[k])
 		}
 	}
@@ -402,7 +387,7 @@ func (s *SRQ) reclaim(l *link) {
 		}
 		published := map[uint32]bool{}
 		in.published(published)
-		s.takeBack(uint32(q.qpn), published, false)
+		s.takeBack(in.tag, published, false)
 		q.rcq.mu.Unlock()
 	})
 }

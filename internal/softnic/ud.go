@@ -348,7 +348,7 @@ func (q *QP) dropPeer(l *link, wait time.Duration) {
 	}
 	q.rcq.mu.Unlock()
 	if gone != nil {
-		q.srq.giveUp(q, gone, nil)
+		q.srq.giveUp(gone)
 		gone.release()
 	}
 }

@@ -6,8 +6,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/roce"
 	"github.com/ringside-rdma/ringside/internal/softnic/simnet"
+	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -60,6 +62,79 @@ func TestDatagramsOutliveTheirSender(t *testing.T) {
 				t.Fatal("the block of the peer that has gone stays")
 			}
 			time.Sleep(time.Millisecond)
+		}
+	})
+}
+
+// When a peer goes, what it has taken of a queue pair's receives and not filled is posted again. What the other peers have filled
+// is theirs, also if nobody has polled it yet.
+func TestDatagramsOfOthersStay(t *testing.T) {
+	paths(t, func(t *testing.T, other, n *NIC) {
+		goes, err := Open()
+		if err != nil {
+			t.Fatal(err)
+		}
+		goes.viaDoor = other.viaDoor
+		to := newEnd(t, n, endConfig{typ: ib.UD, depth: 8, size: 4096})
+		stays := newEnd(t, other, endConfig{typ: ib.UD, depth: 8, size: 4096})
+		leaves := makeEnd(t, goes, endConfig{typ: ib.UD, depth: 8, size: 4096})
+		q := to.q.(*QP)
+		for _, e := range []*end{to, stays, leaves} {
+			e.ready()
+		}
+		ah := map[*end]driver.AH{}
+		for _, e := range []*end{stays, leaves} {
+			if ah[e], err = e.pd.CreateAH(ib.AHAttr{DGID: n.GID(), Port: 1}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		defer ah[stays].Close()
+		send := func(e *end, length int) {
+			t.Helper()
+			e.send(ib.SendWR{Opcode: ib.OpSend, Flags: ib.SendSignaled, AH: ah[e].Num(), RemoteQPN: q.qpn, RemoteQKey: testQKey, SGEs: e.sge(0, length)})
+			if wc := e.poll(); wc.Status != ib.WCSuccess {
+				t.Fatalf("%+v", wc)
+			}
+		}
+		receive := func(id uint64, length int) {
+			t.Helper()
+			if wc := to.poll(); wc.ID != id || wc.Status != ib.WCSuccess || int(wc.ByteLen) != ib.GRHLen+length {
+				t.Fatalf("%+v, want %d with %d bytes", wc, id, length)
+			}
+		}
+		for i, e := range []*end{stays, leaves} {
+			to.recv(uint64(i), to.sge(0, 100))
+			send(e, 8+i)
+			receive(uint64(i), 8+i)
+		}
+
+		for id := range uint64(3) {
+			to.recv(10+id, to.sge(0, 100))
+		}
+		send(stays, 20)
+		v := goes.linkWith(n).udView(q.qpn).pv
+		if !v.peek(&v.slot) || !v.take(&v.slot) { // as somebody who dies while copying
+			t.Fatal("there is no receive to take")
+		}
+		send(stays, 21)
+		if err := ah[leaves].Close(); err != nil {
+			t.Fatal(err)
+		}
+		leaves.close()
+		if err := goes.Close(); err != nil {
+			t.Fatal(err)
+		}
+		testutil.Eventually(t, "the block of the peer that has gone is given up", func() bool {
+			q.cfg.Lock()
+			defer q.cfg.Unlock()
+			return len(*q.ins.Load()) == 1
+		})
+		receive(10, 20)
+		receive(12, 21)
+		send(stays, 22)
+		receive(11, 22)
+		if !n.hasLink(other.GID()) {
+			t.Error("the link to the peer that stays has ended")
 		}
 	})
 }
