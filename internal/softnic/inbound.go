@@ -269,6 +269,7 @@ func (q *QP) poll(c *CQ, wcs []ib.WC) int {
 		n = q.pollSend(wcs)
 	}
 	if q.rcq == c {
+		flushing := q.flushing.Load() // before looking at the rings: once it is set, nothing comes to them any more
 		if in := q.in.Load(); in != nil && n < len(wcs) {
 			n += in.poll(wcs[n:])
 		} else if ins := q.ins.Load(); ins != nil {
@@ -278,7 +279,7 @@ func (q *QP) poll(c *CQ, wcs []ib.WC) int {
 				}
 			}
 		}
-		if n < len(wcs) && q.flushing.Load() {
+		if n < len(wcs) && flushing {
 			n += q.pollFlush(wcs[n:])
 		}
 	}
@@ -529,7 +530,7 @@ func (q *QP) established() {
 }
 
 // pollFlush completes receives that no message will take any more. The peer has stopped writing before flushing is set,
-// so everything that it completed was polled before.
+// and the caller has seen it set before it polled, so everything that the peer completed was polled before.
 func (q *QP) pollFlush(wcs []ib.WC) int {
 	if q.srq != nil {
 		if q.ownSRQ {

@@ -139,6 +139,88 @@ func TestDatagramsOfOthersStay(t *testing.T) {
 	})
 }
 
+// A datagram that arrives while Poll is at another one, and just before the queue pair goes to ERR, has arrived: its receive is not
+// flushed.
+func TestDatagramBeforeErr(t *testing.T) {
+	n := openNIC(t, true)
+	if n.sharedE != nil {
+		testutil.Skip(t, n.sharedE.Error())
+	}
+	to := newEnd(t, n, endConfig{typ: ib.UD, depth: 8, size: 4096})
+	memory := &wakefulShelf{shelf: make(shelf, 4096)}
+	mr, err := to.pd.(*PD).RegisterForeign(memory, 0, 4096, 0, ib.AccessLocalWrite)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mr.Close()
+	to.ready()
+	receive := func(id uint64) { to.recv(id, []ib.SGE{{Addr: 100 * id, Length: 100, LKey: mr.LKey()}}) }
+	var from [2]*end // in the order in which Poll looks for their datagrams
+	var wrs [2][]ib.SendWR
+	for i := range from {
+		e := newEnd(t, openNIC(t, true), endConfig{typ: ib.UD, depth: 8, size: 4096})
+		from[i] = e
+		e.ready()
+		ah, err := e.pd.CreateAH(ib.AHAttr{DGID: n.GID(), Port: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ah.Close()
+		wrs[i] = []ib.SendWR{{Opcode: ib.OpSend, AH: ah.Num(), RemoteQPN: to.q.QPN(), RemoteQKey: testQKey, SGEs: e.sge(0, 8)}}
+		receive(uint64(i))
+		e.send(wrs[i][0])
+		if wc := to.poll(); wc.ID != uint64(i) || wc.Status != ib.WCSuccess {
+			t.Fatalf("%+v", wc)
+		}
+	}
+
+	for id := range uint64(3) {
+		receive(id)
+	}
+	from[1].send(wrs[1][0])
+	memory.woken = func() { // called by Poll, which is past from[0]'s ring
+		if k, err := from[0].q.PostSend(wrs[0]); k != 1 {
+			t.Error(err)
+		}
+		if err := to.q.Modify(t.Context(), &ib.QPAttr{State: ib.Err}, ib.AttrState); err != nil {
+			t.Error(err)
+		}
+		memory.woken = nil
+	}
+	var wcs [4]ib.WC
+	k := 0
+	testutil.Eventually(t, "all receives have completed", func() bool {
+		k += max(0, to.cq.Poll(wcs[k:]))
+		return k >= 3
+	})
+	for i, st := range []ib.WCStatus{ib.WCSuccess, ib.WCSuccess, ib.WCFlushErr} {
+		if wc := wcs[i]; wc.ID != uint64(i) || wc.Status != st {
+			t.Errorf("%+v, want receive %d with %v", wc, i, st)
+		}
+	}
+	if k := to.cq.Poll(wcs[:]); k != 0 {
+		t.Errorf("%d more completions", k)
+	}
+	for _, e := range from {
+		if !n.hasLink(e.n.GID()) {
+			t.Error("the link to a peer has ended")
+		}
+	}
+}
+
+// wakefulShelf is a shelf that says when it is about to be written to.
+type wakefulShelf struct {
+	shelf
+	woken func()
+}
+
+func (s *wakefulShelf) WriteAt(p []byte, va uint64) error {
+	if s.woken != nil {
+		s.woken()
+	}
+	return s.shelf.WriteAt(p, va)
+}
+
 func (n *NIC) hasLink(g ib.GID) bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
