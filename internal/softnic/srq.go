@@ -335,7 +335,7 @@ func (s *SRQ) freeLocked(r *srqRec) {
 	atomic.StoreUint64(&s.entries[(uint32(r.seq)&s.mask)*srqWords], uint64(uint32(r.seq)+1)<<32|srqSkip)
 }
 
-// clear empties a UD QP's own queue.
+// clear empties a UD QP's own queue, after the peers have stopped.
 func (s *SRQ) clear() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -344,6 +344,9 @@ func (s *SRQ) clear() {
 			s.freeLocked(&s.recs[i])
 		}
 	}
+	// Only claimers move the head: receives that none of them saw would leave it behind by more than a lap, where it does not find
+	// the entry that it is to step over.
+	atomic.StoreUint64(s.headW, s.tail)
 }
 
 // giveUp settles the receives that the peer of a block has claimed, after it has stopped: those with a completion are lost with

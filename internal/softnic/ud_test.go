@@ -139,6 +139,67 @@ func TestDatagramsOfOthersStay(t *testing.T) {
 	})
 }
 
+// A UD queue pair receives after RESET, however many receives it had before that no datagram took.
+func TestDatagramsAfterUnusedReceives(t *testing.T) {
+	const depth = 4
+	post := func(e *end) {
+		for id := range uint64(depth) {
+			e.recv(id, e.sge(0, 100))
+		}
+	}
+	modify := func(e *end, s ib.QPState) {
+		e.t.Helper()
+		if err := e.q.Modify(e.t.Context(), &ib.QPAttr{State: s}, ib.AttrState); err != nil {
+			e.t.Fatal(err)
+		}
+	}
+	for name, unused := range map[string]func(e *end){
+		"reset": func(e *end) {
+			for range 3 {
+				e.ready()
+				post(e)
+				modify(e, ib.Reset)
+			}
+		},
+		"flushed": func(e *end) {
+			e.ready()
+			modify(e, ib.Err)
+			for range 3 {
+				post(e)
+				for id := range uint64(depth) {
+					if wc := e.poll(); wc.ID != id || wc.Status != ib.WCFlushErr {
+						e.t.Fatalf("%+v", wc)
+					}
+				}
+			}
+			modify(e, ib.Reset)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			paths(t, func(t *testing.T, a, b *NIC) {
+				cfg := endConfig{typ: ib.UD, depth: depth, size: 4096}
+				from, to := newEnd(t, a, cfg), newEnd(t, b, cfg)
+				unused(to)
+				from.ready()
+				to.ready()
+				post(to)
+				ah, err := from.pd.CreateAH(ib.AHAttr{DGID: b.GID(), Port: 1})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer ah.Close()
+				from.send(ib.SendWR{Opcode: ib.OpSend, Flags: ib.SendSignaled, AH: ah.Num(), RemoteQPN: to.q.QPN(), RemoteQKey: testQKey, SGEs: from.sge(0, 8)})
+				if wc := from.poll(); wc.Status != ib.WCSuccess {
+					t.Fatalf("%+v", wc)
+				}
+				if wc := to.poll(); wc.ID != 0 || wc.Status != ib.WCSuccess || wc.ByteLen != ib.GRHLen+8 {
+					t.Fatalf("%+v", wc)
+				}
+			})
+		})
+	}
+}
+
 // A datagram that arrives while Poll is at another one, and just before the queue pair goes to ERR, has arrived: its receive is not
 // flushed.
 func TestDatagramBeforeErr(t *testing.T) {
