@@ -332,7 +332,10 @@ func (s *SRQ) freeLocked(r *srqRec) {
 	r.staged = nil
 	r.state = recFree
 	s.used--
-	atomic.StoreUint64(&s.entries[(uint32(r.seq)&s.mask)*srqWords], uint64(uint32(r.seq)+1)<<32|srqSkip)
+	e := &s.entries[(uint32(r.seq)&s.mask)*srqWords]
+	if uint32(atomic.LoadUint64(e)>>32) == uint32(r.seq)+1 { // else the entry is of a later lap, in which claimers step over it
+		atomic.StoreUint64(e, uint64(uint32(r.seq)+1)<<32|srqSkip)
+	}
 }
 
 // clear empties a UD QP's own queue, after the peers have stopped.

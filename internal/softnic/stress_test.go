@@ -392,6 +392,60 @@ func TestPeersShareAReceiveQueue(t *testing.T) {
 	}
 }
 
+// A queue pair is reset that holds a receive of a shared queue from before the ring came round: the others go on.
+func TestResetBehindTheRing(t *testing.T) {
+	paths(t, func(t *testing.T, na, n *NIC) {
+		pd := allocPD(t, n)
+		defer pd.Close()
+		srq, err := pd.(*PD).CreateSRQ(driver.SRQConfig{MaxWR: 4, MaxSGE: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := srq.(*SRQ)
+		defer s.Close()
+		var slow, fast, from, toSlow *end
+		for _, p := range []struct{ to, from **end }{{&slow, &toSlow}, {&fast, &from}} {
+			cq := mustCQ(t, n)
+			defer cq.Close()
+			*p.to = makeEndOn(t, n, pd, cq, endConfig{typ: ib.RC, depth: 8, size: 4096, srq: s})
+			defer (*p.to).close()
+			*p.from = newEnd(t, na, endConfig{typ: ib.RC, depth: 8, size: 4096})
+			(*p.from).connect(*p.to)
+			(*p.to).connect(*p.from)
+		}
+		post := func() {
+			t.Helper()
+			if _, err := s.PostRecv([]ib.RecvWR{{SGEs: fast.sge(0, 64)}}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		message := func() {
+			t.Helper()
+			from.send(ib.SendWR{Opcode: ib.OpSend, SGEs: from.sge(0, 8)})
+			if wc := fast.poll(); wc.Status != ib.WCSuccess {
+				t.Fatalf("%+v", wc)
+			}
+		}
+		for range 4 {
+			post()
+		}
+		toSlow.send(ib.SendWR{Opcode: ib.OpSend, Flags: ib.SendSignaled, SGEs: toSlow.sge(0, 8)})
+		if wc := toSlow.poll(); wc.Status != ib.WCSuccess { // slow does not poll
+			t.Fatalf("%+v", wc)
+		}
+		for range 5 { // the last one's entry would be the one that slow has
+			message()
+			post()
+		}
+		if err := slow.q.Modify(t.Context(), &ib.QPAttr{State: ib.Reset}, ib.AttrState); err != nil {
+			t.Fatal(err)
+		}
+		for range 3 {
+			message()
+		}
+	})
+}
+
 func mustCQ(t testing.TB, n *NIC) driver.CQ {
 	cq, err := n.CreateCQ(driver.CQConfig{Entries: 1024})
 	if err != nil {
