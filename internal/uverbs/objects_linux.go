@@ -294,8 +294,12 @@ func (q *QP) ChangeAround(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMa
 	}
 	select {
 	case q.modify <- struct{}{}:
-	case <-ctx.Done():
-		return ctx.Err()
+	default: // ctx decides nothing if there is nothing to wait for
+		select {
+		case q.modify <- struct{}{}:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 	a := *attr
 	change := func() error {
