@@ -173,6 +173,9 @@ func (q *QP) reset() {
 	}
 	if ins != nil {
 		for _, in := range *ins {
+			if !q.ownSRQ {
+				q.srq.giveUp(in)
+			}
 			in.release()
 		}
 	}

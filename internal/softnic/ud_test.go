@@ -66,6 +66,55 @@ func TestDatagramsOutliveTheirSender(t *testing.T) {
 	})
 }
 
+// What a queue pair has received into a shared queue's receives, and nobody has polled, goes with its reset: the receives are the queue's.
+func TestResetGivesReceivesBack(t *testing.T) {
+	paths(t, func(t *testing.T, na, n *NIC) {
+		pd := allocPD(t, n)
+		srq, err := pd.(*PD).CreateSRQ(driver.SRQConfig{MaxWR: 4, MaxSGE: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		to := makeEndIn(t, n, pd, endConfig{typ: ib.UD, size: 4096, srq: srq.(*SRQ)})
+		defer to.close() // last
+		defer srq.Close()
+		defer to.q.Close()
+		from := newEnd(t, na, endConfig{typ: ib.UD, size: 4096})
+		from.ready()
+		ah, err := from.pd.CreateAH(ib.AHAttr{DGID: n.GID(), Port: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ah.Close()
+		q := to.q.(*QP)
+		arrived := func() int {
+			q.rcq.mu.Lock()
+			defer q.rcq.mu.Unlock()
+			return q.countReceives()
+		}
+		for range 3 {
+			to.ready()
+			for i := range 2 {
+				if _, err := srq.PostRecv([]ib.RecvWR{{SGEs: to.sge(0, 100)}}); err != nil {
+					t.Fatal(err)
+				}
+				testutil.Eventually(t, "a datagram arrives", func() bool { // the first ones may be for the queue pair before its reset
+					from.send(ib.SendWR{Opcode: ib.OpSend, Flags: ib.SendSignaled, AH: ah.Num(), RemoteQPN: q.qpn, RemoteQKey: testQKey, SGEs: from.sge(0, 8)})
+					if wc := from.poll(); wc.Status != ib.WCSuccess {
+						t.Fatalf("%+v", wc)
+					}
+					return arrived() == i+1
+				})
+			}
+			if err := to.q.Modify(t.Context(), &ib.QPAttr{State: ib.Reset}, ib.AttrState); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if used := srq.(*SRQ).outstanding(); used != 0 {
+			t.Errorf("%d receives are missing", used)
+		}
+	})
+}
+
 // When a peer goes, what it has taken of a queue pair's receives and not filled is posted again. What the other peers have filled
 // is theirs, also if nobody has polled it yet.
 func TestDatagramsOfOthersStay(t *testing.T) {
