@@ -14,6 +14,7 @@ import (
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/mem"
 	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/internal/softnic/simnet"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -422,63 +423,117 @@ func TestHostileMemory(t *testing.T) {
 	wg.Wait()
 }
 
+// A queueRig is a sender of packets, and a queue pair whose shared queue another peer has mapped. wr is a message of 200 bytes.
+type queueRig struct {
+	net  *simnet.Network
+	a, b *end
+	srq  *SRQ
+	wr   ib.SendWR
+}
+
+func newQueueRig(t *testing.T, typ ib.QPType) *queueRig {
+	net, ends, addrs := simPair(t, typ)
+	r := &queueRig{net: net, a: ends[0], b: ends[1]}
+	r.wr = ib.SendWR{ID: 1, Opcode: ib.OpSend, Flags: ib.SendSignaled, SGEs: r.a.sge(0, 200)}
+	if typ == ib.UD {
+		r.a.ready()
+		r.b.ready()
+		ah, err := r.a.pd.CreateAH(ib.AHAttr{DGID: ib.GIDFromAddr(addrs[1]), SGIDIndex: 1, Port: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { ah.Close() })
+		r.srq = r.b.q.(*QP).srq // its own
+		r.wr.AH, r.wr.RemoteQPN, r.wr.RemoteQKey = ah.Num(), r.b.q.QPN(), testQKey
+		return r
+	}
+	pd := allocPD(t, r.b.n)
+	r.srq = newTestSRQ(t, pd)
+	r.b = makeEndIn(t, r.b.n, pd, endConfig{typ: typ, size: 4096, srq: r.srq})
+	t.Cleanup(r.b.close) // last
+	t.Cleanup(func() { r.srq.Close() })
+	t.Cleanup(func() { r.b.q.Close() })
+	at := func(side int) netip.AddrPort { return netip.AddrPortFrom(addrs[side], roce.Port) }
+	r.a.wire(wireTo{gid: 1, addr: at(1), own: true, qpn: r.b.q.QPN()})
+	r.b.wire(wireTo{gid: 1, addr: at(0), own: true, qpn: r.a.q.QPN()})
+	return r
+}
+
+func (r *queueRig) post(sges []ib.SGE) {
+	r.b.t.Helper()
+	if n, err := r.srq.PostRecv([]ib.RecvWR{{ID: 2, SGEs: sges}}); n != 1 || err != nil {
+		r.b.t.Fatal(n, err)
+	}
+}
+
 // A peer that shares a receive queue has its entries lead elsewhere: what comes from a network goes to no memory but receives'.
 func TestHostileEntries(t *testing.T) {
 	const size = 500
-	for _, typ := range []ib.QPType{ib.RC, ib.UD} {
+	for typ, fails := range map[ib.QPType]ib.WCStatus{ib.RC: ib.WCRemoteOpErr, ib.UD: ib.WCSuccess} { // the sender of a datagram hears nothing
 		for _, list := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%v list=%v", typ, list), func(t *testing.T) {
-				net, ends, addrs := simPair(t, typ)
-				a, b := ends[0], ends[1]
-				wr := ib.SendWR{ID: 1, Opcode: ib.OpSend, Flags: ib.SendSignaled, SGEs: a.sge(0, 200)}
-				fails := ib.WCRemoteOpErr
-				srq := b.q.(*QP).srq // a UD queue pair's own
-				if typ == ib.UD {
-					a.ready()
-					b.ready()
-					ah, err := a.pd.CreateAH(ib.AHAttr{DGID: ib.GIDFromAddr(addrs[1]), SGIDIndex: 1, Port: 1})
-					if err != nil {
-						t.Fatal(err)
-					}
-					defer ah.Close()
-					wr.AH, wr.RemoteQPN, wr.RemoteQKey = ah.Num(), b.q.QPN(), testQKey
-					fails = ib.WCSuccess // the sender of a datagram hears nothing
-				} else {
-					pd := allocPD(t, b.n)
-					srq = newTestSRQ(t, pd)
-					b = makeEndIn(t, b.n, pd, endConfig{typ: typ, size: 4096, srq: srq})
-					defer b.close() // last
-					defer srq.Close()
-					defer b.q.Close()
-					at := func(side int) netip.AddrPort { return netip.AddrPortFrom(addrs[side], roce.Port) }
-					a.wire(wireTo{gid: 1, addr: at(1), own: true, qpn: b.q.QPN()})
-					b.wire(wireTo{gid: 1, addr: at(0), own: true, qpn: a.q.QPN()})
-				}
-				secret := makeSecret(t, b) // no receive was ever posted to it
+				r := newQueueRig(t, typ)
+				secret := makeSecret(t, r.b) // no receive was ever posted to it
 				defer secret.close()
-				sges := b.sge(0, size)
+				words := r.srq.entries[srqAddr:]
 				if list {
-					sges = append(b.sge(0, 8), b.sge(8, size-8)...)
-				}
-				if n, err := srq.PostRecv([]ib.RecvWR{{ID: 2, SGEs: sges}}); n != 1 || err != nil {
-					t.Fatal(n, err)
-				}
-				words := srq.entries[srqAddr:]
-				if list {
-					words = srq.lists[2:]
+					r.post(append(r.b.sge(0, 8), r.b.sge(8, size-8)...))
+					words = r.srq.lists[2:]
+				} else {
+					r.post(r.b.sge(0, size))
 				}
 				words[0], words[1] = addrOf(secret.buf), uint64(uint32(words[1]))|uint64(secret.mr.LKey())<<32
-				a.send(wr)
-				if wc := a.poll(); wc.ID != 1 || wc.Status != fails {
+				r.a.send(r.wr)
+				if wc := r.a.poll(); wc.ID != 1 || wc.Status != fails {
 					t.Errorf("sent: %+v", wc)
 				}
-				if wc := b.poll(); wc.ID != 2 || wc.Status != ib.WCLocalProtErr {
+				if wc := r.b.poll(); wc.ID != 2 || wc.Status != ib.WCLocalProtErr {
 					t.Errorf("received: %+v", wc)
 				}
-				net.Advance(time.Millisecond)
+				r.net.Advance(time.Millisecond)
 				secret.check(1)
 			})
 		}
+	}
+}
+
+// A receive of which such a peer says that it is longer ends the queue pair that gets a message in it, and nothing else at its address.
+func TestHostileLength(t *testing.T) {
+	for _, typ := range []ib.QPType{ib.RC, ib.UD} {
+		t.Run(typ.String(), func(t *testing.T) {
+			r := newQueueRig(t, typ)
+			q := r.b.q.(*QP)
+			r.post(r.b.sge(0, 100))
+			r.srq.entries[srqLenHdl] += 400
+			r.a.send(r.wr)
+			if wc := r.a.poll(); wc.ID != 1 || wc.Status != ib.WCSuccess {
+				t.Errorf("sent: %+v", wc)
+			}
+			testutil.Eventually(t, "the queue pair ends", func() bool {
+				var wcs [1]ib.WC
+				if n := r.b.cq.Poll(wcs[:]); n != 0 && wcs[0].Status != ib.WCFlushErr {
+					t.Fatalf("received: %d, %+v", n, wcs[0])
+				}
+				return q.State() == ib.Err
+			})
+			var links []*link
+			if in := q.in.Load(); in != nil {
+				links = append(links, in.link)
+			}
+			if ins := q.ins.Load(); ins != nil {
+				for _, in := range *ins {
+					links = append(links, in.link)
+				}
+			}
+			if len(links) == 0 {
+				t.Error("no link is left")
+			}
+			for _, l := range links {
+				if err := l.reason(); err != nil {
+					t.Errorf("all that is at the address has ended: %v", err)
+				}
+			}
+		})
 	}
 }
 

@@ -129,6 +129,17 @@ func (in *inbound) waitIdle() {
 	}
 }
 
+// fault ends what has written an impossible completion: the link to the peer, or, where that was this NIC for somebody who sends packets,
+// the queue pair. Then it was another peer of its shared queue that has changed the receive. Called with rcq.mu held.
+func (in *inbound) fault(format string, args ...any) {
+	in.broken = true
+	if in.link.net {
+		in.q.errorLater(in.q.epoch.Load(), ib.EventQPFatal, true)
+		return
+	}
+	in.link.fault(format, args...)
+}
+
 // release gives the block back once the peer has let go of it.
 func (in *inbound) release() {
 	port, bit := in.port, in.bit
@@ -382,16 +393,14 @@ func (in *inbound) checkSeen(seen map[srqSlot]bool) {
 	n := in.count()
 	if !in.geo.srq {
 		if posted := atomic.LoadUint32(&in.q.posted) - in.head; uint32(n) > posted {
-			in.broken = true
-			in.link.fault("%d completions for %d receives of QP %d", n, posted, in.q.qpn)
+			in.fault("%d completions for %d receives of QP %d", n, posted, in.q.qpn)
 		}
 		return
 	}
 	for h := in.head; h != in.seen; h++ {
 		at := srqSlot{in.q.srq, uint32(in.cqes[(h&in.mask)*cqeWordsSRQ+2])}
 		if seen[at] || !in.q.srq.holds(at.slot) {
-			in.broken = true
-			in.link.fault("impossible completion for SRQ entry %d of QP %d", at.slot, in.q.qpn)
+			in.fault("impossible completion for SRQ entry %d of QP %d", at.slot, in.q.qpn)
 			return
 		}
 		seen[at] = true
@@ -432,8 +441,7 @@ func (in *inbound) poll(wcs []ib.WC) int {
 			ok = q.recvWC(&wcs[n], in, uint32(a>>32), b, r.id, r.total)
 		}
 		if !ok {
-			in.broken = true
-			in.link.fault("impossible completion %#x %#x for receive %d of QP %d", a, b, h, q.qpn)
+			in.fault("impossible completion %#x %#x for receive %d of QP %d", a, b, h, q.qpn)
 			break
 		}
 		if r.staged != nil {

@@ -289,8 +289,7 @@ func (in *inbound) pollSRQ(wcs []ib.WC) int {
 		}
 		slot, src := uint32(c[2]), ib.QPN(c[2]>>32)
 		if !q.srq.complete(slot, &wcs[n], q, in, a, c[1]) {
-			in.broken = true
-			in.link.fault("impossible completion %#x %#x for SRQ entry %d of QP %d", a, c[1], slot, q.qpn)
+			in.fault("impossible completion %#x %#x for SRQ entry %d of QP %d", a, c[1], slot, q.qpn)
 			break
 		}
 		if q.typ == ib.UD {
