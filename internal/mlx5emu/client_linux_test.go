@@ -315,10 +315,16 @@ func (q *queuePair) toInit() {
 // connectTo takes the queue pair from RESET to RTS.
 func (q *queuePair) connectTo(peer uint32) {
 	q.c.t.Helper()
+	q.connectAt(q.c.dev, peer)
+}
+
+// connectAt is connectTo a queue pair of another device.
+func (q *queuePair) connectAt(d *Device, peer uint32) {
+	q.c.t.Helper()
 	q.toInit()
 	for _, s := range []ib.QPState{ib.RTR, ib.RTS} {
 		a := q.attrs(peer)
-		a.State = s
+		a.State, a.AH.DGID = s, d.nic.GID()
 		q.modify(a, changes[q.typ][[2]ib.QPState{s - 1, s}].need|ib.AttrState)
 	}
 }

@@ -66,8 +66,8 @@ func turnOf(wc *ib.WC) int {
 // completed writes the CQE of a completion, if it is wanted.
 func (d *Device) completed(wc *ib.WC) {
 	n := d.qps[uint32(wc.QPN)]
-	if n == nil || n.frozen {
-		return // it has gone meanwhile, or will have forgotten
+	if n == nil || n.frozen && (n.srq == nil || !wc.Opcode.IsRecv()) {
+		return // it has gone meanwhile, or will have forgotten; but see settle
 	}
 	if wc.Opcode.IsRecv() {
 		n.completeRecv(wc)

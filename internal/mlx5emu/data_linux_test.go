@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/abi"
-	"github.com/ringside-rdma/ringside/internal/uverbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -422,61 +421,6 @@ func TestWindow(t *testing.T) {
 	if err := p.f.DeregMR(region.Handle); err != nil {
 		t.Error(err)
 	}
-}
-
-// A shared receive queue is a list of slots, which two queue pairs share.
-func TestSRQ(t *testing.T) {
-	eachEngine(t, func(t *testing.T, cfg Config) {
-		c := connect(t, newDevice(t, cfg))
-		m := mapAt(t, 0, 4*pageSize)
-		k := uint32(c.reg(m, everything).LKey)
-		buf, db := mapAt(t, 0, 8*64), mapAt(t, 0, pageSize)
-		const slots, stride = 8, 64
-		for i := range slots - 1 {
-			be.PutUint16(buf[i*stride+2:], uint16(i+1))
-		}
-		u := abi.Mlx5CreateSRQ{BufAddr: addrOf(buf), DBAddr: addrOf(db)}
-		var resp abi.Mlx5CreateSRQResp
-		srq, wr, _, err := c.f.CreateSRQ(c.pd, slots-1, 2, 77, uverbs.Bytes(&u), uverbs.Bytes(&resp))
-		if err != nil || wr != slots-1 {
-			t.Fatalf("SRQ of %d: %v", wr, err)
-		}
-		head, tail, posted := 0, slots-1, 0
-		post := func(off uint64) {
-			s := buf[head*stride:][:stride]
-			copy(s[16:], segData(addrOf(m)+off, 256, k))
-			copy(s[32:], dataEnd)
-			head = int(be.Uint16(s[2:]))
-			posted++
-			be.PutUint32(db, uint32(posted)&0xffff)
-		}
-		free := func(slot int) {
-			be.PutUint16(buf[tail*stride+2:], uint16(slot))
-			tail = slot
-		}
-		ca, cb := c.newCQ(64, -1), c.newCQ(64, -1)
-		a, b := c.newQP(ca, ca, qpOptions{srq: -1, uidx: 1}), c.newQP(cb, cb, qpOptions{srq: int(srq), uidx: 2})
-		a.connectTo(b.qpn)
-		b.connectTo(a.qpn)
-		for i := range 100 {
-			if i == 0 {
-				for range 3 {
-					post(0)
-				}
-			}
-			a.send(opSendImm, ceUpdate, uint32(i), segInline([]byte{byte(i)}))
-			ca.expect(cqeRequester, 1)
-			e := cb.expect(cqeRecvSendImm, 1)
-			if e.imm != uint32(i) || e.index >= slots || m[0] != byte(i) {
-				t.Fatalf("message %d: %+v, content %d", i, e, m[0])
-			}
-			free(int(e.index))
-			post(0)
-		}
-		if err := c.f.DestroySRQ(srq); errno(err) != 16 {
-			t.Errorf("destroying an SRQ in use: %v", err)
-		}
-	})
 }
 
 // A message that would be lost finds a receive that another context has posted before, whichever was opened first.

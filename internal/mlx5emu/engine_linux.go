@@ -247,7 +247,7 @@ func (d *Device) asyncEvents() (some bool) {
 			default:
 			}
 		case ev.QP != nil:
-			if n := d.qps[uint32(ev.QP.QPN())]; n != nil && driver.QP(n.soft) == ev.QP {
+			if n := d.qps[uint32(ev.QP.QPN())]; n != nil && driver.QP(n.soft) == ev.QP && !(n.frozen && ev.Type == ib.EventLastWQEReached) {
 				n.c.raise(n, n.user, &n.events, ev.Type)
 			}
 		case ev.SRQ != nil:

@@ -170,9 +170,29 @@ func (n *qp) freeze() {
 	n.c.recvs.mu.Unlock()
 }
 
+// settle has a queue pair with a shared receive queue, which is to be reset or to go, receive no more, and completes what it has received.
+// By its CQE the client's driver finds that a slot is free again, when it throws away what has completed; of a slot without one it never
+// hears. A card has written it before the peer knows that the message was received. Called with n.modify held, and waits for peers.
+func (n *qp) settle() {
+	if n.srq == nil {
+		return
+	}
+	d := n.c.dev
+	d.mu.Lock()
+	d.asyncEvents() // its last word, if it has ended by itself; that it ends here is none
+	n.freeze()
+	d.mu.Unlock()
+	n.soft.Modify(context.Background(), &ib.QPAttr{State: ib.Err}, ib.AttrState)
+	d.mu.Lock()
+	d.collect()
+	d.asyncEvents()
+	d.mu.Unlock()
+}
+
 // reset takes the queue pair to RESET: nothing that was posted completes any more.
 func (n *qp) reset(a *ib.QPAttr, mask ib.QPAttrMask) syscall.Errno {
 	d := n.c.dev
+	n.settle()
 	d.mu.Lock()
 	n.freeze()
 	d.mu.Unlock()

@@ -89,6 +89,13 @@ func destroy[T object](c *Context, handle uint64) (eventCounts, syscall.Errno) {
 	}
 	delete(c.handles, uint32(handle))
 	c.counts[kindOf(o)]--
+	if n, ok := any(o).(*qp); ok && n.srq != nil {
+		c.dev.mu.Unlock()
+		n.modify.Lock()
+		n.settle()
+		n.modify.Unlock()
+		c.dev.mu.Lock()
+	}
 	c.withdraw(o)
 	c.dev.mu.Unlock()
 	if errors.Is(release(o), driver.ErrBusy) { // a window is bound to the region
