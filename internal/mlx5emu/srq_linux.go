@@ -33,12 +33,11 @@ type srq struct {
 	dead    bool
 }
 
-// srqRequest is what makes a shared receive queue, in whichever form it came.
+// srqRequest is what makes a shared receive queue, in whichever form it came. It has a limit, too, which mlx5 does not look at.
 type srqRequest struct {
 	user          uint64
 	pd            uint32
 	maxWR, maxSGE uint32
-	limit         uint32
 	typ           uint32
 	uhw           []byte
 }
@@ -52,7 +51,7 @@ func (c *Context) createSRQ(q *srqRequest) (*srq, uint32, syscall.Errno) {
 		return nil, 0, unix.EOPNOTSUPP
 	case len(q.uhw) < 20 || u.Flags != 0 || u.Reserved0 != 0 || u.Reserved1 != 0:
 		return nil, 0, unix.EINVAL
-	case q.maxWR == 0 || q.maxWR > maxSRQWR || q.maxSGE > maxSGE || q.limit > q.maxWR:
+	case q.maxWR == 0 || q.maxWR > maxSRQWR || q.maxSGE > maxSGE:
 		return nil, 0, unix.EINVAL
 	case u.BufAddr%pageSize != 0 || u.DBAddr%8 != 0:
 		return nil, 0, unix.EINVAL
@@ -81,9 +80,6 @@ func (c *Context) createSRQ(q *srqRequest) (*srq, uint32, syscall.Errno) {
 		return nil, 0, unix.ENOMEM
 	}
 	n.pd, n.soft = p, soft
-	if q.limit > 0 {
-		soft.SetLimit(int(q.limit))
-	}
 	c.dev.mu.Lock()
 	defer c.dev.mu.Unlock()
 	c.dev.nextSRQN++
@@ -98,8 +94,7 @@ func (n *srq) recvMemory() uint64 { return uint64(n.slots) * uint64(n.stride) }
 func srqCreate(r *call) syscall.Errno {
 	n, h, errno := r.c.createSRQ(&srqRequest{user: r.num(abi.UVERBS_ATTR_CREATE_SRQ_USER_HANDLE),
 		pd: uint32(r.num(abi.UVERBS_ATTR_CREATE_SRQ_PD_HANDLE)), maxWR: uint32(r.num(abi.UVERBS_ATTR_CREATE_SRQ_MAX_WR)),
-		maxSGE: uint32(r.num(abi.UVERBS_ATTR_CREATE_SRQ_MAX_SGE)), limit: uint32(r.num(abi.UVERBS_ATTR_CREATE_SRQ_LIMIT)),
-		typ: uint32(r.num(abi.UVERBS_ATTR_CREATE_SRQ_TYPE)), uhw: r.in(abi.UVERBS_ATTR_UHW_IN)})
+		maxSGE: uint32(r.num(abi.UVERBS_ATTR_CREATE_SRQ_MAX_SGE)), typ: uint32(r.num(abi.UVERBS_ATTR_CREATE_SRQ_TYPE)), uhw: r.in(abi.UVERBS_ATTR_UHW_IN)})
 	if errno != 0 {
 		return errno
 	}
@@ -119,12 +114,12 @@ func (w *writeCmd) createSRQ(q *srqRequest) (response, syscall.Errno) {
 
 func writeCreateSRQ(w *writeCmd) (response, syscall.Errno) {
 	q := structOf[abi.CreateSRQ](w.core)
-	return w.createSRQ(&srqRequest{user: q.UserHandle, pd: q.PDHandle, maxWR: q.MaxWR, maxSGE: q.MaxSGE, limit: q.SRQLimit, uhw: w.uhw})
+	return w.createSRQ(&srqRequest{user: q.UserHandle, pd: q.PDHandle, maxWR: q.MaxWR, maxSGE: q.MaxSGE, uhw: w.uhw})
 }
 
 func writeCreateXSRQ(w *writeCmd) (response, syscall.Errno) {
 	q := structOf[abi.CreateXSRQ](w.core)
-	return w.createSRQ(&srqRequest{user: q.UserHandle, pd: q.PDHandle, maxWR: q.MaxWR, maxSGE: q.MaxSGE, limit: q.SRQLimit, typ: q.SRQType, uhw: w.uhw})
+	return w.createSRQ(&srqRequest{user: q.UserHandle, pd: q.PDHandle, maxWR: q.MaxWR, maxSGE: q.MaxSGE, typ: q.SRQType, uhw: w.uhw})
 }
 
 func writeModifySRQ(w *writeCmd) (response, syscall.Errno) {
@@ -140,7 +135,8 @@ func writeModifySRQ(w *writeCmd) (response, syscall.Errno) {
 		if q.SRQLimit > n.maxWR {
 			return response{}, unix.EINVAL
 		}
-		n.fetch() // what is posted counts
+		for n.fetch() { // all that is posted counts; it ends, as the software NIC's queue is no longer than the client's
+		}
 		if n.soft.SetLimit(int(q.SRQLimit)) != nil {
 			return response{}, unix.EINVAL
 		}

@@ -83,6 +83,38 @@ func TestSRQ(t *testing.T) {
 	})
 }
 
+// A limit is armed by MODIFY_SRQ only, and what is posted then counts, all of it, whether or not the engine has looked.
+func TestSRQLimit(t *testing.T) {
+	c := connect(t, newDevice(t, Config{Manual: true}))
+	limit := func(h uint32, want int) {
+		t.Helper()
+		c.dev.Step()
+		if ev := readEvent(t, c.async); ev != nil {
+			t.Errorf("event %v", ib.EventType(le.Uint32(ev[8:])))
+		}
+		if n, err := c.f.SRQLimit(h); err != nil || n != want {
+			t.Errorf("the limit is %d, want %d: %v", n, want, err)
+		}
+	}
+	s := c.newSRQ(1023)
+	for range 1000 {
+		s.post()
+	}
+	if err := c.f.SetSRQLimit(s.h, 500, nil); err != nil {
+		t.Fatal(err)
+	}
+	limit(s.h, 500)
+
+	u := abi.Mlx5CreateSRQ{BufAddr: addrOf(s.buf), DBAddr: addrOf(s.db) + 64}
+	cmd := abi.CreateSRQ{PDHandle: c.pd, MaxWR: 7, MaxSGE: 2, SRQLimit: 1}
+	var resp abi.CreateSRQResp
+	if err := c.f.Write("create_srq", &uverbs.WriteCmd{Cmd: abi.IB_USER_VERBS_CMD_CREATE_SRQ, In: uverbs.Bytes(&cmd), Out: uverbs.Bytes(&resp),
+		UHWIn: uverbs.Bytes(&u), UHWOut: make([]byte, 8)}); err != nil {
+		t.Fatal(err)
+	}
+	limit(resp.SRQHandle, 0)
+}
+
 // lastWQEs counts the events that say of a queue pair that it takes nothing from its shared receive queue any more.
 func (c *client) lastWQEs() (n int) {
 	c.t.Helper()
