@@ -210,60 +210,6 @@ func TestReceiveErrors(t *testing.T) {
 	}
 }
 
-// A receive of more than a message can have ends its queue, as one that cannot be read does, and nothing is read behind it.
-func TestReceiveOfTooMuch(t *testing.T) {
-	for _, c := range []struct {
-		name string
-		segs func(p *pair) []byte
-	}{
-		{"one element", func(p *pair) []byte { return segData(addrOf(p.mb), segZeroBytes+1, p.kb) }},
-		{"of no region", func(p *pair) []byte { return segData(addrOf(p.mb), segZeroBytes+1, p.kb^0x10000) }},
-		{"several", func(p *pair) []byte {
-			return append(segData(addrOf(p.mb), segZeroBytes, p.kb), segData(addrOf(p.mb), 1, p.kb)...)
-		}},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			p := newPair(t, Config{Manual: true}, ib.RC)
-			cq := p.newCQ(16, -1)
-			q := p.newQP(cq, cq, qpOptions{srq: -1, uidx: 3, rqn: 16, shift: 6})
-			q.connectTo(p.a.qpn)
-			q.recv(segData(addrOf(p.mb), 100, p.kb))
-			q.recv(c.segs(p))
-			q.recv(segData(addrOf(p.mb), 100, p.kb))
-			p.until("the error state", func() bool { return q.state() == ib.Err })
-			if e := cq.expectError(cqeResponderErr, ib.WCFlushErr); e.index != 0 {
-				t.Errorf("CQE %+v", e)
-			}
-			for p.dev.Step() {
-			}
-			if e, ok := cq.poll(); ok {
-				t.Errorf("CQE %+v", e)
-			}
-		})
-	}
-	t.Run("shared", func(t *testing.T) {
-		p := newPair(t, Config{Manual: true}, ib.RC)
-		buf, db := mapAt(t, 0, pageSize), mapAt(t, 0, pageSize)
-		u := abi.Mlx5CreateSRQ{BufAddr: addrOf(buf), DBAddr: addrOf(db)}
-		srq, _, _, err := p.f.CreateSRQ(p.pd, 7, 1, 0x5000, uverbs.Bytes(&u), make([]byte, 8))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for readEvent(t, p.async) != nil {
-		}
-		copy(buf[nextSegSize:], segData(addrOf(p.mb), segZeroBytes+1, p.kb))
-		be.PutUint32(db, 1)
-		var e []byte
-		p.until("an event", func() bool { e = readEvent(t, p.async); return e != nil })
-		if typ := ib.EventType(le.Uint32(e[8:])); typ != ib.EventSRQErr || le.Uint64(e) != 0x5000 {
-			t.Errorf("%v of %#x", typ, le.Uint64(e))
-		}
-		if err := p.f.DestroySRQ(srq); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
 // After RESET a queue pair begins anew, and nothing of before completes.
 func TestReset(t *testing.T) {
 	p := newPair(t, Config{Manual: true}, ib.RC)

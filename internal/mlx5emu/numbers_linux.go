@@ -11,7 +11,7 @@ import (
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
-// retry reports whether a request that was refused may be taken later: the queue is full, or the state not one to send in.
+// retry reports whether a request that was refused may be taken later: the queue is full, or the state not one to post in.
 func retry(err error) bool {
 	return errors.Is(err, driver.ErrQueueFull) || errors.Is(err, driver.ErrState)
 }

@@ -1,10 +1,8 @@
 package mlx5emu
 
 import (
-	"errors"
 	"sync"
 
-	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -50,20 +48,21 @@ func (d *Device) sge(s *dataSeg) ib.SGE {
 	return g
 }
 
-// request makes a receive of the list of scatter entries in b.
+// request makes a receive of the list of scatter entries in b. It ends where the longest message does: what an entry behind that says is
+// never used, and the software NIC would refuse more.
 func (r *receiver) request(d *Device, id uint64, b []byte) []ib.RecvWR {
 	r.segs = scatterList(r.segs[:0], b)
 	r.sges = r.sges[:0]
-	for i := range r.segs {
-		r.sges = append(r.sges, d.sge(&r.segs[i]))
+	room := uint32(ib.MaxMessage)
+	for i := 0; i < len(r.segs) && room > 0; i++ {
+		g := d.sge(&r.segs[i])
+		g.Length = min(g.Length, room)
+		room -= g.Length
+		r.sges = append(r.sges, g)
 	}
 	r.wrs[0] = ib.RecvWR{ID: id, SGEs: r.sges}
 	return r.wrs[:]
 }
-
-// noRecv reports whether what was refused is no receive and never will be, as one of more than 2 GiB. Otherwise the queue is full, and
-// completions that were not taken yet make room.
-func noRecv(err error) bool { return errors.Is(err, driver.ErrInvalidWR) }
 
 // refill is what the software NIC calls. A queue that cannot be read is left to the engine, which finds it so, too.
 func (n *qp) refill() {
@@ -112,7 +111,10 @@ func (n *qp) takeRecvs() (some, lost bool) {
 		}
 		wr := r.request(n.c.dev, uint64(n.life)<<48|uint64(n.recvNext), slot)
 		if _, err := n.soft.PostRecv(wr); err != nil {
-			return some, noRecv(err)
+			if !retry(err) {
+				return some, true
+			}
+			break // it is full: completions that were not taken yet make room
 		}
 		n.recvNext++
 		some = true

@@ -186,7 +186,10 @@ func (n *srq) take() (some, lost bool) {
 		}
 		wr := r.request(n.c.dev, uint64(n.next), slot[nextSegSize:])
 		if _, err := n.soft.PostRecv(wr); err != nil {
-			return some, noRecv(err)
+			if !retry(err) {
+				return some, true
+			}
+			break // it is full: completions that were not taken yet make room
 		}
 		next := uint32(be.Uint16(slot[2:]))
 		if next >= n.slots {

@@ -83,6 +83,37 @@ func TestSRQ(t *testing.T) {
 	})
 }
 
+// A receive of more than 2 GiB, as libmlx5 makes it of an element of no bytes in front of another one, does not keep those behind it from
+// being used. It fails, as the client's memory is not that long, and with it its queue pair.
+func TestReceivesOverTwoGiB(t *testing.T) {
+	c := connect(t, newDevice(t, Config{Manual: true}))
+	m := mapAt(t, 0, pageSize)
+	key := uint32(c.reg(m, everything).LKey)
+	srq, ca, cb := c.newSRQ(3), c.newCQ(16, -1), c.newCQ(16, -1)
+	send := func(o qpOptions) *queuePair {
+		t.Helper()
+		a, b := c.newQP(ca, ca, qpOptions{srq: -1}), c.newQP(cb, cb, o)
+		a.connectTo(b.qpn)
+		b.connectTo(a.qpn)
+		a.send(opSend, ceUpdate, 0, segInline([]byte("hello")))
+		return b
+	}
+	post := func(recv func(...[]byte)) {
+		recv(segData(addrOf(m), 0, key), segData(addrOf(m)+64, 64, key))
+		recv(segData(addrOf(m), 64, key))
+	}
+	post(srq.post)
+	send(qpOptions{srq: int(srq.h)})
+	cb.expectError(cqeResponderErr, ib.WCLocalProtErr)
+	send(qpOptions{srq: int(srq.h)})
+	if e := cb.expect(cqeRecvSend, 5); e.index != 1 {
+		t.Errorf("CQE %+v", e)
+	}
+	post(send(qpOptions{srq: -1}).recv)
+	cb.expectError(cqeResponderErr, ib.WCLocalProtErr)
+	cb.expectError(cqeResponderErr, ib.WCFlushErr)
+}
+
 // A limit is armed by MODIFY_SRQ only, and what is posted then counts, all of it, whether or not the engine has looked.
 func TestSRQLimit(t *testing.T) {
 	c := connect(t, newDevice(t, Config{Manual: true}))
