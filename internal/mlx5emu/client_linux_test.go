@@ -424,7 +424,13 @@ type pair struct {
 
 func newPair(t testing.TB, cfg Config, typ ib.QPType) *pair {
 	t.Helper()
-	c := connect(t, newDevice(t, cfg))
+	return newPairOf(t, newDevice(t, cfg), typ)
+}
+
+// newPairOf makes a pair of another client of a device.
+func newPairOf(t testing.TB, d *Device, typ ib.QPType) *pair {
+	t.Helper()
+	c := connect(t, d)
 	p := &pair{client: c, ca: c.newCQ(128, -1), cb: c.newCQ(128, -1), ma: mapAt(t, 0, 4*pageSize), mb: mapAt(t, 0, 4*pageSize)}
 	p.ka, p.kb = uint32(c.reg(p.ma, everything).LKey), uint32(c.reg(p.mb, everything).LKey)
 	p.a = c.newQP(p.ca, p.ca, qpOptions{typ: typ, srq: -1, uidx: 1})

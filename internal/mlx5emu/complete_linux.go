@@ -155,19 +155,26 @@ func (n *qp) wreck() {
 	n.c.dev.engine.later = append(n.c.dev.engine.later, n)
 }
 
-// toError is the other half of wreck, without the lock.
-func (n *qp) toError() {
-	n.modify.Lock()
-	defer n.modify.Unlock()
+// toError is the other half of wreck, without the lock. It reports false if that is left to the next step: while the client changes the
+// queue pair, which may take until a peer answers, other clients do not wait for it.
+func (n *qp) toError() bool {
 	d := n.c.dev
+	if !n.modify.TryLock() {
+		d.mu.Lock()
+		d.engine.later = append(d.engine.later, n)
+		d.mu.Unlock()
+		return false
+	}
+	defer n.modify.Unlock()
 	d.mu.Lock()
-	wrecked := n.wrecked
+	wrecked := n.wrecked && !n.frozen
 	d.mu.Unlock()
 	if !wrecked {
-		return // it was reset meanwhile
+		return true // it was reset meanwhile, or has gone
 	}
 	n.soft.Modify(context.Background(), &ib.QPAttr{State: ib.Err}, ib.AttrState)
 	d.mu.Lock()
 	n.wrecked, n.rung = false, true // what is left in the queue is flushed
 	d.mu.Unlock()
+	return true
 }

@@ -118,8 +118,11 @@ func (d *Device) step() (some, waits bool) {
 	d.engine.later = nil
 	d.mu.Unlock()
 	for _, n := range later {
-		n.toError()
-		some = true
+		if n.toError() {
+			some = true
+		} else {
+			waits = true
+		}
 	}
 	return some, waits
 }

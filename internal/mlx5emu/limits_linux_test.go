@@ -3,10 +3,12 @@ package mlx5emu
 import (
 	"errors"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/ringside-rdma/ringside/internal/abi"
+	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/internal/uverbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -99,6 +101,41 @@ func TestManyContexts(t *testing.T) {
 	}
 	if _, err := d.OpenKernel(); !errors.Is(err, ErrTooMany) {
 		t.Errorf("one more: %v", err)
+	}
+}
+
+// While a client's change of a queue pair is under way, which may take until a peer answers, others do not wait for it, also if the queue
+// pair fails meanwhile. It is in ERR when the change is over.
+func TestFailureWhileModified(t *testing.T) {
+	d := newDevice(t, Config{Manual: true})
+	c := connect(t, d)
+	cq := c.newCQ(16, -1)
+	q := c.newQP(cq, cq, qpOptions{srq: -1})
+	q.toInit()
+	m := &d.qps[q.qpn].modify
+	m.Lock() // as MODIFY_QP does while it dials
+	be.PutUint32(q.db, 0xffff)
+	stepped := make(chan struct{})
+	go func() {
+		d.Step()
+		close(stepped)
+	}()
+	select {
+	case <-stepped:
+	case <-time.After(testutil.Patience):
+		m.Unlock()
+		t.Fatal("the device waits")
+	}
+	other := newPairOf(t, d, ib.RC)
+	other.a.send(opWrite, ceUpdate, 0, segRemote(addrOf(other.mb), other.kb), segInline([]byte("hello")))
+	other.ca.expect(cqeRequester, 5)
+	if s := q.state(); s != ib.Init {
+		t.Errorf("the state is %v before the change is over", s)
+	}
+	m.Unlock()
+	d.Step()
+	if s := q.state(); s != ib.Err {
+		t.Errorf("the state is %v after it", s)
 	}
 }
 
