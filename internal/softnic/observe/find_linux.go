@@ -226,8 +226,15 @@ func (s *Source) Next(r *Record) (bool, error) {
 // Lost returns how many packets there was no room for in the ring.
 func (s *Source) Lost() uint64 { return s.ring.Lost() }
 
-// Ended reports whether the NIC has ended. What it had sent before can still be read: so first ask, then read.
-func (s *Source) Ended() bool { return s.ended.Load() }
+// Ended reports whether the NIC has ended. What it had sent before can still be read, and no more: so first ask, then read. Like Next, it
+// is for one goroutine at a time.
+func (s *Source) Ended() bool {
+	if !s.ended.Load() {
+		return false
+	}
+	s.ring.finish()
+	return true
+}
 
 // Close ends the capture.
 func (s *Source) Close() {

@@ -102,6 +102,7 @@ type Consumer struct {
 	data []byte
 	tail uint64
 	head uint64 // the NIC's index when we last looked
+	last bool   // it is not looked at again
 	buf  []byte // a copy of the record: the NIC can write to the ring at any time
 }
 
@@ -117,12 +118,19 @@ func NewConsumer(mem []byte) (*Consumer, error) {
 // Lost returns how many packets there was no room for.
 func (c *Consumer) Lost() uint64 { return c.h.lost.Load() }
 
+// finish has nothing be read but what is there now: the NIC has ended, and whoever writes to its ring nevertheless has nothing to say.
+func (c *Consumer) finish() {
+	if !c.last {
+		c.head, c.last = c.h.head.Load(), true
+	}
+}
+
 // Next reads the next record, if there is one; it is valid until the next call. An error says that the NIC has written nonsense,
 // and that nothing more can be read.
 func (c *Consumer) Next(r *Record) (ok bool, err error) {
 	mask := uint64(len(c.data) - 1)
 	for {
-		if c.head == c.tail {
+		if c.head == c.tail && !c.last {
 			c.head = c.h.head.Load() // acquire; pairs with the store in Commit
 		}
 		there := c.head - c.tail
@@ -134,7 +142,7 @@ func (c *Consumer) Next(r *Record) (ok bool, err error) {
 		}
 		b := c.data[c.tail&mask:]
 		if b[4] == recordPad {
-			if uint64(len(b)) > there {
+			if uint64(len(b)) > there || len(b) == len(c.data) { // there is room for a record at the start, or it would never end
 				return false, errRecord
 			}
 			c.read(uint64(len(b)))

@@ -142,6 +142,16 @@ func TestRingLyingObserver(t *testing.T) {
 	}
 }
 
+// A ring that is nothing but filling has no record in it, however often it is said to have been filled.
+func TestRingOfFilling(t *testing.T) {
+	mem, p, c := newRing(t)
+	p.data[4] = recordPad
+	headerOf(mem).head.Store(MinRing)
+	if ok, err := c.Next(new(Record)); ok || err == nil {
+		t.Errorf("%v, %v", ok, err)
+	}
+}
+
 func TestRingSizes(t *testing.T) {
 	for _, n := range []int{0, headerLen, headerLen + MinRing/2, headerLen + MinRing + 8, RingFile(0) - 1} {
 		mem := bytesOf(make([]uint64, n/8+1))[:n]
