@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/abi"
+	"github.com/ringside-rdma/ringside/internal/uverbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -230,6 +231,42 @@ func TestReset(t *testing.T) {
 	p.cb.expect(cqeRecvSendImm, 16)
 	if e, ok := p.ca.poll(); ok {
 		t.Errorf("one more CQE: %+v", e)
+	}
+}
+
+// QUERY_QP says of a queue pair in SQD whether a request is under way. Those that wait behind it are not.
+func TestQueryDraining(t *testing.T) {
+	p := newPair(t, Config{Manual: true}, ib.RC)
+	for range 3 {
+		p.a.send(opSend, ceUpdate, 0, segData(addrOf(p.ma), 16, p.ka))
+	}
+	for p.dev.Step() { // the first one finds no receive
+	}
+	draining := func() uint8 {
+		t.Helper()
+		var r abi.QueryQPResp
+		if err := p.f.Write("query_qp", &uverbs.WriteCmd{Cmd: abi.IB_USER_VERBS_CMD_QUERY_QP, In: uverbs.Bytes(&abi.QueryQP{QPHandle: p.a.h}), Out: uverbs.Bytes(&r)}); err != nil {
+			t.Fatal(err)
+		}
+		return r.SQDraining
+	}
+	p.a.modify(ib.QPAttr{State: ib.SQD, SQDNotify: true}, ib.AttrState|ib.AttrSQDNotify)
+	if draining() != 1 {
+		t.Error("no request is under way")
+	}
+	for range 3 {
+		p.b.recv(segData(addrOf(p.mb), 16, p.kb))
+	}
+	p.until("the end of the request", func() bool {
+		ev := readEvent(t, p.async)
+		return ev != nil && ib.EventType(le.Uint32(ev[8:])) == ib.EventSQDrained
+	})
+	if draining() != 0 {
+		t.Error("a request is under way after the event that says that none is")
+	}
+	p.a.modify(ib.QPAttr{State: ib.RTS}, ib.AttrState)
+	for range 3 {
+		p.ca.expect(cqeRequester, 16)
 	}
 }
 

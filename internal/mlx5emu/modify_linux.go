@@ -230,7 +230,7 @@ func writeQueryQP(w *writeCmd) (response, syscall.Errno) {
 		CurQPState: uint8(a.State), PathMTU: uint8(a.PathMTU), MaxRdAtomic: a.MaxRdAtomic, MaxDestRdAtomic: a.MaxDestRdAtomic,
 		MinRNRTimer: uint8(a.MinRNRTimer), PortNum: a.Port, Timeout: uint8(a.AckTimeout), RetryCnt: a.RetryCount, RNRRetry: a.RNRRetry,
 	}
-	if a.State == ib.SQD && n.outstanding > 0 {
+	if n.soft.Draining() {
 		r.SQDraining = 1
 	}
 	if n.rqCount > 0 {

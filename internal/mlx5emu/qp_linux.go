@@ -16,6 +16,7 @@ import (
 type softQP interface {
 	driver.QP
 	State() ib.QPState
+	Draining() bool
 }
 
 // A qp is a queue pair whose queues are in the client's memory.

@@ -23,6 +23,9 @@ func (q *rawQP) QPN() ib.QPN   { return q.qpn }
 func (q *rawQP) Cap() ib.QPCap { return ib.QPCap{} }
 func (q *rawQP) Close() error  { return nil }
 
+// Draining is for states that such a queue pair does not have.
+func (q *rawQP) Draining() bool { return false }
+
 func (q *rawQP) State() ib.QPState {
 	q.mu.Lock()
 	defer q.mu.Unlock()

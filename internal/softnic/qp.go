@@ -253,5 +253,12 @@ func (q *QP) Query() (ib.QPAttr, error) {
 	return a, nil
 }
 
+// Draining reports whether a request that was under way when the QP went to SQD still is.
+func (q *QP) Draining() bool {
+	q.sq.Lock()
+	defer q.sq.Unlock()
+	return ib.QPState(q.state.Load()) == ib.SQD && (q.drained == draining || q.drained == drainingNotify)
+}
+
 // State is the state, for those who hold locks of the NIC.
 func (q *QP) State() ib.QPState { return ib.QPState(q.state.Load()) }
