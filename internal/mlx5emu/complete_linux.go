@@ -83,6 +83,7 @@ func (n *qp) completeSend(wc *ib.WC) {
 	if wc.Status == ib.WCSuccess && !sendID(wc.ID).signaled() {
 		return
 	}
+	n.sendDone = sendID(wc.ID).end()
 	var e cqe
 	e.requester(wc, n.qpn)
 	n.stamp(&e)
@@ -94,6 +95,7 @@ func (n *qp) completeRecv(wc *ib.WC) {
 		return
 	}
 	n.c.dev.traceRecv(n, wc)
+	n.recvDone++
 	var e cqe
 	e.responder(wc, n.qpn, uint16(wc.ID))
 	if n.typ == ib.UD && wc.Status == ib.WCSuccess && n.c.dev.cfg.InfiniBand {

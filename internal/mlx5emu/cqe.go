@@ -76,8 +76,9 @@ func syndromeOf(st ib.WCStatus) byte {
 // A sendID is the ID that a send request has in the software NIC: what its CQE will need. A recvID likewise.
 type sendID uint64
 
-func makeSendID(life uint16, op byte, signaled bool, index uint16) sendID {
-	id := sendID(life)<<48 | sendID(op)<<24 | sendID(index)
+// makeSendID makes that of the WQE at index, which is so many basic blocks long.
+func makeSendID(life uint16, op byte, signaled bool, index uint16, bbs int) sendID {
+	id := sendID(life)<<48 | sendID(op)<<24 | sendID(uint8(bbs))<<16 | sendID(index)
 	if signaled {
 		id |= 1 << 32
 	}
@@ -87,6 +88,7 @@ func makeSendID(life uint16, op byte, signaled bool, index uint16) sendID {
 func (i sendID) life() uint16   { return uint16(i >> 48) }
 func (i sendID) opcode() byte   { return byte(i >> 24) }
 func (i sendID) index() uint16  { return uint16(i) }
+func (i sendID) end() uint16    { return uint16(i) + uint16(uint8(i>>16)) } // the index behind it
 func (i sendID) signaled() bool { return i>>32&1 != 0 }
 
 // requester fills the CQE of a send request of the queue pair qpn.

@@ -234,6 +234,74 @@ func TestReset(t *testing.T) {
 	}
 }
 
+// What has been read, but has no CQE, may not be written over: a driver that counts wrong is told by the event. One that fills its queues
+// to the last block is right.
+func TestQueuesThatAreOverfilled(t *testing.T) {
+	for name, post := range map[string]func(*pair, *queuePair){
+		"receives": func(p *pair, q *queuePair) { q.recv(segData(addrOf(p.ma), 16, p.ka)) },
+		"sends":    func(p *pair, q *queuePair) { q.send(opSend, ceUpdate, 0, segData(addrOf(p.ma), 16, p.ka)) },
+		"sends that are not signalled": func(p *pair, q *queuePair) {
+			q.send(opWrite, 0, 0, segRemote(addrOf(p.mb), p.kb), segData(addrOf(p.ma), 16, p.ka))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPair(t, Config{Manual: true}, ib.RC)
+			const depth = 16
+			a, b := p.newQP(p.ca, p.ca, qpOptions{srq: -1, rqn: depth, shift: 5, sqn: depth}), p.newQP(p.cb, p.cb, qpOptions{srq: -1})
+			a.connectTo(b.qpn)
+			b.connectTo(a.qpn)
+			settle := func(want bool) {
+				t.Helper()
+				for p.dev.Step() {
+				}
+				ev := readEvent(t, p.async)
+				if (ev != nil) != want || want && ib.EventType(le.Uint32(ev[8:])) != ib.EventQPFatal {
+					t.Errorf("event % x, want one: %t", ev, want)
+				}
+			}
+			for range depth {
+				post(p, a)
+			}
+			settle(false)
+			post(p, a)
+			settle(true)
+			if s := a.state(); s != ib.Err {
+				t.Errorf("the state is %v", s)
+			}
+		})
+	}
+}
+
+// Of requests of which a few are signalled, a CQE frees all in front of it, however long these are; and a reset frees all.
+func TestQueuesThatAreFilled(t *testing.T) {
+	p := newPair(t, Config{Manual: true}, ib.RC)
+	const depth = 16
+	a, b := p.newQP(p.ca, p.ca, qpOptions{srq: -1, sqn: depth}), p.newQP(p.cb, p.cb, qpOptions{srq: -1, rqn: depth, shift: 5})
+	for range 3 {
+		a.connectTo(b.qpn)
+		b.connectTo(a.qpn)
+		for range depth {
+			b.recv(segData(addrOf(p.mb), 16, p.kb))
+		}
+		p.dev.Step()
+		for range 5 {
+			a.send(opWrite, 0, 0, segRemote(addrOf(p.mb)+600, p.kb), segInline(make([]byte, 15*64-48)))
+			a.send(opSend, ceUpdate, 0, segData(addrOf(p.ma), 16, p.ka))
+			p.ca.expect(cqeRequester, 16)
+			p.cb.expect(cqeRecvSend, 16)
+			b.recv(segData(addrOf(p.mb), 16, p.kb))
+		}
+		for _, q := range []*queuePair{a, b} {
+			q.modify(ib.QPAttr{State: ib.Reset}, ib.AttrState)
+			clear(q.db)
+			q.cur, q.rhead = 0, 0
+		}
+	}
+	if ev := readEvent(t, p.async); ev != nil {
+		t.Errorf("event % x", ev)
+	}
+}
+
 // QUERY_QP says of a queue pair in SQD whether a request is under way. Those that wait behind it are not.
 func TestQueryDraining(t *testing.T) {
 	p := newPair(t, Config{Manual: true}, ib.RC)

@@ -206,7 +206,7 @@ func (n *qp) reset(a *ib.QPAttr, mask ib.QPAttrMask) syscall.Errno {
 		return modifyErrno(err)
 	}
 	n.life++
-	n.sendNext, n.recvNext, n.outstanding = 0, 0, 0
+	n.sendNext, n.sendDone, n.recvNext, n.recvDone, n.outstanding = 0, 0, 0, 0, 0
 	n.rung, n.wrecked, n.hold, n.sendBad, n.recvBad = false, false, nil, false, false
 	return 0
 }

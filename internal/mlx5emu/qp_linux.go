@@ -61,6 +61,8 @@ type qp struct {
 	life        uint16 // counts resets: completions of an earlier life are dropped
 	sendNext    uint16 // the basic block that is read next
 	recvNext    uint16 // the receive that is read next
+	sendDone    uint16 // the basic block behind the last WQE that has a CQE: by that, the client knows all in front of it to be done with
+	recvDone    uint16 // receives that have a CQE; not those of a shared receive queue
 	outstanding int    // requests that the software NIC has
 	sendBad     bool   // the send queue cannot be read any more
 	recvBad     bool   // likewise the receive queue

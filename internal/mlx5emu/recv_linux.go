@@ -70,7 +70,7 @@ func (n *qp) refill() {
 		n.srq.take()
 		return
 	}
-	n.takeRecvs()
+	n.takeRecvs(false)
 }
 
 // fetchRecvs hands receives that the client has posted to the software NIC, and reports whether there were any. Called with dev.mu held.
@@ -78,15 +78,15 @@ func (n *qp) fetchRecvs() bool {
 	if n.raw() {
 		return !n.frozen && !n.recvBad && n.rqCount > 0 && n.flushRecvs()
 	}
-	some, lost := n.takeRecvs()
+	some, lost := n.takeRecvs(true)
 	if lost {
 		n.lostRecvs()
 	}
 	return some || lost
 }
 
-// takeRecvs is fetchRecvs without consequences for a queue that cannot be read.
-func (n *qp) takeRecvs() (some, lost bool) {
+// takeRecvs is fetchRecvs without consequences for a queue that cannot be read. engine: dev.mu is held, and says what has completed.
+func (n *qp) takeRecvs(engine bool) (some, lost bool) {
 	r := &n.c.recvs
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -97,7 +97,11 @@ func (n *qp) takeRecvs() (some, lost bool) {
 	if ok && posted == n.recvNext || n.soft.State() == ib.Reset {
 		return false, false
 	}
-	if !ok || uint32(posted-n.recvNext) > n.rqCount {
+	done := n.recvNext
+	if engine {
+		done = n.recvDone
+	}
+	if !ok || over(posted, n.recvNext, done, n.rqCount) {
 		return false, true
 	}
 	slot := r.slot[:1<<n.rqShift]

@@ -18,7 +18,7 @@ func (n *qp) fetchSends() (some bool) {
 		return false
 	}
 	posted, ok := n.c.sendCounter(n.db)
-	if !ok || uint32(posted-n.sendNext) > n.sqCount {
+	if !ok || over(posted, n.sendNext, n.sendDone, n.sqCount) {
 		n.lostSends()
 		return true
 	}
@@ -34,6 +34,12 @@ func (n *qp) fetchSends() (some bool) {
 		some = true
 	}
 	return some
+}
+
+// over reports whether a counter of what is posted cannot be, for a queue of size, of which has been read up to next, and completed up to
+// done: a block may be written again only after the client has seen by a CQE that it is done with, not when it has been read.
+func over(posted, next, done uint16, size uint32) bool {
+	return uint32(posted-next)+uint32(next-done) > size
 }
 
 func (c *Context) sendCounter(db uint64) (uint16, bool) { return c.counter(db + 4) }
@@ -63,7 +69,7 @@ func (n *qp) fetchSend(posted uint16, left int) bool {
 		n.bad(bbs, left)
 		return false
 	}
-	id := makeSendID(n.life, w.opcode, w.signaled, w.index)
+	id := makeSendID(n.life, w.opcode, w.signaled, w.index, bbs)
 	if w.opcode == opNop {
 		n.sendNext += uint16(bbs)
 		n.hold = &held{id, ib.WCSuccess}
@@ -96,8 +102,9 @@ func (n *qp) fetchSend(posted uint16, left int) bool {
 // bad ends a WQE that cannot be executed with an error. What is behind it is flushed, if it can be found.
 func (n *qp) bad(bbs, left int) {
 	w := &n.c.dev.engine.send
-	n.hold = &held{makeSendID(n.life, w.opcode, true, n.sendNext), ib.WCLocalQPOpErr}
-	n.sendNext += uint16(min(bbs, left))
+	bbs = min(bbs, left)
+	n.hold = &held{makeSendID(n.life, w.opcode, true, n.sendNext, bbs), ib.WCLocalQPOpErr}
+	n.sendNext += uint16(bbs)
 	n.releaseHeld()
 }
 
