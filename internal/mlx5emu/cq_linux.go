@@ -119,7 +119,10 @@ func (c *Context) createCQ(q *cqRequest) (*cq, uint32, syscall.Errno) {
 	return n, c.add(n), 0
 }
 
-const firstCQN = 0x400
+const (
+	firstCQN = 0x400
+	cqnMask  = 1<<24 - 1 // of numbers in doorbells
+)
 
 func roundUpPow2(n uint32) uint32 { return 1 << bits.Len32(n-1) }
 

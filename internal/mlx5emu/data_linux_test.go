@@ -405,6 +405,35 @@ func TestUD(t *testing.T) {
 	})
 }
 
+// All CQs at a register are looked at when one of them has written to it, also if that one goes before the engine has looked; but not for
+// the number of a CQ that is not there.
+func TestArmRegister(t *testing.T) {
+	c := connect(t, newDevice(t, Config{Manual: true}))
+	a, b := c.newCQ(16, -1), c.newCQ(16, -1)
+	expect := func(armed uint32) { // the sequence number by which a is
+		t.Helper()
+		c.dev.Step()
+		for _, n := range c.dev.order[0].cqs {
+			if n.cqn == a.cqn && n.arm>>armSequence != armed {
+				t.Errorf("armed with %d, not %d", n.arm>>armSequence, armed)
+			}
+		}
+	}
+	expect(neverArmed >> armSequence)
+	a.arm(false)
+	(&cqueue{c: c, cqn: b.cqn + 1, db: b.db}).arm(false)
+	expect(neverArmed >> armSequence)
+	b.arm(false)
+	expect(0)
+	a.sn++
+	a.arm(false)
+	b.arm(false)
+	if err := c.f.DestroyCQ(b.h); err != nil {
+		t.Fatal(err)
+	}
+	expect(1)
+}
+
 // A page tells how times of completions become the host's.
 func TestClock(t *testing.T) {
 	p := newPair(t, Config{Manual: true}, ib.RC)

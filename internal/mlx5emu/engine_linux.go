@@ -135,20 +135,13 @@ func (c *Context) look() (some, hasty bool) {
 		if u == nil {
 			continue
 		}
-		sends, arms := c.rings(u, func(b *doorbell) { c.dev.traceDoorbell(u, b) })
+		sends, arms := c.rings(u, func(b *doorbell) { c.dev.traceDoorbell(u, b) }), c.arms(u)
 		some = some || sends || arms
 		if sends {
 			for _, n := range c.qps {
 				if n.uar == u {
 					n.rung = true
 					hasty = hasty || n.hasty
-				}
-			}
-		}
-		if arms {
-			for _, n := range c.cqs {
-				if n.uar == u {
-					n.doorbell()
 				}
 			}
 		}

@@ -121,6 +121,7 @@ func (c *Context) withdraw(o object) {
 	case *mw:
 		delete(c.dev.windows, uint32(o.soft.RKey())>>8)
 	case *cq:
+		c.arms(o.uar)
 		c.cqs = slices.DeleteFunc(c.cqs, func(q *cq) bool { return q == o })
 	case *qp:
 		o.freeze()

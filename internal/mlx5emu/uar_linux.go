@@ -3,6 +3,7 @@ package mlx5emu
 import (
 	"fmt"
 	"os"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -136,14 +137,30 @@ type doorbell struct {
 	bf     [56]byte // what lies behind it: the rest of the first 64 bytes, if it was a BlueFlame write
 }
 
-// rings takes the doorbells that the client has written to u, and reports whether the CQ register was written. A write that
-// follows another one before the device has looked replaces it: so whoever uses the page has to be looked at.
-func (c *Context) rings(u *uar, send func(*doorbell)) (sends, arms bool) {
+// arms takes what the client has written to u's CQ register, and looks at its CQs. A write that follows another one before the device has
+// looked replaces it: so all that use the page are looked at, if it names one of them, and before that one goes. Called with dev.mu held.
+func (c *Context) arms(u *uar) (some bool) {
+	for _, view := range u.views {
+		var word [8]byte
+		native.PutUint64(word[:], takeWord(c.pages.mem[view:][:pageSize], uarArm))
+		number := be32(word[4:]) & cqnMask
+		some = some || slices.ContainsFunc(c.cqs, func(n *cq) bool { return n.uar == u && n.cqn == number })
+	}
+	if some {
+		for _, n := range c.cqs {
+			if n.uar == u {
+				n.doorbell()
+			}
+		}
+	}
+	return some
+}
+
+// rings takes the doorbells that the client has written to u's send registers. A write that follows another one before the device has
+// looked replaces it: so whoever uses the page has to be looked at.
+func (c *Context) rings(u *uar, send func(*doorbell)) (sends bool) {
 	for _, view := range u.views {
 		page := c.pages.mem[view:][:pageSize]
-		if takeWord(page, uarArm) != 0 {
-			arms = true
-		}
 		for k := range sendBuffers {
 			at := uarSend + k*sendRegStep
 			v := takeWord(page, at)
@@ -159,7 +176,7 @@ func (c *Context) rings(u *uar, send func(*doorbell)) (sends, arms bool) {
 			}
 		}
 	}
-	return sends, arms
+	return sends
 }
 
 // takeWord takes what was written to a register of a page, and leaves zero, which is no doorbell.
