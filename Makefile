@@ -150,10 +150,10 @@ pyverbs:
 	.ci/setup go
 	RINGSIDE_TEST_REQUIRE=1 $(GO) test -count=1 -timeout 30m -run Pyverbs ./internal/emulate -pyverbs
 
-# The packages of one goroutine have nothing to race with; of those left, the tests but for what is other processes or
-# measures networks, with fewer seeds and rounds than in unit.
+# The packages of one goroutine have nothing to race with; of those left, the tests but for what is other processes, measures
+# networks or takes long without anything side by side, with fewer seeds and rounds than in unit.
 SEQUENTIAL = /internal/(abi|cmd/.*|mem|nldev|pcap|perf/cycles|procmem|roce|softnic/(cm|wire)|testutil/repotest)$$|/verbs/ib$$
-NORACE = TestGoldenRandom|TestEmulatedPerftest|TestBottleneck
+NORACE = TestGolden(Random|ManyReceives)|TestEmulatedPerftest|TestBottleneck|Test(UDP|TCP|ConnectX)Processes|TestProcessesSwapped
 race:
 	$(call stage,race: what runs side by side$(comma) under the race detector)
 	.ci/setup go gcc
