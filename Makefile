@@ -150,10 +150,10 @@ pyverbs:
 	.ci/setup go
 	RINGSIDE_TEST_REQUIRE=1 $(GO) test -count=1 -timeout 30m -run Pyverbs ./internal/emulate -pyverbs
 
-# The packages of one goroutine have nothing to race with; of those left, the tests but for what is other processes, measures
-# networks or takes long without anything side by side, with fewer seeds and rounds than in unit.
-SEQUENTIAL = /internal/(abi|cmd/.*|mem|nldev|pcap|perf/cycles|procmem|roce|softnic/(cm|wire)|testutil/repotest)$$|/verbs/ib$$
-NORACE = TestGolden(Random|ManyReceives)|TestEmulatedPerftest|TestBottleneck|Test(UDP|TCP|ConnectX)Processes|TestProcessesSwapped
+# The packages of one goroutine have nothing to race with, nor have programs that run others; of those left, the tests but for what is
+# other processes, measures networks or takes long without anything side by side, with fewer seeds and rounds than in unit.
+SEQUENTIAL = /internal/(abi|cmd/.*|mem|nldev|pcap|perf/cycles|procmem|roce|softnic/(cm|wire)|testutil/repotest)$$|/verbs/ib$$|/test/interop$$|/cmd/ringside$$
+NORACE = TestGolden(Random|Many.*|InfiniBand|InlineHeaders|Libmlx5)|TestBottleneck|Test(UDP|TCP|ConnectX)Processes|TestProcessesSwapped
 race:
 	$(call stage,race: what runs side by side$(comma) under the race detector)
 	.ci/setup go gcc
@@ -168,7 +168,7 @@ fuzz:
 	.ci/setup go
 	mkdir -p bin
 	for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -r -n1 dirname | sort -u); do
-		case $$pkg in */softnic|*/mlx5emu) count=300x ;; */mlx5) count=800x ;; *) count=2000x ;; esac
+		case $$pkg in */softnic|*/mlx5emu) count=200x ;; */mlx5) count=500x ;; *) count=1000x ;; esac
 		$(GO) test -c -fuzz . -o bin/fuzz.test $$pkg # linked once for all targets; where go test keeps what is new, this does
 		found=$$($(GO) env GOCACHE)/fuzz/$$($(GO) list $$pkg)
 		for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\).*/\1/p' $$pkg/*_test.go); do
@@ -199,7 +199,7 @@ cross:
 # for much of their time; they have devices and names of their own.
 VM = $(GO) run ./test/soft-roce -timeout 60m -out $(CURDIR)/bin/vm -host -- $(MAKE) -j 2
 VMTEST = RINGSIDE_TEST_REQUIRE=1 .ci/verdict $(GO) test -v -count=1 -p 1 -timeout 9m
-# What of test/interop needs no kernel device: unit and race have run it.
+# What of test/interop needs no kernel device: unit has run it.
 SOFTONLY = OnSoftwareNIC|CommandsBetweenProcesses|NoSense
 EXAMPLES = ./examples/quickstart ./examples/pingpong ./examples/kv ./examples/filecp
 

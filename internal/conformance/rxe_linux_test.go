@@ -10,7 +10,7 @@ import (
 func TestSoftAndRXE(t *testing.T) {
 	n := testutil.NewRXENet(t)
 	defer n.Sniff(t).Check()
-	softAndRXE(t, n, path{}.share(t, 6))
+	softAndRXE(t, n, path{}.share(t, 12))
 }
 
 // TestSoftAndRXE6 is TestSoftAndRXE over IPv6.
