@@ -294,12 +294,8 @@ func (q *QP) ChangeAround(ctx context.Context, attr *ib.QPAttr, mask ib.QPAttrMa
 	}
 	select {
 	case q.modify <- struct{}{}:
-	default: // ctx decides nothing if there is nothing to wait for
-		select {
-		case q.modify <- struct{}{}:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 	a := *attr
 	change := func() error {
