@@ -102,7 +102,9 @@ func finished(p *program) (stdout string, err error) {
 // siw (Linux 6.1) can lose sight of the first message of who has dialled: it looks for messages when some arrive, but only
 // from a moment on after it has answered, and not for those that are there already (siw_accept). Both sides then wait for
 // ever, whatever programs they are. And who has dialled takes the reply for a wrong one when a message of a server that sends first,
-// as ucmatose's does, is behind it already (siw_recv_mpa_rr; siw_proc_mpareply says EINVAL). Only that is tried again.
+// as ucmatose's does, is behind it already (siw_recv_mpa_rr; siw_proc_mpareply says EINVAL). And there are dials that nobody answers,
+// seldom and under load, until siw gives up after 10 s (MPAREP_TIMEOUT). Why was not found out; both ends of that handshake are the
+// kernel's. Only these are tried again.
 func tried[T any](t *testing.T, d pairing, try func(ctx context.Context, cancel func()) (T, error)) (T, error) {
 	t.Helper()
 	tries, limit := 1, 2*testutil.Patience
@@ -114,7 +116,7 @@ func tried[T any](t *testing.T, d pairing, try func(ctx context.Context, cancel 
 		r, err := try(ctx, cancel)
 		hangs := ctx.Err() == context.DeadlineExceeded
 		cancel()
-		if tries--; err == nil || tries == 0 || !hangs && !early(err) {
+		if tries--; err == nil || tries == 0 || !hangs && !early(err) && !unanswered(err) {
 			return r, err
 		}
 		t.Logf("trying again, for siw may have lost a message, or refused one that came early: %v", err)
@@ -125,6 +127,12 @@ func tried[T any](t *testing.T, d pairing, try func(ctx context.Context, cancel 
 func early(err error) bool {
 	return strings.Contains(err.Error(), "RDMA_CM_EVENT_CONNECT_ERROR, error: -22") ||
 		strings.Contains(err.Error(), "the connection could not be made: "+syscall.EINVAL.Error())
+}
+
+// unanswered reports whether a client, in C or ours, has had no reply of the other side's kernel to its request for a connection.
+func unanswered(err error) bool {
+	return strings.Contains(err.Error(), "RDMA_CM_EVENT_UNREACHABLE, error: -110") ||
+		strings.Contains(err.Error(), "the peer does not answer: "+syscall.ETIMEDOUT.Error())
 }
 
 // goServes runs the server here, and a C client with args. It returns what that has printed.
