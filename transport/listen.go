@@ -60,9 +60,21 @@ func Listen(ctx context.Context, addr string, cfg *Config) (*Listener, error) {
 	}
 	l := &Listener{cfg: cfg, p: p, tcp: t, ready: make(chan *Conn), dead: make(chan struct{})}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
-	l.work.Add(1)
-	go l.serve()
+	l.work.Go(l.serve)
+	if gone := p.vctx.Removed(); gone != nil {
+		l.work.Go(func() { l.endWith(gone) })
+	}
 	return l, nil
+}
+
+// endWith ends the listener with its device, on which no connection can be made any more. Whoever accepts hears of it, and may close what
+// it has, which the kernel waits for, and look for another.
+func (l *Listener) endWith(gone <-chan struct{}) {
+	select {
+	case <-gone:
+		l.shut(fmt.Errorf("transport: listener on %s: %w", l.p.vctx.Name(), verbs.ErrDeviceRemoved))
+	case <-l.dead:
+	}
 }
 
 // Addr is the TCP address.
@@ -71,8 +83,8 @@ func (l *Listener) Addr() net.Addr { return l.tcp.Addr() }
 // Poller drives the accepted connections.
 func (l *Listener) Poller() *Poller { return l.p }
 
-// Accept waits for the next connection whose handshake is complete. It ends with ctx, and with an error that matches
-// net.ErrClosed when the listener is closed.
+// Accept waits for the next connection whose handshake is complete. It ends with ctx, with an error that matches net.ErrClosed when the
+// listener is closed, and with one that matches verbs.ErrDeviceRemoved when its device has gone.
 func (l *Listener) Accept(ctx context.Context) (*Conn, error) {
 	select {
 	case c := <-l.ready:
@@ -113,7 +125,6 @@ func (l *Listener) shut(err error) {
 }
 
 func (l *Listener) serve() {
-	defer l.work.Done()
 	for delay := time.Duration(0); ; {
 		t, err := l.tcp.Accept()
 		if err != nil {

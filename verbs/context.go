@@ -131,6 +131,17 @@ func (c *Context) CheckReach(ctx context.Context, gid ib.GID) (path string, err 
 // Polling loops call it when they have found nothing; for devices that work by themselves it does nothing.
 func (c *Context) Progress() bool { return c.prog != nil && c.prog.Progress() }
 
+// Removed returns a channel that is closed when the device is known to have gone: it was unplugged, its link was deleted, its driver was
+// unloaded. Whatever waits on it ends with ErrDeviceRemoved, and what begins afterwards fails with that; what exists can only be closed,
+// and the kernel may wait for that. The channel is nil for devices that cannot go, such as the software NIC. See also
+// ib.EventDeviceFatal, of which AsyncEvent tells one caller.
+func (c *Context) Removed() <-chan struct{} {
+	if r, ok := c.drv.(driver.Remover); ok {
+		return r.Gone()
+	}
+	return nil
+}
+
 // Close closes the device. It fails with ErrBusy while anything made from it is open. AsyncEvent calls in progress end
 // with net.ErrClosed.
 func (c *Context) Close() error { return c.err("close_device", c.life.Close(c.drv.Close)) }

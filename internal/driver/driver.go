@@ -316,6 +316,12 @@ type PathProber interface {
 	ProbePath(ctx context.Context, to *ib.AHAttr, qpn ib.QPN, most ib.MTU) (ib.MTU, error)
 }
 
+// Remover is an optional part of Context: devices that can be taken away while they are open.
+type Remover interface {
+	// Gone returns a channel that is closed when the device is known to have gone.
+	Gone() <-chan struct{}
+}
+
 // Progresser is an optional part of Context: providers whose data path needs CPU time of this process say how to give it.
 type Progresser interface {
 	// Progress lets the provider do pending work; it returns whether there was any. It never blocks.

@@ -251,21 +251,40 @@ func testDeviceRemovedUnderRPC(t *testing.T, kind string) {
 			go func() { call <- cl.CallRaw(background, 2, []byte("hello"), nil) }()
 			<-entered
 
+			// Beside it, connections that only wait, and a listener whose only caller waits.
+			l2, err := transport.Listen(background, "127.0.0.1:0", tcfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			waits := make(chan error, 3)
+			recv := func(c *transport.Conn) {
+				waits <- c.Recv(background, func(*transport.Message) error { return nil })
+			}
+			dialled := must(transport.Dial(background, l2.Addr().String(), tcfg))
+			accepted := must(l2.Accept(background))
+			go recv(dialled)
+			go recv(accepted)
+			go func() {
+				_, err := l2.Accept(background)
+				waits <- err
+			}()
+
 			removed := make(chan error, 1)
 			start := time.Now()
 			go func() { removed <- remove(name) }()
+			within(t, "Recv and Accept", func() {
+				for range cap(waits) {
+					isRemoved(t, "Recv or Accept", <-waits)
+				}
+			})
+			within(t, "Close of what has waited", func() { dialled.Close(); accepted.Close(); l2.Close() })
 			within(t, "the call", func() {
-				if err := <-call; err == nil {
-					t.Error("the call has an answer")
-				} else {
-					t.Logf("after %v: %v (ErrDeviceRemoved: %t)", time.Since(start), err, errors.Is(err, verbs.ErrDeviceRemoved))
-				}
+				err := <-call
+				isRemoved(t, "the call", err)
+				t.Logf("after %v: %v", time.Since(start), err)
 			})
-			within(t, "a call afterwards", func() {
-				if err := cl.CallRaw(background, 1, []byte("hello"), nil); err == nil {
-					t.Error("a call is answered")
-				}
-			})
+			within(t, "a call afterwards", func() { isRemoved(t, "a call afterwards", cl.CallRaw(background, 1, []byte("hello"), nil)) })
+			within(t, "Serve", func() { isRemoved(t, "Serve", <-served) })
 			start = time.Now()
 			within(t, "Close of the client", func() { cl.Close() })
 			t.Logf("client closed after %v", time.Since(start))
@@ -273,7 +292,7 @@ func testDeviceRemovedUnderRPC(t *testing.T, kind string) {
 			start = time.Now()
 			within(t, "Close of the server", func() { s.Close() })
 			t.Logf("server closed after %v", time.Since(start))
-			within(t, "Close of the listener", func() { l.Close(); <-served })
+			within(t, "Close of the listener", func() { l.Close() })
 			testutil.Close(t, c)
 			within(t, "the deletion", func() {
 				if err := <-removed; err != nil {

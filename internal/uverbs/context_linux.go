@@ -205,6 +205,9 @@ func (c *Context) Removed() error {
 	return nil
 }
 
+// Gone implements driver.Remover.
+func (c *Context) Gone() <-chan struct{} { return c.removed }
+
 var errRemoved error = driver.ErrDeviceRemoved // made once, for the data path
 
 // Remove says that the device has gone: every wait ends. What exists can only be closed.
