@@ -31,6 +31,17 @@ func BenchmarkEchoUDP(b *testing.B) {
 			side(y, x, xr)
 		}
 	})
+	b.Run("nothing", func(b *testing.B) { // what a poll costs that finds none: a message waits for half of one before it is seen
+		x, y := newEnd(b, openNIC(b, true), endConfig{typ: ib.RC}), newEnd(b, openNIC(b, true), endConfig{typ: ib.RC})
+		joinUDP(b, x, y, 0)
+		var wc [16]ib.WC
+		b.ReportAllocs()
+		for b.Loop() {
+			if x.cq.Poll(wc[:]) != 0 {
+				b.Fatal("a completion of nothing")
+			}
+		}
+	})
 	b.Run("sockets", func(b *testing.B) {
 		var socks [2]*udp.Socket
 		var peers [2]*udp.Peer
