@@ -90,6 +90,9 @@ func (t perftestTalk) introduce(mine perftestIntro) (perftestIntro, error) {
 		}
 		*v = max(*v, int(n))
 	}
+	if agreed.line > agreed.cycle {
+		return perftestIntro{}, fmt.Errorf("cache lines of %d bytes: the pages have only %d", agreed.line, agreed.cycle)
+	}
 	var theirs [2]byte
 	if err := t.exchange([]byte{'0' + byte(mine.mtu), 0}, theirs[:]); err != nil {
 		return perftestIntro{}, err
