@@ -218,6 +218,37 @@ func TestEmulatedBetweenHosts(t *testing.T) {
 	}
 }
 
+// A program that is killed since time was up says so, by which a lost datagram is told from what fails; one that is killed since its peer has
+// failed does not.
+func TestProgramsThatAreKilled(t *testing.T) {
+	for _, why := range []error{context.DeadlineExceeded, context.Canceled} {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		p, err := start(endsWith{ctx, why}, func() {}, "sleep", "600")
+		if err != nil {
+			t.Fatal(err)
+		}
+		cancel()
+		<-p.done
+		if p.err == nil || errors.Is(p.err, context.DeadlineExceeded) != (why == context.DeadlineExceeded) {
+			t.Errorf("%v: the program's error is %v", why, p.err)
+		}
+	}
+}
+
+// endsWith ends when the context in it does, for another reason.
+type endsWith struct {
+	context.Context
+	why error
+}
+
+func (c endsWith) Err() error {
+	if c.Context.Err() == nil {
+		return nil
+	}
+	return c.why
+}
+
 // nobodyListens is what the C programs say of a request that was rejected since its service is unknown (IBA 12.6.7.2, reason 8).
 var nobodyListens = regexp.MustCompile(`EVENT_REJECTED, error:? 8\b`)
 

@@ -78,7 +78,8 @@ type program struct {
 // String is what it has printed, once done is closed.
 func (p *program) String() string { return p.stdout.String() + p.errs.String() }
 
-// start starts a program; it is killed when ctx ends. ended is called when it does not succeed.
+// start starts a program; it is killed when ctx ends. ended is called when it does not succeed. The error of one that was killed since
+// time was up is context.DeadlineExceeded.
 func start(ctx context.Context, ended func(), name string, args ...string) (*program, error) {
 	p := &program{cmd: exec.CommandContext(ctx, name, args...), done: make(chan struct{})}
 	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, &p.errs
@@ -90,6 +91,8 @@ func start(ctx context.Context, ended func(), name string, args ...string) (*pro
 		defer close(p.done)
 		if p.err = p.cmd.Wait(); p.err == nil {
 			p.err = judge(p.String())
+		} else if ctx.Err() == context.DeadlineExceeded {
+			p.err = errors.Join(ctx.Err(), p.err) // which says only that it was killed
 		}
 		if p.err != nil {
 			ended()
