@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime"
 
@@ -37,7 +38,8 @@ func newCompletions(dev *verbs.Context, entries int, events bool, objects *close
 	return c, nil
 }
 
-// next waits for completions and returns at least one; they are valid until the next call. It ends with ctx.
+// next waits for completions and returns at least one; they are valid until the next call. It ends with ctx; what has come then that
+// no event has told of is returned with the error.
 func (c *completions) next(ctx context.Context) ([]ib.WC, error) {
 	for empty := 1; ; empty++ {
 		if c.ch != nil && !c.armed {
@@ -54,10 +56,14 @@ func (c *completions) next(ctx context.Context) ([]ib.WC, error) {
 			// What came between Poll and here has fired the queue: that Wait returns for it is what is tested.
 			cq, err := c.ch.Wait(ctx)
 			if err != nil {
-				if n, _ := c.cq.Poll(c.wcs); n > 0 {
+				n, pollErr := c.cq.Poll(c.wcs)
+				if pollErr != nil {
+					return nil, errors.Join(err, pollErr)
+				}
+				if n > 0 {
 					err = fmt.Errorf("no event has told of %d completions that are there: %w", n, err)
 				}
-				return nil, err
+				return c.wcs[:n], err
 			}
 			if cq != c.cq {
 				return nil, fmt.Errorf("the channel has an event of another queue than its only one: %p, not %p", cq, c.cq)

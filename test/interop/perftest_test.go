@@ -2,10 +2,13 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -186,4 +189,75 @@ func TestPerftestOnSoftwareNIC(t *testing.T) {
 		server.beforeClose, client.beforeClose = together(ctx)
 		both(t, func() (fmt.Stringer, error) { return server.run(ctx) }, func() (fmt.Stringer, error) { return client.run(ctx) })
 	})
+}
+
+// A datagram that comes just as a server stops waiting for an event, since the client has sent all, is none that was lost.
+func TestPerftestTakesWhatComesLastOnSoftwareNIC(t *testing.T) {
+	ctx := patient(t)
+	var objects closers
+	defer func() {
+		var err error
+		if objects.closeAll(&err); err != nil {
+			t.Error(err)
+		}
+	}()
+	o := perftestDefaults("send_bw")
+	o.typ, o.size, o.iters, o.gid, o.events = ib.UD, 8, 2, 0, true
+	dev, port, gid, err := openPort("soft0", 1, o.gid, &objects)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b := net.Pipe()
+	server := &perfSide{o: o, ctx: ctx, dev: dev, talk: perftestTalk{a, false}}
+	client := &perfSide{o: o, ctx: ctx, dev: dev, talk: perftestTalk{b, true}}
+	agreed := perftestIntro{4096, 64, ib.MTU1024}
+	for _, s := range []*perfSide{server, client} {
+		if err := s.open(port.LID, gid, agreed, &objects); err != nil {
+			t.Fatal(err)
+		}
+	}
+	met := make(chan error, 1)
+	var ofServer closers
+	go func() { met <- server.meet(agreed.mtu, &ofServer) }()
+	if err = client.meet(agreed.mtu, &objects); err != nil {
+		b.Close() // the server waits for what does not come
+	}
+	err = errors.Join(err, <-met)
+	objects = append(objects, ofServer...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := client.post(1); err != nil {
+		t.Fatal(err)
+	}
+	if err := server.take(ctx); err != nil { // the queue pairs have found each other
+		t.Fatal(err)
+	}
+	until, cancel := context.WithCancel(ctx)
+	defer cancel()
+	err = server.take(endsBy{until, sync.OnceFunc(func() {
+		if err := client.post(1); err != nil {
+			t.Error(err)
+		}
+		cancel()
+	})})
+	if server.received != 2 || err != nil && !errors.Is(err, context.Canceled) {
+		t.Errorf("%d datagrams received: %v", server.received, err)
+	}
+}
+
+// endsBy ends when it is first asked, by what end does then.
+type endsBy struct {
+	context.Context
+	end func()
+}
+
+func (c endsBy) Done() <-chan struct{} {
+	c.end()
+	return c.Context.Done()
+}
+
+func (c endsBy) Err() error {
+	c.end()
+	return c.Context.Err()
 }

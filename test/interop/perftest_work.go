@@ -220,13 +220,15 @@ func (s *perfSide) postReceives() error {
 	return err
 }
 
-// take waits for completions, and deals with them.
+// take waits for completions, and deals with them, also with those that come as ctx ends.
 func (s *perfSide) take(ctx context.Context) error {
 	wcs, err := s.cq.next(ctx)
-	if err != nil {
-		return err
+	if len(wcs) > 0 {
+		if err := s.completed(wcs); err != nil {
+			return err
+		}
 	}
-	return s.completed(wcs)
+	return err
 }
 
 // takeNow is take of what there is. It returns how much that was.
