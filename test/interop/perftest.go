@@ -74,7 +74,7 @@ type perftestResult struct {
 	path            string
 	size            int
 	iters           int
-	lost            int // datagrams that did not come
+	lost            int // datagrams and messages over UC that did not come
 	events          int // waits for completion events; 0 when polling
 	checked         bool
 	took            time.Duration // 0: the client has done it all
@@ -125,7 +125,8 @@ func (o *perftest) usable(port ib.PortAttr) error {
 	return nil
 }
 
-// run is one side of the test. It fails if anything did not arrive, or with check, not as it was sent. Datagrams may be lost.
+// run is one side of the test. It fails if anything did not arrive, or with check, not as it was sent. Datagrams and messages over UC
+// may be lost, but not all of them.
 func (o *perftest) run(ctx context.Context) (r perftestResult, err error) {
 	var objects closers
 	defer objects.closeAll(&err)
@@ -179,6 +180,9 @@ func (o *perftest) run(ctx context.Context) (r perftestResult, err error) {
 	}
 	if err := s.part(took); err != nil {
 		return r, err
+	}
+	if s.lost == o.iters {
+		return r, fmt.Errorf("none of %d messages has come", o.iters)
 	}
 	r = perftestResult{dev.Name(), o.program(), o.typ, s.qp.Path(), o.size, o.iters, s.lost, s.cq.events, o.check, took}
 	if o.beforeClose != nil {
