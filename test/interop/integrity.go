@@ -85,6 +85,17 @@ func (h hello) String() string {
 		hex.EncodeToString(h.at.GID[:]), h.window.Addr, uint32(h.window.RKey))
 }
 
+// usable returns why what the client has chosen cannot be used, or nil.
+func (h hello) usable() error {
+	switch {
+	case h.rounds < 0 || h.rounds > roundsMax:
+		return fmt.Errorf("%d rounds: there can be up to %d", h.rounds, roundsMax)
+	case h.mtu <= 0 || ib.MTUFor(h.mtu).Bytes() != h.mtu:
+		return fmt.Errorf("an MTU of %d bytes: there are 256, 512, 1024, 2048 and 4096", h.mtu)
+	}
+	return nil
+}
+
 // parseHello reads a line of the peer, which may be anything.
 func parseHello(line string) (h hello, err error) {
 	var qpn, psn, rkey uint32
@@ -99,10 +110,9 @@ func parseHello(line string) (h hello, err error) {
 		return hello{}, fmt.Errorf("not a GID: %q", gid)
 	case qpn > uint32(ib.MaxQPN) || psn > uint32(ib.MaxPSN):
 		return hello{}, fmt.Errorf("not a queue pair: QPN %#x, PSN %#x", qpn, psn)
-	case h.rounds < 0 || h.rounds > roundsMax:
-		return hello{}, fmt.Errorf("%d rounds", h.rounds)
-	case h.mtu <= 0 || ib.MTUFor(h.mtu).Bytes() != h.mtu:
-		return hello{}, fmt.Errorf("an MTU of %d bytes", h.mtu)
+	}
+	if err := h.usable(); err != nil {
+		return hello{}, err
 	}
 	copy(h.at.GID[:], b)
 	h.at.QPN, h.at.PSN = ib.QPN(qpn), ib.PSN(psn)
@@ -120,6 +130,12 @@ func (o *integrity) run(ctx context.Context) (r integrityResult, err error) {
 	if err := usable(o.port, o.ibPort); err != nil {
 		return r, err
 	}
+	mine := hello{seed: o.seed, rounds: o.rounds, mtu: o.mtu}
+	if o.server != "" {
+		if err := mine.usable(); err != nil {
+			return r, err
+		}
+	}
 	dev, port, gid, err := openPort(o.device, o.ibPort, o.gidIndex, &objects)
 	if err != nil {
 		return r, err
@@ -128,8 +144,9 @@ func (o *integrity) run(ctx context.Context) (r integrityResult, err error) {
 	if err := s.open(dev, &objects); err != nil {
 		return r, err
 	}
-	at := qp.Endpoint{GID: gid, LID: port.LID, QPN: s.qp.QPN(), PSN: qp.RandomPSN()}
-	conn, err := s.meet(hello{o.seed, o.rounds, o.mtu, at, s.window.Remote()})
+	mine.at = qp.Endpoint{GID: gid, LID: port.LID, QPN: s.qp.QPN(), PSN: qp.RandomPSN()}
+	mine.window = s.window.Remote()
+	conn, err := s.meet(mine)
 	if err != nil {
 		return r, err
 	}
