@@ -2,8 +2,13 @@ package main
 
 import (
 	"context"
+	"errors"
 	"os"
+	"os/exec"
+	"runtime"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/ringside-rdma/ringside/internal/testutil"
@@ -11,6 +16,7 @@ import (
 
 func init() {
 	testutil.RegisterChild("interop", func(args []string) { os.Exit(run(context.Background(), args, os.Stdout, os.Stderr)) })
+	testutil.RegisterChild("interop-main", func([]string) { main() })
 }
 
 func TestMain(m *testing.M) { testutil.Main(m) }
@@ -20,6 +26,30 @@ func patient(t *testing.T) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*testutil.Patience)
 	t.Cleanup(cancel)
 	return ctx
+}
+
+// A server that is told to end while it waits for a client ends by itself, and says so.
+func TestSignalsOnSoftwareNIC(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("a process cannot be sent a signal there")
+	}
+	for _, s := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
+		t.Run(s.String(), func(t *testing.T) {
+			server := testutil.StartChild(t, "interop-main", "rc", "-d", "soft0", "-g", "0", "-p", strconv.Itoa(freePort(t)))
+			server.Expect("  local address:")
+			p, err := os.FindProcess(server.PID())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := p.Signal(s); err != nil {
+				t.Fatal(err)
+			}
+			err = server.Wait()
+			if e := (*exec.ExitError)(nil); !errors.As(err, &e) || e.ExitCode() != 1 || !strings.Contains(server.Output(), "interop: ") {
+				t.Errorf("%v: %s", err, server.Output())
+			}
+		})
+	}
 }
 
 func TestArgumentsThatMakeNoSense(t *testing.T) {
