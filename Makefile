@@ -224,6 +224,7 @@ in-vm-rxe: conform-rxe
 in-vm-siw:
 	$(VMTEST) -run TestNetNSExclusive ./internal/provider
 	$(VMTEST) -skip TestNetNSExclusive ./internal/nldev ./internal/uverbs ./internal/rdmacm ./internal/provider ./internal/provider/rxe ./internal/provider/siw ./mr ./qp
+	$(VMTEST) -run TestKernelDevices ./internal/rdmacm -devices
 	$(VMTEST) -run 'TestKernelDevices' ./cmd/ringside ./internal/perf
 	RINGSIDE_DEVICE=siw0 $(VMTEST) -short ./transport ./rpc $(EXAMPLES)
 	RINGSIDE_DEVICE=siw0 $(VMTEST) -run 'TestDemo(Sync|Kill)' ./examples/paramserver

@@ -821,10 +821,10 @@ func TestKernelChannelCloses(t *testing.T) {
 	}
 }
 
-// A test that makes devices and takes them away, which others in the machine would notice:
+// A test that makes devices and takes them away, which who lists devices at that moment would notice:
 //
-//	go run ./test/soft-roce -- go test -v ./internal/rdmacm -run Devices -devices
-var ownDevices = flag.Bool("devices", false, "make RDMA devices, and remove them: for a machine that nothing else runs in")
+//	go run ./test/soft-roce -- go test -v ./internal/rdmacm -run TestKernelDevices -devices
+var ownDevices = flag.Bool("devices", false, "make RDMA devices, and remove them: for a machine that is there for tests")
 
 func shell(t *testing.T, line string) {
 	t.Helper()
@@ -837,13 +837,13 @@ func shell(t *testing.T, line string) {
 // A device goes while IDs stand on it, and with siw alone on an address the kernel takes that.
 func TestKernelDevices(t *testing.T) {
 	if !*ownDevices {
-		t.Skip("only with -devices, in a machine that nothing else runs in")
+		t.Skip("only with -devices, in a machine that is there for tests")
 	}
 	c := vmChannel(t)
-	here := netip.MustParseAddr("10.78.0.1")
+	here := netip.MustParseAddr("10.79.3.1")
 	shell(t, "ip link add ringcm0 type veth peer name ringcm1")
 	t.Cleanup(func() { shell(t, "ip link del ringcm0") })
-	shell(t, "ip addr add 10.78.0.1/24 dev ringcm0")
+	shell(t, "ip addr add 10.79.3.1/24 dev ringcm0")
 	shell(t, "ip link set ringcm0 up")
 	shell(t, "ip link set ringcm1 up")
 	shell(t, "rdma link add siwcm type siw netdev ringcm0")
@@ -909,9 +909,9 @@ func TestKernelDevices(t *testing.T) {
 func linkLocal(t *testing.T, c *Channel) {
 	shell(t, "rdma link add rxecm1 type rxe netdev ringcm1")
 	defer shell(t, "rdma link delete rxecm1")
-	here, there := netip.MustParseAddr("fe80::78:1"), netip.MustParseAddr("fe80::78:2")
-	shell(t, "ip addr add fe80::78:1/64 dev ringcm0 nodad")
-	shell(t, "ip addr add fe80::78:2/64 dev ringcm1 nodad")
+	here, there := netip.MustParseAddr("fe80::79:1"), netip.MustParseAddr("fe80::79:2")
+	shell(t, "ip addr add fe80::79:1/64 dev ringcm0 nodad")
+	shell(t, "ip addr add fe80::79:2/64 dev ringcm1 nodad")
 	time.Sleep(200 * time.Millisecond)
 	l := listenAt(t, c, netip.AddrPortFrom(there.WithZone("ringcm1"), 0), 0)
 	defer l.Close()
