@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log"
+	"sync"
 
 	"github.com/ringside-rdma/ringside/transport"
 )
@@ -13,7 +14,8 @@ func main() {
 	ctx := context.Background()
 	l, err := transport.Listen(ctx, "127.0.0.1:0", nil)
 	check(err)
-	go serve(ctx, l)
+	var server sync.WaitGroup
+	server.Go(func() { serve(ctx, l) })
 	c, err := transport.Dial(ctx, l.Addr().String(), nil)
 	check(err)
 	check(c.Send(ctx, []byte("world")))
@@ -22,6 +24,7 @@ func main() {
 		return nil
 	}))
 	check(c.Close())
+	server.Wait()
 	check(l.Close())
 }
 
@@ -31,6 +34,7 @@ func serve(ctx context.Context, l *transport.Listener) {
 	check(c.Recv(ctx, func(m *transport.Message) error {
 		return c.Send(ctx, append([]byte("hello, "), m.Bytes()...))
 	}))
+	check(c.Close()) // each connection, also one that its peer has closed
 }
 
 func check(err error) {

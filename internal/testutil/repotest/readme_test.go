@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/transport"
 )
 
@@ -28,6 +29,8 @@ func Example() {
 		fmt.Printf("%s, by %s\n", m.Bytes(), c.Path().Rung)
 		return nil
 	}))
+	check(c.Close()) // each connection, also one that its peer has closed
+	check(l.Close())
 	// Output: hello, by inproc
 }
 
@@ -35,6 +38,12 @@ func check(err error) {
 	if err != nil {
 		log.Fatal(err)
 	}
+}
+
+// What the README's program opens it closes: others copy it.
+func TestExampleLeavesNothing(t *testing.T) {
+	testutil.CheckLeaks(t)
+	Example()
 }
 
 // The README's program is the Example above, so it compiles and does what it says.
