@@ -94,6 +94,11 @@ func TestGetPutDelete(t *testing.T) {
 		t.Errorf("a full window: %v", err)
 	}
 
+	// One grant a connection: each takes a memory window of the server's device.
+	if _, err := rpc.Invoke[*OpenReply](ctx, c.rpc, methodOpen, &OpenRequest{}); rpc.CodeOf(err) != rpc.FailedPrecondition {
+		t.Errorf("a second open: %v", err)
+	}
+
 	// The grant is for reading, and for the table only.
 	if err := c.conn.Write(ctx, c.local.SGE(0, 8), c.region, 0); err == nil {
 		t.Error("a client wrote the table")

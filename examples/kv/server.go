@@ -24,6 +24,9 @@ type server struct {
 	table *table
 	mem   *mr.MR
 	wg    sync.WaitGroup // one a client's grant
+
+	mu      sync.Mutex
+	granted map[*transport.Conn]bool // the connections with a grant, or about to have one
 }
 
 // serve runs a server on addr with a table of so many entries, until ctx ends. ready is told the address.
@@ -40,7 +43,7 @@ func serve(ctx context.Context, addr string, opts *device.Options, entries int, 
 		return err
 	}
 	defer func() { err = errors.Join(err, mem.Close()) }()
-	s := &server{table: newTable(entries, mem.Bytes()), mem: mem}
+	s := &server{table: newTable(entries, mem.Bytes()), mem: mem, granted: map[*transport.Conn]bool{}}
 	l, err := transport.Listen(ctx, addr, dev.Config("kv server"))
 	if err != nil {
 		return err
@@ -61,15 +64,25 @@ func serve(ctx context.Context, addr string, opts *device.Options, entries int, 
 	return err
 }
 
-// open lets the calling client read the table, for as long as its connection lasts.
+// open lets the calling client read the table, for as long as its connection lasts. Once: each grant takes a memory window,
+// of which the device has so many, and no client shall be able to take those of the others.
 func (s *server) open(ctx context.Context, _ *OpenRequest) (*OpenReply, error) {
 	conn := rpc.FromContext(ctx).Conn()
+	s.mu.Lock()
+	again := s.granted[conn]
+	s.granted[conn] = true
+	s.mu.Unlock()
+	if again {
+		return nil, rpc.Errorf(rpc.FailedPrecondition, "this connection has opened the table already")
+	}
 	g, err := conn.Grant(ctx, s.mem, 0, s.table.size(), ib.AccessRemoteRead)
 	if err != nil {
+		s.forget(conn)
 		return nil, err
 	}
 	s.wg.Go(func() {
 		<-conn.Done()
+		s.forget(conn)
 		g.Revoke(context.Background()) // frees the window; the access has ended with the connection
 	})
 	region, err := g.Remote().MarshalBinary()
@@ -77,6 +90,12 @@ func (s *server) open(ctx context.Context, _ *OpenRequest) (*OpenReply, error) {
 		return nil, err
 	}
 	return &OpenReply{Entries: uint32(s.table.n), Region: region}, nil
+}
+
+func (s *server) forget(conn *transport.Conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.granted, conn)
 }
 
 func (s *server) put(_ context.Context, req *PutRequest) (*PutReply, error) {
