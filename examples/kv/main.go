@@ -85,6 +85,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return fmt.Errorf("%s takes %d arguments, not %d; see kv -help", command, want, fs.NArg())
 	case entries < 1 || entries > maxEntries:
 		return fmt.Errorf("-entries %d: not between 1 and %d", entries, maxEntries)
+	case length <= 0:
+		return fmt.Errorf("-for %v: a race takes some time", length)
 	}
 	switch command {
 	case "serve":
@@ -198,7 +200,8 @@ type raceResult struct {
 	latency *hdrhistogram.Histogram
 }
 
-// race reads a key of patterned values, and fails if it is ever given one that is not whole, or an older one after a newer.
+// race reads a key of patterned values, and fails if it is ever given one that is not whole, or an older one after a newer,
+// or if the value does not change meanwhile.
 func race(ctx context.Context, c *client, key []byte, length time.Duration) (*raceResult, error) {
 	r := &raceResult{latency: hdrhistogram.New(1, int64(10*time.Second), 3)}
 	c.stats = lookupStats{}
@@ -221,6 +224,9 @@ func race(ctx context.Context, c *client, key []byte, length time.Duration) (*ra
 			r.values++
 		}
 		last = n
+	}
+	if r.values < 2 {
+		return nil, fmt.Errorf("nobody wrote to %q in %v: that was no race", key, length)
 	}
 	r.lookupStats = c.stats
 	return r, nil
