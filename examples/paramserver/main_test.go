@@ -18,6 +18,7 @@ import (
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/rpc"
 	"github.com/ringside-rdma/ringside/transport"
+	"github.com/ringside-rdma/ringside/transport/transporttest"
 )
 
 // With mainEnv set the test binary is the program: it starts itself as a child, as the program does.
@@ -380,6 +381,38 @@ func TestRefusesStrangers(t *testing.T) {
 		t.Fatal(err)
 	}
 	checkResult(t, s.out.String(), 10, 1)
+}
+
+// A data connection that no join follows does not keep its place; a worker's does, however long it has been there.
+func TestSilentDataConnection(t *testing.T) {
+	testutil.CheckLeaks(t)
+	defer func(d time.Duration) { linkPatience = d }(linkPatience)
+	linkPatience = time.Millisecond
+	ctx, cancel := context.WithCancel(patience(t))
+	s := startServer(t, ctx, trainConfig{workers: 1, sync: true, epochs: 1})
+	c, err := transport.Dial(ctx, s.addr, &transport.Config{PrivateData: make([]byte, tokenBytes)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-c.Done():
+		if err := c.Err(); !strings.Contains(err.Error(), "nobody has joined") {
+			t.Errorf("ended with %v", err)
+		}
+	case <-ctx.Done():
+		t.Error("not cut off")
+	}
+	c.Close()
+	cancel()
+	if err := <-s.done; !errors.Is(err, context.Canceled) {
+		t.Errorf("the server ended with %v", err)
+	}
+
+	a, _ := transporttest.Pair(t, nil)
+	new(server).expectJoined(&dataLink{conn: a, m: &member{}})
+	if err := a.Err(); err != nil {
+		t.Errorf("a worker was cut off: %v", err)
+	}
 }
 
 func TestBadUse(t *testing.T) {

@@ -28,9 +28,11 @@ const (
 	methodNext     = "paramserver/Next"
 	methodReport   = "paramserver/Report"
 
-	linkPatience = 5 * time.Second  // for a data connection to be accepted before its join
-	endPatience  = 10 * time.Second // for workers to report and leave after the last epoch
+	endPatience = 10 * time.Second // for workers to report and leave after the last epoch
 )
+
+// linkPatience is how long a join waits for its data connection to be accepted, and a data connection for its join.
+var linkPatience = 5 * time.Second // a variable for tests
 
 // server is the parameter server: a coordinator with connections.
 type server struct {
@@ -183,9 +185,23 @@ func (s *server) accept(l *transport.Listener) {
 			c.Abort(errors.New("not a token of a new worker, or too many workers"))
 		}
 		s.wg.Go(func() {
-			<-c.Done() // told of every end, kill -9 included
+			select {
+			case <-c.Done(): // told of every end, kill -9 included
+			case <-time.After(linkPatience):
+				s.expectJoined(d)
+				<-c.Done()
+			}
 			s.unlink(d)
 		})
+	}
+}
+
+// expectJoined ends a data connection that nobody has joined with, which would keep its place from workers for good.
+func (s *server) expectJoined(d *dataLink) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if d.m == nil {
+		d.conn.Abort(errors.New("nobody has joined with this data connection"))
 	}
 }
 
