@@ -13,6 +13,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"syscall"
 
 	"github.com/ringside-rdma/ringside/examples/internal/spawn"
 	"github.com/ringside-rdma/ringside/transport"
@@ -26,7 +27,7 @@ type options struct {
 }
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
 		if !errors.Is(err, flag.ErrHelp) {
@@ -66,14 +67,14 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	cfg := &transport.Config{Device: o.device, PollMode: o.mode, Name: "pingpong", MaxMessage: max(o.size, 1<<20)}
 	switch {
 	case o.listen != "":
-		return listen(ctx, &o, cfg, stdout)
+		return listen(ctx, &o, cfg, stdout, stderr)
 	case o.connect != "":
 		return connect(ctx, &o, cfg, o.connect, stdout)
 	}
 	return both(ctx, &o, cfg, stdout, stderr)
 }
 
-func listen(ctx context.Context, o *options, cfg *transport.Config, stdout io.Writer) error {
+func listen(ctx context.Context, o *options, cfg *transport.Config, stdout, stderr io.Writer) error {
 	clients := 0
 	if o.child {
 		clients = 1
@@ -87,7 +88,7 @@ func listen(ctx context.Context, o *options, cfg *transport.Config, stdout io.Wr
 	}
 	defer l.Close()
 	fmt.Fprintf(stdout, "listening on %s\n", l.Addr())
-	if err := serve(ctx, l, clients); err != nil && ctx.Err() == nil {
+	if err := serve(ctx, l, clients, stderr); err != nil && ctx.Err() == nil {
 		return err
 	}
 	return nil // interrupted, or done

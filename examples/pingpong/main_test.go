@@ -2,11 +2,15 @@ package main
 
 import (
 	"context"
+	"errors"
+	"io"
+	"net"
 	"os"
 	"strings"
 	"testing"
 
 	"github.com/ringside-rdma/ringside/internal/testutil"
+	"github.com/ringside-rdma/ringside/transport"
 	"github.com/ringside-rdma/ringside/transport/transporttest"
 )
 
@@ -58,6 +62,87 @@ func TestInOneProcess(t *testing.T) {
 	}
 	if err := <-done; err != nil {
 		t.Errorf("echo: %v", err)
+	}
+}
+
+// An only client's failure is the server's. One that serves for ever tells of it, and goes on with the next; clients that
+// hang up are no news.
+func TestClientFails(t *testing.T) {
+	testutil.CheckLeaks(t)
+	ctx, cancel := context.WithTimeout(t.Context(), testutil.Patience)
+	defer cancel()
+	for _, clients := range []int{1, 0} {
+		l, err := transport.Listen(ctx, "127.0.0.1:0", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, stop := context.WithCancel(ctx)
+		var errs strings.Builder
+		done := make(chan error, 1)
+		go func() { done <- serve(ctx, l, clients, &errs) }()
+		client := func(addr string) *transport.Conn {
+			c, err := transport.Dial(ctx, addr, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := ping(ctx, c, 64, 1); err != nil {
+				t.Error(err)
+			}
+			return c
+		}
+		addr, cut := proxy(t, l.Addr().String())
+		dies := client(addr)
+		cut()
+		<-dies.Done()
+		testutil.Close(t, dies)
+		if clients == 1 {
+			if err := <-done; !errors.Is(err, transport.ErrPeerDied) {
+				t.Errorf("an only client died: %v", err)
+			}
+		} else {
+			testutil.Close(t, client(l.Addr().String()))
+			testutil.Close(t, client(l.Addr().String())) // is served when the server is through with the one before
+			stop()
+			<-done
+			if got := errs.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, transport.ErrPeerDied.Error()) {
+				t.Errorf("told of the clients: %q", got)
+			}
+		}
+		stop()
+		testutil.Close(t, l)
+	}
+}
+
+// proxy hands one TCP connection on to addr, until cut ends both halves: to either end the other one has died.
+func proxy(t *testing.T, addr string) (via string, cut func()) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ends := make(chan net.Conn, 2)
+	go func() {
+		defer l.Close()
+		defer close(ends)
+		near, err := l.Accept()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		ends <- near
+		far, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		ends <- far
+		go io.Copy(near, far)
+		go io.Copy(far, near)
+	}()
+	return l.Addr().String(), func() {
+		for c := range ends {
+			c.Close()
+		}
 	}
 }
 

@@ -18,7 +18,7 @@ func echo(ctx context.Context, c *transport.Conn) error {
 			return c.Send(ctx, m.Bytes()) // m is lent until we return, so Send may read it
 		})
 		switch {
-		case errors.Is(err, io.EOF):
+		case errors.Is(err, io.EOF), errors.Is(err, transport.ErrPeerClosed): // the latter if it does not wait for the answer
 			return c.Close()
 		case err != nil:
 			c.Close()
@@ -27,15 +27,19 @@ func echo(ctx context.Context, c *transport.Conn) error {
 	}
 }
 
-// serve echoes for one client after the other, clients of them; 0 is for ever.
-func serve(ctx context.Context, l *transport.Listener, clients int) error {
+// serve echoes for one client after the other, clients of them, and returns the first one's error that has one. 0 clients are
+// for ever: then errors go to stderr.
+func serve(ctx context.Context, l *transport.Listener, clients int, stderr io.Writer) error {
 	for n := 0; clients == 0 || n < clients; n++ {
 		c, err := l.Accept(ctx)
 		if err != nil {
 			return err
 		}
-		if err := echo(ctx, c); err != nil && ctx.Err() != nil {
-			return err
+		if err := echo(ctx, c); err != nil {
+			if clients > 0 || ctx.Err() != nil {
+				return err
+			}
+			fmt.Fprintf(stderr, "pingpong: client %v: %v\n", c.RemoteAddr(), err)
 		}
 	}
 	return nil
