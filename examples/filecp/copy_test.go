@@ -25,12 +25,12 @@ func (l localFile) load(_ context.Context, k uint64) (int, error) {
 	return l.session.load(k)
 }
 func (l localFile) finish(context.Context) ([]byte, error) { return l.session.finish() }
-func (l localFile) fetch(_ context.Context, k uint64, n int) ([]byte, error) {
+func (l localFile) fetch(ctx context.Context, k uint64, n int) ([]byte, error) {
 	data := bytes.Clone(l.staging[k%slots*chunkBytes:][:n])
 	if l.spoil != nil {
 		l.spoil(k, data)
 	}
-	return data, nil
+	return data, ctx.Err()
 }
 
 func randomFile(t *testing.T, path string, size int) []byte {
@@ -91,9 +91,10 @@ func TestReceiveFails(t *testing.T) {
 	if err := os.WriteFile(local, []byte("before"), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	ctx, cancel := context.WithCancel(t.Context())
 	fails := func(name string, want error, f remoteFile) {
 		t.Helper()
-		if _, err := receive(t.Context(), f, local); !errors.Is(err, want) {
+		if _, err := receive(ctx, f, local); !errors.Is(err, want) {
 			t.Errorf("%s: %v", name, err)
 		}
 		entries, err := os.ReadDir(filepath.Dir(local))
@@ -101,7 +102,7 @@ func TestReceiveFails(t *testing.T) {
 			t.Errorf("%s: left behind: %v, %v", name, entries, err)
 		}
 		if b, err := os.ReadFile(local); err != nil || string(b) != "before" {
-			t.Errorf("%s: the old file is now %q, %v", name, b, err)
+			t.Errorf("%s: the old file is now %.20q, %v", name, b, err)
 		}
 	}
 	f := openLocal(t, dir, "a")
@@ -127,12 +128,14 @@ func TestReceiveFails(t *testing.T) {
 	}
 	fails("touched", errChanged, f)
 
-	ctx, cancel := context.WithCancel(t.Context())
+	randomFile(t, filepath.Join(dir, "a"), (slots+2)*chunkBytes)
 	f = openLocal(t, dir, "a")
-	f.spoil = func(uint64, []byte) { cancel() }
-	if _, err := receive(ctx, f, local); err != nil && !errors.Is(err, context.Canceled) {
-		t.Errorf("cancelled: %v", err)
+	f.spoil = func(k uint64, _ []byte) {
+		if k == 1 {
+			cancel()
+		}
 	}
+	fails("cancelled", context.Canceled, f)
 	if _, err := receive(t.Context(), openLocal(t, dir, "a"), dir); err == nil {
 		t.Error("a directory was overwritten")
 	}
