@@ -415,6 +415,22 @@ func TestSilentDataConnection(t *testing.T) {
 	}
 }
 
+// A slow worker that is interrupted does not sleep on.
+func TestPauseInterrupted(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- (&worker{pause: time.Hour}).push(ctx, nil, 1, assignment{}) }()
+	cancel()
+	select {
+	case err := <-done:
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("ended with %v", err)
+		}
+	case <-time.After(testutil.Patience):
+		t.Error("it sleeps on")
+	}
+}
+
 func TestBadUse(t *testing.T) {
 	for args, want := range map[string]string{
 		"":                                "-demo, -listen and -connect",

@@ -161,7 +161,11 @@ func (w *worker) pull(ctx context.Context) (boardHeader, []float32, error) {
 // push computes the next gradient into registered memory, right where it is sent from, and writes it into our slot.
 func (w *worker) push(ctx context.Context, params []float32, version uint64, a assignment) error {
 	if w.pause > 0 {
-		time.Sleep(w.pause)
+		select {
+		case <-time.After(w.pause):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 	clock := w.clock + 1
 	w.images = batchImages(w.images[:0], &w.cfg, len(w.train), a, w.id, clock)
