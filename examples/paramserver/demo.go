@@ -62,9 +62,8 @@ func demo(ctx context.Context, o *options, stdout, stderr io.Writer) (err error)
 		d.mu.Lock()
 		fmt.Fprintln(stdout, line)
 		d.mu.Unlock()
-		var epoch int
-		if n, _ := fmt.Sscan(line, &epoch); n == 1 {
-			switch epoch {
+		if e, err := parseEpoch(line); err == nil {
+			switch e.epoch {
 			case o.train.epochs:
 				d.over()
 			case o.kill:

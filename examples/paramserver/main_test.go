@@ -126,6 +126,24 @@ func TestDemoKill(t *testing.T) {
 	}
 }
 
+// The demo counts epochs by the server's lines, of which others begin with a number, too.
+func TestEpochLine(t *testing.T) {
+	var out strings.Builder
+	want := epochStat{epoch: 12, accuracy: 0.961, loss: 0.125, version: 360, workers: 3}
+	s := &server{out: &out}
+	s.epochDone(want)
+	if got, err := parseEpoch(strings.TrimSuffix(out.String(), "\n")); err != nil || got != want {
+		t.Errorf("%q is read as %+v, %v", out.String(), got, err)
+	}
+	s.epochDone(epochStat{epoch: 1})
+	heading := strings.Split(out.String(), "\n")[1]
+	for _, line := range []string{heading, "2410 parameters; 1438 digits to train on, 359 held out", "3 workers have not reported in time", ""} {
+		if e, err := parseEpoch(line); err == nil {
+			t.Errorf("%q is read as epoch %d", line, e.epoch)
+		}
+	}
+}
+
 func TestDemoInterrupted(t *testing.T) {
 	t.Setenv(mainEnv, "1")
 	ctx, cancel := context.WithCancel(patience(t))

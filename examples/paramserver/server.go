@@ -420,6 +420,13 @@ func (s *server) epochDone(e epochStat) {
 	s.last = e
 }
 
+// parseEpoch reads an epoch's line again: no other line has its form.
+func parseEpoch(line string) (e epochStat, err error) {
+	var ms int
+	_, err = fmt.Sscanf(line, "%d %f %f %d %d %d ms", &e.epoch, &e.accuracy, &e.loss, &e.version, &e.workers, &ms)
+	return e, err
+}
+
 // wait waits until training is over and the workers have reported and left.
 func (s *server) wait(ctx context.Context) error {
 	for {
