@@ -449,6 +449,32 @@ func TestPauseInterrupted(t *testing.T) {
 	}
 }
 
+// A gradient that its worker's death has overtaken is dropped without a word; one that comes before the join is not.
+func TestPushOvertaken(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	conn, _ := transporttest.Pair(t, nil)
+	out := &syncBuilder{}
+	s := &server{ctx: ctx, out: out, pushes: make(chan push), links: map[string]*dataLink{}}
+	s.wg.Go(s.train)
+	d := &dataLink{s: s, conn: conn, token: "worker"}
+	s.pushes <- push{d, 1}
+	s.pushes <- push{d, 2} // is taken when train is through with the one before
+	if err := conn.Err(); err != nil || out.String() != "" {
+		t.Errorf("overtaken: %v, %q", err, out.String())
+	}
+	early := &dataLink{s: s, conn: conn, token: "early"}
+	s.mu.Lock()
+	s.links["early"] = early
+	s.mu.Unlock()
+	s.pushes <- push{early, 1}
+	cancel()
+	s.wg.Wait()
+	if err := conn.Err(); err == nil || !strings.Contains(out.String(), "before its worker had joined") {
+		t.Errorf("early: %v, %q", err, out.String())
+	}
+}
+
 func TestBadUse(t *testing.T) {
 	for args, want := range map[string]string{
 		"":                                "-demo, -listen and -connect",

@@ -253,8 +253,11 @@ func (s *server) train() {
 		select {
 		case p := <-s.pushes:
 			s.mu.Lock()
-			m := p.from.m
+			m, gone := p.from.m, s.links[p.from.token] != p.from
 			s.mu.Unlock()
+			if gone {
+				continue // overtaken by its worker's death
+			}
 			err := errors.New("a gradient came before its worker had joined")
 			if m != nil {
 				err = s.coord.pushed(m, p.low)
