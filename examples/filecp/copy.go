@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -31,26 +32,25 @@ func receive(ctx context.Context, from remoteFile, local string) (sum []byte, er
 	if info, err := os.Stat(local); err == nil && info.IsDir() {
 		return nil, &fs.PathError{Op: "create", Path: local, Err: errors.New("is a directory; name the file in it")}
 	}
-	tmp, err := os.CreateTemp(filepath.Dir(local), "."+filepath.Base(local)+".part-*")
+	// Of the original's permission bits it gets those that a new file may have here: the umask is ours.
+	part := filepath.Join(filepath.Dir(local), "."+filepath.Base(local)+".part-"+rand.Text())
+	tmp, err := os.OpenFile(part, os.O_WRONLY|os.O_CREATE|os.O_EXCL, from.mode())
 	if err != nil {
 		return nil, err
 	}
 	defer func() {
 		tmp.Close() // twice if all went well; the second one does nothing
 		if err != nil {
-			os.Remove(tmp.Name())
+			os.Remove(part)
 		}
 	}()
 	if sum, err = receiveTo(ctx, from, tmp); err != nil {
 		return nil, err
 	}
-	if err := tmp.Chmod(from.mode()); err != nil {
-		return nil, err
-	}
 	if err := tmp.Close(); err != nil {
 		return nil, err
 	}
-	return sum, os.Rename(tmp.Name(), local)
+	return sum, os.Rename(part, local)
 }
 
 // receiveTo copies the file, with up to slots-1 chunks being loaded while one is read. The loads are made by one

@@ -80,6 +80,29 @@ func TestReceive(t *testing.T) {
 	}
 }
 
+// The server's files may be open to all; a copy is no more so than any new file here.
+func TestReceiveUmask(t *testing.T) {
+	dir := t.TempDir()
+	randomFile(t, filepath.Join(dir, "a"), 1)
+	if err := os.Chmod(filepath.Join(dir, "a"), 0o666); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "new"), nil, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := receive(t.Context(), openLocal(t, dir, "a"), filepath.Join(dir, "b")); err != nil {
+		t.Fatal(err)
+	}
+	want, err := os.Stat(filepath.Join(dir, "new"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.Stat(filepath.Join(dir, "b"))
+	if err != nil || got.Mode() != want.Mode() {
+		t.Errorf("mode %v, %v; want %v", got.Mode(), err, want.Mode())
+	}
+}
+
 // What goes wrong leaves no file behind, and the one that was there untouched.
 func TestReceiveFails(t *testing.T) {
 	dir := t.TempDir()
