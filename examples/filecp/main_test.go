@@ -102,7 +102,13 @@ func TestServer(t *testing.T) {
 	go func() {
 		done <- serve(ctx, "127.0.0.1:0", &device.Options{}, dir, func(a net.Addr) { ready <- a })
 	}()
-	addr := (<-ready).String()
+	var addr string
+	select {
+	case a := <-ready:
+		addr = a.String()
+	case err := <-done:
+		t.Fatal(err)
+	}
 
 	t.Setenv(mainEnv, "1")
 	if err := os.WriteFile(filepath.Join(dir, "endless"), nil, 0o600); err != nil {
