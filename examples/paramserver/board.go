@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -195,7 +196,7 @@ type gradient struct {
 	clock, base uint64
 	count       int
 	loss        float64
-	tensor      []float32 // aliases the slot
+	tensor      []float32
 }
 
 // sealGradient fills in the prefix of a gradient whose tensor is already in buf.
@@ -209,9 +210,9 @@ func sealGradient(buf []byte, clock, base uint64, count int, loss float64) {
 }
 
 // openGradient reads the push number clock out of a slot. The notification came after the bytes, so they are all
-// there; what a worker claims is checked all the same.
+// there; what a worker claims is checked all the same, on a copy: it can write to its slot at any time.
 func openGradient(slot []byte, clock uint64, maxCount int) (gradient, error) {
-	buf := slot[int(clock%2)*bufferBytes:][:bufferBytes]
+	buf := bytes.Clone(slot[int(clock%2)*bufferBytes:][:bufferBytes])
 	w := words(buf[:prefixBytes])
 	tensor := buf[prefixBytes:][:tensorBytes]
 	g := gradient{clock: w[gradClock].Load(), base: w[gradBase].Load(), tensor: floats(tensor)}

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"math"
 	"runtime"
 	"strings"
 	"sync"
@@ -207,6 +208,34 @@ func TestWholeStepDies(t *testing.T) {
 	j.work(t, nil, nil)
 	if s := j.final(t); s.version != 4 { // 1,438 images are 3 steps
 		t.Fatalf("%+v", s)
+	}
+}
+
+// A worker that changes its gradient after it was checked, while the step waits for the others, changes nothing.
+func TestGradientChangedLater(t *testing.T) {
+	j := newTestJob(t, trainConfig{workers: 2, sync: true, epochs: 1, batch: 10})
+	var members [2]*member
+	for i := range members {
+		m, _, err := j.join()
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.ready = true
+		members[i] = m
+	}
+	j.mu.Lock()
+	j.beginLocked()
+	j.mu.Unlock()
+	for _, m := range members {
+		buf := j.slotMemory(m.slot)[bufferBytes:]
+		sealGradient(buf, 1, 1, 5, 1)
+		if err := j.pushed(m, 1); err != nil {
+			t.Fatal(err)
+		}
+		floats(buf[prefixBytes:][:tensorBytes])[0] = float32(math.NaN())
+	}
+	if j.version != 2 || j.params[0] != j.params[0] {
+		t.Errorf("version %d has %v", j.version, j.params[0])
 	}
 }
 
