@@ -313,6 +313,7 @@ func (c *C) restart() {
 	if err != nil {
 		c.Fatal(err)
 	}
+	c.peers = append(c.peers, p)
 	c.Cleanup(p.kill)
 	c.B.remote, c.B.listener, c.B.spare = p, nil, nil
 	c.B.dev = do(c.B, opOpen, c.B.opened)

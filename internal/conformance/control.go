@@ -10,7 +10,11 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
+	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/ringside-rdma/ringside/qp"
@@ -187,6 +191,8 @@ func ServePeer() {
 	}
 	in, out := os.Stdin, os.Stdout
 	os.Stdout = os.Stderr // nothing else may write to the control pipe
+	// A terminal interrupts this process, too; when it ends is up to the script.
+	signal.Ignore(os.Interrupt)
 	h := newHost()
 	var mu sync.Mutex // guards out
 	for {
@@ -236,6 +242,8 @@ type peer struct {
 	in   io.WriteCloser
 	gone chan struct{} // closed when the process has ended
 	log  lockedBuffer
+
+	stopped, killed atomic.Bool // it was asked to end, or made to; set before that
 
 	sendMu  sync.Mutex
 	mu      sync.Mutex
@@ -300,7 +308,7 @@ func startPeer(namespace string) (*peer, error) {
 				ch <- resp
 			}
 		}
-		p.cmd.Wait()
+		p.cmd.Wait() // what it returns, failure makes of ProcessState
 		close(p.gone)
 	}()
 	return p, nil
@@ -308,18 +316,52 @@ func startPeer(namespace string) (*peer, error) {
 
 // kill ends the process as kill -9 does, and waits until it is gone.
 func (p *peer) kill() {
+	p.killed.Store(true)
 	p.cmd.Process.Kill()
 	<-p.gone
 }
 
-// stop asks the process to end by closing its control pipe.
-func (p *peer) stop() {
+// stop asks the process to end by closing its control pipe, waits until it is gone, and returns what failure does.
+func (p *peer) stop() error {
+	p.stopped.Store(true)
 	p.in.Close()
 	select {
 	case <-p.gone:
+		return p.failure()
 	case <-time.After(patience):
 		p.kill()
+		return fmt.Errorf("the other process did not end within %v; its output:\n%s", patience, p.log.String())
 	}
+}
+
+// hasEnded reports whether the process is gone; of one that is being killed, once it is.
+func (p *peer) hasEnded() bool {
+	if p.killed.Load() {
+		<-p.gone
+		return true
+	}
+	select {
+	case <-p.gone:
+		return true
+	default:
+		return false
+	}
+}
+
+// raceFound is in what the race detector writes. A process that is killed has no status that tells of it.
+const raceFound = "WARNING: DATA RACE"
+
+// failure returns an error, with what the process has written, if it has ended otherwise than it was made to: by a panic or by itself,
+// or with the status of the race detector. It is gone.
+func (p *peer) failure() error {
+	how, out := p.cmd.ProcessState, p.log.String()
+	switch {
+	case p.killed.Load() && how.ExitCode() < 0 && !strings.Contains(out, raceFound): // no status: by a signal
+		return nil
+	case p.stopped.Load() && how.Success():
+		return nil
+	}
+	return fmt.Errorf("the other process has ended: %v; its output:\n%s", how, out)
 }
 
 func (p *peer) roundTrip(name string, args, reply any) error {
@@ -336,7 +378,7 @@ func (p *peer) roundTrip(name string, args, reply any) error {
 	p.sendMu.Lock()
 	err = writeFrame(p.in, &request{ID: id, Op: name, Args: b})
 	p.sendMu.Unlock()
-	if err != nil {
+	if err != nil && !errors.Is(err, syscall.EPIPE) { // that: it is about to be gone
 		return fmt.Errorf("%w: %v", errPeerGone, err)
 	}
 	timer := time.NewTimer(controlTimeout)

@@ -42,7 +42,11 @@ func TestControlPeer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer p.stop()
+	defer func() {
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+	}()
 	c := &C{T: t}
 	for _, s := range []*Side{{c: c, name: "here", local: newHost()}, {c: c, name: "there", remote: p}} {
 		if _, err := call(s, opPD, none{}); !errors.Is(err, errNotThere) {

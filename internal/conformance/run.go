@@ -84,9 +84,10 @@ var lossy = os.Getenv("RINGSIDE_SOFT_FAULTS")
 var errNotConnected = errors.New("the sides do not connect: no case can run")
 
 // eachCase runs the table on a path. run runs one case by its name, and reports whether it has passed; report is told how each ended.
-func eachCase(p path, run func(name string, f func(T)) bool, report func(Result)) error {
+// An error other than errNotConnected says how the process of the second side has failed behind the last case.
+func eachCase(p path, run func(name string, f func(T)) bool, report func(Result)) (err error) {
 	r := &runner{path: p, report: report}
-	defer r.stop()
+	defer func() { err = errors.Join(err, r.stop()) }()
 	// What a process or a NIC makes once and keeps is made here, before leaks are counted.
 	if !run("warm-up", func(t T) { r.run(t, testCase{name: "warm-up", run: warmUp}) }) {
 		return errNotConnected
@@ -138,31 +139,57 @@ type runner struct {
 	report   func(Result)
 }
 
-func (r *runner) stop() {
-	if r.shared != nil {
-		r.shared.stop()
+func (r *runner) stop() error {
+	if r.shared == nil {
+		return nil
 	}
+	return r.shared.stop()
 }
 
-// peerFor returns the process of the second side; own says that it is for one case only.
+// peerFor returns the process of the second side; own says that it is for one case only, which ends it.
 func (r *runner) peerFor(t T, own bool) *peer {
 	if !own && r.shared != nil {
-		select {
-		case <-r.shared.gone:
-		default:
+		if !r.shared.hasEnded() {
 			return r.shared
 		}
+		if err := r.shared.failure(); err != nil {
+			t.Errorf("between two cases: %v", err)
+		}
+		r.shared = nil
 	}
 	p, err := startPeer(r.namespace)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if own {
-		t.Cleanup(p.kill)
-	} else {
+	if !own {
 		r.shared = p
 	}
 	return p
+}
+
+// endPeers tells t of the processes of a case that have ended otherwise than they were to, and, if the case has failed, what the others
+// have written. Those that are its own end here.
+func (r *runner) endPeers(t T, peers []*peer) {
+	for _, p := range peers {
+		var err error
+		switch shared := p == r.shared; {
+		case p.hasEnded():
+			err = p.failure()
+			if shared {
+				r.shared = nil
+			}
+		case shared:
+		case t.Failed():
+			p.kill() // it may hang
+		default:
+			err = p.stop()
+		}
+		if err != nil {
+			t.Errorf("%v", err)
+		} else if out := p.log.String(); t.Failed() && out != "" {
+			t.Logf("output of the other process:\n%s", out)
+		}
+	}
 }
 
 func (r *runner) run(t T, tc testCase) {
@@ -198,11 +225,8 @@ func (r *runner) run(t T, tc testCase) {
 			remote = c.A
 		}
 		remote.local, remote.remote = nil, r.peerFor(t, tc.twoProcesses)
-		t.Cleanup(func() {
-			if out := remote.remote.log.String(); t.Failed() && out != "" {
-				t.Logf("output of the other process:\n%s", out)
-			}
-		})
+		c.peers = append(c.peers, remote.remote)
+		t.Cleanup(func() { r.endPeers(t, c.peers) })
 	}
 	warm := tc.name != "warm-up"
 	t.Cleanup(func() { c.finish(warm && c.net == nil) })
@@ -269,17 +293,7 @@ func (c *C) finish(countLeaks bool) {
 // counted reports whether the leaks of the side's process are counted with those of side A.
 func (c *C) counted(s *Side) bool { return s == c.B && c.A.local != nil && c.B.local != nil }
 
-func (s *Side) gone() bool {
-	if s.remote == nil {
-		return false
-	}
-	select {
-	case <-s.remote.gone:
-		return true
-	default:
-		return false
-	}
-}
+func (s *Side) gone() bool { return s.remote != nil && s.remote.hasEnded() }
 
 // seed returns the seed of a random case, and says on failure how to use it again.
 func (c *C) seed() uint64 {

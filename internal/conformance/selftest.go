@@ -2,6 +2,7 @@ package conformance
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"runtime"
@@ -11,8 +12,9 @@ import (
 )
 
 // Run runs the table on a device, or between two, without package testing: the sides meet within this process, then in two processes,
-// in both roles. It tells report how each case has ended, and goes on behind failures. An error says that the sides did not even
-// connect, or that ctx has ended, which is looked at between cases. One Run a process; see ServePeer.
+// in both roles. It tells report how each case has ended, and goes on behind failures; a second process that fails behind its last case is
+// told as one more. An error says that the sides did not even connect, or that ctx has ended, which is looked at between cases. One Run
+// a process; see ServePeer.
 func Run(ctx context.Context, o Options, report func(Result)) error {
 	options = o
 	for _, p := range []path{pathInProcess, pathProcesses, pathProcessesBA} {
@@ -34,6 +36,10 @@ func Run(ctx context.Context, o Options, report func(Result)) error {
 		if err := eachCase(p, run, report); err != nil {
 			if ctx.Err() != nil {
 				return ctx.Err()
+			}
+			if !errors.Is(err, errNotConnected) {
+				report(Result{Case: "end of the other process", Path: p.name, Outcome: Failed, Log: err.Error()})
+				continue
 			}
 			return fmt.Errorf("%s: %w\n%s", p.name, err, strings.TrimSpace(first))
 		}

@@ -31,6 +31,7 @@ type T interface {
 type C struct {
 	T
 	A, B    *Side
+	peers   []*peer // the processes that were a side
 	result  *Result
 	net     *simnet.Network // where the sides meet; nil: in the real world
 	lossy   bool            // it loses packets
