@@ -222,6 +222,14 @@ func (c *C) types() []ib.QPType {
 	return t
 }
 
+// unreliable skips a case that is about the types other than RC, if there is none.
+func (c *C) unreliable() {
+	c.Helper()
+	if len(c.types()) == 1 {
+		c.Skip(nothingToDo + ": no unreliable service")
+	}
+}
+
 // Requests of every kind wait behind one that has no receive, and are flushed in order, unsignalled ones too.
 func flushSends(c *C) {
 	l := c.pair(ib.RC, func(o *linkOpts) { o.minRNR = 20 })
@@ -657,6 +665,7 @@ func sqdWaits(c *C) {
 // IBA 10.3.1.6: an error of a UD or UC QP's own send puts it into SQE: the sends behind it are flushed, receives go on,
 // and Modify takes it back to RTS. Devices without that state go to ERR (rxe, mlx5).
 func sendQueueError(c *C) {
+	c.unreliable()
 	for _, typ := range c.types() {
 		if typ == ib.RC {
 			continue

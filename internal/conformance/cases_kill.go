@@ -224,6 +224,7 @@ func killSleepingReceiver(c *C) {
 }
 
 func killUnreliable(c *C) {
+	c.unreliable()
 	for _, typ := range c.types() {
 		if typ == ib.RC {
 			continue
