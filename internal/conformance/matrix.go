@@ -56,6 +56,7 @@ func columnOf(provider, path string) string {
 // markdown makes the table of features and providers. A cell is "yes" with the number of cases, "most" if cases were skipped,
 // a bold gap with the cases that fail, or a dash; with footnotes that say why cases were skipped.
 func markdown(all []Result) string {
+	all = slices.DeleteFunc(slices.Clone(all), func(r Result) bool { return r.Feature == "" })
 	var features, columns, notes []string
 	for _, r := range all {
 		if !slices.Contains(features, r.Feature) {

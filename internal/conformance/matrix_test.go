@@ -69,6 +69,7 @@ func TestMarkdown(t *testing.T) {
 		{Case: "d", Feature: "MW", Column: "soft, in-process", Outcome: Skipped, Reason: nothingToDo + ": it has none"},
 		{Case: "d", Feature: "MW", Column: "rxe", Outcome: Passed},
 		{Case: "e", Feature: "MW", Column: "rxe", Outcome: Skipped, Reason: "it crashes"},
+		{Case: "f", Column: "siw", Outcome: Failed}, // no row's
 	})
 	want := `| feature | soft, in-process | rxe |
 |---|---|---|

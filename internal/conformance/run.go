@@ -28,7 +28,7 @@ var options = Options{Device: "soft0"}
 // testCase is one row of the table.
 type testCase struct {
 	name    string
-	feature string // row of the matrix
+	feature string // row of the matrix; empty: none
 	needs   ib.DeviceCaps
 	// twoProcesses: the case ends the other process, and gets one of its own to do that.
 	twoProcesses bool
@@ -195,6 +195,7 @@ func (r *runner) endPeers(t T, peers []*peer) {
 func (r *runner) run(t T, tc testCase) {
 	res := &Result{Case: tc.name, Feature: tc.feature, Path: r.name}
 	c := &C{T: t, result: res, streams: r.streams}
+	warm := tc.name != "warm-up"
 	// First of the cleanups, so the last to run: it tells of what failed before the case began, and of all that was logged behind it.
 	t.Cleanup(func() {
 		res.Column = columnOf(r.provider, r.name)
@@ -209,7 +210,7 @@ func (r *runner) run(t T, tc testCase) {
 		default:
 			res.Outcome = Passed
 		}
-		if tc.feature != "" {
+		if warm {
 			r.report(*res)
 		}
 	})
@@ -228,7 +229,6 @@ func (r *runner) run(t T, tc testCase) {
 		c.peers = append(c.peers, remote.remote)
 		t.Cleanup(func() { r.endPeers(t, c.peers) })
 	}
-	warm := tc.name != "warm-up"
 	t.Cleanup(func() { c.finish(warm && c.net == nil) })
 	sides := []*Side{c.A, c.B}
 	for i, s := range sides {
