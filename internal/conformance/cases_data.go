@@ -178,7 +178,7 @@ func selfConnected(c *C) {
 		c.Skip(nothingToDo + ": a stream has two ends")
 	}
 	o := c.opts(ib.RC)
-	e := c.end(c.A, o, nil, nil, 0, 0)
+	e := c.end(c.A, o, nil, nil, 0)
 	e.toInit(o, 0)
 	e.toRTR(o, e)
 	e.toRTS(o)

@@ -366,7 +366,7 @@ func peerNotConnected(c *C) {
 	o := c.opts(ib.RC)
 	o.retry = 1
 	l := c.pairOn(c.A, c.B, o)
-	stranger := c.end(c.A, o, nil, nil, 0, 0)
+	stranger := c.end(c.A, o, nil, nil, 0)
 	l.b.recv(1, l.b.mem.sge(0, 64))
 	l.b.mem.canary()
 	stranger.toInit(o, 0)
@@ -390,7 +390,7 @@ func peerNotConnected(c *C) {
 func wrongDestination(c *C) {
 	o := c.opts(ib.RC)
 	o.retry = 1
-	e, other := c.end(c.A, o, nil, nil, 0, 0), c.end(c.B, o, nil, nil, 0, 0)
+	e, other := c.end(c.A, o, nil, nil, 0), c.end(c.B, o, nil, nil, 0)
 	if err := other.destroy(); err != nil {
 		c.Fatal(err)
 	}

@@ -217,12 +217,15 @@ func oneCQ(c *C) {
 		l.a.post(wrSend(uint64(i), l.a.mem.sge(0, 10)))
 		l.b.post(wrSend(uint64(i), l.b.mem.sge(0, 10)))
 	}
-	for cq, seen := range map[*CQ]map[ib.QPN]int{qa: seenA, qb: seenB} {
-		for _, wc := range cq.wait(6) {
+	for _, q := range []struct {
+		cq   *CQ
+		seen map[ib.QPN]int
+	}{{qa, seenA}, {qb, seenB}} {
+		for _, wc := range q.cq.wait(6) {
 			if wc.Status != ib.WCSuccess || wc.Opcode != ib.WCSend && wc.Opcode != ib.WCRecv {
 				c.Fatalf("completion %s", showWC(wc))
 			}
-			seen[wc.QPN]++
+			q.seen[wc.QPN]++
 		}
 	}
 	for _, l := range links {

@@ -225,7 +225,7 @@ func closeHandle(h *host, n handle) error {
 
 var opClose = newOp("close", func(h *host, n handle) (none, error) { return none{}, closeHandle(h, n) })
 
-// opCloseAgain closes an object twice more and keeps it: Close must be idempotent.
+// opCloseTwice closes an object twice more and keeps it: Close must be idempotent.
 var opCloseTwice = newOp("close twice", func(h *host, n handle) (none, error) {
 	if err := closeConn(h, n); err != nil {
 		return none{}, err

@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-// TestZMatrix writes the matrix of what the tests before it have found; it comes last in the file order.
+// TestZMatrix writes the matrix of what the tests before it have found: those of main_test.go, among others, since files go by their names.
 func TestZMatrix(t *testing.T) {
 	if *matrixFile == "" {
 		t.Skip("no -matrix file")

@@ -36,7 +36,6 @@ type linkOpts struct {
 	mtu                    ib.MTU
 	srqA, srqB             handle
 	scqA, rcqA, scqB, rcqB *CQ
-	channelA, channelB     handle
 	cqEntries              int
 	noConnect              bool
 	qkeyA, qkeyB           ib.QKey
@@ -74,8 +73,8 @@ func (c *C) pairOn(a, b *Side, o linkOpts) link {
 		o.memAccess &^= ib.AccessRemoteAtomic | ib.AccessRemoteRead
 	}
 	l := link{
-		c.end(a, o, o.scqA, o.rcqA, o.srqA, o.channelA),
-		c.end(b, o, o.scqB, o.rcqB, o.srqB, o.channelB),
+		c.end(a, o, o.scqA, o.rcqA, o.srqA),
+		c.end(b, o, o.scqB, o.rcqB, o.srqB),
 	}
 	if !o.noConnect {
 		c.connect(l, o)
@@ -83,13 +82,13 @@ func (c *C) pairOn(a, b *Side, o linkOpts) link {
 	return l
 }
 
-func (c *C) end(s *Side, o linkOpts, scq, rcq *CQ, srq, channel handle) *end {
+func (c *C) end(s *Side, o linkOpts, scq, rcq *CQ, srq handle) *end {
 	c.Helper()
 	if scq == nil {
-		scq = s.cqOn(o.cqEntries, channel)
+		scq = s.cq(o.cqEntries)
 	}
 	if rcq == nil {
-		rcq = s.cqOn(o.cqEntries, channel)
+		rcq = s.cq(o.cqEntries)
 	}
 	cfg := qp.Config{Type: o.typ, SendDepth: o.depth, RecvDepth: o.recvDepth, SendSGE: o.sges, RecvSGE: o.sges, MaxInline: o.inline, SignalAll: o.signalAll}
 	if srq != 0 {

@@ -35,7 +35,7 @@ type testCase struct {
 	run          func(c *C)
 }
 
-// table is every case; the files cases_*_test.go add to it.
+// table is every case; the files cases_*.go add to it.
 var table []testCase
 
 func addCases(feature string, needs ib.DeviceCaps, cases ...testCase) bool {
