@@ -197,7 +197,9 @@ func mwRights(c *C) {
 	win := l.b.bind(w, m, 0, 4096, ib.AccessRemoteWrite|ib.AccessRemoteRead)
 	l.a.post(wrWrite(1, l.a.mem.sges(0, 64), win, 0), wrRead(2, l.a.mem.sges(100, 64), win, 0))
 	l.a.sent(want{ID: 1, Op: ib.WCRDMAWrite, Len: anyLen}, want{ID: 2, Op: ib.WCRDMARead, Len: 64})
+	m.canary()
 	l.remoteAccessError(c, ib.OpRDMAWrite, m.Addr, m.RKey, ib.WCRemoteAccessErr)
+	m.intact("region that is open by a window only")
 }
 
 // Binds that give what the region does not have (IBA 10.6.7.2.6, C10-72 to C10-75).

@@ -187,19 +187,23 @@ func atomicWriteBasic(c *C) {
 }
 
 func atomicWriteRights(c *C) {
-	for name, f := range inOrder(map[string]func(l link) ib.SendWR{
-		"misaligned":        func(l link) ib.SendWR { return wrAtomicWrite(1, l.b.mem, 4, 1) },
-		"beyond the region": func(l link) ib.SendWR { return wrAtomicWrite(1, l.b.mem, l.b.mem.n, 1) },
-		"region without the right": func(l link) ib.SendWR {
-			return wrAtomicWrite(1, c.B.mem(c.B.pd, 4096, ib.AccessLocalWrite|ib.AccessRemoteRead), 0, 1)
+	for name, f := range inOrder(map[string]func(l link) (*Mem, ib.SendWR){
+		"misaligned":        func(l link) (*Mem, ib.SendWR) { return l.b.mem, wrAtomicWrite(1, l.b.mem, 4, 1) },
+		"beyond the region": func(l link) (*Mem, ib.SendWR) { return l.b.mem, wrAtomicWrite(1, l.b.mem, l.b.mem.n, 1) },
+		"region without the right": func(l link) (*Mem, ib.SendWR) {
+			m := c.B.mem(c.B.pd, 4096, ib.AccessLocalWrite|ib.AccessRemoteRead)
+			return m, wrAtomicWrite(1, m, 0, 1)
 		},
 	}) {
 		l := c.placementPair(ib.RC)
+		m, wr := f(l)
 		l.b.mem.canary()
-		l.a.post(f(l))
+		m.canary()
+		l.a.post(wr)
 		c.Logf("%s: %q", name, l.a.sentOneOf(1, ib.WCRemoteAccessErr, ib.WCRemoteInvalidReqErr))
 		l.a.inState(ib.Err)
 		l.b.mem.intact(name)
+		m.intact(name + ": the memory that is named")
 	}
 }
 

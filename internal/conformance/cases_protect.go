@@ -9,37 +9,49 @@ import (
 )
 
 var _ = addCases("remote protection", 0,
-	testCase{name: "remote/wrong-rkey", run: remoteCases(func(c *C, l link) (uint64, ib.RKey) { return l.b.mem.Addr, l.b.mem.RKey ^ 0x40 })},
-	testCase{name: "remote/wrong-rkey-index", run: remoteCases(func(c *C, l link) (uint64, ib.RKey) { return l.b.mem.Addr, l.b.mem.RKey ^ 0x00ffff00 })},
-	testCase{name: "remote/zero-rkey", run: remoteCases(func(c *C, l link) (uint64, ib.RKey) { return l.b.mem.Addr, 0 })},
-	testCase{name: "remote/before-the-region", run: remoteCases(func(c *C, l link) (uint64, ib.RKey) { return l.b.mem.Addr - 8, l.b.mem.RKey })},
-	testCase{name: "remote/over-the-end", run: remoteCases(func(c *C, l link) (uint64, ib.RKey) {
-		return l.b.mem.Addr + uint64(l.b.mem.n) - 8, l.b.mem.RKey
+	testCase{name: "remote/wrong-rkey", run: remoteCases(func(c *C, l link) (*Mem, uint64, ib.RKey) {
+		return l.b.mem, l.b.mem.Addr, l.b.mem.RKey ^ 0x40
 	})},
-	testCase{name: "remote/far-outside", run: remoteCases(func(c *C, l link) (uint64, ib.RKey) { return l.b.mem.Addr + 1<<40, l.b.mem.RKey })},
-	testCase{name: "remote/address-wraps", run: remoteCases(func(c *C, l link) (uint64, ib.RKey) { return math.MaxUint64 - 7, l.b.mem.RKey })},
-	testCase{name: "remote/revoked", run: remoteCases(func(c *C, l link) (uint64, ib.RKey) {
+	testCase{name: "remote/wrong-rkey-index", run: remoteCases(func(c *C, l link) (*Mem, uint64, ib.RKey) {
+		return l.b.mem, l.b.mem.Addr, l.b.mem.RKey ^ 0x00ffff00
+	})},
+	testCase{name: "remote/zero-rkey", run: remoteCases(func(c *C, l link) (*Mem, uint64, ib.RKey) {
+		return l.b.mem, l.b.mem.Addr, 0
+	})},
+	testCase{name: "remote/before-the-region", run: remoteCases(func(c *C, l link) (*Mem, uint64, ib.RKey) {
+		return l.b.mem, l.b.mem.Addr - 8, l.b.mem.RKey
+	})},
+	testCase{name: "remote/over-the-end", run: remoteCases(func(c *C, l link) (*Mem, uint64, ib.RKey) {
+		return l.b.mem, l.b.mem.Addr + uint64(l.b.mem.n) - 8, l.b.mem.RKey
+	})},
+	testCase{name: "remote/far-outside", run: remoteCases(func(c *C, l link) (*Mem, uint64, ib.RKey) {
+		return l.b.mem, l.b.mem.Addr + 1<<40, l.b.mem.RKey
+	})},
+	testCase{name: "remote/address-wraps", run: remoteCases(func(c *C, l link) (*Mem, uint64, ib.RKey) {
+		return l.b.mem, math.MaxUint64 - 7, l.b.mem.RKey
+	})},
+	testCase{name: "remote/revoked", run: remoteCases(func(c *C, l link) (*Mem, uint64, ib.RKey) {
 		m := c.B.mem(c.B.pd, 4096, accessAll)
 		l.a.post(wrWrite(100, l.a.mem.sges(0, 64), m, 0)) // it is in use
 		l.a.sent(want{ID: 100, Op: ib.WCRDMAWrite, Len: anyLen})
 		if err := m.close(); err != nil {
 			c.Fatal(err)
 		}
-		return m.Addr, m.RKey
+		return l.b.mem, m.Addr, m.RKey // its own memory has gone with it
 	})},
-	testCase{name: "remote/revoked-slice", run: remoteCases(func(c *C, l link) (uint64, ib.RKey) {
+	testCase{name: "remote/revoked-slice", run: remoteCases(func(c *C, l link) (*Mem, uint64, ib.RKey) {
 		m := c.B.slice(c.B.pd, 4096, accessAll)
 		l.a.post(wrWrite(100, l.a.mem.sges(0, 64), m, 0))
 		l.a.sent(want{ID: 100, Op: ib.WCRDMAWrite, Len: anyLen})
 		if err := m.close(); err != nil {
 			c.Fatal(err)
 		}
-		return m.Addr, m.RKey
+		return m, m.Addr, m.RKey
 	})},
 	testCase{name: "remote/revoked-key-not-reused", run: keysNotReused},
-	testCase{name: "remote/other-domain", run: remoteCases(func(c *C, l link) (uint64, ib.RKey) {
+	testCase{name: "remote/other-domain", run: remoteCases(func(c *C, l link) (*Mem, uint64, ib.RKey) {
 		m := c.B.mem(do(c.B, opPD, none{}), 4096, accessAll)
-		return m.Addr, m.RKey
+		return m, m.Addr, m.RKey
 	})},
 	testCase{name: "remote/region-without-right", run: regionWithoutRight},
 	testCase{name: "remote/qp-without-right", run: qpWithoutRight},
@@ -101,19 +113,24 @@ func remoteReq(id uint64, o ib.Opcode, local *Mem, addr uint64, key ib.RKey) ib.
 }
 
 // remoteCases does every remote operation with the address and key that target makes, each on a new pair. Each must end
-// with a remote access error, change nothing, and leave both QPs in error with everything behind it flushed.
-func remoteCases(target func(*C, link) (uint64, ib.RKey)) func(*C) {
+// with a remote access error, change nothing, and leave both QPs in error with everything behind it flushed. The memory that
+// target returns is what must not change besides: that which the address is of, or which is near.
+func remoteCases(target func(*C, link) (*Mem, uint64, ib.RKey)) func(*C) {
 	return func(c *C) {
 		for _, o := range remoteOps {
 			if !c.hasOp(o) {
 				continue
 			}
 			l := c.pair(ib.RC)
-			addr, key := target(c, l)
+			m, addr, key := target(c, l)
 			if isAtomic(o) && addr == l.b.mem.Addr+uint64(l.b.mem.n)-8 {
 				addr += 8 // the word behind the last one
 			}
+			m.canary()
 			l.remoteAccessError(c, o, addr, key, ib.WCRemoteAccessErr)
+			if m != l.b.mem { // which has been looked at, and takes what is sent behind
+				m.intact(fmt.Sprint("the memory that the address is of, ", o))
+			}
 		}
 	}
 }
@@ -352,23 +369,31 @@ func secondElementBad(c *C) {
 // A receive buffer that cannot be written: the receiver gets a local protection error, and the sender a remote operation
 // error (IBA 9.9.3, class A of the responder). rxe reports the receive as a local QP operation error.
 func receiveBad(c *C) {
-	for name, bad := range inOrder(map[string]func(l link) ib.SGE{
-		"bad lkey":     func(l link) ib.SGE { s := l.b.mem.sge(0, 64); s.LKey ^= 0x5500; return s },
-		"out of range": func(l link) ib.SGE { s := l.b.mem.sge(0, 64); s.Addr += uint64(l.b.mem.n) - 32; return s },
-		"read only":    func(l link) ib.SGE { return c.B.mem(c.B.pd, 4096, 0).sge(0, 64) },
-		"revoked": func(l link) ib.SGE {
+	for name, bad := range inOrder(map[string]func(l link) (*Mem, ib.SGE){
+		"bad lkey":     func(l link) (*Mem, ib.SGE) { s := l.b.mem.sge(0, 64); s.LKey ^= 0x5500; return l.b.mem, s },
+		"out of range": func(l link) (*Mem, ib.SGE) { return l.b.mem, l.b.mem.sge(l.b.mem.n-32, 64) },
+		"read only": func(l link) (*Mem, ib.SGE) {
+			m := c.B.mem(c.B.pd, 4096, 0)
+			return m, m.sge(0, 64)
+		},
+		"revoked": func(l link) (*Mem, ib.SGE) {
 			m := c.B.mem(c.B.pd, 4096, accessAll)
 			if err := m.close(); err != nil {
 				c.Fatal(err)
 			}
-			return m.sge(0, 64)
+			return l.b.mem, m.sge(0, 64) // its own memory has gone with it
 		},
-		"other domain": func(l link) ib.SGE { return c.B.mem(do(c.B, opPD, none{}), 4096, accessAll).sge(0, 64) },
+		"other domain": func(l link) (*Mem, ib.SGE) {
+			m := c.B.mem(do(c.B, opPD, none{}), 4096, accessAll)
+			return m, m.sge(0, 64)
+		},
 	}) {
 		c.Logf("receive buffer: %s", name)
 		l := c.pair(ib.RC)
+		m, sge := bad(l)
 		l.b.mem.canary()
-		l.b.recv(7, bad(l))
+		m.canary()
+		l.b.recv(7, sge)
 		l.b.recv(8, l.b.mem.sge(0, 64))
 		l.a.post(wrSend(1, l.a.mem.sge(0, 64)), wrSend(2))
 		l.a.sent(want{ID: 1, Status: ib.WCRemoteOpErr}, want{ID: 2, Status: ib.WCFlushErr})
@@ -377,6 +402,7 @@ func receiveBad(c *C) {
 		l.a.inState(ib.Err)
 		l.b.inState(ib.Err)
 		l.b.mem.intact("after a receive into bad memory")
+		m.intact("the memory that the receive names")
 	}
 }
 
