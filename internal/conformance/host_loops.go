@@ -244,7 +244,7 @@ type useUntilClosedArgs struct {
 	Recv   ib.RecvWR
 }
 
-// opUseUntilClosed posts and polls until both objects are closed under it, and returns how often it did.
+// opUseUntilClosed posts and polls until both objects are closed under it and all calls say so, and returns how often it did.
 var opUseUntilClosed = newOp("use until closed", func(h *host, a useUntilClosedArgs) (n int, err error) {
 	q, err := get[*qp.QP](h, a.QP)
 	if err != nil {
@@ -255,7 +255,7 @@ var opUseUntilClosed = newOp("use until closed", func(h *host, a useUntilClosedA
 		return 0, err
 	}
 	buf := make([]ib.WC, 8)
-	h.waitFor(patience, func() bool {
+	done := h.waitFor(patience, func() bool {
 		n++
 		_, e1 := q.PostSend([]ib.SendWR{a.WR})
 		_, e2 := q.PostRecv([]ib.RecvWR{a.Recv})
@@ -267,5 +267,8 @@ var opUseUntilClosed = newOp("use until closed", func(h *host, a useUntilClosedA
 		}
 		return err != nil || errors.Is(e1, net.ErrClosed) && errors.Is(e2, net.ErrClosed) && errors.Is(e3, net.ErrClosed)
 	})
+	if !done {
+		err = fmt.Errorf("not all calls say %q within %v", net.ErrClosed, patience)
+	}
 	return n, err
 })
