@@ -1,6 +1,7 @@
 package conformance
 
 import (
+	"fmt"
 	"math"
 	"slices"
 
@@ -169,6 +170,9 @@ func atomicLock(c *C) {
 					if w == 0 {
 						wins[i]++
 					}
+				}
+				if err == nil && len(r.Bad) > 0 {
+					err = fmt.Errorf("initiator %d: %+v", i, r.Bad)
 				}
 				done <- err
 			}()

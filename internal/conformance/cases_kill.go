@@ -135,10 +135,33 @@ func killTarget(c *C, op ib.Opcode, changes ...func(*linkOpts)) {
 	c.death(l.a, 1, 2)
 }
 
+// streamFromB lets B send to A in the background until B is killed. The function that it returns waits until that was the end of it: a
+// stream that has ended by itself was none when the peer died.
+func (l link) streamFromB(op ib.Opcode) (killed func()) {
+	c := l.a.c
+	var got pumpResult
+	var err error
+	done := make(chan none)
+	go func() {
+		defer close(done)
+		got, err = call(l.b.Side, opPump, pumpArgs{QP: l.b.H, CQ: l.b.scq.H, WRs: stream(l.b, l.a, op)})
+	}()
+	return func() {
+		c.Helper()
+		<-done
+		if c.cmOnly() && op == ib.OpSend { // a message that comes before its receive ends the connection
+			return
+		}
+		if !errors.Is(err, errPeerGone) {
+			c.Errorf("the stream of %v ended before the peer did, after %d rounds: %v %+v", op, got.Rounds, err, got.Bad)
+		}
+	}
+}
+
 func killInitiator(c *C, op ib.Opcode, changes ...func(*linkOpts)) {
 	ch := do(c.A, opChannel, none{})
 	rcq := c.A.cqOn(256, ch)
-	l := c.pair(ib.RC, append(changes, func(o *linkOpts) { o.rcqA, o.retry = rcq, 2 })...)
+	l := c.pair(ib.RC, append(changes, func(o *linkOpts) { o.rcqA, o.retryA = rcq, 2 })...)
 	other := c.pairOn(c.A, c.A, c.opts(ib.RC))
 	if op == ib.OpSend {
 		receiving := c.startReceiving(l.a, ch)
@@ -148,14 +171,10 @@ func killInitiator(c *C, op ib.Opcode, changes ...func(*linkOpts)) {
 		}()
 	}
 	r := c.rand()
-	pumping := make(chan none)
-	go func() {
-		defer close(pumping)
-		call(c.B, opPump, pumpArgs{QP: l.b.H, CQ: l.b.scq.H, WRs: stream(l.b, l.a, op)})
-	}()
+	streaming := l.streamFromB(op)
 	time.Sleep(time.Duration(1000+r.IntN(30_000)) * time.Microsecond)
 	c.B.kill()
-	<-pumping
+	streaming()
 	// What the peer has left half done must not hold up anybody: this end fails in bounded time, its memory can be used
 	// and withdrawn, and other QPs work on.
 	if op != ib.OpSend {
@@ -329,20 +348,16 @@ func killManyTimes(c *C) {
 		if round > 0 {
 			c.restart()
 		}
-		l := c.pair(ib.RC, func(o *linkOpts) { o.retry = 2 })
+		l := c.pair(ib.RC, func(o *linkOpts) { o.retryA = 2 })
 		l.alive(c)
 		for range 30 {
 			l.a.recv(0, l.a.mem.sge(32<<10, 1000))
 		}
 		op := ops[round%len(ops)]
-		pumping := make(chan none)
-		go func() {
-			defer close(pumping)
-			call(c.B, opPump, pumpArgs{QP: l.b.H, CQ: l.b.scq.H, WRs: stream(l.b, l.a, op)})
-		}()
+		streaming := l.streamFromB(op)
 		time.Sleep(time.Duration(r.IntN(5000)) * time.Microsecond)
 		c.B.kill()
-		<-pumping
+		streaming()
 		l.a.failsSoon(wrWrite(501, l.a.mem.sges(0, 8), l.b.mem, 0))
 		l.a.inState(ib.Err)
 		for _, err := range []error{l.a.destroy(), l.a.mem.close()} {

@@ -28,6 +28,7 @@ type linkOpts struct {
 	inline                 int
 	signalAll              bool
 	rnrRetry, retry        uint8
+	retryA                 uint8 // retry of the first end, if it is not that of both; 0: it is
 	minRNR                 ib.RNRTimer
 	access                 ib.Access // of both QPs
 	rdAtomic, destRdAtomic uint8
@@ -117,7 +118,11 @@ func (c *C) connect(l link, o linkOpts) {
 	}
 	l.a.toRTR(o, l.b)
 	l.b.toRTR(o, l.a)
-	l.a.toRTS(o)
+	oa := o
+	if o.retryA > 0 {
+		oa.retry = o.retryA
+	}
+	l.a.toRTS(oa)
 	l.b.toRTS(o)
 }
 
