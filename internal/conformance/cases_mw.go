@@ -135,13 +135,16 @@ func mwSendInv(c *C) {
 // IBA 9.9.3 the error is of class J, found when the request was accepted already; rxe ends the receive with remote invalid
 // request and does not acknowledge; others answer with a remote access error.
 func mwSendInvWrong(c *C) {
+	var m link
+	var win *Mem
 	for name, key := range inOrder(map[string]func(l link) ib.RKey{
 		"no key":    func(l link) ib.RKey { return 0x12345600 ^ l.b.mem.RKey },
 		"a region":  func(l link) ib.RKey { return l.b.mem.RKey },
 		"not bound": func(l link) ib.RKey { return do(c.B, opWindowRKey, do(c.B, opWindow, c.B.pd)) },
 		"another QP's": func(l link) ib.RKey {
-			m := c.pair(ib.RC, bindable)
-			return m.b.bind(do(c.B, opWindow, c.B.pd), m.b.mem, 0, 64, ib.AccessRemoteRead).RKey
+			m = c.pair(ib.RC, bindable)
+			win = m.b.bind(do(c.B, opWindow, c.B.pd), m.b.mem, 0, 64, ib.AccessRemoteRead)
+			return win.RKey
 		},
 	}) {
 		l := c.pair(ib.RC, func(o *linkOpts) { bindable(o); o.retry = 1 })
@@ -160,9 +163,13 @@ func mwSendInvWrong(c *C) {
 		}
 		l.b.flushed(l.b.rcq, 8)
 		l.b.inState(ib.Err)
-		if name == "a region" {
+		switch name {
+		case "a region":
 			other.a.post(wrRead(3, other.a.mem.sges(0, 8), l.b.mem, 0))
 			other.a.sent(want{ID: 3, Op: ib.WCRDMARead, Len: 8})
+		case "another QP's":
+			m.a.post(wrRead(3, m.a.mem.sges(0, 8), win, 0))
+			m.a.sent(want{ID: 3, Op: ib.WCRDMARead, Len: 8})
 		}
 	}
 }
@@ -254,16 +261,12 @@ func mwBindRefused(c *C) {
 		wr.ID, wr.Flags = 5, ib.SendSignaled
 		c.Log("bind to ", name)
 		if !c.refused(l.b.QP, wr, ib.WCMWBindErr, ib.WCLocalProtErr, ib.WCLocalQPOpErr) {
-			l.b.inState(ib.Err)
-		} else {
-			c.note("a bind to %s is refused by PostSend", name)
+			l.b.inState(ib.Err) // so nobody can use the window: it would be this QP's
+			continue
 		}
-		if wr.Bind.Length == 64 {
-			x := c.pair(ib.RC, bindable)
-			x.b.mem.canary()
-			x.a.post(remoteReq(1, ib.OpRDMARead, x.a.mem, wr.Bind.Addr, wr.Bind.RKey))
-			x.a.sent(want{ID: 1, Status: ib.WCRemoteAccessErr})
-		}
+		c.note("a bind to %s is refused by PostSend", name)
+		l.a.post(remoteReq(1, ib.OpRDMARead, l.a.mem, wr.Bind.Addr, wr.Bind.RKey))
+		l.a.sent(want{ID: 1, Status: ib.WCRemoteAccessErr})
 	}
 }
 
@@ -274,8 +277,14 @@ func mwBindAgain(c *C) {
 	win := l.b.bind(w, l.b.mem, 0, 4096, ib.AccessRemoteRead)
 	wr := do(c.B, opBindWR, bindArgs{w, l.b.mem.H, 8192, 64, ib.AccessRemoteRead})
 	wr.ID, wr.Flags = 5, ib.SendSignaled
-	c.refused(l.b.QP, wr, ib.WCMWBindErr, ib.WCLocalProtErr, ib.WCLocalQPOpErr)
-	_ = win
+	if !c.refused(l.b.QP, wr, ib.WCMWBindErr, ib.WCLocalProtErr, ib.WCLocalQPOpErr) {
+		l.b.inState(ib.Err)
+		return
+	}
+	l.a.post(wrRead(1, l.a.mem.sges(0, 64), win, 0))
+	l.a.sent(want{ID: 1, Op: ib.WCRDMARead, Len: 64})
+	l.a.post(remoteReq(2, ib.OpRDMARead, l.a.mem, wr.Bind.Addr, wr.Bind.RKey))
+	l.a.sent(want{ID: 2, Status: ib.WCRemoteAccessErr})
 }
 
 // A region cannot go while a window is bound to it; after the invalidation it can.
