@@ -45,16 +45,22 @@ var _ = addCases("scatter, gather, inline", 0,
 )
 
 var _ = addCases("ordinary slices", 0,
-	testCase{name: "slice/send", run: func(c *C) { sendSizes(c, ib.RC, false, sliceMem) }},
+	testCase{name: "slice/send", run: func(c *C) { sendSizes(c, ib.RC, false, oddSliceMem) }},
 	testCase{name: "slice/write-imm", needs: ib.CapImm, run: func(c *C) { writeSizes(c, ib.RC, true, sliceMem) }},
-	testCase{name: "slice/write", run: func(c *C) { writeSizes(c, ib.RC, false, sliceMem) }},
-	testCase{name: "slice/read", run: func(c *C) { readSizes(c, sliceMem) }},
+	testCase{name: "slice/write", run: func(c *C) { writeSizes(c, ib.RC, false, oddSliceMem) }},
+	testCase{name: "slice/read", run: func(c *C) { readSizes(c, oddSliceMem) }},
 	testCase{name: "slice/mixed", run: sliceMixed},
 	testCase{name: "slice/scatter-gather", run: func(c *C) { scatterGather(c, sliceMem) }},
 	testCase{name: "slice/atomics", needs: ib.CapAtomic, run: func(c *C) { atomicsBasic(c, sliceMem) }},
 )
 
 func sliceMem(o *linkOpts) { o.sliceMem = true }
+
+// oddSliceMem has slices begin at any byte, as a program's may.
+func oddSliceMem(o *linkOpts) {
+	o.sliceMem, o.odd = true, true
+	o.memAccess &^= ib.AccessRemoteAtomic
+}
 
 const bigMessage = 1<<20 + 3
 
@@ -499,8 +505,8 @@ func sliceMixed(c *C) {
 	for _, aSlice := range []bool{false, true} {
 		for _, bSlice := range []bool{false, true} {
 			l := c.pair(ib.RC, func(o *linkOpts) { o.memSize = 0 })
-			l.a.mem = &Mem{c.A, do(c.A, opMem, memArgs{c.A.pd, 20000, accessAll, aSlice}), 20000}
-			l.b.mem = &Mem{c.B, do(c.B, opMem, memArgs{c.B.pd, 20000, accessAll, bSlice}), 20000}
+			l.a.mem = &Mem{c.A, do(c.A, opMem, memArgs{PD: c.A.pd, Size: 20000, Access: accessAll, Slice: aSlice}), 20000}
+			l.b.mem = &Mem{c.B, do(c.B, opMem, memArgs{PD: c.B.pd, Size: 20000, Access: accessAll, Slice: bSlice}), 20000}
 			what := fmt.Sprintf("slices: %v, %v", aSlice, bSlice)
 			l.a.mem.fill(0, 9999, 3)
 			l.b.mem.canary()

@@ -260,7 +260,7 @@ func regionWithoutRight(c *C) {
 		}
 		for _, slice := range []bool{false, true} {
 			l := c.pair(ib.RC)
-			m := &Mem{c.B, do(c.B, opMem, memArgs{c.B.pd, 4096, accessAll &^ rightFor[o], slice}), 4096}
+			m := &Mem{c.B, do(c.B, opMem, memArgs{PD: c.B.pd, Size: 4096, Access: accessAll &^ rightFor[o], Slice: slice}), 4096}
 			m.canary()
 			l.remoteAccessError(c, o, m.Addr, m.RKey, ib.WCRemoteAccessErr)
 			m.intact(fmt.Sprintf("region without the right for %v", o))
@@ -332,7 +332,7 @@ func readIntoReadOnly(c *C) {
 		}
 		for _, slice := range []bool{false, true} {
 			l := c.pair(ib.RC)
-			m := &Mem{c.A, do(c.A, opMem, memArgs{c.A.pd, 4096, 0, slice}), 4096}
+			m := &Mem{c.A, do(c.A, opMem, memArgs{PD: c.A.pd, Size: 4096, Slice: slice}), 4096}
 			m.canary()
 			wr := remoteReq(1, o, m, l.b.mem.Addr, l.b.mem.RKey)
 			if c.cmOnly() { // what follows may be sent before
@@ -410,7 +410,7 @@ func receiveBad(c *C) {
 func accessFlagsChecked(c *C) {
 	for _, a := range []ib.Access{ib.AccessRemoteWrite, ib.AccessRemoteAtomic, ib.AccessRemoteWrite | ib.AccessRemoteRead, 1 << 30} {
 		for _, slice := range []bool{false, true} {
-			if m, err := call(c.A, opMem, memArgs{c.A.pd, 4096, a, slice}); err == nil {
+			if m, err := call(c.A, opMem, memArgs{PD: c.A.pd, Size: 4096, Access: a, Slice: slice}); err == nil {
 				c.A.mustClose(m.H)
 				c.Errorf("a region with the rights %v was registered", a)
 			}

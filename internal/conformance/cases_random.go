@@ -203,8 +203,8 @@ func randomOps(c *C, links, rounds int, change func(*linkOpts)) {
 	entries := min(links*opsInBatch*2+16, c.A.dev.Attr.MaxCQE)
 	o.scqA, o.rcqA, o.scqB, o.rcqB = c.A.cq(entries), c.A.cq(entries), c.B.cq(entries), c.B.cq(entries)
 	size := links * areaSize
-	memA := &Mem{c.A, do(c.A, opMem, memArgs{c.A.pd, size, accessAll, o.sliceMem}), size}
-	memB := &Mem{c.B, do(c.B, opMem, memArgs{c.B.pd, size, accessAll, o.sliceMem}), size}
+	memA := &Mem{c.A, do(c.A, opMem, memArgs{PD: c.A.pd, Size: size, Access: accessAll, Slice: o.sliceMem}), size}
+	memB := &Mem{c.B, do(c.B, opMem, memArgs{PD: c.B.pd, Size: size, Access: accessAll, Slice: o.sliceMem}), size}
 	if memA.Addr%8 != 0 || memB.Addr%8 != 0 {
 		c.Fatalf("regions at %#x and %#x are not aligned for atomics", memA.Addr, memB.Addr)
 	}

@@ -117,7 +117,7 @@ func writes(x *end, to *Mem, n int) (wrs []ib.SendWR) {
 func revokeRegion(c *C, slice bool) {
 	for range 5 {
 		l := c.pair(ib.RC)
-		m := &Mem{c.B, do(c.B, opMem, memArgs{c.B.pd, 16384, accessAll, slice}), 16384}
+		m := &Mem{c.B, do(c.B, opMem, memArgs{PD: c.B.pd, Size: 16384, Access: accessAll, Slice: slice}), 16384}
 		bad := l.underLoad(c, writes(l.a, m, 16384), func() {
 			if err := m.close(); err != nil {
 				c.Error(err)

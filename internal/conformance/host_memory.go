@@ -17,6 +17,7 @@ type memArgs struct {
 	Size   int
 	Access ib.Access
 	Slice  bool // an ordinary slice, registered
+	Odd    bool // the slice's address is no multiple of 8, so atomics have no place in it
 }
 
 type memInfo struct {
@@ -32,8 +33,11 @@ var opMem = newOp("reg_mr", func(h *host, a memArgs) (memInfo, error) {
 		var raw []byte
 		var err error
 		if a.Slice {
-			// An odd offset into a larger slice: neither page nor word aligned, unless atomics need it.
+			// Somewhere in a larger slice, in the middle of a page. Atomics need words.
 			off := 8 + 16*h.intN(200)
+			if a.Odd {
+				off += 1 + h.intN(7)
+			}
 			raw = make([]byte, off+a.Size+64)[off : off+a.Size]
 			m, err = mr.Register(pd, raw, a.Access)
 		} else {

@@ -40,7 +40,7 @@ type linkOpts struct {
 	cqEntries              int
 	noConnect              bool
 	qkeyA, qkeyB           ib.QKey
-	sliceMem               bool
+	sliceMem, odd          bool // odd: a slice whose address is
 }
 
 func (c *C) opts(typ ib.QPType) linkOpts {
@@ -97,7 +97,7 @@ func (c *C) end(s *Side, o linkOpts, scq, rcq *CQ, srq handle) *end {
 	}
 	e := &end{Side: s, QP: s.qp(qpOpts{scq: scq, rcq: rcq, srq: srq, cfg: cfg})}
 	if o.memSize > 0 {
-		e.mem = &Mem{s, do(s, opMem, memArgs{PD: s.pd, Size: o.memSize, Access: o.memAccess, Slice: o.sliceMem}), o.memSize}
+		e.mem = &Mem{s, do(s, opMem, memArgs{PD: s.pd, Size: o.memSize, Access: o.memAccess, Slice: o.sliceMem, Odd: o.odd}), o.memSize}
 	}
 	return e
 }
