@@ -3,6 +3,7 @@ package conformance
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/ringside-rdma/ringside/verbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -57,10 +58,17 @@ func rnrNoRetries(c *C) {
 	l.b.rcq.empty("nothing was received")
 }
 
+// IBA 9.7.5.2.8: before each retry the requester waits for at least as long as the responder says, so three retries take three times that.
+// A kernel's timer may be early by the tick that it was set in.
 func rnrFewRetries(c *C) {
-	l := c.pair(ib.RC, func(o *linkOpts) { o.rnrRetry, o.minRNR = 3, 5 })
+	const retries, timer, tick = 3, ib.RNRTimer(24), 10 * time.Millisecond // of 40.96 ms
+	l := c.pair(ib.RC, func(o *linkOpts) { o.rnrRetry, o.minRNR = retries, timer })
+	from := c.now()
 	l.a.post(wrSend(1, l.a.mem.sge(0, 8)), wrSend(2))
 	l.a.sent(want{ID: 1, Status: ib.WCRNRRetryExceeded}, want{ID: 2, Status: ib.WCFlushErr})
+	if d := c.now() - from; d < retries*(timer.Duration()-tick) {
+		c.Errorf("given up after %v: fewer than %d retries of %v each", d, retries, timer.Duration())
+	}
 	l.a.inState(ib.Err)
 	l.b.staysIn(ib.RTS)
 }

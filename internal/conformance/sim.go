@@ -102,6 +102,16 @@ func (c *C) sleep(d time.Duration) { (&host{sim: c.net}).sleep(d) }
 
 func (c *C) waitFor(d time.Duration, f func() bool) bool { return (&host{sim: c.net}).waitFor(d, f) }
 
+// now is a time to compare with others of the same case.
+func (c *C) now() time.Duration {
+	if c.net != nil {
+		return c.net.Now()
+	}
+	return time.Since(programStart)
+}
+
+var programStart = time.Now()
+
 // beside runs f beside the case; in virtual time, before it goes on.
 func (c *C) beside(f func()) {
 	if c.net != nil {
