@@ -81,6 +81,9 @@ func atomicBadLength(c *C) {
 		l.a.mem.canary()
 		c.refused(l.a.QP, wrAdd(1, l.a.mem.sges(0, n), l.b.mem, 64, 1), ib.WCLocalLengthErr, ib.WCLocalQPOpErr, ib.WCLocalProtErr)
 		l.a.mem.intact("result of a bad atomic")
+		if got := word(l.b.mem.read(64, 8)); got != 5 {
+			c.Errorf("after a bad atomic of %d bytes the word is %d, want 5", n, got)
+		}
 	}
 }
 
