@@ -182,7 +182,9 @@ func (l link) connectionEnded(c *C, o ib.Opcode) {
 	c.Helper()
 	l.a.inState(ib.Err)
 	l.b.inState(ib.Err)
-	for i, wc := range do(l.a.Side, opPoll, pollArgs{l.a.scq.H, 4, 5 * quiet}) {
+	// Those that are signalled complete in any case; the third need not, if it had been sent.
+	wcs := l.a.scq.wait(2)
+	for i, wc := range append(wcs, do(l.a.Side, opPoll, pollArgs{l.a.scq.H, 2, quiet})...) {
 		switch {
 		case wc.ID == 1 && wc.Status == ib.WCSuccess && o == ib.OpRDMARead:
 			c.Errorf("a READ that was refused has succeeded")
