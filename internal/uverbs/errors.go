@@ -52,21 +52,25 @@ func (e *OpenError) Error() string {
 
 func (e *OpenError) Unwrap() []error { return []error{e.Reason, e.Errno} }
 
-// A CmdError is a command that the kernel refused. It matches its errno with errors.Is, driver.ErrDeviceRemoved if the device is
-// gone, and driver.ErrUnreachable if there is no way to a peer.
+// A CmdError is a command that the kernel refused; its text says what to do. It matches its errno with errors.Is,
+// driver.ErrDeviceRemoved if the device is gone, and driver.ErrUnreachable if there is no way to a peer.
 type CmdError struct {
 	Device string // "rxe0"
 	Op     string // "reg_mr", as the specification of verbs names it
 	Errno  syscall.Errno
-	Hint   string // what to do, if that is known
+	Hint   string // what to do, if more is known than from the command and its errno
 
 	path bool // the command had to find the way to a peer
 }
 
 func (e *CmdError) Error() string {
 	s := fmt.Sprintf("%s: %s: %v", e.Device, e.Op, e.Errno)
-	if e.Hint != "" {
-		s += " (" + e.Hint + ")"
+	h := e.Hint
+	if h == "" {
+		h = hint(e.Device, e.Op, e.Errno)
+	}
+	if h != "" {
+		s += " (" + h + ")"
 	}
 	return s
 }

@@ -137,7 +137,8 @@ func lockedHint(need uint64) string {
 		return ""
 	}
 	if lim.Cur == unix.RLIM_INFINITY {
-		return fmt.Sprintf("%d bytes have to be pinned; locked memory has no limit (ulimit -l), so the system is short of memory", need)
+		return fmt.Sprintf("%d bytes have to be pinned; locked memory has no limit (ulimit -l): %s Or is the device full (max_mr of `ringside devices -v`)?",
+			need, shortOfMemory)
 	}
 	return fmt.Sprintf("%d bytes have to be pinned, on top of what this process has pinned already, and its limit on locked memory is %d: "+
 		"raise it (ulimit -l unlimited; LimitMEMLOCK=infinity in a systemd unit; --ulimit memlock=-1 for a container) or give it CAP_IPC_LOCK",
@@ -280,7 +281,10 @@ func global(h *ib.AHAttr, link ib.LinkLayer) uint8 {
 func aboutPath(err error, h *ib.AHAttr) {
 	var ce *CmdError
 	if errors.As(err, &ce) {
-		ce.path, ce.Hint = true, pathHint(ce.Errno, h)
+		ce.path = true
+		if text := pathHint(ce.Errno, h); text != "" {
+			ce.Hint = text
+		}
 	}
 }
 
