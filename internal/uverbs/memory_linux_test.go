@@ -14,6 +14,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/mem"
+	"github.com/ringside-rdma/ringside/internal/uverbs/uverbstest"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -133,7 +134,73 @@ func TestKeepFromChildren(t *testing.T) {
 	keepFromChildren(make([]byte, 10)) // less than a page, of which the rest is another's: nothing happens
 }
 
-// vmFlags are those of the mapping that begins at addr.
+// Where the kernel does not copy pinned pages at once for a child, a registration keeps memory of mr.Alloc from children: all whole
+// pages of it, and for as long as it is mapped, since other registrations may have some of it, too. Go memory, and what lies beside, it
+// leaves to them.
+func TestRegistrationKeepsFromChildren(t *testing.T) {
+	was := forkSafe
+	t.Cleanup(func() { forkSafe = was })
+	k := &uverbstest.Kernel{Own: func(*uverbstest.Command) syscall.Errno { return uverbstest.AsUsual }}
+	k.Init(t, 1)
+	t.Cleanup(func() { unix.Close(k.Async[0]) })
+	f := NewFile(k, "fake0", 1)
+	t.Cleanup(func() { f.Close() })
+	p := &WindowPD{PD: PD{C: &Context{File: f}}, W: NewWindows()}
+	page := unix.Getpagesize()
+	alloc := func(pages int) ([]byte, int) {
+		r, err := mem.Alloc(pages*page, mem.Options{Huge: mem.HugeNever})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { r.Close() })
+		return r.Bytes(), r.FD()
+	}
+	register := func(b []byte, fd int) driver.MR {
+		m, err := p.RegisterMR(driver.MRConfig{Mem: b, FD: fd, Access: ib.AccessLocalWrite})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return m
+	}
+	kept := func(when string, b []byte, want ...bool) {
+		t.Helper()
+		for i, w := range want {
+			if flags := vmFlags(t, AddrOf(b[i*page:])); flags == "" || strings.Contains(flags, " dc ") != w {
+				t.Errorf("%s: page %d has the flags %q, want dc: %v", when, i, flags, w)
+			}
+		}
+	}
+
+	forkSafe = func() bool { return true }
+	b, fd := alloc(4)
+	if err := register(b, fd).Close(); err != nil {
+		t.Error(err)
+	}
+	kept("the kernel copies pinned pages", b, false, false, false, false)
+
+	forkSafe = func() bool { return false }
+	kept("not registered", b, false, false, false, false)
+	first := register(b[:2*page], fd)
+	kept("registered", b, true, true, false, false)
+	second := register(b[page:2*page+1], fd)
+	kept("registered twice", b, true, true, true, false)
+	if err := first.Close(); err != nil {
+		t.Error(err)
+	}
+	kept("the first is withdrawn", b, true, true, true, false)
+	if err := second.Close(); err != nil {
+		t.Error(err)
+	}
+
+	heap, _ := alloc(2) // as the Go heap is registered: without a memory file
+	m := register(heap, -1)
+	kept("Go memory", heap, false, false)
+	if err := m.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// vmFlags are those of the mapping that addr lies in.
 func vmFlags(t *testing.T, addr uint64) string {
 	text, err := os.ReadFile("/proc/self/smaps")
 	if err != nil {
@@ -141,8 +208,9 @@ func vmFlags(t *testing.T, addr uint64) string {
 	}
 	found := false
 	for line := range strings.Lines(string(text)) {
-		if strings.HasPrefix(line, fmt.Sprintf("%x-", addr)) {
-			found = true
+		var from, to uint64
+		if n, _ := fmt.Sscanf(line, "%x-%x ", &from, &to); n == 2 {
+			found = from <= addr && addr < to
 		}
 		if flags, ok := strings.CutPrefix(line, "VmFlags:"); ok && found {
 			return flags
