@@ -168,7 +168,7 @@ fuzz:
 	.ci/setup go
 	mkdir -p bin
 	for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -r -n1 dirname | sort -u); do
-		case $$pkg in */softnic|*/mlx5emu) count=200x ;; */mlx5) count=500x ;; *) count=1000x ;; esac
+		case $$pkg in */softnic|*/mlx5emu) count=200x ;; */mlx5|*/rxe|*/siw) count=500x ;; *) count=1000x ;; esac
 		$(GO) test -c -fuzz . -o bin/fuzz.test $$pkg # linked once for all targets; where go test keeps what is new, this does
 		found=$$($(GO) env GOCACHE)/fuzz/$$($(GO) list $$pkg)
 		for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\).*/\1/p' $$pkg/*_test.go); do

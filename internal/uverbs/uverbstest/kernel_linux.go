@@ -31,8 +31,9 @@ type Kernel struct {
 	Tweak func(cmd uint32, out, driver []byte)
 
 	driver uint32
-	ring   Command // so that Ring allocates nothing
-	shared map[uint64][]byte
+	ring   Command           // so that Ring allocates nothing
+	shared map[uint64][]byte // by offset
+	all    [][]byte
 }
 
 // AsUsual has Kernel answer.
@@ -65,6 +66,11 @@ func (k *Kernel) Init(t testing.TB, driver uint32) {
 	t.Helper()
 	k.Objects.Init(t)
 	k.driver, k.Errs, k.During, k.shared = driver, map[uint32]syscall.Errno{}, map[uint32]func(){}, map[uint64][]byte{}
+	t.Cleanup(func() { // when all that uses it is closed; a process that fuzzes has many kernels
+		for _, mem := range k.all {
+			unix.Munmap(mem)
+		}
+	})
 }
 
 // Share makes memory that the provider can map, once, at the offset that is returned. The test may use it as long as it runs.
@@ -74,7 +80,7 @@ func (k *Kernel) Share(n int) (mem []byte, offset uint64) {
 		k.t.Fatal(err)
 	}
 	k.Offset += 4096
-	k.shared[k.Offset] = mem
+	k.shared[k.Offset], k.all = mem, append(k.all, mem)
 	return mem, k.Offset
 }
 
