@@ -161,12 +161,17 @@ var validCQE = func() uint32 {
 	}
 }()
 
-// take takes the next completion of the kernel's. It returns 1 if that is one to be handed out at once, and is in wc: only shared
-// ones are.
+// take takes the next completion of the kernel's. It returns 1 if that is one to be handed out at once, and is in wc: only receives
+// from a shared receive queue are, which no ledger has. Without a wc such a one stays where it is, and take returns -1.
 func (q *cq) take(wc *ib.WC, head uint32) int {
 	_, opcode, status := cqeHead(head)
 	e := q.q.cqe(q.at)
-	id, bytes, qpn := e.ID, e.Bytes, e.QPID
+	id, bytes, qpn := e.ID, e.Bytes, e.QPID // read once: what is decided by them must be of them
+	if wc == nil && opcode == abi.SIW_OP_RECEIVE && qpn <= uint64(ib.MaxQPN) {
+		if p := q.qps[uint32(qpn)]; p != nil && p.srq != nil {
+			return -1
+		}
+	}
 	q.q.setHead(q.at, 0)
 	q.at++
 	if qpn > uint64(ib.MaxQPN) {
@@ -205,17 +210,6 @@ func (q *cq) take(wc *ib.WC, head uint32) int {
 	}
 	q.isDue(l)
 	return 0
-}
-
-// shared reports whether the next completion is of a receive from a shared receive queue, which no ledger has.
-func (q *cq) shared(head uint32) bool {
-	_, opcode, _ := cqeHead(head)
-	e := q.q.cqe(q.at)
-	if opcode != abi.SIW_OP_RECEIVE || e.QPID > uint64(ib.MaxQPN) {
-		return false
-	}
-	p := q.qps[uint32(e.QPID)]
-	return p != nil && p.srq != nil
 }
 
 // isDue notes that a ledger has something to hand out. Called with mu held.

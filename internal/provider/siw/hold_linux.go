@@ -102,10 +102,9 @@ func (q *cq) harvest() bool {
 	}
 	for {
 		head := q.q.head(q.at)
-		if head&validCQE == 0 || q.shared(head) {
+		if head&validCQE == 0 || q.take(nil, head) < 0 {
 			break
 		}
-		q.take(nil, head)
 	}
 	bad, wake := q.toDo()
 	q.mu.Unlock()

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ringside-rdma/ringside/internal/abi"
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 	"github.com/ringside-rdma/ringside/internal/uverbs"
@@ -779,6 +780,26 @@ func TestHostileCompletions(t *testing.T) {
 		if wcs := b.poll(b.scq); len(wcs) > 1 {
 			t.Fatalf("%+v", wcs)
 		}
+	}
+}
+
+// Who has nowhere to put a receive from a shared receive queue leaves it to Poll, also if the kernel has made one of what was another
+// completion a moment ago.
+func TestTakeNothingShared(t *testing.T) {
+	defer testutil.EndOnPanic()
+	b := connected(t, benchOpts{oneCQ: true, srq: true})
+	if n, err := b.srq.PostRecv([]ib.RecvWR{{ID: 7}}); n != 1 {
+		t.Fatal(err)
+	}
+	b.ks.complete(7, abi.SIW_OP_RECEIVE, 0, 3, b.kq.num)
+	b.scq.mu.Lock()
+	n := b.scq.take(nil, b.scq.q.head(b.scq.at))
+	b.scq.mu.Unlock()
+	if n != -1 || !b.scq.harvest() {
+		t.Errorf("%d", n)
+	}
+	if wcs := b.poll(b.scq); len(wcs) != 1 || wcs[0].ID != 7 || wcs[0].ByteLen != 3 {
+		t.Errorf("%+v", wcs)
 	}
 }
 
