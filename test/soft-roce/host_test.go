@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -33,6 +34,39 @@ func TestOptions(t *testing.T) {
 		if o, err := parseOptions(args, io.Discard); err == nil {
 			t.Errorf("%q: %+v", args, o)
 		}
+	}
+}
+
+// The workflow in docs/ci.md keeps the folder that is used in its job, where HOME is what GitHub makes it, and its command is one.
+func TestWorkflow(t *testing.T) {
+	text, err := os.ReadFile("../../docs/ci.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(text), "```yaml\n")
+	workflow, _, ok := strings.Cut(rest, "```")
+	if !ok {
+		t.Fatal("docs/ci.md has no workflow")
+	}
+	find := func(expr string) string {
+		if m := regexp.MustCompile(expr).FindStringSubmatch(workflow); m != nil {
+			return m[1]
+		}
+		return ""
+	}
+	t.Setenv("HOME", "/github/home")
+	t.Setenv("XDG_CACHE_HOME", find(`\bXDG_CACHE_HOME: ([^ }\n]+)`))
+	dir, err := cacheFolder()
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept := find(`\bpath: (\S+)`)
+	if rel, err := filepath.Rel(kept, dir); err != nil || !filepath.IsLocal(rel) {
+		t.Errorf("the workflow keeps %q, and the image is in %s", kept, dir)
+	}
+	args := strings.Fields(find(`go run github\.com/ringside-rdma/ringside/test/soft-roce (.*)`))
+	if o, err := parseOptions(args, io.Discard); err != nil || !isGoTest(o.command) {
+		t.Errorf("%q: %+v, %v", args, o, err)
 	}
 }
 

@@ -68,12 +68,20 @@ type cache struct {
 }
 
 func openCache(log func(string, ...any)) (*cache, error) {
+	dir, err := cacheFolder()
+	if err != nil {
+		return nil, err
+	}
+	return &cache{dir, log}, os.MkdirAll(dir, 0o755)
+}
+
+// cacheFolder goes by the environment.
+func cacheFolder() (string, error) {
 	base, err := os.UserCacheDir()
 	if err != nil {
-		return nil, fmt.Errorf("no folder for the image: %w: set XDG_CACHE_HOME or HOME", err)
+		return "", fmt.Errorf("no folder for the image: %w: set XDG_CACHE_HOME or HOME", err)
 	}
-	c := &cache{filepath.Join(base, "ringside", "soft-roce"), log}
-	return c, os.MkdirAll(c.dir, 0o755)
+	return filepath.Join(base, "ringside", "soft-roce"), nil
 }
 
 // image returns the image of a track and architecture, built if there is none or if it was made by another recipe. With refresh it also asks
