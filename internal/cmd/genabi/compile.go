@@ -9,7 +9,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"strconv"
 	"strings"
 )
 
@@ -80,23 +79,22 @@ func (c *compiler) run(include string, args ...string) ([]byte, error) {
 	return out, nil
 }
 
-// headerVersion returns the version of the kernel that the headers below include are from, as "6.1". What comes after
-// that changes no interface.
+// headerVersion returns the version of the kernel that the headers below include are from, as "6.1.187".
 func headerVersion(include string) (string, error) {
 	name := filepath.Join(include, "linux", "version.h")
 	text, err := os.ReadFile(name)
 	if err != nil {
 		return "", fmt.Errorf("%w (apt-get install linux-libc-dev)", err)
 	}
-	m := regexp.MustCompile(`#define\s+LINUX_VERSION_CODE\s+(\d+)`).FindSubmatch(text)
-	if m == nil {
-		return "", fmt.Errorf("%s: no LINUX_VERSION_CODE", name)
+	var parts []string
+	for _, part := range []string{"MAJOR", "PATCHLEVEL", "SUBLEVEL"} { // LINUX_VERSION_CODE has no sublevels above 255
+		m := regexp.MustCompile(`#define\s+LINUX_VERSION_` + part + `\s+(\d+)`).FindSubmatch(text)
+		if m == nil {
+			return "", fmt.Errorf("%s: no LINUX_VERSION_%s", name, part)
+		}
+		parts = append(parts, string(m[1]))
 	}
-	code, err := strconv.ParseUint(string(m[1]), 10, 32)
-	if err != nil {
-		return "", fmt.Errorf("%s: %w", name, err)
-	}
-	return fmt.Sprintf("%d.%d", code>>16, code>>8&0xff), nil
+	return strings.Join(parts, "."), nil
 }
 
 // macro is a #define without parameters.

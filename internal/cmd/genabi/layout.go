@@ -210,8 +210,47 @@ func (r *reader) top(s wantedStruct) error {
 	if want := r.asked[alignName(s.c)]; rec.align != want {
 		return fmt.Errorf("aligned to %d, and its fields to %d: a packed struct needs thought", want, rec.align)
 	}
+	return natural(t)
+}
+
+// natural says where a struct is not laid out by the rule that the architectures have in common: numbers and pointers are as large on each
+// (LP64) and aligned to their size, and a field comes as soon behind the one before as its alignment allows.
+func natural(t *dwarf.StructType) error {
+	end := int64(0)
+	for _, f := range t.Field {
+		if t.Kind == "union" {
+			end = max(end, size(f.Type))
+			if f.ByteOffset != 0 {
+				return fmt.Errorf("%s is at %d of a union", f.Name, f.ByteOffset)
+			}
+		} else {
+			if at := roundUp(end, alignOf(f.Type)); f.ByteOffset != at {
+				return fmt.Errorf("%s is at %d, and by its alignment would be at %d", f.Name, f.ByteOffset, at)
+			}
+			end = f.ByteOffset + size(f.Type)
+		}
+		inner := strip(f.Type)
+		for a, ok := inner.(*dwarf.ArrayType); ok; a, ok = inner.(*dwarf.ArrayType) {
+			inner = strip(a.Type)
+		}
+		switch inner := inner.(type) {
+		case *dwarf.StructType:
+			if err := natural(inner); err != nil {
+				return fmt.Errorf("%s: %w", f.Name, err)
+			}
+		default:
+			if n := inner.Size(); n > 8 {
+				return fmt.Errorf("%s is a number of %d bytes", f.Name, n)
+			}
+		}
+	}
+	if want := roundUp(end, alignOf(t)); t.ByteSize != want {
+		return fmt.Errorf("%d bytes, and by its alignment would be %d", t.ByteSize, want)
+	}
 	return nil
 }
+
+func roundUp(n, align int64) int64 { return (n + align - 1) / align * align }
 
 // record fills in a struct and appends it to the layout, before those that are inside it.
 func (r *reader) record(rec *record, t *dwarf.StructType) error {
