@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
 
+	"github.com/ringside-rdma/ringside/internal/perf"
 	"github.com/ringside-rdma/ringside/internal/roce"
 	"github.com/ringside-rdma/ringside/transport"
 	"github.com/ringside-rdma/ringside/verbs"
@@ -22,10 +24,12 @@ type deviceReport struct {
 	Devices []deviceJSON `json:"devices"`
 	// Choice is what programs that name no device get; missing if nothing could be opened.
 	Choice *choiceJSON `json:"choice,omitempty"`
-	// Path is what RINGSIDE_PATH says; missing if it is not set.
+	// Path is what --path says, else RINGSIDE_PATH; missing if neither does.
 	Path string `json:"path,omitempty"`
 	// Problems are what went wrong in the search, with the remedy.
 	Problems []string `json:"problems"`
+
+	forced transport.Path // Path, if --path says it: paths are those only
 }
 
 const devicesSchema = "ringside.devices/1"
@@ -104,7 +108,8 @@ type gidJSON struct {
 	Addr   string `json:"address,omitempty"` // the GID as an IP address, on RoCE
 	NetDev string `json:"netdev,omitempty"`
 
-	// Of software NICs only: how peers are met from there ("memory", or "udp" and "tcp"), by which UDP port, or why there is none.
+	// Of software NICs only: how peers are met from there ("memory", or "udp" and "tcp"), of these what --path leaves; by which UDP port;
+	// or why there is none.
 	Paths   []string `json:"paths,omitempty"`
 	UDPPort uint16   `json:"udp_port,omitempty"`
 	Problem string   `json:"problem,omitempty"`
@@ -124,8 +129,10 @@ the character devices that a container needs to be given to use the device. Of
 the software NIC's GIDs it then says by which paths others are met from there,
 and at which UDP port a program that begins now receives: 4791, or another if a
 program has that. RINGSIDE_PATH, if it is set, decides for connections of
-package transport.`,
-		Example: "  ringside devices\n  ringside devices -v soft0\n  ringside devices -o json | jq .choice",
+package transport. With --path, that path is looked at only, whatever
+RINGSIDE_PATH says; of a software NIC's GIDs, those are shown that have it, and
+with -v why others do not.`,
+		Example: "  ringside devices\n  ringside devices -v soft0\n  ringside devices --path tcp soft0\n  ringside devices -o json | jq .choice",
 		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 			var names []string
 			devs, _ := verbs.Devices()
@@ -137,8 +144,13 @@ package transport.`,
 	}
 	output := outputFlag(cmd)
 	verbose := cmd.Flags().BoolP("verbose", "v", false, "limits, capabilities, GID tables and character devices too")
+	path := pathFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, names []string) error {
-		r, err := inspect(names, *verbose || *output == "json")
+		forced := transport.PathAny
+		if path.v != perf.PathAuto.String() {
+			forced = transport.Path(path.v)
+		}
+		r, err := inspect(names, *verbose || *output == "json", forced)
 		if err != nil {
 			return err
 		}
@@ -152,9 +164,13 @@ package transport.`,
 	return cmd
 }
 
-// inspect looks at the named devices, or at all. full: also at what has a software NIC open its UDP ports.
-func inspect(names []string, full bool) (*deviceReport, error) {
-	r := &deviceReport{Schema: devicesSchema, Devices: []deviceJSON{}, Path: os.Getenv("RINGSIDE_PATH"), Problems: []string{}}
+// inspect looks at the named devices, or at all. full: also at what has a software NIC open its UDP ports. forced: at that path only, and
+// at all that it takes.
+func inspect(names []string, full bool, forced transport.Path) (*deviceReport, error) {
+	r := &deviceReport{Schema: devicesSchema, Devices: []deviceJSON{}, Path: os.Getenv("RINGSIDE_PATH"), Problems: []string{}, forced: forced}
+	if forced != transport.PathAny {
+		full, r.Path = true, string(forced)
+	}
 	switch transport.Path(r.Path) {
 	case transport.PathAny, transport.PathMemory, transport.PathUDP, transport.PathTCP:
 	default:
@@ -185,7 +201,7 @@ func inspect(names []string, full bool) (*deviceReport, error) {
 			continue
 		}
 		delete(wanted, d.Name)
-		j := inspectDevice(d, full)
+		j := inspectDevice(d, full, forced)
 		j.Chosen = r.Choice != nil && r.Choice.Device == d.Name
 		r.Devices = append(r.Devices, j)
 	}
@@ -220,7 +236,7 @@ func automatic() (verbs.Choice, error) {
 	return c.Choice(), nil
 }
 
-func inspectDevice(d verbs.DeviceInfo, full bool) deviceJSON {
+func inspectDevice(d verbs.DeviceInfo, full bool, forced transport.Path) deviceJSON {
 	j := deviceJSON{Name: d.Name, Provider: d.Provider, Tier: d.Tier.String(), GUID: d.GUID.String(), NetDevs: d.NetDevs, CharDevs: d.CharDevs}
 	if j.NetDevs == nil {
 		j.NetDevs = []string{}
@@ -241,7 +257,7 @@ func inspectDevice(d verbs.DeviceInfo, full bool) deviceJSON {
 	}
 	j.Attr = attrOf(&a)
 	for n := 1; n <= a.Ports; n++ {
-		p, err := inspectPort(c, uint8(n), full)
+		p, err := inspectPort(c, uint8(n), full, forced)
 		if err != nil {
 			j.Error = err.Error()
 			return j
@@ -251,7 +267,7 @@ func inspectDevice(d verbs.DeviceInfo, full bool) deviceJSON {
 	return j
 }
 
-func inspectPort(c *verbs.Context, n uint8, full bool) (portJSON, error) {
+func inspectPort(c *verbs.Context, n uint8, full bool, forced transport.Path) (portJSON, error) {
 	p, err := c.QueryPort(n)
 	if err != nil {
 		return portJSON{}, err
@@ -268,41 +284,62 @@ func inspectPort(c *verbs.Context, n uint8, full bool) (portJSON, error) {
 			e.Addr = g.GID.Addr().String()
 		}
 		if full && c.Provider() == "soft" {
-			e.softPaths(c, n)
+			e.softPaths(c, n, forced)
 		}
 		j.GIDs = append(j.GIDs, e)
 	}
 	return j, nil
 }
 
-// softPaths says how a software NIC's peers are met from a GID.
-func (e *gidJSON) softPaths(c *verbs.Context, port uint8) {
-	if e.Addr == "" {
+// softPaths says how a software NIC's peers are met from a GID: all ways, or whether by the forced one.
+func (e *gidJSON) softPaths(c *verbs.Context, port uint8, forced transport.Path) {
+	may := func(p transport.Path) bool { return forced == transport.PathAny || forced == p }
+	switch {
+	case e.Addr == "" && !may(transport.PathMemory):
+		e.Problem = "peers are met through memory from here"
+	case e.Addr == "":
 		e.Paths = []string{string(transport.PathMemory)}
+	case forced == transport.PathMemory:
+		e.Problem = "peers are met over networks from here"
+	}
+	if e.Addr == "" || forced == transport.PathMemory {
 		return
 	}
-	e.Paths = []string{string(transport.PathTCP)}
-	var err error
-	if e.UDPPort, err = c.UDPPort(port, e.Index); err != nil {
-		e.Problem = err.Error()
-		return
+	if may(transport.PathUDP) {
+		var err error
+		if e.UDPPort, err = c.UDPPort(port, e.Index); err != nil {
+			e.Problem = err.Error()
+		} else {
+			e.Paths = append(e.Paths, string(transport.PathUDP))
+		}
 	}
-	e.Paths = []string{string(transport.PathUDP), string(transport.PathTCP)}
+	if may(transport.PathTCP) {
+		e.Paths = append(e.Paths, string(transport.PathTCP))
+	}
 }
 
 // paths is the same in words.
 func (e *gidJSON) paths() string {
+	has := func(p transport.Path) bool { return slices.Contains(e.Paths, string(p)) }
+	and := ""
+	if has(transport.PathTCP) {
+		and = " and TCP"
+	}
 	switch {
-	case len(e.Paths) == 0:
+	case len(e.Paths) == 0 && e.Problem == "":
 		return ""
+	case len(e.Paths) == 0:
+		return ": no: " + e.Problem
 	case e.Problem != "":
 		return ": by TCP; not by UDP: " + e.Problem
 	case e.Addr == "":
 		return ": through memory, on this host"
+	case !has(transport.PathUDP):
+		return ": by TCP"
 	case e.UDPPort != roce.Port:
-		return fmt.Sprintf(": by UDP port %d and TCP; a program has port %d, by which rxe, hardware and connection managers are met", e.UDPPort, roce.Port)
+		return fmt.Sprintf(": by UDP port %d%s; a program has port %d, by which rxe, hardware and connection managers are met", e.UDPPort, and, roce.Port)
 	}
-	return fmt.Sprintf(": by UDP port %d and TCP", e.UDPPort)
+	return fmt.Sprintf(": by UDP port %d%s", e.UDPPort, and)
 }
 
 func attrOf(a *ib.DeviceAttr) *attrJSON {
@@ -357,7 +394,7 @@ func pageSizes(mask uint64) string {
 func (r *deviceReport) writeText(w io.Writer, verbose bool) error {
 	var b strings.Builder
 	for i := range r.Devices {
-		r.Devices[i].writeText(&b, verbose)
+		r.Devices[i].writeText(&b, verbose, r.forced)
 		b.WriteByte('\n')
 	}
 	if len(r.Devices) == 0 {
@@ -369,7 +406,9 @@ func (r *deviceReport) writeText(w io.Writer, verbose bool) error {
 			fmt.Fprintf(&b, "  not %s\n", p)
 		}
 	}
-	if r.Path != "" {
+	if r.forced != transport.PathAny {
+		fmt.Fprintf(&b, "paths of software NICs: only %s\n", r.forced)
+	} else if r.Path != "" {
 		fmt.Fprintf(&b, "connections of package transport: RINGSIDE_PATH=%s\n", r.Path)
 	}
 	for _, p := range r.Problems {
@@ -379,7 +418,7 @@ func (r *deviceReport) writeText(w io.Writer, verbose bool) error {
 	return err
 }
 
-func (d *deviceJSON) writeText(w io.Writer, verbose bool) {
+func (d *deviceJSON) writeText(w io.Writer, verbose bool, forced transport.Path) {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	defer tw.Flush()
 	mark := ""
@@ -436,10 +475,12 @@ func (d *deviceJSON) writeText(w io.Writer, verbose bool) {
 			}
 			row("  tables", "%d GIDs, %d P_Keys", p.GIDTable, p.PKeyTable)
 		}
+		which := forced != transport.PathAny && d.Provider == "soft"
+		left := 0
 		for i, g := range p.GIDs {
-			if !verbose && i > 0 {
-				row("", "... and %d more (-v)", len(p.GIDs)-1)
-				break
+			if !verbose && (which && len(g.Paths) == 0 || !which && i > 0) {
+				left++
+				continue
 			}
 			more := ""
 			if g.Addr != "" {
@@ -449,6 +490,9 @@ func (d *deviceJSON) writeText(w io.Writer, verbose bool) {
 				more += ", " + g.NetDev
 			}
 			row(fmt.Sprintf("  GID %d", g.Index), "%s (%s%s)%s", g.GID, g.Type, more, g.paths())
+		}
+		if left > 0 {
+			row("", "... and %d more (-v)", left)
 		}
 	}
 	if d.Error != "" {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/conformance"
 	"github.com/ringside-rdma/ringside/internal/remedy"
+	"github.com/ringside-rdma/ringside/transport"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 	"github.com/spf13/cobra"
 )
@@ -116,7 +117,7 @@ self-test fails, and 0 whatever problems are found without it.`,
 
 // examine looks at the host.
 func examine() (*doctorReport, error) {
-	devices, err := inspect(nil, false)
+	devices, err := inspect(nil, false, transport.PathAny)
 	if err != nil {
 		return nil, err
 	}

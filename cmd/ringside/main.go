@@ -10,6 +10,7 @@ import (
 	"os/signal"
 
 	"github.com/ringside-rdma/ringside/internal/conformance"
+	"github.com/ringside-rdma/ringside/internal/perf"
 	"github.com/spf13/cobra"
 )
 
@@ -123,6 +124,14 @@ func outputFlag(cmd *cobra.Command) *string {
 	cmd.Flags().VarP(v, "output", "o", "output form: text or json")
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(v.all, cobra.ShellCompDirectiveNoFileComp))
 	return &v.v
+}
+
+// pathFlag adds --path, which takes a way for software NICs to meet.
+func pathFlag(cmd *cobra.Command) *choiceValue {
+	v := &choiceValue{v: perf.PathAuto.String(), all: []string{"auto", "memory", "udp", "tcp"}}
+	cmd.Flags().Var(v, "path", "how software NICs meet: auto (memory on one host, else udp), memory, udp or tcp")
+	_ = cmd.RegisterFlagCompletionFunc("path", cobra.FixedCompletions(v.all, cobra.ShellCompDirectiveNoFileComp))
+	return v
 }
 
 // choiceValue is a flag that takes one of a few words.

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"flag"
 	"os"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/perf"
 	"github.com/ringside-rdma/ringside/internal/testutil"
+	"github.com/ringside-rdma/ringside/transport"
 	"github.com/ringside-rdma/ringside/verbs"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
@@ -90,6 +92,8 @@ func TestMistakes(t *testing.T) {
 		{"perf write lat --spawn -o xml", "text json"},
 		{"perf server x", "wanted none"},
 		{"perf --listen", "flag needs an argument"},
+		{"perf write lat --spawn --path pigeons", "auto memory udp tcp"},
+		{"devices --path pigeons", "auto memory udp tcp"},
 		{"version x", "wanted none"},
 	} {
 		t.Run(tt.args, func(t *testing.T) {
@@ -138,6 +142,8 @@ func TestCompletion(t *testing.T) {
 		"perf send lat --poll ":  "adaptive",
 		"devices ":               "soft0",
 		"devices -o ":            "json",
+		"devices --path ":        "memory",
+		"perf rpc lat --path ":   "memory",
 	} {
 		args := append([]string{"__complete"}, strings.Fields(a)...)
 		_, stdout, _ := ringside(append(args, "")...)
@@ -205,6 +211,20 @@ func TestDevicesGolden(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	r.forced = transport.PathUDP
+	gids := r.Devices[len(r.Devices)-1].Ports[0].GIDs
+	gids[0].Paths, gids[0].Problem = nil, "peers are met through memory from here"
+	gids[1].Paths, gids[2].Paths, gids[3].Paths = []string{"udp"}, []string{"udp"}, nil
+	var forced, all bytes.Buffer
+	if err := errors.Join(r.writeText(&forced, false), r.writeText(&all, true)); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "devices_path.txt", forced.Bytes())
+	for _, want := range []string{": no: peers are met through memory from here", ": no: bind: no"} {
+		if !strings.Contains(all.String(), want) {
+			t.Errorf("%q is missing from:\n%s", want, &all)
+		}
+	}
 	golden(t, "devices.json", append(b, '\n'))
 	var none bytes.Buffer
 	if err := (&deviceReport{}).writeText(&none, false); err != nil || !strings.Contains(none.String(), "no devices") {
@@ -271,6 +291,38 @@ func TestDevices(t *testing.T) {
 	t.Setenv(verbs.EnvDevice, "nosuch0")
 	if status, text, _ = ringside("devices"); status != 0 || !strings.Contains(text, "problem:") || !strings.Contains(text, "soft0") {
 		t.Errorf("status %d:\n%s", status, text)
+	}
+}
+
+// With --path, a software NIC's GIDs have that path or none, whatever the environment says.
+func TestDevicesPath(t *testing.T) {
+	t.Setenv("RINGSIDE_PATH", "tin cans")
+	for _, path := range []string{"memory", "udp", "tcp"} {
+		status, text, stderr := ringside("devices", "--path", path, "-o", "json", "soft0")
+		var r struct {
+			Path     string
+			Problems []string
+			Devices  []struct{ Ports []portJSON }
+		}
+		if err := json.Unmarshal([]byte(text), &r); status != 0 || err != nil || len(r.Devices) != 1 {
+			t.Fatalf("%s: status %d, %v, %s\n%s", path, status, err, stderr, text)
+		}
+		if r.Path != path || len(r.Problems) > 0 {
+			t.Errorf("path is %q instead of %s; problems %q", r.Path, path, r.Problems)
+		}
+		for i, g := range r.Devices[0].Ports[0].GIDs {
+			there := (g.Addr == "") == (path == "memory")
+			switch {
+			case there && slices.Equal(g.Paths, []string{path}) && g.Problem == "" && (g.UDPPort != 0) == (path == "udp"):
+			case len(g.Paths) == 0 && g.Problem != "" && g.UDPPort == 0 && (!there || path == "udp"): // it may be that no port is free
+			default:
+				t.Errorf("%s: GID %d: %+v", path, i, g)
+			}
+		}
+	}
+	if _, text, _ := ringside("devices", "--path", "memory", "soft0"); !strings.Contains(text, "only memory\n") || strings.Contains(text, "tin cans") ||
+		!strings.Contains(text, ": through memory") || strings.Contains(text, "UDP") || strings.Contains(text, "TCP") {
+		t.Errorf("--path memory says:\n%s", text)
 	}
 }
 

@@ -177,7 +177,7 @@ type testFlags struct {
 	poll      choiceValue
 	atomic    choiceValue
 	flow      choiceValue
-	path      choiceValue
+	path      *choiceValue
 	clock     choiceValue
 	spawn     bool
 	serverCPU int
@@ -213,8 +213,7 @@ func newPerfTest(op perf.Op, kind perf.Kind) *cobra.Command {
 	fl.IntVar(&f.spec.Warmup, "warmup", 0, fmt.Sprintf("operations before that (default %d, at most --iters; fewer of large messages)", def.Warmup))
 	f.poll = choiceValue{v: def.Poll.String(), all: []string{"busy", "adaptive", "event"}}
 	fl.Var(&f.poll, "poll", "how both sides wait: busy, adaptive or event")
-	f.path = choiceValue{v: def.Path.String(), all: []string{"auto", "memory", "udp", "tcp"}}
-	fl.Var(&f.path, "path", "how software NICs meet: auto (memory on one host, else udp), memory, udp or tcp")
+	f.path = pathFlag(cmd)
 	fl.DurationVar(&f.spec.Spin, "spin", def.Spin, "how long --poll adaptive polls before it sleeps")
 	if op == perf.OpRPC {
 		if kind != perf.Lat {
@@ -248,7 +247,7 @@ func newPerfTest(op perf.Op, kind perf.Kind) *cobra.Command {
 	f.output = outputFlag(cmd)
 	fl.StringVar(&f.plot, "plot", "", "write a picture of the results to this SVG file")
 	hideDefault(cmd, "inline", "server-cpu", "server-gid-index")
-	for name, c := range map[string]*choiceValue{"poll": &f.poll, "path": &f.path, "flow": &f.flow, "op": &f.atomic, "clock": &f.clock} {
+	for name, c := range map[string]*choiceValue{"poll": &f.poll, "flow": &f.flow, "op": &f.atomic, "clock": &f.clock} {
 		if fl.Lookup(name) != nil {
 			_ = cmd.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(c.all, cobra.ShellCompDirectiveNoFileComp))
 		}
