@@ -198,15 +198,16 @@ func (s *Session) turn() (some bool, err error) {
 		}
 		some = some || read > 0
 		if ended {
+			if err := s.pass(); err != nil {
+				return some, err // and Run closes it with the others
+			}
+			err := s.Sink.Finish(n.Source, n.Lost())
+			n.Close()
 			s.nics = slices.Delete(s.nics, i, i+1)
 			i--
-			if err := s.pass(); err != nil {
+			if err != nil {
 				return some, err
 			}
-			if err := s.Sink.Finish(n.Source, n.Lost()); err != nil {
-				return some, err
-			}
-			n.Close()
 		}
 	}
 	if err := s.pass(); err != nil {
