@@ -135,17 +135,17 @@ func TestEndHoldsNoAcknowledgement(t *testing.T) {
 	}
 }
 
-// BenchmarkWrongPackets is what a packet costs that the port has no use for, from the socket's buffer on, in batches as they are received:
-// with what is sent to it.
-func BenchmarkWrongPackets(b *testing.B) {
+// eachWrongPacket calls f for each kind of packet that a port has no use for. feed has the port take the next one, from the socket's buffer
+// on, in batches as they are received, with what is sent to it; called with the port's mu held.
+func eachWrongPacket(t testing.TB, f func(name string, p *netPort, feed func())) {
 	n, err := Open()
 	if err != nil {
-		b.Fatal(err)
+		t.Fatal(err)
 	}
 	defer n.Close()
-	p := loopbackPort(b, n, netip.AddrPortFrom(ownLoopback(), 0))
+	p := loopbackPort(t, n, netip.AddrPortFrom(ownLoopback(), 0))
 	peer := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), 9) // discard
-	e := makeEnd(b, n, endConfig{typ: ib.RC})
+	e := makeEnd(t, n, endConfig{typ: ib.RC})
 	defer e.close()
 	e.wire(wireTo{gid: 1, addr: peer, own: true, qpn: 5, at: 5000})
 	qpn := uint32(e.q.QPN())
@@ -162,40 +162,69 @@ func BenchmarkWrongPackets(b *testing.B) {
 		{"far PSN", peer, roce.Packet{DestQP: qpn, PSN: 900000, AckReq: true}, true},
 		{"probe", peer, roce.Packet{DestQP: qpn, Opcode: roce.Probe}, true},
 	} {
-		b.Run(c.name, func(b *testing.B) {
-			if c.pkt.PKey = roce.DefaultPKey; c.pkt.Opcode == 0 {
-				c.pkt.Opcode = roce.Op(roce.RC, roce.SendOnly)
+		if c.pkt.PKey = roce.DefaultPKey; c.pkt.Opcode == 0 {
+			c.pkt.Opcode = roce.Op(roce.RC, roce.SendOnly)
+		}
+		raw := bytesOf(&c.pkt, 64)
+		var crc roce.ICRC
+		crc.Init(c.src, p.sock.Local())
+		if raw = crc.Put(raw); !c.crc {
+			raw[len(raw)-1] ^= 0xff
+		}
+		var pkt roce.Packet
+		i := 0
+		f(c.name, p, func() {
+			if i++; i%16 == 1 {
+				p.now = p.sock.Now()
+				for k, w := range p.touched {
+					p.touched[k], w.touched = nil, false
+					w.pump(true)
+				}
+				p.touched = p.touched[:0]
+				p.settle()
+				p.sock.Flush()
 			}
-			raw := bytesOf(&c.pkt, 64)
-			var crc roce.ICRC
-			crc.Init(c.src, p.sock.Local())
-			if raw = crc.Put(raw); !c.crc {
-				raw[len(raw)-1] ^= 0xff
+			if pkt.Decode(raw[:len(raw)-roce.ICRCLen]) != nil || !p.expect(c.src, &pkt) {
+				return
 			}
-			p.mu.Lock()
-			defer p.mu.Unlock()
-			var pkt roce.Packet
-			b.ReportAllocs()
-			for i := 0; b.Loop(); i++ {
-				if i%16 == 0 {
-					p.now = p.sock.Now()
-					for k, w := range p.touched {
-						p.touched[k], w.touched = nil, false
-						w.pump(true)
-					}
-					p.touched = p.touched[:0]
-					p.settle()
-					p.sock.Flush()
-				}
-				if pkt.Decode(raw[:len(raw)-roce.ICRCLen]) != nil || !p.expect(c.src, &pkt) {
-					continue
-				}
-				if _, err := crc.Split(raw, true); err == nil {
-					p.deliver(c.src, &pkt)
-				}
+			if _, err := crc.Split(raw, true); err == nil {
+				p.deliver(c.src, &pkt)
 			}
 		})
 	}
+}
+
+// A flood of packets that the port has no use for costs no memory.
+func TestWrongPacketsAllocateNothing(t *testing.T) {
+	eachWrongPacket(t, func(name string, p *netPort, feed func()) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		allocs := 1.0
+		for try := 0; try < 5 && allocs != 0; try++ { // what other goroutines allocate is counted, too, but not each time
+			allocs = testing.AllocsPerRun(10, func() {
+				for range 160 {
+					feed()
+				}
+			})
+		}
+		if allocs != 0 {
+			t.Errorf("%s: %v allocations for 160 packets", name, allocs)
+		}
+	})
+}
+
+// BenchmarkWrongPackets is what a packet costs that the port has no use for.
+func BenchmarkWrongPackets(b *testing.B) {
+	eachWrongPacket(b, func(name string, p *netPort, feed func()) {
+		b.Run(name, func(b *testing.B) {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			b.ReportAllocs()
+			for b.Loop() {
+				feed()
+			}
+		})
+	})
 }
 
 // The request without an answer is the first that is posted once the peer is gone, also while the QP is on its way to ERR.
