@@ -4,14 +4,19 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/ringside-rdma/ringside/internal/perf"
+	"github.com/ringside-rdma/ringside/internal/softnic/observe"
 	"github.com/ringside-rdma/ringside/internal/testutil"
 )
 
@@ -53,6 +58,107 @@ func TestCaptureProgram(t *testing.T) {
 				t.Errorf("opcode %s at %s", p[0], p[1])
 			}
 		}
+	}
+}
+
+// Of two running processes with two connections between them over UDP, --qp, --peer and --gid leave what they say.
+func TestCaptureFilters(t *testing.T) {
+	server, addr := startServer(t)
+	client := command(t, "perf", "send", "rate", addr, "--path", "udp", "--qps", "2", "--poll", "event", "--depth", "8", "--size", "64", "--duration", "1h")
+	if err := client.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = client.Process.Kill()
+		_ = client.Wait()
+	})
+	pids := fmt.Sprintf("%d,%d", client.Process.Pid, server.Process.Pid)
+	var near, far *observe.NIC // the client's, the server's
+	testutil.Eventually(t, "both NICs' connections", func() bool {
+		var stdout, stderr bytes.Buffer
+		var r statsReport
+		if code := run([]string{"stats", "--json", "--pid", pids}, nil, &stdout, &stderr); code != 0 {
+			t.Fatalf("%d: %s", code, stderr.String())
+		}
+		if err := json.Unmarshal(stdout.Bytes(), &r); err != nil {
+			t.Fatal(err)
+		}
+		near, far = nil, nil
+		for _, n := range r.NICs {
+			if len(n.QPs) != 2 || len(n.Ports) == 0 || n.QPs[0].PeerQPN == 0 || n.QPs[1].PeerQPN == 0 {
+				continue
+			}
+			if n.PID == client.Process.Pid {
+				near = n
+			} else {
+				far = n
+			}
+		}
+		return near != nil && far != nil && near.QPs[0].Requests.Messages > 0 && near.QPs[1].Requests.Messages > 0
+	})
+	atNear, atFar := fmt.Sprintf("soft0/%d/udp", near.PID), fmt.Sprintf("soft0/%d/udp", far.PID)
+	capture := func(flags ...string) string {
+		t.Helper()
+		var stdout, stderr bytes.Buffer
+		if code := run(append([]string{"capture", "-c", "50", "--pid", pids}, flags...), nil, &stdout, &stderr); code != 0 {
+			t.Fatalf("%q: %d, %s", flags, code, stderr.String())
+		}
+		return stdout.String()
+	}
+	// A NIC's numbers may be the other one's, too.
+	both := append(slices.Clone(near.QPs), far.QPs...)
+	ends := func(qpn uint32) (have []string) {
+		for _, q := range both {
+			if q.QPN == qpn || q.PeerQPN == qpn {
+				have = append(have, fmt.Sprint(q.QPN), fmt.Sprint(q.PeerQPN))
+			}
+		}
+		return have
+	}
+	var all []string
+	for _, q := range both {
+		all = append(all, fmt.Sprint(q.QPN))
+	}
+	one, other := near.QPs[0].QPN, near.QPs[1].QPN
+	packet := regexp.MustCompile(`(?m)^\S+ (?:In |Out) (\S+) .* QP (\d+) `)
+	for _, c := range []struct { // each filter with two values, since what is left out must be there
+		flag, value  string
+		places, qpns []string
+	}{
+		{"--qp", fmt.Sprint(one), []string{atNear, atFar}, ends(one)},
+		{"--qp", fmt.Sprint(other), []string{atNear, atFar}, ends(other)},
+		{"--peer", far.Ports[0].Address, []string{atNear}, all},
+		{"--peer", near.Ports[0].Address, []string{atFar}, all},
+		{"--gid", far.GID, []string{atFar}, all},
+		{"--gid", near.GID, []string{atNear}, all},
+	} {
+		text := capture(c.flag, c.value)
+		packets := packet.FindAllStringSubmatch(text, -1)
+		if len(packets) != 50 {
+			t.Errorf("%s %s: %d packets instead of 50:\n%s", c.flag, c.value, len(packets), text)
+		}
+		for _, p := range packets {
+			if !slices.Contains(c.places, p[1]) || !slices.Contains(c.qpns, p[2]) {
+				t.Errorf("%s %s: %s, want some at %v to %v only", c.flag, c.value, p[0], c.places, c.qpns)
+				break
+			}
+		}
+	}
+	file := filepath.Join(t.TempDir(), "trace")
+	capture("-w", file, "--qp", fmt.Sprint(one), "--gid", far.GID)
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	packets := testutil.Tshark(t, b, "frame.interface_name", "infiniband.bth.destqp")
+	for _, p := range packets {
+		qpn, err := strconv.ParseUint(p[1], 0, 32)
+		if err != nil || p[0] != atFar || !slices.Contains(ends(one), fmt.Sprint(qpn)) {
+			t.Fatalf("the file has a packet at %s to %s", p[0], p[1])
+		}
+	}
+	if len(packets) != 50 {
+		t.Errorf("the file has %d packets", len(packets))
 	}
 }
 

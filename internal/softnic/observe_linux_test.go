@@ -217,6 +217,28 @@ func joinUDP(t testing.TB, a, b *end, timeout ib.AckTimeout) {
 	b.join(a, gid, ib_, pa, 5, 0xfffffe, timeout)
 }
 
+// capturedPaths are the paths of the capture tests. What goes by TCP is shown as if it went by UDP.
+var capturedPaths = []struct {
+	name string
+	path observe.Path
+}{{"inproc", observe.Inproc}, {"shm", observe.Shm}, {pathUDP, observe.UDP}, {pathTCP, observe.UDP}}
+
+// joinBy connects two QPs by one of capturedPaths.
+func joinBy(t testing.TB, path string, a, b *end) {
+	t.Helper()
+	switch path {
+	case pathUDP:
+		joinUDP(t, a, b, 0)
+		return
+	case pathTCP:
+		c, d := tcpPair(t)
+		a.useStream(c)
+		b.useStream(d)
+	}
+	a.join(b, b.n.gid, 0, 0, 0xfffffe, 5, 14)
+	b.join(a, a.n.gid, 0, 0, 5, 0xfffffe, 14)
+}
+
 // Whatever the path, the packets of each operation are captured, with PSNs that follow each other, and tshark takes them.
 func TestCaptureOperations(t *testing.T) {
 	check := func(t *testing.T, path observe.Path, opcodes []string, seen []observe.Record) {
@@ -250,25 +272,20 @@ func TestCaptureOperations(t *testing.T) {
 			}
 		}
 	}
-	for _, path := range []observe.Path{observe.Inproc, observe.Shm, observe.UDP} {
-		t.Run(path.String(), func(t *testing.T) {
-			na, nb := openNIC(t, path == observe.Shm), openNIC(t, path == observe.Shm)
+	for _, p := range capturedPaths {
+		t.Run(p.name, func(t *testing.T) {
+			na, nb := openNIC(t, p.path == observe.Shm), openNIC(t, p.path == observe.Shm)
 			if na.sharedE != nil {
 				testutil.Skip(t, na.sharedE.Error())
 			}
 			a, b := newEnd(t, na, endConfig{typ: ib.RC}), newEnd(t, nb, endConfig{typ: ib.RC})
 			o := observeNICs(t, na)
-			if path == observe.UDP {
-				joinUDP(t, a, b, 0)
-			} else {
-				a.join(b, nb.gid, 0, 0, 0xfffffe, 5, 14)
-				b.join(a, na.gid, 0, 0, 5, 0xfffffe, 14)
-			}
+			joinBy(t, p.name, a, b)
 			everyOpcode(t, a, b)
 			opcodes := o.end()
-			check(t, path, opcodes, o.seen)
+			check(t, p.path, opcodes, o.seen)
 			c := a.q.(*QP).counters()
-			if c.Path != path.String() || c.Requests != (observe.Traffic{Messages: 9, Bytes: 4*522 + 20 + 21 + 16}) || c.PeerQPN != uint32(b.q.QPN()) {
+			if c.Path != p.name || c.Requests != (observe.Traffic{Messages: 9, Bytes: 4*522 + 20 + 21 + 16}) || c.PeerQPN != uint32(b.q.QPN()) {
 				t.Errorf("%+v", c)
 			}
 			if d := b.q.(*QP).counters(); d.Receives != (observe.Traffic{Messages: 5, Bytes: 2*522 + 20 + 21}) {
@@ -281,20 +298,15 @@ func TestCaptureOperations(t *testing.T) {
 // An ATOMIC_WRITE and a FLUSH do what they say on each path, also to memory that only its own process reaches, and look the same in a
 // capture.
 func TestCapturePlacement(t *testing.T) {
-	for _, path := range []observe.Path{observe.Inproc, observe.Shm, observe.UDP} {
-		t.Run(path.String(), func(t *testing.T) {
-			na, nb := openNIC(t, path == observe.Shm), openNIC(t, path == observe.Shm)
+	for _, p := range capturedPaths {
+		t.Run(p.name, func(t *testing.T) {
+			na, nb := openNIC(t, p.path == observe.Shm), openNIC(t, p.path == observe.Shm)
 			if na.sharedE != nil {
 				testutil.Skip(t, na.sharedE.Error())
 			}
 			a, b := newEnd(t, na, endConfig{typ: ib.RC}), newEnd(t, nb, endConfig{typ: ib.RC})
 			o := observeNICs(t, na)
-			if path == observe.UDP {
-				joinUDP(t, a, b, 0)
-			} else {
-				a.join(b, nb.gid, 0, 0, 0xfffffe, 5, 14)
-				b.join(a, na.gid, 0, 0, 5, 0xfffffe, 14)
-			}
+			joinBy(t, p.name, a, b)
 			const rights = ib.AccessLocalWrite | ib.AccessRemote | ib.AccessFlushGlobal
 			mem := heapBytes(64)
 			mr, err := b.pd.RegisterMR(driver.MRConfig{Mem: mem, Access: rights, FD: -1})
@@ -316,7 +328,7 @@ func TestCapturePlacement(t *testing.T) {
 			}
 			want := []string{">RC_ATOMIC_WRITE", "<RC_RDMA_READ_RESPONSE_ONLY", ">RC_FLUSH", "<RC_RDMA_READ_RESPONSE_ONLY"}
 			opcodes := o.end()
-			if path == observe.UDP { // the second need not wait for the first one's answer
+			if p.path == observe.UDP { // the second need not wait for the first one's answer
 				slices.Sort(opcodes)
 				slices.Sort(want)
 			}
