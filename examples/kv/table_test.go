@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -229,4 +230,50 @@ func TestTornReadsRacing(t *testing.T) {
 	readers.Wait()
 	stop.Store(true)
 	writer.Wait()
+}
+
+// Whatever a peer's memory has for an entry: what is taken for whole is within the entry's bounds and has its checksum. sealed: the checksum
+// is made to fit where there can be one, which is then taken, and not at another sequence number.
+func FuzzParseEntry(f *testing.F) {
+	f.Add(uint64(2), makeEntry("key", "value", 2), false)
+	f.Add(uint64(4), makeEntry("key", "value", 2), false)
+	f.Add(uint64(0), make([]byte, entryBytes), false)
+	f.Add(uint64(6), makeEntry(strings.Repeat("k", maxKey), strings.Repeat("v", maxValue), 6), true)
+	f.Fuzz(func(t *testing.T, seq uint64, data []byte, sealed bool) {
+		var entry [entryBytes]byte
+		copy(entry[:], data)
+		k, v := int(entry[0]), int(entry[1])
+		fits := k <= maxKey && v <= maxValue
+		if sealed = sealed && fits; sealed {
+			binary.LittleEndian.PutUint64(entry[:], makePrefix(entry[prefix:][:k], entry[prefix+maxKey:][:v], seq))
+		}
+		p := binary.LittleEndian.Uint64(entry[:])
+		key, value, err := parseEntry(entry[:], seq)
+		switch {
+		case err != nil:
+			if err != errCorrupt || key != nil || value != nil || sealed || p == 0 {
+				t.Fatalf("%q, %q, %v", key, value, err)
+			}
+		case p == 0:
+			if key != nil || value != nil {
+				t.Fatalf("of an entry that was never written: %q, %q", key, value)
+			}
+		case !fits || !bytes.Equal(key, entry[prefix:][:k]) || !bytes.Equal(value, entry[prefix+maxKey:][:v]) || makePrefix(key, value, seq) != p:
+			t.Fatalf("%q, %q of % x", key, value, entry)
+		}
+		if sealed && p != 0 {
+			if _, _, err := parseEntry(entry[:], seq+2); err != errCorrupt {
+				t.Fatalf("at another sequence number: %v", err)
+			}
+		}
+	})
+}
+
+// makeEntry is an entry as the server writes it.
+func makeEntry(key, value string, seq uint64) []byte {
+	entry := make([]byte, entryBytes)
+	binary.LittleEndian.PutUint64(entry, makePrefix([]byte(key), []byte(value), seq))
+	copy(entry[prefix:], key)
+	copy(entry[prefix+maxKey:], value)
+	return entry
 }
