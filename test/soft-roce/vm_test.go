@@ -146,7 +146,7 @@ func TestMachine(t *testing.T) {
 
 	t.Run("go test in a script", func(t *testing.T) {
 		t.Parallel()
-		cmd := run("-host", "--", "sh", "-c", "echo $PPID $RINGSIDE_SOFT_ROCE; go test ./a & go test ./b && wait $! && go test ./fail; echo status $?")
+		cmd := run("-host", "--", "sh", "-c", `echo "$PPID $RINGSIDE_SOFT_ROCE"; go test ./a & go test ./b && wait $! && go test ./fail; echo status $?`)
 		cmd.Dir = sampleModule(t)
 		stdout, stderr, code := finish(t, cmd)
 		contains(t, "stdout", stdout+stderr, fmt.Sprintf("%d \n", cmd.Process.Pid), "ok  \tsample/a", "ok  \tsample/b", "FAIL\tsample/fail", "status 1")
