@@ -63,10 +63,10 @@ func rnrNoRetries(c *C) {
 func rnrFewRetries(c *C) {
 	const retries, timer, tick = 3, ib.RNRTimer(24), 10 * time.Millisecond // of 40.96 ms
 	l := c.pair(ib.RC, func(o *linkOpts) { o.rnrRetry, o.minRNR = retries, timer })
-	from := c.now()
+	since := c.stopwatch()
 	l.a.post(wrSend(1, l.a.mem.sge(0, 8)), wrSend(2))
 	l.a.sent(want{ID: 1, Status: ib.WCRNRRetryExceeded}, want{ID: 2, Status: ib.WCFlushErr})
-	if d := c.now() - from; d < retries*(timer.Duration()-tick) {
+	if d := since(); d < retries*(timer.Duration()-tick) {
 		c.Errorf("given up after %v: fewer than %d retries of %v each", d, retries, timer.Duration())
 	}
 	l.a.inState(ib.Err)

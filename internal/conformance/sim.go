@@ -102,15 +102,15 @@ func (c *C) sleep(d time.Duration) { (&host{sim: c.net}).sleep(d) }
 
 func (c *C) waitFor(d time.Duration, f func() bool) bool { return (&host{sim: c.net}).waitFor(d, f) }
 
-// now is a time to compare with others of the same case.
-func (c *C) now() time.Duration {
+// stopwatch returns how long ago it was called.
+func (c *C) stopwatch() func() time.Duration {
 	if c.net != nil {
-		return c.net.Now()
+		from := c.net.Now()
+		return func() time.Duration { return c.net.Now() - from }
 	}
-	return time.Since(programStart)
+	from := time.Now()
+	return func() time.Duration { return time.Since(from) }
 }
-
-var programStart = time.Now()
 
 // beside runs f beside the case; in virtual time, before it goes on.
 func (c *C) beside(f func()) {
