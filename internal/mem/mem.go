@@ -3,7 +3,8 @@
 //
 // About fork: a device's or a peer's view of memory is lost if the kernel gives the parent a copy-on-write page. That
 // cannot happen here. Go programs do not fork without exec, os/exec clones with CLONE_VM, and the mappings are
-// MAP_SHARED, which are never copied on write; so there is no MADV_DONTFORK.
+// MAP_SHARED, which are never copied on write; so there is no MADV_DONTFORK. (Package uverbs has one, for what is registered with
+// kernels before Linux 5.12.)
 package mem
 
 import (
