@@ -132,9 +132,10 @@ func (c *Context) CheckReach(ctx context.Context, gid ib.GID) (path string, err 
 func (c *Context) Progress() bool { return c.prog != nil && c.prog.Progress() }
 
 // Removed returns a channel that is closed when the device is known to have gone: it was unplugged, its link was deleted, its driver was
-// unloaded. Whatever waits on it ends with ErrDeviceRemoved, and what begins afterwards fails with that; what exists can only be closed,
-// and the kernel may wait for that. The channel is nil for devices that cannot go, such as the software NIC. See also
-// ib.EventDeviceFatal, of which AsyncEvent tells one caller.
+// unloaded. Whatever waits for the device ends with ErrDeviceRemoved, and what begins afterwards fails with that; what exists can only be
+// closed, and the kernel may wait for that. The channel is the same with every call, any number of goroutines may wait for it, and Close
+// does not close it. It is nil for devices that cannot go, such as the software NIC. See also ib.EventDeviceFatal, of which AsyncEvent
+// tells one caller.
 func (c *Context) Removed() <-chan struct{} {
 	if r, ok := c.drv.(driver.Remover); ok {
 		return r.Gone()
