@@ -1,10 +1,14 @@
 package emulate
 
 import (
+	"net/netip"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/ringside-rdma/ringside/internal/mlx5emu"
 )
 
 // Programs that connect by rdma_cm: those of librdmacm (rdmacm-utils), and perftest with -R.
@@ -29,25 +33,39 @@ func connect(t *testing.T, server, client, then string) string {
 }
 
 // runAtAddress is run for what needs cmAddress. Of all devices on a host one has it at a time, and tests of other packages have it now and
-// then.
+// then: it tries until it has it.
 func runAtAddress(t *testing.T, cfg Config, script string) string {
 	t.Helper()
 	for deadline := time.Now().Add(patience); ; {
-		out, err := try(t, cfg, script, func(*Session) {})
-		if err == nil {
+		var has bool
+		out, err := try(t, cfg, script, func(s *Session) {
+			if has = hasAddress(t, s); !has {
+				killTree(s.process.PID)
+			}
+		})
+		switch {
+		case has && err == nil:
 			return out
-		}
-		if !taken(out) || time.Now().After(deadline) {
+		case has:
 			t.Fatal(err)
+		case time.Now().After(deadline):
+			t.Fatalf("another process has %v", cmAddress)
 		}
 		t.Logf("another process has the address: again")
 		time.Sleep(100 * time.Millisecond)
 	}
 }
 
-// taken reports whether a program has complained that another process has the address, in the words of librdmacm's and of perftest.
-func taken(out string) bool {
-	return strings.Contains(out, "Address already in use") || strings.Contains(out, "ADDR_ERROR") || strings.Contains(out, "rdma_listen failed")
+// hasAddress takes cmAddress for a device of the session, for as long as that lasts. Programs do not say it alike that they lack it: who
+// listens at all addresses leaves it out, and who connects there meets the other process.
+func hasAddress(t *testing.T, s *Session) bool {
+	return slices.ContainsFunc(s.devices, func(d *mlx5emu.Device) bool {
+		p, err := d.CMPort(netip.MustParseAddr(cmAddress))
+		if err != nil {
+			t.Error(err)
+		}
+		return err == nil && p.Standard()
+	})
 }
 
 const waitServer = "wait $server"
