@@ -8,6 +8,7 @@ import (
 
 	"github.com/ringside-rdma/ringside/internal/driver"
 	"github.com/ringside-rdma/ringside/internal/roce"
+	"github.com/ringside-rdma/ringside/internal/softnic/wire"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -97,7 +98,7 @@ func TestFloodHoldsNoAcknowledgement(t *testing.T) {
 	if n := p.sock.Stats().Sent - sent; n != 0 || len(p.owing) != 1 {
 		t.Errorf("at once, %d packets were sent, %d acknowledgements wait", n, len(p.owing))
 	}
-	p.owingAt = p.now - lateAck
+	p.owingAt = p.now - wire.LateAck
 	flood(wrongQKey, &p.drops.QKey)
 	if n := p.sock.Stats().Sent - sent; n != 1 || len(p.owing) != 0 {
 		t.Errorf("after a while, %d packets were sent, %d acknowledgements wait", n, len(p.owing))

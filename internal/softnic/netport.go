@@ -13,6 +13,7 @@ import (
 	"github.com/ringside-rdma/ringside/internal/ring"
 	"github.com/ringside-rdma/ringside/internal/roce"
 	"github.com/ringside-rdma/ringside/internal/softnic/udp"
+	"github.com/ringside-rdma/ringside/internal/softnic/wire"
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
@@ -284,7 +285,7 @@ func (p *netPort) turn(receive bool) (some bool) {
 		p.timers.due(p.now, (*wireQP).expire)
 	}
 	// What is for nobody has nobody post anything, and what somebody takes need not: a flood of either must not hold acknowledgements back.
-	if !p.took || len(p.owing) > 0 && p.now-p.owingAt >= lateAck {
+	if !p.took || len(p.owing) > 0 && p.now-p.owingAt >= wire.LateAck {
 		p.settle()
 	}
 	p.sock.Flush()
@@ -306,14 +307,10 @@ func (p *netPort) settle() {
 	p.owing = p.owing[:0]
 }
 
-// lateAck is how long an acknowledgement takes that the peer does not wait for, and at most one that waits for company: much less than
-// a requester's patience, and longer than a few messages with which one may be asked for.
-const lateAck = 100 * time.Microsecond
-
-// lately has what w has received acknowledged in a moment.
+// lately has what w has received acknowledged in a moment, with what others have.
 func (p *netPort) lately(w *wireQP) {
-	if len(p.late) == 0 {
-		p.lateAt = p.now + lateAck
+	if at := p.now + w.lateAck; len(p.late) == 0 || at < p.lateAt {
+		p.lateAt = at
 	}
 	w.late = true
 	p.late = append(p.late, w)

@@ -31,10 +31,11 @@ type wireQP struct {
 	t       target
 	touched bool
 	blocked bool
-	owing   bool  // in port.owing
-	late    bool  // in port.late
-	dead    bool  // the QP was reset
-	tick    int64 // of the wheel; 0: no timer is set
+	owing   bool          // in port.owing
+	late    bool          // in port.late
+	lateAck time.Duration // when what is late is acknowledged; once there is a requester, its LateAck
+	dead    bool          // the QP was reset
+	tick    int64         // of the wheel; 0: no timer is set
 	before  *wireQP
 	after   *wireQP // in the same slot of the wheel
 	older   *wireQP // RC: the connection to the same queue pair that there was before, until the peer was heard of
@@ -72,7 +73,7 @@ func (q *QP) connectWire(p *netPort, peer netPeer, attr *ib.QPAttr, mask ib.QPAt
 	if err != nil {
 		return err
 	}
-	w := &wireQP{q: q, port: p, addr: peer.Addr().Addr(), service: roce.RC, epoch: q.epoch.Load()}
+	w := &wireQP{q: q, port: p, addr: peer.Addr().Addr(), service: roce.RC, epoch: q.epoch.Load(), lateAck: wire.LateAck}
 	w.out = output{netPeer: peer, port: p, w: w}
 	cfg.DestQP, cfg.MTU, cfg.RQPSN, cfg.MinRNRTimer = uint32(attr.DestQPN), attr.PathMTU.Bytes(), attr.RQPSN, attr.MinRNRTimer
 	cfg.MaxDestRdAtomic, cfg.SendDepth, cfg.Early = int(attr.MaxDestRdAtomic), q.cap.MaxSendWR, q.nic.early
@@ -324,6 +325,7 @@ func (w *wireQP) pump(wait bool) {
 			case w.req != nil:
 				full = w.req.Pump(w.port.now, &w.out)
 				at = w.req.Deadline()
+				w.lateAck = w.req.LateAck()
 			case w.ureq != nil:
 				full = w.ureq.Pump(w.port.now, &w.out)
 			}

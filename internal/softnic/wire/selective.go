@@ -145,6 +145,21 @@ func (s *selective) progress(una ib.PSN, now time.Duration) {
 // patience is how long an answer may take beyond what it took before. Pollers that pause are late by about that much.
 const patience = time.Millisecond
 
+// LateAck is how long an acknowledgement takes at least that the peer does not wait for: longer than a few messages with which one may be
+// asked for.
+const LateAck = 100 * time.Microsecond
+
+// LateAck is how long an acknowledgement may take that the peer does not wait for: the longer messages take, the later comes one that asks,
+// and an acknowledgement costs about what a message does. It is much less than the peer's patience, as far as that is known: what it
+// has measured itself may be less than what was measured here.
+func (r *Requester) LateAck() time.Duration {
+	d := LateAck + min(2*r.sel.rtt, patience/2)
+	if t := r.cfg.AckTimeout; t != 0 { // the peer's is often the same
+		d = min(d, max(t/4, LateAck))
+	}
+	return d
+}
+
 // timeout is how long to wait before something is sent again that nobody has asked for.
 func (r *Requester) timeout() time.Duration {
 	return min((patience+4*r.sel.rtt)<<min(r.sel.backoff, 8), r.cfg.AckTimeout)

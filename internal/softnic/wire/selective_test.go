@@ -137,14 +137,14 @@ func TestQuiet(t *testing.T) {
 		n.after(time.Duration(i)*12*time.Microsecond, func() { send(true) })
 	}
 	n.run(func() bool { return len(a.done) == 3 })
-	if took := n.now - began; acks != 1 || took < lateAck || took > lateAck+100*time.Microsecond {
+	if took := n.now - began; acks != 1 || took < LateAck || took > LateAck+100*time.Microsecond {
 		t.Errorf("three that nobody waits for: %d acknowledgements, the last after %v", acks, took)
 	}
 	acks, began = 0, n.now
 	send(true)
 	send(false)
 	n.run(func() bool { return len(a.done) == 5 })
-	if took := n.now - began; acks != 1 || took >= lateAck {
+	if took := n.now - began; acks != 1 || took >= LateAck {
 		t.Errorf("one that somebody waits for, behind one: %d acknowledgements after %v", acks, took)
 	}
 	acks = 0
@@ -157,6 +157,55 @@ func TestQuiet(t *testing.T) {
 	}
 	if c := a.req.Counters; c.Timeouts != 0 || c.Resent != 0 {
 		t.Errorf("%+v", c)
+	}
+}
+
+// Where messages take long, what nobody waits for is acknowledged as much later, but never so late that a timer has come, nor, if timers
+// are short, beyond what it is elsewhere.
+func TestQuietFar(t *testing.T) {
+	for _, test := range []struct {
+		delay, timeout time.Duration
+		late           time.Duration
+	}{
+		{150 * time.Microsecond, 67 * time.Millisecond, LateAck + patience/2},
+		{50 * time.Microsecond, 67 * time.Millisecond, LateAck + 200*time.Microsecond},
+		{150 * time.Microsecond, time.Millisecond, 250 * time.Microsecond},
+		{20 * time.Microsecond, 300 * time.Microsecond, LateAck},
+	} {
+		n := newNetwork(t, 1, func(c *Config) { c.Selective, c.AckTimeout = true, test.timeout })
+		n.delay = test.delay
+		acks := 0
+		n.trace = func(_ string, args ...any) {
+			if args[2].(roce.Opcode).Op() == roce.Acknowledge {
+				acks++
+			}
+		}
+		for i, x := range n.nodes { // each measures
+			n.nodes[1-i].recvs++
+			x.post(Request{Op: ib.OpSend, Len: 64}, make([]byte, 64))
+			x.pump()
+			n.run(n.ended)
+		}
+		a, b := n.nodes[0], n.nodes[1]
+		if d := b.req.LateAck(); d != test.late {
+			t.Errorf("%+v: %v", test, d)
+		}
+		const messages, pause = 60, 100 * time.Microsecond
+		acks = 0
+		for i := range messages {
+			n.after(time.Duration(i)*pause, func() {
+				b.recvs++
+				a.post(Request{Op: ib.OpSend, Len: 64, Quiet: true}, make([]byte, 64))
+				a.pump()
+			})
+		}
+		n.run(func() bool { return len(a.done) == 1+messages })
+		if most := int(messages*pause/test.late) + messages/maxUnasked + 1; acks > most {
+			t.Errorf("%+v: %d acknowledgements, %d would do", test, acks, most)
+		}
+		if c := a.req.Counters; c.Timeouts != 0 || c.Resent != 0 {
+			t.Errorf("%+v: %+v", test, c)
+		}
 	}
 }
 

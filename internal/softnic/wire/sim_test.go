@@ -239,16 +239,13 @@ func (x *node) takes(p *roce.Packet) {
 	x.pump()
 	if x.resp.Late() && !x.owes {
 		x.owes = true
-		x.net.after(lateAck, func() {
+		x.net.after(x.req.LateAck(), func() {
 			x.owes = false
 			x.resp.Acknowledge()
 			x.pump()
 		})
 	}
 }
-
-// lateAck is when a node acknowledges what nobody waits for.
-const lateAck = 100 * time.Microsecond
 
 func (x *node) pump() {
 	if x.uc != nil {
