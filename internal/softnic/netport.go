@@ -62,8 +62,8 @@ type netPort struct {
 	mad     bool          // it is for queue pair 1
 	owing   []*wireQP     // have an acknowledgement that waits for company
 	owingAt time.Duration // since when, the first of them
-	late    []*wireQP     // have something to acknowledge that the peer does not wait for
-	lateAt  time.Duration // when that is to be done, if late is not empty
+	late    []*wireQP     // have something to acknowledge that the peer does not wait for, or have had
+	lateAt  time.Duration // when late is to be looked at, if it is not empty
 	now     time.Duration // of this turn, or this part of it
 	putOff  int           // turns that timers have waited for packets that are left in the socket
 	took    bool          // something that came in this turn was for somebody
@@ -307,24 +307,37 @@ func (p *netPort) settle() {
 	p.owing = p.owing[:0]
 }
 
-// lately has what w has received acknowledged in a moment, with what others have.
+// lately has what w has received acknowledged in a moment.
 func (p *netPort) lately(w *wireQP) {
-	if at := p.now + w.lateAck; len(p.late) == 0 || at < p.lateAt {
-		p.lateAt = at
+	w.lateAt = p.now + w.lateAck
+	if len(p.late) == 0 || w.lateAt < p.lateAt {
+		p.lateAt = w.lateAt
 	}
-	w.late = true
-	p.late = append(p.late, w)
+	if !w.late {
+		w.late = true
+		p.late = append(p.late, w)
+	}
 }
 
-// acknowledge sends the acknowledgements of late.
+// acknowledge sends the acknowledgements of late for which it is time, or will be before long.
 func (p *netPort) acknowledge() {
-	for i, w := range p.late {
-		p.late[i] = nil
+	left := p.late[:0]
+	p.lateAt = neverWake
+	for _, w := range p.late {
+		if w.lateAt != 0 && !w.dead && !w.lateEnough() {
+			left = append(left, w)
+			p.lateAt = min(p.lateAt, w.lateAt)
+			continue
+		}
 		w.late = false
-		w.resp.Acknowledge()
-		w.pump(false)
+		if w.lateAt != 0 { // it has not left with something else
+			w.lateAt = 0
+			w.resp.Acknowledge()
+			w.pump(false)
+		}
 	}
-	p.late = p.late[:0]
+	clear(p.late[len(left):])
+	p.late = left
 }
 
 // sendReady sends what was posted, and what the socket had no room for.

@@ -33,7 +33,8 @@ type wireQP struct {
 	blocked bool
 	owing   bool          // in port.owing
 	late    bool          // in port.late
-	lateAck time.Duration // when what is late is acknowledged; once there is a requester, its LateAck
+	lateAt  time.Duration // when what nobody waits for is acknowledged at the latest; 0: there is nothing
+	lateAck time.Duration // how long that takes at most: once there is a requester, its LateAck
 	dead    bool          // the QP was reset
 	tick    int64         // of the wheel; 0: no timer is set
 	before  *wireQP
@@ -316,6 +317,7 @@ func (w *wireQP) pump(wait bool) {
 	}
 	q := w.q
 	var at time.Duration
+	sent := false
 	for {
 		q.sq.Lock()
 		full, more := false, false
@@ -323,8 +325,9 @@ func (w *wireQP) pump(wait bool) {
 			w.feed()
 			switch {
 			case w.req != nil:
+				was := w.req.Counters.Sent
 				full = w.req.Pump(w.port.now, &w.out)
-				at = w.req.Deadline()
+				at, sent = w.req.Deadline(), sent || w.req.Counters.Sent != was
 				w.lateAck = w.req.LateAck()
 			case w.ureq != nil:
 				full = w.ureq.Pump(w.port.now, &w.out)
@@ -343,8 +346,15 @@ func (w *wireQP) pump(wait bool) {
 	if at != 0 {
 		w.port.timers.set(w, at, w.port.now)
 	}
+	if sent && w.lateAt != 0 && w.lateEnough() { // behind what was sent it costs little, and before the next it may be due
+		w.lateAt = 0
+		w.resp.Acknowledge()
+	}
 	w.respond(wait)
 }
+
+// lateEnough reports whether half of the time is over that an acknowledgement may wait.
+func (w *wireQP) lateEnough() bool { return w.lateAt-w.port.now <= w.lateAck/2 }
 
 // respond sends what there is to say to requests: after our own, so that an acknowledgement leaves in one piece with them.
 func (w *wireQP) respond(wait bool) {
@@ -371,7 +381,10 @@ func (w *wireQP) respond(wait bool) {
 			return
 		}
 	}
-	if w.resp != nil && w.resp.Late() && !w.late {
+	switch late := w.resp != nil && w.resp.Late(); {
+	case !late:
+		w.lateAt = 0
+	case w.lateAt == 0:
 		w.port.lately(w)
 	}
 }
