@@ -82,6 +82,7 @@ type selective struct {
 
 	since   time.Duration // of the last progress, or the last timeout that was counted
 	backoff uint          // timeouts since the last progress
+	doubt   uint          // timeouts before it, since rtt was measured last: they may have come too early
 	probe   ib.PSN        // when it is acknowledged, that took from probeAt until then
 	probeAt time.Duration
 	probing bool
@@ -131,9 +132,10 @@ func (s *selective) sent(psn ib.PSN, now time.Duration, idle, asked bool) (long 
 
 // progress notes that what is before una was acknowledged.
 func (s *selective) progress(una ib.PSN, now time.Duration) {
+	s.doubt = min(s.doubt+s.backoff, maxDoublings)
 	s.since, s.backoff = now, 0
 	if s.probing && distance(s.probe, una) >= 0 {
-		s.probing = false
+		s.probing, s.doubt = false, 0
 		took := now - s.probeAt
 		if s.rtt == 0 {
 			s.rtt = took
@@ -160,9 +162,13 @@ func (r *Requester) LateAck() time.Duration {
 	return d
 }
 
-// timeout is how long to wait before something is sent again that nobody has asked for.
+// maxDoublings bounds what timeouts make of patience: 256 times as much.
+const maxDoublings = 8
+
+// timeout is how long to wait before something is sent again that nobody has asked for. What was sent twice says nothing about how long
+// answers take: until something was answered that was sent once, timeouts stay as long as they have become (RFC 6298, 5.5 to 5.7).
 func (r *Requester) timeout() time.Duration {
-	return min((patience+4*r.sel.rtt)<<min(r.sel.backoff, 8), r.cfg.AckTimeout)
+	return min((patience+4*r.sel.rtt)<<min(r.sel.backoff+r.sel.doubt, maxDoublings), r.cfg.AckTimeout)
 }
 
 // patient sends the oldest that is missing again, when the time for an answer is over; false: AckTimeout is, too.

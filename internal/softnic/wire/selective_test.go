@@ -2,6 +2,7 @@ package wire
 
 import (
 	"bytes"
+	"math/bits"
 	"testing"
 	"time"
 
@@ -205,6 +206,30 @@ func TestQuietFar(t *testing.T) {
 		}
 		if c := a.req.Counters; c.Timeouts != 0 || c.Resent != 0 {
 			t.Errorf("%+v: %+v", test, c)
+		}
+	}
+}
+
+// Requests of which there is one at a time are not all sent twice because the answer takes longer than the patience with a peer of which
+// nothing is known: how long it takes is found out.
+func TestFarFromTheFirst(t *testing.T) {
+	for _, delay := range []time.Duration{400 * time.Microsecond, 600 * time.Microsecond, time.Millisecond, 5 * time.Millisecond, 100 * time.Millisecond} {
+		n := newNetwork(t, 1, func(c *Config) { c.Selective, c.AckTimeout = true, 2*time.Second })
+		n.delay = delay
+		a, b := n.nodes[0], n.nodes[1]
+		const messages = 20
+		for range messages {
+			b.recvs++
+			a.post(Request{Op: ib.OpSend, Len: 64}, make([]byte, 64))
+			a.pump()
+			n.run(n.ended)
+		}
+		c := a.req.Counters
+		if most := uint64(bits.Len(uint(2*delay/patience))) * 4; c.Resent > most || len(b.got) != messages {
+			t.Errorf("answers after %v: %d of %d packets were sent again, %d is what it takes to find out; %d messages came", 2*delay, c.Resent, messages, most, len(b.got))
+		}
+		if rtt := a.req.sel.rtt; rtt != 2*delay {
+			t.Errorf("answers after %v: %v is expected", 2*delay, rtt)
 		}
 	}
 }
