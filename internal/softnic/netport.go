@@ -249,7 +249,7 @@ func (p *netPort) turn(receive bool) (some bool) {
 	p.now = p.sock.Now()
 	p.sendReady()
 	if len(p.late) > 0 && p.now >= p.lateAt {
-		p.acknowledge()
+		p.acknowledge(false)
 	}
 	if p.gsi != nil {
 		p.gsi.expire()
@@ -319,12 +319,12 @@ func (p *netPort) lately(w *wireQP) {
 	}
 }
 
-// acknowledge sends the acknowledgements of late for which it is time, or will be before long.
-func (p *netPort) acknowledge() {
+// acknowledge sends the acknowledgements of late for which it is time, or will be before long; or all.
+func (p *netPort) acknowledge(all bool) {
 	left := p.late[:0]
 	p.lateAt = neverWake
 	for _, w := range p.late {
-		if w.lateAt != 0 && !w.dead && !w.lateEnough() {
+		if !all && w.lateAt != 0 && !w.dead && !w.lateEnough() {
 			left = append(left, w)
 			p.lateAt = min(p.lateAt, w.lateAt)
 			continue
@@ -543,7 +543,7 @@ func (p *netPort) round() bool {
 	}
 	p.turn(true)
 	p.settle()
-	p.acknowledge() // to wake up for it again would cost more than it saves
+	p.acknowledge(true) // to wake up for it again would cost more than it saves
 	p.sock.Flush()
 	p.wakeAt = neverWake
 	p.now = p.sock.Now()

@@ -350,7 +350,7 @@ func (w *wireQP) pump(wait bool) {
 		w.lateAt = 0
 		w.resp.Acknowledge()
 	}
-	w.respond(wait)
+	w.respond(wait && !sent)
 }
 
 // lateEnough reports whether half of the time is over that an acknowledgement may wait.

@@ -18,6 +18,9 @@ func (r *Requester) Receive(p *roce.Packet, now time.Duration) {
 		known = beyond == 0 // what is behind a gap may be news
 	}
 	if r.failed || known || distance(p.PSN, r.end) <= 0 {
+		if known {
+			r.sel.repeated()
+		}
 		r.Counters.Dropped++
 		return
 	}

@@ -79,6 +79,7 @@ type Requester struct {
 	badAt   uint32
 	asks    []ib.PSN // ends of what was asked for, by READs and atomics, and has not come: oldest first. Again it is asked for in the same parts
 	unasked int      // packets since the last one that asked for an acknowledgement
+	wanted  bool     // there is a request among them whose end somebody waits for
 	asked   bool     // what was lost behind una was asked for again already
 	retries uint8    // left, until something is acknowledged
 	rnr     uint8
@@ -323,7 +324,8 @@ func (r *Requester) send(n uint32, psn ib.PSN, out Output) (sent, full bool) {
 	}
 	// What is sent last is asked about, so that no timer is needed to find out about it; and of many packets some, so that the
 	// window opens again. A peer of our kind acknowledges what nobody waits for in its own time.
-	p.AckReq = last && n+1 == r.tail && !(e.Quiet && r.cfg.Selective) || r.unasked+1 >= min(maxUnasked, r.cc.packets()/4) || psn != r.end || r.unheard(r.underWay(false))
+	p.AckReq = last && n+1 == r.tail && (!e.Quiet || r.wanted || !r.cfg.Selective) || r.unasked+1 >= min(maxUnasked, r.cc.packets()/4) || psn != r.end ||
+		r.unheard(r.underWay(false)) || r.sel.wonders()
 	payload, ok := out.Packet(p, int(size))
 	if !ok {
 		return false, true
@@ -334,8 +336,9 @@ func (r *Requester) send(n uint32, psn ib.PSN, out Output) (sent, full bool) {
 		return false, false
 	}
 	out.Commit()
+	r.wanted = r.wanted || last && !e.Quiet
 	if r.unasked++; p.AckReq {
-		r.unasked = 0
+		r.unasked, r.wanted = 0, false
 	}
 	return true, false
 }
@@ -404,7 +407,7 @@ func (r *Requester) ask(k uint32, psn ib.PSN, n uint32, out Output) (sent, full 
 		return false, false
 	}
 	out.Commit()
-	r.unasked = 0
+	r.unasked, r.wanted = 0, false
 	return true, false
 }
 

@@ -82,7 +82,8 @@ type selective struct {
 
 	since   time.Duration // of the last progress, or the last timeout that was counted
 	backoff uint          // timeouts since the last progress
-	doubt   uint          // timeouts before it, since rtt was measured last: they may have come too early
+	suspect uint          // timeouts before it, since rtt was measured last, that may have come too early: then there will be a second answer
+	doubt   uint          // those of which that is known
 	probe   ib.PSN        // when it is acknowledged, that took from probeAt until then
 	probeAt time.Duration
 	probing bool
@@ -130,12 +131,20 @@ func (s *selective) sent(psn ib.PSN, now time.Duration, idle, asked bool) (long 
 	return long
 }
 
+// repeated notes that something was answered a second time.
+func (s *selective) repeated() {
+	s.doubt, s.suspect = min(s.doubt+s.suspect, maxDoublings), 0
+}
+
+// wonders reports whether something has to be acknowledged at once, for it is not known how long that takes.
+func (s *selective) wonders() bool { return s.doubt > 0 && !s.probing }
+
 // progress notes that what is before una was acknowledged.
 func (s *selective) progress(una ib.PSN, now time.Duration) {
-	s.doubt = min(s.doubt+s.backoff, maxDoublings)
+	s.suspect = min(s.suspect+s.backoff, maxDoublings)
 	s.since, s.backoff = now, 0
 	if s.probing && distance(s.probe, una) >= 0 {
-		s.probing, s.doubt = false, 0
+		s.probing, s.suspect, s.doubt = false, 0, 0
 		took := now - s.probeAt
 		if s.rtt == 0 {
 			s.rtt = took
@@ -152,10 +161,10 @@ const patience = time.Millisecond
 const LateAck = 100 * time.Microsecond
 
 // LateAck is how long an acknowledgement may take that the peer does not wait for: the longer messages take, the later comes one that asks,
-// and an acknowledgement costs about what a message does. It is much less than the peer's patience, as far as that is known: what it
-// has measured itself may be less than what was measured here.
+// and an acknowledgement costs about what a message does. With the round trip it is no more than LateAck and half of the patience of a
+// peer that has measured nothing yet; where round trips take longer than that half, it is LateAck.
 func (r *Requester) LateAck() time.Duration {
-	d := LateAck + min(2*r.sel.rtt, patience/2)
+	d := LateAck + max(0, min(2*r.sel.rtt, patience/2-r.sel.rtt))
 	if t := r.cfg.AckTimeout; t != 0 { // the peer's is often the same
 		d = min(d, max(t/4, LateAck))
 	}
@@ -166,9 +175,12 @@ func (r *Requester) LateAck() time.Duration {
 const maxDoublings = 8
 
 // timeout is how long to wait before something is sent again that nobody has asked for. What was sent twice says nothing about how long
-// answers take: until something was answered that was sent once, timeouts stay as long as they have become (RFC 6298, 5.5 to 5.7).
+// answers take: until something was answered that was sent once, timeouts stay as long as they have become (RFC 6298, 5.5 to 5.7), if what
+// was sent twice was answered twice, and so was not lost. But they leave time for another try before AckTimeout, which counts as a retry.
 func (r *Requester) timeout() time.Duration {
-	return min((patience+4*r.sel.rtt)<<min(r.sel.backoff+r.sel.doubt, maxDoublings), r.cfg.AckTimeout)
+	d := patience + 4*r.sel.rtt
+	d = min(d<<r.sel.doubt, max(d, r.cfg.AckTimeout/4))
+	return min(d<<min(r.sel.backoff, maxDoublings), r.cfg.AckTimeout)
 }
 
 // patient sends the oldest that is missing again, when the time for an answer is over; false: AckTimeout is, too.
