@@ -63,6 +63,7 @@ func try(t *testing.T, cfg Config, script string, begun func(*Session)) (string,
 
 // killTree kills a process and those below it.
 func killTree(pid int) {
+	unix.Kill(pid, unix.SIGSTOP) // it starts no others
 	children, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/task/" + strconv.Itoa(pid) + "/children")
 	unix.Kill(pid, unix.SIGKILL)
 	for _, c := range strings.Fields(string(children)) {
