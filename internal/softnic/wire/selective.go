@@ -161,10 +161,10 @@ const patience = time.Millisecond
 const LateAck = 100 * time.Microsecond
 
 // LateAck is how long an acknowledgement may take that the peer does not wait for: the longer messages take, the later comes one that asks,
-// and an acknowledgement costs about what a message does. With the round trip it is no more than LateAck and half of the patience of a
-// peer that has measured nothing yet; where round trips take longer than that half, it is LateAck.
+// and an acknowledgement costs about what a message does. It stays below the patience of a peer that has measured the same. One that has
+// measured nothing yet may send something twice, and so finds out.
 func (r *Requester) LateAck() time.Duration {
-	d := LateAck + max(0, min(2*r.sel.rtt, patience/2-r.sel.rtt))
+	d := LateAck + min(2*r.sel.rtt, patience/2)
 	if t := r.cfg.AckTimeout; t != 0 { // the peer's is often the same
 		d = min(d, max(t/4, LateAck))
 	}
