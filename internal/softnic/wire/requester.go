@@ -306,6 +306,15 @@ func (r *Requester) unheard(outstanding int) bool {
 	return r.cc.on && r.unasked >= outstanding && outstanding+1 >= r.cc.packets() && outstanding < r.cfg.Window
 }
 
+// holds reports whether request n holds the one behind it back until it is acknowledged: a READ whose response fills the window.
+func (r *Requester) holds(n uint32) bool {
+	if n+1 == r.tail {
+		return false
+	}
+	e := r.at(n + 1)
+	return e.response() && r.underWay(true)+1+int(r.part(e, e.first)) > r.cc.packets()
+}
+
 // send sends the packet psn of a SEND or WRITE, request n.
 func (r *Requester) send(n uint32, psn ib.PSN, out Output) (sent, full bool) {
 	e := r.at(n)
@@ -325,7 +334,7 @@ func (r *Requester) send(n uint32, psn ib.PSN, out Output) (sent, full bool) {
 	// What is sent last is asked about, so that no timer is needed to find out about it; and of many packets some, so that the
 	// window opens again. A peer of our kind acknowledges what nobody waits for in its own time.
 	p.AckReq = last && n+1 == r.tail && (!e.Quiet || r.wanted || !r.cfg.Selective) || r.unasked+1 >= min(maxUnasked, r.cc.packets()/4) || psn != r.end ||
-		r.unheard(r.underWay(false)) || r.sel.wonders()
+		r.unheard(r.underWay(false)) || last && r.holds(n) || r.sel.wonders()
 	payload, ok := out.Packet(p, int(size))
 	if !ok {
 		return false, true
@@ -336,9 +345,11 @@ func (r *Requester) send(n uint32, psn ib.PSN, out Output) (sent, full bool) {
 		return false, false
 	}
 	out.Commit()
-	r.wanted = r.wanted || last && !e.Quiet
+	if psn == r.end {
+		r.wanted = !p.AckReq && (r.wanted || last && !e.Quiet)
+	}
 	if r.unasked++; p.AckReq {
-		r.unasked, r.wanted = 0, false
+		r.unasked = 0
 	}
 	return true, false
 }
@@ -407,7 +418,7 @@ func (r *Requester) ask(k uint32, psn ib.PSN, n uint32, out Output) (sent, full 
 		return false, false
 	}
 	out.Commit()
-	r.unasked, r.wanted = 0, false
+	r.unasked, r.wanted = 0, r.wanted && psn != r.end
 	return true, false
 }
 

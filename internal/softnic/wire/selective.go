@@ -82,12 +82,13 @@ type selective struct {
 
 	since   time.Duration // of the last progress, or the last timeout that was counted
 	backoff uint          // timeouts since the last progress
-	suspect uint          // timeouts before it, since rtt was measured last, that may have come too early: then there will be a second answer
-	doubt   uint          // those of which that is known
 	probe   ib.PSN        // when it is acknowledged, that took from probeAt until then
 	probeAt time.Duration
 	probing bool
+	twice   bool          // what is acknowledged with probe was sent again, and nothing else was on its way
+	took    time.Duration // what that took since it was sent first, if it was acknowledged last; 0: it was not
 	rtt     time.Duration // smoothed; 0: unknown
+	guess   time.Duration // what answers may take instead, until that is measured; 0: no idea
 }
 
 func (s *selective) init(cfg *Config) {
@@ -115,7 +116,7 @@ func (s *selective) has(psn ib.PSN) bool {
 func (s *selective) forget(una ib.PSN) {
 	s.lost.n, s.repeats.n = 0, 0
 	s.top, s.heard = una, una
-	s.probing = false
+	s.probing, s.twice = false, false
 }
 
 // sent notes that what is before psn was sent for the first time; idle: nothing else was on its way; asked: it will be
@@ -131,27 +132,41 @@ func (s *selective) sent(psn ib.PSN, now time.Duration, idle, asked bool) (long 
 	return long
 }
 
-// repeated notes that something was answered a second time.
-func (s *selective) repeated() {
-	s.doubt, s.suspect = min(s.doubt+s.suspect, maxDoublings), 0
-}
-
-// wonders reports whether something has to be acknowledged at once, for it is not known how long that takes.
-func (s *selective) wonders() bool { return s.doubt > 0 && !s.probing }
-
 // progress notes that what is before una was acknowledged.
 func (s *selective) progress(una ib.PSN, now time.Duration) {
-	s.suspect = min(s.suspect+s.backoff, maxDoublings)
-	s.since, s.backoff = now, 0
+	s.since, s.backoff, s.took = now, 0, 0
 	if s.probing && distance(s.probe, una) >= 0 {
-		s.probing, s.suspect, s.doubt = false, 0, 0
-		took := now - s.probeAt
-		if s.rtt == 0 {
-			s.rtt = took
+		if took := now - s.probeAt; s.twice {
+			s.took = took
+		} else {
+			s.measured(took)
 		}
-		s.rtt += (took - s.rtt) / 8
+		s.probing, s.twice = false, false
 	}
 }
+
+func (s *selective) measured(took time.Duration) {
+	if s.rtt == 0 {
+		s.rtt = took
+	}
+	s.rtt += (took - s.rtt) / 8
+	s.guess = 0
+}
+
+// again notes that una is sent again, and that nothing else is on its way. If two answers come, the first one is to what was sent first, and
+// has taken so long. Without that, a requester whose requests are alone on their way, and whose answers take longer than timeout, would
+// send each of them twice: what was sent once is the only thing that is measured.
+func (s *selective) again(una ib.PSN) {
+	if !s.twice {
+		s.probe, s.probeAt, s.probing, s.twice = una.Add(1), s.since, true, true
+	}
+}
+
+// repeated notes that something was answered a second time. It may have been the network that has doubled it: this is no measurement.
+func (s *selective) repeated() { s.guess, s.took = max(s.guess, s.took), 0 }
+
+// wonders reports whether something has to be acknowledged at once to measure what there is a guess of.
+func (s *selective) wonders() bool { return s.guess > 0 && !s.probing }
 
 // patience is how long an answer may take beyond what it took before. Pollers that pause are late by about that much.
 const patience = time.Millisecond
@@ -160,36 +175,39 @@ const patience = time.Millisecond
 // asked for.
 const LateAck = 100 * time.Microsecond
 
+// maxLateRTT is how much longer it takes at most because messages do.
+const maxLateRTT = patience / 2
+
 // LateAck is how long an acknowledgement may take that the peer does not wait for: the longer messages take, the later comes one that asks,
-// and an acknowledgement costs about what a message does. It stays below the patience of a peer that has measured the same. One that has
-// measured nothing yet may send something twice, and so finds out.
+// and an acknowledgement costs about what a message does. The peer's patience takes it into account.
 func (r *Requester) LateAck() time.Duration {
-	d := LateAck + min(2*r.sel.rtt, patience/2)
+	d := LateAck + min(2*r.sel.rtt, maxLateRTT)
 	if t := r.cfg.AckTimeout; t != 0 { // the peer's is often the same
 		d = min(d, max(t/4, LateAck))
 	}
 	return d
 }
 
-// maxDoublings bounds what timeouts make of patience: 256 times as much.
-const maxDoublings = 8
-
-// timeout is how long to wait before something is sent again that nobody has asked for. What was sent twice says nothing about how long
-// answers take: until something was answered that was sent once, timeouts stay as long as they have become (RFC 6298, 5.5 to 5.7), if what
-// was sent twice was answered twice, and so was not lost. But they leave time for another try before AckTimeout, which counts as a retry.
+// timeout is how long to wait before something is sent again that nobody has asked for.
 func (r *Requester) timeout() time.Duration {
-	d := patience + 4*r.sel.rtt
-	d = min(d<<r.sel.doubt, max(d, r.cfg.AckTimeout/4))
-	return min(d<<min(r.sel.backoff, maxDoublings), r.cfg.AckTimeout)
+	d := patience + max(4*r.sel.rtt, r.sel.guess)
+	if r.unasked > 0 { // the peer takes its time
+		d += maxLateRTT
+	}
+	return min(d<<min(r.sel.backoff, 8), r.cfg.AckTimeout)
 }
 
 // patient sends the oldest that is missing again, when the time for an answer is over; false: AckTimeout is, too.
 func (r *Requester) patient(now time.Duration) bool {
 	s := &r.sel
-	s.probing = false
 	if now-s.since >= r.cfg.AckTimeout {
-		s.since, s.backoff = now, 0
+		s.since, s.backoff, s.probing, s.twice = now, 0, false, false
 		return false
+	}
+	if r.una.Add(1) == r.end {
+		s.again(r.una)
+	} else {
+		s.probing, s.twice = false, false
 	}
 	if s.backoff++; s.backoff > 1 {
 		r.cc.silence(r.end, false)
@@ -325,7 +343,7 @@ func (r *Requester) resend(now time.Duration, out Output) (full bool) {
 			if r.cc.lose(gone, int(distance(r.una, r.end)), g.why, r.end) {
 				r.Counters.Slowed++
 			}
-			r.sel.probing = false
+			r.sel.probing = r.sel.twice
 			r.sel.repeats.add(span{g.first, k, g.why}, r.end)
 			r.watch(now)
 		}
