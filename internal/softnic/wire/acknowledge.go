@@ -19,7 +19,7 @@ func (r *Requester) Receive(p *roce.Packet, now time.Duration) {
 	}
 	if r.failed || known || distance(p.PSN, r.end) <= 0 {
 		if known {
-			r.sel.repeated()
+			r.sel.repeated(now)
 		}
 		r.Counters.Dropped++
 		return

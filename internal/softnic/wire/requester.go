@@ -195,6 +195,16 @@ func (r *Requester) Post(req *Request) {
 
 // Pump sends what may be sent. It reports whether out was full.
 func (r *Requester) Pump(now time.Duration, out Output) (full bool) {
+	idle := r.deadline == 0
+	full = r.pump(now, out)
+	if idle && r.deadline != 0 { // how long the answer takes depends on what was sent last
+		r.deadline = 0
+		r.watch(now)
+	}
+	return full
+}
+
+func (r *Requester) pump(now time.Duration, out Output) (full bool) {
 	if r.sel.lost.n > 0 && r.resend(now, out) {
 		return true
 	}
@@ -233,7 +243,11 @@ func (r *Requester) Pump(now time.Duration, out Output) (full bool) {
 			r.cur++
 		}
 		if fresh && r.cfg.Selective {
-			if r.sel.sent(r.nxt, now, r.una.Add(int32(n)) == r.nxt, r.unasked == 0) {
+			idle := r.una.Add(int32(n)) == r.nxt
+			if idle {
+				r.sel.from = r.una
+			}
+			if r.sel.sent(r.nxt, now, idle, r.unasked == 0) {
 				r.cc.restart()
 			}
 		}

@@ -85,8 +85,10 @@ type selective struct {
 	probe   ib.PSN        // when it is acknowledged, that took from probeAt until then
 	probeAt time.Duration
 	probing bool
-	twice   bool          // what is acknowledged with probe was sent again, and nothing else was on its way
-	took    time.Duration // what that took since it was sent first, if it was acknowledged last; 0: it was not
+	from    ib.PSN        // the first of those that are on their way, or have been, since nothing was
+	twice   bool          // what is acknowledged with probe was sent again
+	took    time.Duration // what that took since it was sent first
+	until   time.Duration // when there may be a second answer to it
 	rtt     time.Duration // smoothed; 0: unknown
 	guess   time.Duration // what answers may take instead, until that is measured; 0: no idea
 }
@@ -134,10 +136,10 @@ func (s *selective) sent(psn ib.PSN, now time.Duration, idle, asked bool) (long 
 
 // progress notes that what is before una was acknowledged.
 func (s *selective) progress(una ib.PSN, now time.Duration) {
-	s.since, s.backoff, s.took = now, 0, 0
+	s.since, s.backoff = now, 0
 	if s.probing && distance(s.probe, una) >= 0 {
 		if took := now - s.probeAt; s.twice {
-			s.took = took
+			s.took, s.until = took, now+took
 		} else {
 			s.measured(took)
 		}
@@ -153,17 +155,24 @@ func (s *selective) measured(took time.Duration) {
 	s.guess = 0
 }
 
-// again notes that una is sent again, and that nothing else is on its way. If two answers come, the first one is to what was sent first, and
-// has taken so long. Without that, a requester whose requests are alone on their way, and whose answers take longer than timeout, would
-// send each of them twice: what was sent once is the only thing that is measured.
+// again notes that una is sent again. If it was sent at since, when nothing else was on its way, and two answers come, the first one is to
+// what was sent then, and has taken so long. Without that, a requester that waits for the end of each request, and whose answers take
+// longer than timeout, would send each of them twice: what was sent once is the only thing that is measured.
 func (s *selective) again(una ib.PSN) {
-	if !s.twice {
+	switch {
+	case una != s.from:
+		s.probing, s.twice = false, false
+	case !s.twice:
 		s.probe, s.probeAt, s.probing, s.twice = una.Add(1), s.since, true, true
 	}
 }
 
 // repeated notes that something was answered a second time. It may have been the network that has doubled it: this is no measurement.
-func (s *selective) repeated() { s.guess, s.took = max(s.guess, s.took), 0 }
+func (s *selective) repeated(now time.Duration) {
+	if now <= s.until {
+		s.guess, s.until = max(s.guess, s.took), 0
+	}
+}
 
 // wonders reports whether something has to be acknowledged at once to measure what there is a guess of.
 func (s *selective) wonders() bool { return s.guess > 0 && !s.probing }
@@ -188,11 +197,15 @@ func (r *Requester) LateAck() time.Duration {
 	return d
 }
 
-// timeout is how long to wait before something is sent again that nobody has asked for.
+// timeout is how long to wait before something is sent again that nobody has asked for. What is only guessed leaves time for another try
+// before AckTimeout, which counts as a retry.
 func (r *Requester) timeout() time.Duration {
-	d := patience + max(4*r.sel.rtt, r.sel.guess)
-	if r.unasked > 0 { // the peer takes its time
-		d += maxLateRTT
+	d := patience + 4*r.sel.rtt
+	if g := r.sel.guess; g != 0 {
+		d = max(d, min(patience+g, r.cfg.AckTimeout/4*3))
+	}
+	if r.unasked > 0 && r.sel.backoff == 0 { // the peer takes its time
+		d += LateAck + maxLateRTT
 	}
 	return min(d<<min(r.sel.backoff, 8), r.cfg.AckTimeout)
 }
@@ -204,11 +217,7 @@ func (r *Requester) patient(now time.Duration) bool {
 		s.since, s.backoff, s.probing, s.twice = now, 0, false, false
 		return false
 	}
-	if r.una.Add(1) == r.end {
-		s.again(r.una)
-	} else {
-		s.probing, s.twice = false, false
-	}
+	s.again(r.una)
 	if s.backoff++; s.backoff > 1 {
 		r.cc.silence(r.end, false)
 	}

@@ -2,7 +2,7 @@ package wire
 
 import (
 	"bytes"
-	"math/bits"
+	"slices"
 	"testing"
 	"time"
 
@@ -244,32 +244,61 @@ func TestQuietFar(t *testing.T) {
 	}
 }
 
-// Requests of which there is one at a time are not all sent twice because the answer takes longer than the patience with a peer of which
-// nothing is known: how long it takes is found out.
+// Requests whose end is waited for are not all sent twice because the answer takes longer than the patience with a peer of which nothing is
+// known: how long it takes is found out.
 func TestFarFromTheFirst(t *testing.T) {
 	for delay, timeout := range map[time.Duration]time.Duration{
 		400 * time.Microsecond: 67 * time.Millisecond, 600 * time.Microsecond: 67 * time.Millisecond, time.Millisecond: 4 * time.Millisecond,
 		5 * time.Millisecond: 67 * time.Millisecond, 16 * time.Millisecond: 67 * time.Millisecond, 100 * time.Millisecond: time.Second,
 	} {
-		for _, quiet := range []bool{false, true} {
-			n := newNetwork(t, 1, func(c *Config) { c.Selective, c.AckTimeout = true, timeout })
+		for what, requests := range map[string][]Request{
+			"SEND":                   {{Op: ib.OpSend, Len: 64}},
+			"SEND, quiet":            {{Op: ib.OpSend, Len: 64, Quiet: true}},
+			"SEND of two packets":    {{Op: ib.OpSend, Len: 2 * simMTU}},
+			"READ":                   {{Op: ib.OpRDMARead, Len: 4 * simMTU, RKey: roKey}},
+			"several SENDs":          slices.Repeat([]Request{{Op: ib.OpSend, Len: 64}}, 8),
+			"several SENDs, quiet":   slices.Repeat([]Request{{Op: ib.OpSend, Len: 64, Quiet: true}}, 8),
+			"SEND in front of quiet": {{Op: ib.OpSend, Len: 64}, {Op: ib.OpSend, Len: 64, Quiet: true}},
+		} {
+			n := newNetwork(t, 1, func(c *Config) { c.Selective, c.AckTimeout, c.RetryCount = true, timeout, 0 })
 			n.delay = delay
 			a, b := n.nodes[0], n.nodes[1]
-			const messages = 20
-			for range messages {
-				b.recvs++
-				a.post(Request{Op: ib.OpSend, Len: 64, Quiet: quiet}, make([]byte, 64))
+			const times = 20
+			resent := uint64(0)
+			for i := range times {
+				for _, r := range requests {
+					b.recvs++
+					a.post(r, make([]byte, r.Len))
+				}
 				a.pump()
 				n.run(n.ended)
+				if i == times-5 {
+					resent = a.req.Counters.Resent
+				}
 			}
-			c := a.req.Counters
-			if most := uint64(bits.Len(uint(2*delay/patience))) * 4; c.Resent > most || len(b.got) != messages {
-				t.Errorf("answers after %v: %d of %d packets were sent again, %d is what it takes to find out; %d messages came", 2*delay, c.Resent, messages, most, len(b.got))
+			if c := a.req.Counters; a.req.failed || c.Resent != resent {
+				t.Errorf("%s, answers after %v: %d packets were sent again in the end, %d until then", what, 2*delay, c.Resent-resent, resent)
 			}
-			if rtt := a.req.sel.rtt; rtt < 2*delay || !quiet && rtt > 2*delay {
-				t.Errorf("answers after %v: %v is expected", 2*delay, rtt)
+			if s := a.req.sel; s.rtt < 2*delay/4 || s.guess != 0 && requests[0].Quiet == false {
+				t.Errorf("%s, answers after %v: %v and %v are expected", what, 2*delay, s.rtt, s.guess)
 			}
 		}
+	}
+}
+
+// Nor does it end a connection that what is guessed is longer than the time after which a retry counts.
+func TestFartherThanTimeout(t *testing.T) {
+	n := newNetwork(t, 1, func(c *Config) { c.Selective, c.AckTimeout, c.RetryCount = true, 4*time.Millisecond, 0 })
+	n.delay = 2500 * time.Microsecond
+	a, b := n.nodes[0], n.nodes[1]
+	for range 20 {
+		b.recvs++
+		a.post(Request{Op: ib.OpSend, Len: 64}, make([]byte, 64))
+		a.pump()
+		n.run(n.ended)
+	}
+	if a.req.failed || len(b.got) != 20 {
+		t.Errorf("%d messages came: %+v", len(b.got), a.req.Counters)
 	}
 }
 
