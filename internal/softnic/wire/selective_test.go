@@ -187,7 +187,7 @@ func TestQuietBeforeRead(t *testing.T) {
 }
 
 // Where messages take long, what nobody waits for is acknowledged as much later, but never so late that a timer has come; nor, if timers are
-// short, beyond what it is elsewhere; and though the peer may not have measured anything, or something else.
+// short, beyond what it is elsewhere. The peer may not have measured anything.
 func TestQuietFar(t *testing.T) {
 	for _, test := range []struct {
 		delay, timeout time.Duration
@@ -299,6 +299,30 @@ func TestFartherThanTimeout(t *testing.T) {
 	}
 	if a.req.failed || len(b.got) != 20 {
 		t.Errorf("%d messages came: %+v", len(b.got), a.req.Counters)
+	}
+}
+
+// The timer of a flight goes by what was sent last in it.
+func TestTimerOfFlight(t *testing.T) {
+	for _, test := range []struct {
+		what  string
+		quiet []bool
+		timer time.Duration
+	}{
+		{"one that somebody waits for", []bool{false}, patience},
+		{"one that nobody does", []bool{true}, patience + LateAck + maxLateRTT},
+		{"two, the last waited for", []bool{true, false}, patience},
+		{"two, the first waited for", []bool{false, true}, patience},
+		{"as many as ask, and one", append(slices.Repeat([]bool{true}, maxUnasked), true), patience + LateAck + maxLateRTT},
+	} {
+		a := newNetwork(t, 1, func(c *Config) { c.Selective, c.AckTimeout = true, 67*time.Millisecond }).nodes[0]
+		for _, quiet := range test.quiet {
+			a.post(Request{Op: ib.OpSend, Len: 64, Quiet: quiet}, make([]byte, 64))
+		}
+		a.pump()
+		if d := a.req.Deadline(); d != test.timer {
+			t.Errorf("%s: it waits for %v, not %v", test.what, d, test.timer)
+		}
 	}
 }
 
