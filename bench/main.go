@@ -147,13 +147,14 @@ func measure(c *config, all []measurement) *results {
 				continue
 			}
 			t := time.Now()
-			values, err := m.run(c)
+			values, paces, err := m.paced(c)
 			if err != nil {
 				results.fail(m.name, err)
 				fmt.Printf("  %-34s FAILED: %v\n", m.name, err)
 				continue
 			}
 			results.add(m.name, round, values)
+			results.around(m.name, round, paces)
 			fmt.Printf("  %-34s %s  (%.1f s)\n", m.name, values, time.Since(t).Seconds())
 		}
 		results.endRound(loadAverage())

@@ -42,6 +42,7 @@ type vmRun struct {
 	Name   string // of the measurement, the same in each round
 	Round  int    // from 0
 	Values values // nil if it failed
+	Paces  paces
 	Err    string // why it failed
 }
 
@@ -141,6 +142,7 @@ func (f *vmFile) results() *results {
 			continue
 		}
 		r.add(run.Name, run.Round, run.Values)
+		r.around(run.Name, run.Round, run.Paces)
 	}
 	return r
 }

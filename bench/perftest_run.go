@@ -139,7 +139,7 @@ func measureInVM(arg string) error {
 			for _, m := range pair {
 				t := time.Now()
 				run := vmRun{Name: m.name, Round: round}
-				if run.Values, err = m.run(nil); err != nil {
+				if run.Values, run.Paces, err = m.paced(nil); err != nil {
 					run.Err = err.Error()
 					fmt.Printf("  %-24s FAILED: %v\n", m.name, err)
 				} else {

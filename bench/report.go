@@ -71,7 +71,7 @@ func targetTableOf(targets []target, r *results) string {
 	b.WriteString("| what | target | measured | spread | |\n|---|---|---|---|---|\n")
 	for _, t := range targets {
 		value, spread := t.measured(r)
-		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s |\n", t.what, t.bound(), number(value), spread.between(), t.verdict(value))
+		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s |\n", t.what, t.bound(), number(value), spread.over(), t.verdict(value))
 	}
 	return b.String()
 }
@@ -152,7 +152,10 @@ func report(c *config, host *conditions, r *results) string {
 	p("# Side by side\n")
 	p("Written by `make bench`. Every number is the median over the rounds, with the smallest and largest value in")
 	p("parentheses. In a round, each measurement runs once, in processes of its own, one after the other; what is compared")
-	p("stands next to each other in time. The ratios are those of the medians, their spread is that of the rounds.\n")
+	p("stands next to each other in time. Before and after each, the speed of the processors is looked at, and how long a cache line takes from")
+	p("one to the other: neighbours of a virtual machine, and where its processors are, change either within seconds, to half and to five times.")
+	p("Ratios are those of the medians of the rounds (\"of 5\") in which these were the same, to a quarter and to a half, before and after what is compared; where")
+	p("there are fewer than %d of these, of all rounds.\n", enough)
 	b.WriteString(circumstances(c.rounds, c.quick, host, "load average after each round", r.loads))
 
 	p("## Numbers to reach\n\n%s", targetTable(r))

@@ -42,12 +42,13 @@ var errSkipped = errors.New("skipped")
 
 type results struct {
 	rounds map[string]map[int]values
+	paces  map[string]map[int]paces
 	errs   map[string]error
 	loads  []string // load average after each round
 }
 
 func newResults() *results {
-	return &results{rounds: map[string]map[int]values{}, errs: map[string]error{}}
+	return &results{rounds: map[string]map[int]values{}, paces: map[string]map[int]paces{}, errs: map[string]error{}}
 }
 
 func (r *results) add(name string, round int, v values) {
@@ -55,6 +56,14 @@ func (r *results) add(name string, round int, v values) {
 		r.rounds[name] = map[int]values{}
 	}
 	r.rounds[name][round] = v
+}
+
+// around notes how fast the processors were then.
+func (r *results) around(name string, round int, p paces) {
+	if r.paces[name] == nil {
+		r.paces[name] = map[int]paces{}
+	}
+	r.paces[name][round] = p
 }
 
 func (r *results) fail(name string, err error) { r.errs[name] = err }
@@ -81,25 +90,58 @@ func (r *results) err() error {
 
 // series returns the values of one metric over the rounds, scaled; rounds without it are left out.
 func (r *results) series(name, metric string, scale float64) series {
-	var s series
-	for _, v := range r.rounds[name] {
-		if x, ok := v[metric]; ok {
+	return r.of(name, metric, scale, nil)
+}
+
+// of is series without the rounds that are left out.
+func (r *results) of(name, metric string, scale float64, out map[int]bool) (s series) {
+	for round, v := range r.rounds[name] {
+		if x, ok := v[metric]; ok && !out[round] {
 			s = append(s, x*scale)
 		}
 	}
 	return s
 }
 
-// ratio is the quotient of two metrics: of their medians, and of the rounds in which both were measured.
+// enough is how many rounds a ratio needs at least that are like each other.
+const enough = 3
+
+// unlike are the rounds in which two measurements were not made at the same pace: none if too few would be left.
+func (r *results) unlike(a, b string) map[int]bool {
+	out, left := map[int]bool{}, 0
+	for round, p := range r.paces[a] {
+		if q, ok := r.paces[b][round]; ok && alike(p, q) {
+			left++
+		} else {
+			out[round] = true
+		}
+	}
+	for round := range r.paces[b] {
+		if _, ok := r.paces[a][round]; !ok {
+			out[round] = true
+		}
+	}
+	if left < enough {
+		return nil
+	}
+	return out
+}
+
+// ratio is the quotient of two metrics: of their medians, and of each round; both over the rounds in which they were measured at the same
+// pace, if there are enough.
 func (r *results) ratio(num, den ref) (median float64, perRound series) {
+	out := r.unlike(num.name, den.name)
 	for round, v := range r.rounds[num.name] {
+		if out[round] {
+			continue
+		}
 		a, ok1 := v[num.metric]
 		b, ok2 := r.rounds[den.name][round][den.metric]
 		if ok1 && ok2 && b != 0 {
 			perRound = append(perRound, a*num.factor()/(b*den.factor()))
 		}
 	}
-	a, b := r.series(num.name, num.metric, num.factor()), r.series(den.name, den.metric, den.factor())
+	a, b := r.of(num.name, num.metric, num.factor(), out), r.of(den.name, den.metric, den.factor(), out)
 	if len(a) == 0 || len(b) == 0 || b.median() == 0 {
 		return math.NaN(), nil
 	}
@@ -114,7 +156,7 @@ func (r *results) beside(ours, theirs, metric string, scale float64, t *target) 
 	if t != nil {
 		bound = t.bound() + ", " + t.verdict(ratio)
 	}
-	return fmt.Sprintf("%s | %s | %s (%s) | %s", r.series(ours, metric, scale), r.series(theirs, metric, scale), number(ratio), spread.between(), bound)
+	return fmt.Sprintf("%s | %s | %s (%s) | %s", r.series(ours, metric, scale), r.series(theirs, metric, scale), number(ratio), spread.over(), bound)
 }
 
 // ref names a metric of a measurement, times a factor (0 means 1).
@@ -152,6 +194,14 @@ func (s series) String() string {
 		return number(s[0])
 	}
 	return fmt.Sprintf("%s (%s)", number(s.median()), s.between())
+}
+
+// over prints the spread, and of how many rounds.
+func (s series) over() string {
+	if len(s) == 0 {
+		return "-"
+	}
+	return fmt.Sprintf("%s of %d", s.between(), len(s))
 }
 
 // between prints the spread.
