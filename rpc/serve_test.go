@@ -25,7 +25,7 @@ const (
 	mExceed  Method = 202 // tries what was not granted
 	mHold    Method = 203 // pulls again and again until its context ends
 	mReverse Method = 204 // pulls argument 0, pushes it reversed to argument 1
-	mStray   Method = 205 // returns with a Pull under way
+	mStray   Method = 205 // returns with a Pull under way, or about to begin
 )
 
 func addBulkMethods(t testing.TB, ts *testServer) {
@@ -144,6 +144,51 @@ func alloc(t testing.TB, r *rig, n int, access ib.Access) *mr.MR {
 }
 
 const bulkAll = ib.AccessLocalWrite | ib.AccessRemoteRead | ib.AccessRemoteWrite | ib.AccessMWBind
+
+// A Call that has had bulk arguments stays over: who holds on to it cannot reach those of a later one.
+func TestBulkAfterReturn(t *testing.T) {
+	testutil.CheckLeaks(t)
+	r := realRig(t, nil, nil)
+	ctx := ctxFor(t)
+	m := alloc(t, r, 4096, bulkAll)
+	calls := make(chan *Call, 1)
+	goOn := make(chan struct{})
+	end := sync.OnceFunc(func() { close(goOn) })
+	defer end()
+	const mKeep, mWait Method = 206, 207
+	r.ts.HandleRaw(Spec{Number: mKeep}, func(c *Call, _ []byte) error {
+		calls <- c
+		return nil
+	})
+	r.ts.HandleRaw(Spec{Number: mWait}, func(c *Call, _ []byte) error {
+		calls <- c
+		<-goOn
+		return nil
+	})
+	arg := []Bulk{{MR: m, Len: 4096, Access: ib.AccessRemoteRead}}
+	if err := r.cl.CallBulk(ctx, mKeep, nil, arg, nil); err != nil {
+		t.Fatal(err)
+	}
+	kept := <-calls
+	done := make(chan error, 1)
+	go func() { done <- r.cl.CallBulk(ctx, mWait, nil, arg, nil) }()
+	running := <-calls
+	b, err := running.Conn().Poller().Pool().Get(4096)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := kept.Pull(ctx, b.SGE(0, 4096), 0, 0); FromError(err).Code != Canceled {
+		t.Errorf("a call that is over, while another runs: %v", err)
+	}
+	if err := running.Pull(ctx, b.SGE(0, 4096), 0, 0); err != nil {
+		t.Errorf("the one that runs: %v", err)
+	}
+	b.Release()
+	end()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
 
 func TestBulk(t *testing.T) {
 	testutil.CheckLeaks(t)

@@ -390,8 +390,10 @@ func (sc *serverConn) complete(c *Call, err error) {
 	md.metrics.end(start, code)
 	sc.unregister(c)
 	c.releaseRequest()
-	c.reset()
-	sc.srv.pool.put(c)
+	if len(c.bulk) == 0 {
+		c.reset()
+		sc.srv.pool.put(c)
+	} // else it stays one that is over: a goroutine of the handler's may be about to Pull, and must not meet another call's memory
 	sc.srv.finished()
 }
 
