@@ -149,8 +149,8 @@ func (c *Call) Bulk(i int) transport.Remote { return c.bulk[i] }
 // of an mr.Buffer from Conn().Poller().Pool(). It returns when they are there.
 //
 // Pull and Push may be called concurrently, until the handler returns; the response is sent when none is under way any
-// more. They fail with PermissionDenied or OutOfRange if the client granted less, and with Canceled once the call is over, also if a goroutine
-// that the handler has left behind calls them much later.
+// more. They fail with PermissionDenied or OutOfRange if the client granted less, and with Canceled once the call is over: also
+// much later, for a goroutine that the handler has left behind. On a call that came without bulk arguments they fail with OutOfRange, whenever that is.
 func (c *Call) Pull(ctx context.Context, dst ib.SGE, i int, off uint64) error {
 	r, err := c.beginBulk(i, off, dst.Length, ib.AccessRemoteRead)
 	if err != nil {

@@ -14,7 +14,7 @@ import (
 
 func putUint32(b []byte, v uint32) { binary.LittleEndian.PutUint32(b, v) }
 
-// Call is one call as its handler sees it. It is lent to the handler and used again for other calls afterwards. It is
+// Call is one call as its handler sees it. It is lent to the handler and may be used again for other calls afterwards. It is
 // not safe for concurrent use; the context from Context is, and so are Pull and Push.
 type Call struct {
 	conn   *serverConn
@@ -294,13 +294,11 @@ func (c *Call) reset() {
 	if cap(own) > keepOwn {
 		own = nil
 	}
-	bulk := c.bulk[:0]
-	quiet := c.quiet
 	c.conn, c.method, c.id, c.req = nil, nil, 0, nil
-	c.own, c.bulk, c.quiet = own, bulk, quiet
+	c.own = own
 	c.timeout, c.deadline, c.start = 0, time.Time{}, time.Time{}
 	c.buf, c.hasBuf, c.heap, c.replied, c.size = sendBuf{}, false, nil, false, 0
-	c.ctx, c.endErr, c.over, c.nbulk = nil, nil, false, 0
+	c.ctx, c.endErr = nil, nil
 	c.next = nil
 }
 

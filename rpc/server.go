@@ -314,7 +314,12 @@ func (sc *serverConn) request(m message, h *header) {
 		sc.reject(h.id, errShuttingDown)
 		return
 	}
-	c := srv.pool.get()
+	var c *Call
+	if h.bulk == 0 {
+		c = srv.pool.get()
+	} else {
+		c = new(Call) // see recycle
+	}
 	c.conn, c.id, c.method, c.timeout = sc, h.id, md, h.timeout
 	if h.timeout != 0 {
 		c.deadline = time.Now().Add(time.Duration(h.timeout) * time.Microsecond)
@@ -359,8 +364,7 @@ func (sc *serverConn) request(m message, h *header) {
 // drop gives back a call that was not answered.
 func (sc *serverConn) drop(c *Call) {
 	c.releaseRequest()
-	c.reset()
-	sc.srv.pool.put(c)
+	sc.srv.pool.recycle(c)
 	sc.srv.finished()
 }
 
@@ -390,10 +394,7 @@ func (sc *serverConn) complete(c *Call, err error) {
 	md.metrics.end(start, code)
 	sc.unregister(c)
 	c.releaseRequest()
-	if len(c.bulk) == 0 {
-		c.reset()
-		sc.srv.pool.put(c)
-	} // else it stays one that is over: a goroutine of the handler's may be about to Pull, and must not meet another call's memory
+	sc.srv.pool.recycle(c)
 	sc.srv.finished()
 }
 

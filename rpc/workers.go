@@ -6,7 +6,7 @@ import (
 )
 
 // workers runs calls on a bounded number of goroutines that are started when they are needed and then kept. It also
-// keeps the Calls: both are the reason why a call on a worker allocates nothing.
+// keeps the Calls: both are the reason why a call on a worker allocates nothing, unless it has bulk arguments.
 type workers struct {
 	max   int
 	queue chan *Call
@@ -42,8 +42,13 @@ func (w *workers) get() *Call {
 	return c
 }
 
-// put takes a Call that was reset.
-func (w *workers) put(c *Call) {
+// recycle takes a Call that has ended. One with bulk arguments stays what it is, one that is over: a goroutine that the handler has left behind may be
+// about to Pull, and must not meet another call's memory. So those that are used again never have any.
+func (w *workers) recycle(c *Call) {
+	if len(c.bulk) > 0 {
+		return
+	}
+	c.reset()
 	w.mu.Lock()
 	c.next = w.free
 	w.free = c
