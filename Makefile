@@ -89,7 +89,7 @@ lint:
 checked = $(if $(STRICT),.ci/allowed $(1))
 verbose = $(if $(STRICT),-v)
 
-# The conformance suite is one program that waits for much of its time: it runs beside the others, and prints when it has ended.
+# The conformance suite is one program that waits for much of its time: it runs beside the others, and what it prints comes behind theirs.
 unit:
 	$(call stage,unit: all tests$(comma) without cgo)
 	.ci/setup go
@@ -160,9 +160,10 @@ pyverbs:
 	RINGSIDE_TEST_REQUIRE=1 $(GO) test -count=1 -timeout 30m -run Pyverbs ./internal/emulate -pyverbs
 
 # The packages of one goroutine have nothing to race with, nor have programs that run others; of those left, the tests but for what is
-# other processes, measures networks or takes long without anything side by side, with fewer seeds and rounds than in unit.
+# other processes, measures networks, counts allocations, is done a second time for IPv6, or takes long without anything side by side; with fewer
+# seeds and rounds than in unit.
 SEQUENTIAL = /internal/(abi|cmd/.*|mem|nldev|pcap|perf/cycles|procmem|roce|softnic/(cm|wire)|testutil/repotest)$$|/verbs/ib$$|/test/interop$$|/cmd/ringside$$
-NORACE = TestGolden(Random|Many.*|InfiniBand|InlineHeaders|Libmlx5|Driver)|TestBottleneck|Test(UDP|TCP|ConnectX)Processes|TestProcessesSwapped|TestUDP6|TestLoopsAllocateNothing|TestDemo(Sync|Stale|Kill)|TestAllWorkersKilled
+NORACE = TestGolden(Random|Many.*|InfiniBand|InlineHeaders|Libmlx5|Driver)|TestBottleneck|Test(UDP|TCP|ConnectX)Processes|TestProcessesSwapped|TestUDP6|TestLoopsAllocateNothing|TestDemo(Sync|Stale|Kill)
 race:
 	$(call stage,race: what runs side by side$(comma) under the race detector)
 	.ci/setup go gcc

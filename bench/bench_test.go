@@ -63,8 +63,8 @@ func TestTargets(t *testing.T) {
 	r.add("rpc light", 0, values{"cpu_percent": 12})
 	table := targetTable(r)
 	for _, want := range []string{
-		"| at most 1.20 | 1.25 | 1.00..1.50 of 2 | **short** |",
-		"| at most 10.0 | 12.0 | 12.0..12.0 of 1 | **short** |",
+		"| at most 1.20 | 1.25 | 1.00..1.50 of all 2 | **short** |",
+		"| at most 10.0 | 12.0 | 12.0..12.0 | **short** |",
 		"| - | - | not measured |",
 	} {
 		if !strings.Contains(table, want) {

@@ -253,7 +253,7 @@ func sinkServer(json.RawMessage) error {
 func floodReport(b *page, r *results) {
 	b.line("\n| 64 B SEND while the receiver gets %d packets a second besides | messages/s | of the control | packets a second sent |\n|---|---|---|---|", floodRate)
 	for _, f := range floods {
-		ratio, _ := r.ratio(ref{name: f.name(), metric: "rate"}, ref{name: flood{kind: floodSink}.name(), metric: "rate"})
+		ratio := r.ratio(ref{name: f.name(), metric: "rate"}, ref{name: flood{kind: floodSink}.name(), metric: "rate"}).ratio
 		b.line("| %s | %s | %s | %s |", f.what, r.series(f.name(), "rate", 1), number(ratio), r.series(f.name(), "flood", 1))
 	}
 }

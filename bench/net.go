@@ -383,13 +383,13 @@ func netReport(c *config, host *conditions, r *results) string {
 		b.line("| | ringside | UCX over TCP | | ringside over TCP |\n|---|---|---|---|---|")
 		row := func(what, op, kind string, size int, metric, theirs string) {
 			ours := perfName(op, kind, size)
-			ratio, _ := r.ratio(ref{name: ours, metric: metric}, ref{name: theirs, metric: metric})
+			ratio := r.ratio(ref{name: ours, metric: metric}, ref{name: theirs, metric: metric}).ratio
 			b.line("| %s | %s | %s | %s x | %s |", what, r.series(ours, metric, 1), r.series(theirs, metric, 1), number(ratio),
 				r.series(overTCP(op, kind, size), metric, 1))
 		}
 		row("64 B SEND / tag_lat, p50, us", "send", "lat", 64, "p50", ucxName("tag_lat", 64))
-		ratio, _ := r.ratio(ref{name: bareName, metric: "p50"}, ref{name: ucxName("tag_lat", 64), metric: "p50"})
-		b.line("| as many bytes over bare UDP sockets / tag_lat, p50, us | %s | | %s x | |", r.series(bareName, "p50", 1), number(ratio))
+		bare := r.ratio(ref{name: bareName, metric: "p50"}, ref{name: ucxName("tag_lat", 64), metric: "p50"})
+		b.line("| as many bytes over bare UDP sockets / tag_lat, p50, us | %s | | %s x | |", r.series(bareName, "p50", 1), number(bare.ratio))
 		row("64 B SEND / tag_bw, messages/s", "send", "rate", 64, "rate", ucxName("tag_bw", 64))
 		row("1 MiB WRITE / ucp_put_bw, GB/s", "write", "bw", mib, "bw", ucxName("ucp_put_bw", mib))
 		row("the same, CPU, ns a byte", "write", "bw", mib, "cpu", ucxName("ucp_put_bw", mib))

@@ -55,17 +55,17 @@ func TestRatioOfLike(t *testing.T) {
 	add(r, 3, 20, 10, slow, fast)
 	add(r, 4, 20, 10, slow, fast)
 	num, den := ref{name: "a", metric: "p50"}, ref{name: "b", metric: "p50"}
-	if got, of := r.ratio(num, den); got != 2 || len(of) != 5 {
-		t.Errorf("two rounds are alike: %v of %v", got, of)
+	if got := r.ratio(num, den); got.ratio != 2 || got.spread() != "1.00..2.00 of all 5" {
+		t.Errorf("two rounds are alike: %v, %s", got, got.spread())
 	}
 	add(r, 5, 11, 10, fast, fast)
-	if got, of := r.ratio(num, den); got != 1.1 || of.over() != "1.00..1.10 of 3" {
-		t.Errorf("three rounds are alike: %v of %v", got, of)
+	if got := r.ratio(num, den); got.ratio != 1.1 || got.spread() != "1.00..1.10 of 3" {
+		t.Errorf("three rounds are alike: %v, %s", got, got.spread())
 	}
 	r.add("a", 6, values{"p50": 1}) // the other one has failed
 	r.around("a", 6, fast)
-	if got, of := r.ratio(num, den); got != 1.1 || len(of) != 3 {
-		t.Errorf("with a round of one: %v of %v", got, of)
+	if got := r.ratio(num, den); got.ratio != 1.1 || got.spread() != "1.00..1.10 of 3" {
+		t.Errorf("with a round of one: %v, %s", got, got.spread())
 	}
 }
 

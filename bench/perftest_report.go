@@ -22,7 +22,7 @@ func rxeReport(plan *vmPlan, host *conditions, r *results) string {
 		b.line("request at a time, its completion awaited before anything else is; p50 is perftest's t_typical, of half a round trip for")
 		b.line("SEND and WRITE, of the whole operation for READ and FETCH_ADD. Bandwidth: %d work requests in flight, each signaled and", bwDepth)
 		b.line("posted by itself; %d receives; the average, in 10^6 bytes a second. Every number is the median over the rounds, with the", bwRecvDepth)
-		b.line("smallest and largest value in parentheses; ratios are ringside / perftest, of the rounds in which the processors were alike, as above.\n")
+		b.line("smallest and largest value in parentheses; ratios are ringside / perftest, of rounds in which the processors were alike, as above.\n")
 		b.WriteString(circumstances(len(r.loads), plan.Quick, host, "load average in the machine after each round", r.loads))
 
 		row := func(c vmCase, metric string, scale float64, also func(name string) string) {

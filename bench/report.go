@@ -56,12 +56,13 @@ var targets = []target{
 }
 
 // measured returns the target's value and its spread over the rounds.
-func (t *target) measured(r *results) (float64, series) {
+func (t *target) measured(r *results) (value float64, spread string) {
 	if t.den.name == "" {
 		s := r.series(t.num.name, t.num.metric, t.num.factor())
-		return s.median(), s
+		return s.median(), s.between()
 	}
-	return r.ratio(t.num, t.den)
+	c := r.ratio(t.num, t.den)
+	return c.ratio, c.spread()
 }
 
 func targetTable(r *results) string { return targetTableOf(targets, r) }
@@ -71,7 +72,7 @@ func targetTableOf(targets []target, r *results) string {
 	b.WriteString("| what | target | measured | spread | |\n|---|---|---|---|---|\n")
 	for _, t := range targets {
 		value, spread := t.measured(r)
-		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s |\n", t.what, t.bound(), number(value), spread.over(), t.verdict(value))
+		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s |\n", t.what, t.bound(), number(value), spread, t.verdict(value))
 	}
 	return b.String()
 }
@@ -155,7 +156,7 @@ func report(c *config, host *conditions, r *results) string {
 	p("stands next to each other in time. Before and after each, the speed of the processors is looked at, and how long a cache line takes from")
 	p("one to the other: neighbours of a virtual machine, and where its processors are, change either within seconds, to half and to five times.")
 	p("Ratios are those of the medians of the rounds (\"of 5\") in which these were the same, to a quarter and to a half, before and after what is compared; where")
-	p("there are fewer than %d of these, of all rounds.\n", enough)
+	p("there are fewer than %d of these, of all rounds (\"of all 7\").\n", enough)
 	b.WriteString(circumstances(c.rounds, c.quick, host, "load average after each round", r.loads))
 
 	p("## Numbers to reach\n\n%s", targetTable(r))
@@ -185,8 +186,8 @@ func report(c *config, host *conditions, r *results) string {
 	p("latencies of SEND, WRITE, tag_lat, ucp_put_lat and ucp_am_lat are half round trips.\n")
 	p("| | ringside | UCX | |\n|---|---|---|---|")
 	pair := func(what string, ours, theirs, metric, unit string) {
-		ratio, _ := r.ratio(ref{name: ours, metric: metric}, ref{name: theirs, metric: metric})
-		p("| %s, %s | %s | %s | %s x |", what, unit, r.series(ours, metric, 1), r.series(theirs, metric, 1), number(ratio))
+		c := r.ratio(ref{name: ours, metric: metric}, ref{name: theirs, metric: metric})
+		p("| %s, %s | %s | %s | %s x |", what, unit, r.series(ours, metric, 1), r.series(theirs, metric, 1), number(c.ratio))
 	}
 	pair("64 B SEND / tag_lat, p50", perfName("send", "lat", 64), ucxName("tag_lat", 64), "p50", "us")
 	pair("8 B WRITE / ucp_put_lat, p50", perfName("write", "lat", 8), ucxName("ucp_put_lat", 8), "p50", "us")

@@ -106,7 +106,7 @@ func (r *results) of(name, metric string, scale float64, out map[int]bool) (s se
 // enough is how many rounds a ratio needs at least that are like each other.
 const enough = 3
 
-// unlike are the rounds in which two measurements were not made at the same pace: none if too few would be left.
+// unlike are the rounds in which two measurements were not made at the same pace; nil if too few would be left.
 func (r *results) unlike(a, b string) map[int]bool {
 	out, left := map[int]bool{}, 0
 	for round, p := range r.paces[a] {
@@ -127,10 +127,27 @@ func (r *results) unlike(a, b string) map[int]bool {
 	return out
 }
 
-// ratio is the quotient of two metrics: of their medians, and of each round; both over the rounds in which they were measured at the same
-// pace, if there are enough.
-func (r *results) ratio(num, den ref) (median float64, perRound series) {
+// A comparison is the quotient of two metrics: of their medians, and of each round.
+type comparison struct {
+	ratio  float64
+	rounds series
+	alike  bool // these are the rounds in which both were measured at the same pace: of all, if too few were
+}
+
+// spread prints that of the rounds, and how many these are.
+func (c comparison) spread() string {
+	switch {
+	case len(c.rounds) == 0:
+		return "-"
+	case c.alike:
+		return fmt.Sprintf("%s of %d", c.rounds.between(), len(c.rounds))
+	}
+	return fmt.Sprintf("%s of all %d", c.rounds.between(), len(c.rounds))
+}
+
+func (r *results) ratio(num, den ref) comparison {
 	out := r.unlike(num.name, den.name)
+	c := comparison{ratio: math.NaN(), alike: out != nil}
 	for round, v := range r.rounds[num.name] {
 		if out[round] {
 			continue
@@ -138,25 +155,26 @@ func (r *results) ratio(num, den ref) (median float64, perRound series) {
 		a, ok1 := v[num.metric]
 		b, ok2 := r.rounds[den.name][round][den.metric]
 		if ok1 && ok2 && b != 0 {
-			perRound = append(perRound, a*num.factor()/(b*den.factor()))
+			c.rounds = append(c.rounds, a*num.factor()/(b*den.factor()))
 		}
 	}
 	a, b := r.of(num.name, num.metric, num.factor(), out), r.of(den.name, den.metric, den.factor(), out)
 	if len(a) == 0 || len(b) == 0 || b.median() == 0 {
-		return math.NaN(), nil
+		return comparison{ratio: math.NaN()}
 	}
-	return a.median() / b.median(), perRound
+	c.ratio = a.median() / b.median()
+	return c
 }
 
 // beside is the cells of a row that compares a metric of two measurements: either's, their ratio, and whether that is the target, if
 // there is one.
 func (r *results) beside(ours, theirs, metric string, scale float64, t *target) string {
-	ratio, spread := r.ratio(ref{name: ours, metric: metric}, ref{name: theirs, metric: metric})
+	c := r.ratio(ref{name: ours, metric: metric}, ref{name: theirs, metric: metric})
 	bound := ""
 	if t != nil {
-		bound = t.bound() + ", " + t.verdict(ratio)
+		bound = t.bound() + ", " + t.verdict(c.ratio)
 	}
-	return fmt.Sprintf("%s | %s | %s (%s) | %s", r.series(ours, metric, scale), r.series(theirs, metric, scale), number(ratio), spread.over(), bound)
+	return fmt.Sprintf("%s | %s | %s (%s) | %s", r.series(ours, metric, scale), r.series(theirs, metric, scale), number(c.ratio), c.spread(), bound)
 }
 
 // ref names a metric of a measurement, times a factor (0 means 1).
@@ -194,14 +212,6 @@ func (s series) String() string {
 		return number(s[0])
 	}
 	return fmt.Sprintf("%s (%s)", number(s.median()), s.between())
-}
-
-// over prints the spread, and of how many rounds.
-func (s series) over() string {
-	if len(s) == 0 {
-		return "-"
-	}
-	return fmt.Sprintf("%s of %d", s.between(), len(s))
 }
 
 // between prints the spread.
