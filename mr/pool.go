@@ -521,7 +521,7 @@ func (p *Pool) pop(i int, h *hints) *Buffer {
 }
 
 // Release gives the buffer back; its memory must not be touched any more, by the program or by a work request. It
-// panics if the buffer was released already.
+// panics if the buffer was released already, and nobody has got it since: once somebody has, a second Release is theirs.
 func (b *Buffer) Release() {
 	p := b.pool
 	if p.cfg.Poison {

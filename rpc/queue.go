@@ -269,6 +269,11 @@ func (q *Queue) deliver(s *slot, fn func(tag uint64, resp []byte, err error)) {
 	q.inFlight--
 	defer func() { // also when fn panics
 		q.c.clear(s)
+		if q.closed { // by fn
+			s.queue = nil
+			q.c.releaseSlot(s)
+			return
+		}
 		q.free = append(q.free, s)
 	}()
 	if s.mm != nil {

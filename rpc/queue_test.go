@@ -267,3 +267,28 @@ func TestQueueBatch(t *testing.T) {
 		}
 	})
 }
+
+// A queue may be closed by the function that takes its results.
+func TestQueueClosedWhileDelivering(t *testing.T) {
+	onEach(t, nil, nil, func(t *testing.T, r *rig) {
+		ctx := ctxFor(t)
+		q, err := r.cl.NewQueue(4)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for tag := range uint64(3) {
+			if err := q.Start(ctx, mEcho, nil, tag); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n, err := q.Wait(ctx, func(uint64, []byte, error) { _ = q.Close() }); n == 0 || err != nil {
+			t.Errorf("%d results, %v", n, err)
+		}
+		if err := q.Start(ctx, mEcho, nil, 9); CodeOf(err) != FailedPrecondition {
+			t.Error("after Close:", err)
+		}
+		if free := countFree(r.cl); free != r.cl.nslots {
+			t.Errorf("%d slots of %d are free", free, r.cl.nslots)
+		}
+	})
+}

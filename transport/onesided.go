@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"sync"
 
 	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -24,12 +25,13 @@ type Batch struct {
 	c       *Conn
 	wrs     []ib.SendWR
 	sges    []ib.SGE
-	results []slot // one for each atomic, 8 bytes
-	which   []int  // the result of operation i, or -1; an operation is one request or more
-	next    int    // results in use
-	busy    bool   // guarded by snd.mu
-	err     error  // of the first operation that failed
-	bad     error  // an operation that could not be collected
+	results []slot   // one for each atomic, 8 bytes
+	found   []uint64 // what was in them when the batch ended: the memory may go with the connection
+	which   []int    // the result of operation i, or -1; an operation is one request or more
+	next    int      // results in use
+	busy    bool     // guarded by snd.mu
+	err     error    // of the first operation that failed
+	bad     error    // an operation that could not be collected
 	own     Waiter
 	w       *Waiter
 	free    *Batch
@@ -76,7 +78,7 @@ func (b *Batch) dropLocked() {
 	for _, r := range b.results {
 		a.put(r)
 	}
-	b.results = nil
+	b.results, b.found = nil, nil
 }
 
 // resultStride is a cache line: a result's slot.
@@ -167,7 +169,7 @@ func (b *Batch) atomic(op ib.Opcode, dst Remote, off, compareAdd, swap uint64) {
 			}
 			return
 		}
-		b.results = append(b.results, r)
+		b.results, b.found = append(b.results, r), append(b.found, 0)
 	}
 	b.which[len(b.which)-1] = b.next
 	sge := b.results[b.next].sge
@@ -189,10 +191,9 @@ func (b *Batch) FetchAdd(dst Remote, off, delta uint64) {
 	b.atomic(ib.OpAtomicFetchAdd, dst, off, delta, 0)
 }
 
-// Result is what operation i, an atomic, found. It is valid once the batch has finished without error.
-func (b *Batch) Result(i int) uint64 {
-	return binary.NativeEndian.Uint64(b.results[b.which[i]].mem)
-}
+// Result is what operation i, an atomic, found. It is valid once the batch has finished without error, also when the connection has
+// ended since.
+func (b *Batch) Result(i int) uint64 { return b.found[b.which[i]] }
 
 // Do posts the operations and waits until all are done. A remote access error, or any other failure of an operation,
 // ends the connection, as the InfiniBand specification has it for reliable connections: the error matches the
@@ -271,8 +272,9 @@ func (b *Batch) Start(w *Waiter) error {
 	b.seal()
 	s := &b.c.snd
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	return b.postLocked(0, len(b.wrs), w)
+	err := b.postLocked(0, len(b.wrs), w)
+	s.mu.Unlock()
+	return err
 }
 
 // seal makes the batch's end mean that what it writes has arrived. That is so by itself, but on devices whose writes are
@@ -298,6 +300,8 @@ func (b *Batch) seal() {
 	}
 }
 
+// postLocked posts n operations from one on. snd.mu is held; not any more, if it panics: whoever recovers from that would leave the
+// connection locked.
 func (b *Batch) postLocked(from, n int, w *Waiter) error {
 	c := b.c
 	s := &c.snd
@@ -305,6 +309,7 @@ func (b *Batch) postLocked(from, n int, w *Waiter) error {
 		return s.err
 	}
 	if b.busy {
+		s.mu.Unlock()
 		panic("transport: batch is under way already")
 	}
 	if s.depth-(s.head-s.tail) < uint32(n) {
@@ -353,9 +358,12 @@ func (b *Batch) finishLocked(err error) {
 	b.w = nil
 	if err != nil {
 		w.Fail(err)
-	} else {
-		w.Done()
+		return
 	}
+	for i, r := range b.results[:b.next] {
+		b.found[i] = binary.NativeEndian.Uint64(r.mem)
+	}
+	w.Done()
 }
 
 // single returns a batch for one operation.
@@ -507,6 +515,8 @@ type Grant struct {
 	win    *mr.Window // one of the two
 	sub    *mr.MR
 	remote Remote
+
+	revoking sync.Mutex // held by Revoke: the second of two has nothing to do
 }
 
 // Grant lets the peer do access (any of ib.AccessRemoteRead, RemoteWrite, RemoteAtomic) on n bytes at off of m, which
@@ -619,6 +629,8 @@ func (g *Grant) Revoke(ctx context.Context) error {
 	if g.sub != nil {
 		return g.close()
 	}
+	g.revoking.Lock()
+	defer g.revoking.Unlock()
 	g.c.grantMu.Lock()
 	_, live := g.c.grants[g]
 	g.c.grantMu.Unlock()

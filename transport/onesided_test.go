@@ -561,3 +561,108 @@ func TestManyConnections(t *testing.T) {
 		}
 	}
 }
+
+// What an atomic has found can be asked for when the connection is gone, and with it the memory that it came to.
+func TestResultAfterClose(t *testing.T) {
+	a, b := transporttest.Pair(t, nil)
+	if !hasAtomics(t, a) {
+		t.Skip("the device has no atomics")
+	}
+	far := alloc(t, b, 64, allAccess)
+	binary.NativeEndian.PutUint64(far.Bytes(), 42)
+	r := grant(t, b, far, 0, 64, ib.AccessRemote).Remote()
+	batch := a.NewBatch(1)
+	batch.FetchAdd(r, 0, 5)
+	if err := batch.Do(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got := batch.Result(0); got != 42 {
+		t.Errorf("%d", got)
+	}
+}
+
+// A second Revoke does nothing, at whatever moment it comes: an invalidation of what is invalid would end the connection.
+func TestRevokeTwiceAtOnce(t *testing.T) {
+	a, b := transporttest.Pair(t, nil)
+	far := alloc(t, b, 4096, allAccess)
+	const many = 8
+	for range 200 {
+		g, err := b.Grant(t.Context(), far, 0, 4096, ib.AccessRemoteRead)
+		if err != nil {
+			t.Fatal(err)
+		}
+		errs := make(chan error, many)
+		begin := make(chan struct{})
+		for range many {
+			go func() {
+				<-begin
+				errs <- g.Revoke(context.Background())
+			}()
+		}
+		close(begin)
+		for range many {
+			if err := <-errs; err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := b.Send(t.Context(), []byte("still here")); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Recv(t.Context(), func(*transport.Message) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Who recovers from the panic of a wrong call has a connection that goes on.
+func TestMisuseLeavesTheConnection(t *testing.T) {
+	a, b := transporttest.Pair(t, nil)
+	far, near := alloc(t, b, 1<<20, allAccess), alloc(t, a, 1<<20, allAccess)
+	r := grant(t, b, far, 0, 1<<20, ib.AccessRemote).Remote()
+	panics := func(what string, f func()) {
+		defer func() {
+			if recover() == nil {
+				t.Errorf("%s did not panic", what)
+			}
+		}()
+		f()
+	}
+	panics("SendRegion beyond its region", func() { a.SendRegion(t.Context(), near, 4096, 1<<20) })
+	var w, second transport.Waiter
+	a.Poller().Do(func() { // where nothing is completed meanwhile
+		batch := a.NewBatch(1)
+		batch.Write(near.SGE(0, 1<<20), r, 0)
+		if err := batch.Start(&w); err != nil {
+			t.Error(err)
+			return
+		}
+		panics("Start of a batch that is under way", func() { batch.Start(&second) })
+	})
+	if err := a.Poller().Wait(t.Context(), &w); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Send(t.Context(), []byte("still here")); err != nil {
+		t.Fatal(err)
+	}
+	// What a callback has taken before it panics is the taker's.
+	var taken *transport.Message
+	panics("a callback", func() {
+		b.Recv(t.Context(), func(m *transport.Message) error {
+			taken = m.Take()
+			panic("on purpose")
+		})
+	})
+	if err := a.Send(t.Context(), []byte("the next one")); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Recv(t.Context(), func(*transport.Message) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if string(taken.Bytes()) != "still here" {
+		t.Errorf("what was taken is %q", taken.Bytes())
+	}
+	taken.Release()
+}

@@ -63,21 +63,19 @@ func (c *Conn) Recv(ctx context.Context, fn func(*Message) error) error {
 	if err != nil {
 		return err
 	}
-	back := true
-	defer func() { // also when fn panics
-		if back {
+	defer func() { // also when fn panics: a goroutine may have taken it before that
+		r := &c.rcv
+		r.mu.Lock()
+		kept := m.endLoan()
+		if kept {
+			m.held = false // it is the taker's from here on
+		}
+		r.mu.Unlock()
+		if !kept {
 			c.giveBack(m, false)
 		}
 	}()
-	err = fn(m)
-	r := &c.rcv
-	r.mu.Lock()
-	if m.endLoan() {
-		m.held = false // it is the taker's from here on
-		back = false
-	}
-	r.mu.Unlock()
-	return err
+	return fn(m)
 }
 
 func (c *Conn) next(ctx context.Context) (*Message, error) {

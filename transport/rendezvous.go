@@ -145,6 +145,8 @@ func (c *Conn) SendRegion(ctx context.Context, m *mr.MR, off, n int) error {
 	if m.Access()&ib.AccessRemoteRead == 0 {
 		return fmt.Errorf("transport: SendRegion needs a region with %v, this one has %v", ib.AccessRemoteRead, m.Access())
 	}
+	key := m.RemoteRange(off, n) // panics if it is not in m
+	key.Access = ib.AccessRemoteRead
 	b, err := c.allocForeign(ctx)
 	if err != nil {
 		return err
@@ -153,9 +155,7 @@ func (c *Conn) SendRegion(ctx context.Context, m *mr.MR, off, n int) error {
 	s := &c.snd
 	s.mu.Lock()
 	s.out--
-	b.n, b.mem, b.rel = n, nil, &w
-	b.key = m.RemoteRange(off, n)
-	b.key.Access = ib.AccessRemoteRead
+	b.n, b.mem, b.rel, b.key = n, nil, &w, key
 	if err = c.postBufLocked(b, n, false); err != nil {
 		s.mu.Unlock()
 		return err

@@ -175,7 +175,7 @@ func (n *NIC) QueryDevice() (ib.DeviceAttr, error) {
 	return ib.DeviceAttr{Firmware: "software", NodeGUID: n.guid, SysImageGUID: n.guid, VendorID: vendorID, Ports: 1,
 		MaxMRSize: 1 << 46, PageSizeCap: 1<<12 | 1<<21 | 1<<30, MaxQP: maxQPs, MaxQPWR: maxDepth, MaxSGE: maxSGE, MaxSGERead: maxSGE,
 		MaxCQ: 1 << 16, MaxCQE: maxCQE, MaxMR: maxMRs - 1, MaxPD: 1 << 16, MaxQPRdAtomic: maxPaths, MaxQPInitRdAtom: maxPaths,
-		MaxMW: maxMRs - 1, MaxAH: maxAHs, MaxSRQ: 1 << 14, MaxSRQWR: maxSRQDepth, MaxSRQSGE: maxSGE, MaxPKeys: 1, MaxInline: maxInline,
+		MaxMW: maxMRs - 1, MaxAH: maxAHs - 1, MaxSRQ: 1 << 14, MaxSRQWR: maxSRQDepth, MaxSRQSGE: maxSGE, MaxPKeys: 1, MaxInline: maxInline,
 		Caps: ib.CapMW2 | ib.CapSRQ | ib.CapAtomic | ib.CapAtomicGlobal | ib.CapResizeCQ | ib.CapUD | ib.CapUC |
 			ib.CapImm | ib.CapMWBounds | ib.CapFlush | ib.CapAtomicWrite}, nil
 }

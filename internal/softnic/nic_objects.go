@@ -163,7 +163,7 @@ func (n *NIC) addAH(a *AH) error {
 		list = append(list, *old...)
 	}
 	if k := len(n.freeAHs); k > 0 {
-		a.num = n.freeAHs[k-1]
+		a.num = n.freeAHs[k-1] // another one than last time: what was posted before and is not sent yet is not for this one
 		n.freeAHs = n.freeAHs[:k-1]
 	} else {
 		if len(list) == 0 {
@@ -175,7 +175,7 @@ func (n *NIC) addAH(a *AH) error {
 		a.num = ib.AHNum(len(list))
 		list = append(list, nil)
 	}
-	list[a.num] = a
+	list[a.num&ahIndex] = a
 	n.ahs.Store(&list)
 	return nil
 }
@@ -184,15 +184,18 @@ func (n *NIC) dropAH(a *AH) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	list := append([]*AH(nil), *n.ahs.Load()...)
-	list[a.num] = nil
-	n.freeAHs = append(n.freeAHs, a.num)
+	list[a.num&ahIndex] = nil
+	n.freeAHs = append(n.freeAHs, a.num+ahIndex+1)
 	n.ahs.Store(&list)
 }
 
 func (n *NIC) ah(k ib.AHNum) *AH {
 	list := n.ahs.Load()
-	if list == nil || int(k) >= len(*list) {
+	if list == nil || int(k&ahIndex) >= len(*list) {
 		return nil
 	}
-	return (*list)[k]
+	if a := (*list)[k&ahIndex]; a != nil && a.num == k {
+		return a
+	}
+	return nil
 }

@@ -106,3 +106,23 @@ func TestResourcesChanged(t *testing.T) {
 		change(t, a, b)
 	})
 }
+
+// Whoever sets the limit of a shared receive queue while another closes it does not look at memory that is gone.
+func TestSRQLimitAfterClose(t *testing.T) {
+	n, err := Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	pd := allocPD(t, n)
+	s := newTestSRQ(t, pd)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.SetLimit(5); err != driver.ErrClosed {
+		t.Errorf("%v, want %v", err, driver.ErrClosed)
+	}
+	if err := pd.Close(); err != nil {
+		t.Error(err)
+	}
+}

@@ -128,6 +128,10 @@ func (s *SRQ) SetLimit(n int) error {
 		return fmt.Errorf("SRQ limit %d: the queue has %d receives", n, s.max)
 	}
 	s.mu.Lock()
+	if s.gone { // its memory is no longer there
+		s.mu.Unlock()
+		return driver.ErrClosed
+	}
 	s.limit = n
 	fire := s.belowLimitLocked()
 	s.mu.Unlock()

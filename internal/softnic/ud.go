@@ -26,7 +26,10 @@ type AH struct {
 	once sync.Once
 }
 
-const maxAHs = 1 << 16
+const maxAHs = ahIndex + 1
+
+// ahIndex are the bits of a handle's number that are its index; above them it counts how often that was used.
+const ahIndex = 1<<16 - 1
 
 // CreateAH implements driver.PD. It sets up the path to the destination's NIC, and so fails if that cannot be reached.
 func (pd *PD) CreateAH(attr ib.AHAttr) (driver.AH, error) { return pd.newAH(&attr, pd.nic.linkTo) }

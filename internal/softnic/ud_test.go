@@ -13,6 +13,42 @@ import (
 	"github.com/ringside-rdma/ringside/verbs/ib"
 )
 
+// What was posted with a handle that was closed since does not go where the next one leads.
+func TestAHNumbers(t *testing.T) {
+	n, err := Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	seen := map[ib.AHNum]bool{}
+	for range 3 {
+		a, b := new(AH), new(AH)
+		for _, ah := range []*AH{a, b} {
+			if err := n.addAH(ah); err != nil {
+				t.Fatal(err)
+			}
+			if seen[ah.num] || ah.num&ahIndex == 0 || ah.num&ahIndex > 2 {
+				t.Errorf("number %#x", ah.num)
+			}
+			seen[ah.num] = true
+			if n.ah(ah.num) != ah {
+				t.Errorf("%#x is another's", ah.num)
+			}
+		}
+		for _, ah := range []*AH{a, b} {
+			n.dropAH(ah)
+			if n.ah(ah.num) != nil {
+				t.Errorf("%#x is there after its end", ah.num)
+			}
+		}
+	}
+	for num := range seen {
+		if n.ah(num) != nil {
+			t.Errorf("%#x has come back", num)
+		}
+	}
+}
+
 // A datagram that has arrived is there, although its sender goes before it is polled.
 func TestDatagramsOutliveTheirSender(t *testing.T) {
 	paths(t, func(t *testing.T, a, b *NIC) {
