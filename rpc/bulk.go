@@ -185,6 +185,11 @@ func bulkError(err error) error {
 }
 
 func (c *Call) beginBulk(i int, off uint64, n uint32, need ib.Access) (transport.Remote, error) {
+	// Looked at without the lock, since a goroutine that the handler has left behind may come when the Call is cleared for another: c.bulk is
+	// complete before the handler begins, and a Call that is used again never has any.
+	if len(c.bulk) == 0 {
+		return transport.Remote{}, Errorf(OutOfRange, "the call has no bulk argument %d", i)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {

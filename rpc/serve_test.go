@@ -188,6 +188,9 @@ func TestBulkAfterReturn(t *testing.T) {
 	}
 	wantCode(t, kept.Pull(ctx, b.SGE(0, 4096), 0, 0), Canceled)
 	wantCode(t, plain.Pull(ctx, b.SGE(0, 4096), 0, 0), OutOfRange)
+	again := new(Call) // as plain is when it serves another call, which was cancelled
+	again.end(context.Canceled)
+	wantCode(t, again.Pull(ctx, b.SGE(0, 4096), 0, 0), OutOfRange)
 	if err := running.Pull(ctx, b.SGE(0, 4096), 0, 0); err != nil {
 		t.Errorf("the one that runs: %v", err)
 	}
