@@ -104,11 +104,14 @@ func (q *Queue) StartFunc(ctx context.Context, m Method, n int, fill func(req []
 	defer func() {
 		if !filled {
 			q.c.link.discard(buf)
-			q.free = append(q.free, s)
+			q.put(s)
 		}
 	}()
 	if err := fill(buf.b[headerLen : headerLen+n : headerLen+n]); err != nil {
 		return err
+	}
+	if q.closed { // by fill
+		return errQueueClosed
 	}
 	filled = true
 	return q.send(ctx, s, buf, m, n, tag)
@@ -121,10 +124,10 @@ func (q *Queue) StartMessage(ctx context.Context, m Method, req proto.Message, t
 }
 
 func (q *Queue) prepare(ctx context.Context, n int) (*slot, sendBuf, error) {
+	if q.closed {
+		return nil, sendBuf{}, errQueueClosed
+	}
 	if len(q.free) == 0 {
-		if q.closed {
-			return nil, sendBuf{}, errQueueClosed
-		}
 		return nil, sendBuf{}, ErrQueueFull
 	}
 	if e := q.c.stopped.Load(); e != nil {
@@ -158,7 +161,7 @@ func (q *Queue) send(ctx context.Context, s *slot, buf sendBuf, m Method, n int,
 	}
 	if err := q.c.send(s, buf, &h, more); err != nil {
 		q.c.clear(s)
-		q.free = append(q.free, s)
+		q.put(s)
 		return err
 	}
 	q.inFlight++
@@ -265,16 +268,21 @@ func (q *Queue) TryWait(fn func(tag uint64, resp []byte, err error)) int {
 	return n
 }
 
+// put gives a slot back: to the client, if the queue was closed meanwhile by one of its user's functions.
+func (q *Queue) put(s *slot) {
+	if q.closed {
+		s.queue = nil
+		q.c.releaseSlot(s)
+		return
+	}
+	q.free = append(q.free, s)
+}
+
 func (q *Queue) deliver(s *slot, fn func(tag uint64, resp []byte, err error)) {
 	q.inFlight--
 	defer func() { // also when fn panics
 		q.c.clear(s)
-		if q.closed { // by fn
-			s.queue = nil
-			q.c.releaseSlot(s)
-			return
-		}
-		q.free = append(q.free, s)
+		q.put(s)
 	}()
 	if s.mm != nil {
 		s.mm.end(s.start, CodeOf(s.err))

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 
@@ -268,27 +269,53 @@ func TestQueueBatch(t *testing.T) {
 	})
 }
 
-// A queue may be closed by the function that takes its results.
-func TestQueueClosedWhileDelivering(t *testing.T) {
+// A queue may be closed by the functions that its user gives it.
+func TestQueueClosedFromWithin(t *testing.T) {
 	onEach(t, nil, nil, func(t *testing.T, r *rig) {
 		ctx := ctxFor(t)
-		q, err := r.cl.NewQueue(4)
-		if err != nil {
-			t.Fatal(err)
+		broken := errors.New("fill fails")
+		fill := func(q *Queue, err error) error {
+			return q.StartFunc(ctx, mEcho, 8, func([]byte) error {
+				_ = q.Close()
+				return err
+			}, 9)
 		}
-		for tag := range uint64(3) {
-			if err := q.Start(ctx, mEcho, nil, tag); err != nil {
+		for name, closes := range map[string]func(*Queue) error{
+			"Wait": func(q *Queue) error {
+				_, err := q.Wait(ctx, func(uint64, []byte, error) { _ = q.Close() })
+				return err
+			},
+			"StartFunc": func(q *Queue) error {
+				if err := fill(q, nil); CodeOf(err) != FailedPrecondition {
+					return fmt.Errorf("StartFunc: %w", err)
+				}
+				return nil
+			},
+			"StartFunc that fails": func(q *Queue) error {
+				if err := fill(q, broken); !errors.Is(err, broken) {
+					return fmt.Errorf("StartFunc: %w", err)
+				}
+				return nil
+			},
+		} {
+			q, err := r.cl.NewQueue(4)
+			if err != nil {
 				t.Fatal(err)
 			}
-		}
-		if n, err := q.Wait(ctx, func(uint64, []byte, error) { _ = q.Close() }); n == 0 || err != nil {
-			t.Errorf("%d results, %v", n, err)
-		}
-		if err := q.Start(ctx, mEcho, nil, 9); CodeOf(err) != FailedPrecondition {
-			t.Error("after Close:", err)
-		}
-		if free := countFree(r.cl); free != r.cl.nslots {
-			t.Errorf("%d slots of %d are free", free, r.cl.nslots)
+			for tag := range uint64(3) {
+				if err := q.Start(ctx, mEcho, nil, tag); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := closes(q); err != nil {
+				t.Errorf("closed by the function of %s: %v", name, err)
+			}
+			if err := q.Start(ctx, mEcho, nil, 9); CodeOf(err) != FailedPrecondition {
+				t.Errorf("closed by the function of %s, then: %v", name, err)
+			}
+			if free := countFree(r.cl); free != r.cl.nslots {
+				t.Errorf("closed by the function of %s: %d slots of %d are free", name, free, r.cl.nslots)
+			}
 		}
 	})
 }
