@@ -82,3 +82,12 @@ func (c *Conn) Queued() bool {
 	defer c.snd.mu.Unlock()
 	return c.snd.pend != nil
 }
+
+// HoldRevoke makes g look as if a Revoke were under way; false: its memory was registered, and nothing is posted for that.
+func HoldRevoke(g *Grant) (release func(), ok bool) {
+	if g.revoking == nil {
+		return nil, false
+	}
+	g.revoking <- struct{}{}
+	return func() { <-g.revoking }, true
+}

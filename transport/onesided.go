@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"sync"
 
 	"github.com/ringside-rdma/ringside/mr"
 	"github.com/ringside-rdma/ringside/verbs/ib"
@@ -25,13 +24,15 @@ type Batch struct {
 	c       *Conn
 	wrs     []ib.SendWR
 	sges    []ib.SGE
-	results []slot   // one for each atomic, 8 bytes
-	found   []uint64 // what was in them when the batch ended: the memory may go with the connection
-	which   []int    // the result of operation i, or -1; an operation is one request or more
-	next    int      // results in use
-	busy    bool     // guarded by snd.mu
-	err     error    // of the first operation that failed
-	bad     error    // an operation that could not be collected
+	results []slot      // one for each atomic, 8 bytes
+	found   []uint64    // what was in them when the batch ended: the memory may go with the connection
+	which   []int       // the result of operation i, or -1; an operation is one request or more
+	next    int         // results in use
+	posted  []ib.SendWR // of wrs, those under way; guarded by snd.mu, as is copied
+	copied  int         // results that are in found
+	busy    bool        // guarded by snd.mu
+	err     error       // of the first operation that failed
+	bad     error       // an operation that could not be collected
 	own     Waiter
 	w       *Waiter
 	free    *Batch
@@ -326,7 +327,10 @@ func (b *Batch) postLocked(from, n int, w *Waiter) error {
 		s.sq[(s.head+uint32(i))&mask] = sqEntry{batch: b, last: i == n-1}
 	}
 	wrs[n-1].Flags |= ib.SendSignaled
-	b.w, b.err = w, nil
+	b.w, b.err, b.posted = w, nil, wrs
+	if from == 0 {
+		b.copied = 0
+	}
 	k, err := c.q.PostSend(wrs)
 	s.head += uint32(k)
 	s.unsig = 0
@@ -354,14 +358,17 @@ func (b *Batch) finishLocked(err error) {
 		err = b.err
 	}
 	b.busy = false
-	w := b.w
-	b.w = nil
+	w, posted := b.w, b.posted
+	b.w, b.posted = nil, nil
 	if err != nil {
 		w.Fail(err)
 		return
 	}
-	for i, r := range b.results[:b.next] {
-		b.found[i] = binary.NativeEndian.Uint64(r.mem)
+	for i := range posted { // results are in the order of requests
+		if op := posted[i].Opcode; op == ib.OpAtomicCmpSwap || op == ib.OpAtomicFetchAdd {
+			b.found[b.copied] = binary.NativeEndian.Uint64(b.results[b.copied].mem)
+			b.copied++
+		}
 	}
 	w.Done()
 }
@@ -516,7 +523,7 @@ type Grant struct {
 	sub    *mr.MR
 	remote Remote
 
-	revoking sync.Mutex // held by Revoke: the second of two has nothing to do
+	revoking chan struct{} // of a window: full while a Revoke is under way, since the second of two has nothing to do
 }
 
 // Grant lets the peer do access (any of ib.AccessRemoteRead, RemoteWrite, RemoteAtomic) on n bytes at off of m, which
@@ -570,7 +577,7 @@ func (g *Grant) bind(ctx context.Context, m *mr.MR, off, n int, access ib.Access
 		w.Close()
 		return err
 	}
-	g.win, g.remote = w, w.Remote()
+	g.win, g.remote, g.revoking = w, w.Remote(), make(chan struct{}, 1)
 	return nil
 }
 
@@ -629,8 +636,12 @@ func (g *Grant) Revoke(ctx context.Context) error {
 	if g.sub != nil {
 		return g.close()
 	}
-	g.revoking.Lock()
-	defer g.revoking.Unlock()
+	select {
+	case g.revoking <- struct{}{}:
+		defer func() { <-g.revoking }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 	g.c.grantMu.Lock()
 	_, live := g.c.grants[g]
 	g.c.grantMu.Unlock()

@@ -584,6 +584,39 @@ func TestResultAfterClose(t *testing.T) {
 	}
 }
 
+// More atomics than are posted at once: each has its own result, also when the batch is done again.
+func TestManyResults(t *testing.T) {
+	a, b := transporttest.Pair(t, nil)
+	if !hasAtomics(t, a) {
+		t.Skip("the device has no atomics")
+	}
+	far := alloc(t, b, 64, allAccess)
+	r := grant(t, b, far, 0, 64, ib.AccessRemote).Remote()
+	batch := a.NewBatch(1)
+	const n = 300
+	for i := range n {
+		if i%7 == 0 { // results are not numbered as operations are
+			batch.WriteBytes([]byte{1}, r, 32)
+		}
+		batch.FetchAdd(r, 0, 1)
+	}
+	for round := range uint64(2) {
+		if err := batch.Do(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		op := 0
+		for i := range n {
+			if i%7 == 0 {
+				op++
+			}
+			if got, want := batch.Result(op), round*n+uint64(i); got != want {
+				t.Fatalf("round %d: atomic %d has found %d, want %d", round, i, got, want)
+			}
+			op++
+		}
+	}
+}
+
 // A second Revoke does nothing, at whatever moment it comes: an invalidation of what is invalid would end the connection.
 func TestRevokeTwiceAtOnce(t *testing.T) {
 	a, b := transporttest.Pair(t, nil)
@@ -622,6 +655,22 @@ func TestRevokeTwiceAtOnce(t *testing.T) {
 	}
 	if err := a.Recv(t.Context(), func(*transport.Message) error { return nil }); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// One that comes while another is under way waits for it no longer than its context.
+func TestRevokeBehindAnother(t *testing.T) {
+	_, b := transporttest.Pair(t, nil)
+	g := grant(t, b, alloc(t, b, 4096, allAccess), 0, 4096, ib.AccessRemoteRead)
+	release, ok := transport.HoldRevoke(g)
+	if !ok {
+		return // the device has no windows: nothing to wait for
+	}
+	defer release()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := g.Revoke(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
 	}
 }
 
