@@ -128,10 +128,15 @@ func passLine(word *atomic.Uint32, who uint32) float64 {
 				return 0
 			}
 		}
-		if who == 0 && i%paceLine == 0 && i > 0 {
+		if who == 0 && i > 0 && (i%paceLine == 0 || i&(i-1) == 0 && i < paceLine) {
 			now := time.Now()
-			best, begin = min(best, now.Sub(begin)), now
+			if i%paceLine == 0 {
+				best, begin = min(best, now.Sub(begin)), now
+			}
 			if now.After(end) {
+				if i < paceLine {
+					best = now.Sub(begin) / time.Duration(i) * paceLine
+				}
 				word.Store(passedEnough)
 				break
 			}
