@@ -35,6 +35,11 @@ func TestAHNumbers(t *testing.T) {
 				t.Errorf("%#x is another's", ah.num)
 			}
 		}
+		for num := range seen {
+			if got := n.ah(num); got != nil && got.num != num {
+				t.Errorf("%#x, whose handle has ended, leads to %#x", num, got.num)
+			}
+		}
 		for _, ah := range []*AH{a, b} {
 			n.dropAH(ah)
 			if n.ah(ah.num) != nil {
